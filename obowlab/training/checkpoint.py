@@ -1,0 +1,93 @@
+"""The checkpoint of a run: one file, written beside and renamed, loaded strictly and without unpickling code.
+
+It holds the step, the method (student, teacher, vocabulary, prediction head) and the optimiser. There is no random state:
+views, order and word sampling are functions of (seed, epoch, image index).
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from obowlab.errors import UserError
+
+FORMAT = 1
+CURRENT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a run goes on from; `step` is the number of optimiser updates done."""
+
+    step: int
+    fingerprint: str
+    data_hash: str
+    method: dict[str, Any]
+    optimizer: dict[str, Any]
+
+
+def save(folder: Path, *, checkpoint: Checkpoint) -> None:
+    """Write the checkpoint and keep the one before it; at no moment is there no valid file."""
+    temporary = folder / f"{CURRENT}.tmp"
+    try:
+        with temporary.open("wb") as file:
+            torch.save({"format": FORMAT, **vars(checkpoint)}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        current = folder / CURRENT
+        if current.exists():
+            current.replace(folder / PREVIOUS)
+        temporary.replace(current)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        reason = error.strerror or str(error)
+        raise UserError(f"Cannot write the checkpoint in {folder} ({reason}): free some space there and run the command again.") from None
+
+
+def newest(folder: Path, *, fingerprint: str, map_location: torch.device) -> tuple[Checkpoint | None, list[str]]:
+    """Return the newest valid checkpoint, or None, and a sentence for every damaged file that was passed over.
+
+    Raises:
+        UserError: a checkpoint belongs to another recipe or seed.
+    """
+    complaints: list[str] = []
+    for name in (CURRENT, PREVIOUS):
+        path = folder / name
+        if not path.exists():
+            continue
+        found = _read(path, map_location=map_location)
+        if isinstance(found, str):
+            complaints.append(found)
+        elif found.fingerprint != fingerprint:
+            raise UserError(f"{path} belongs to another recipe or seed: move it away, or start over with --fresh.")
+        else:
+            return found, complaints
+    return None, complaints
+
+
+def _read(path: Path, *, map_location: torch.device) -> Checkpoint | str:
+    """Load one file; return a sentence when it is damaged. torch checks no sums itself, the zip archive holds them."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            return f"{path} is damaged (record {damaged} does not match its checksum)."
+        content = torch.load(path, map_location=map_location, weights_only=True)
+    except (OSError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError) as error:
+        return f"{path} is damaged ({str(error).splitlines()[0]})."
+    if not isinstance(content, dict) or content.pop("format", None) != FORMAT or set(content) != set(Checkpoint.__annotations__):
+        return f"{path} is not a checkpoint of this version of obowlab."
+    return Checkpoint(**content)
+
+
+def restore(checkpoint: Checkpoint, *, method: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Put a checkpoint's state into method and optimiser, strictly, and return the step to go on from."""
+    method.load_state_dict(checkpoint.method, strict=True)
+    optimizer.load_state_dict(checkpoint.optimizer)
+    return checkpoint.step
