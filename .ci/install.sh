@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Installs everything obowlab needs into .venv, and says what it does. Run by the Makefile; safe to run again.
+# PYTHON chooses the interpreter (3.11 or newer); OBOWLAB_FFCV=0 leaves ffcv and its Debian packages out.
+set -eu
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "obowlab needs Python 3.11 or newer; set PYTHON=/path/to/python3.11" >&2; exit 2; }
+
+say() { printf '\n== %s\n' "$*"; }
+pip() { .venv/bin/python -m pip --disable-pip-version-check --quiet "$@" 2>&1 | { grep -v -e '^WARNING: Location' -e '^$' || true; }; return "${PIPESTATUS[0]}"; }
+
+have_libraries() { command -v pkg-config >/dev/null && command -v g++ >/dev/null && pkg-config --exists opencv4 libturbojpeg; }
+if [ "${OBOWLAB_FFCV:-1}" = 1 ] && ! have_libraries; then
+    as_root=""
+    [ "$(id -u)" = 0 ] || as_root=sudo
+    if command -v apt-get >/dev/null; then
+        say "Debian packages that ffcv is built with: g++ pkg-config libturbojpeg0-dev libopencv-dev"
+        DEBIAN_FRONTEND=noninteractive $as_root apt-get update -qq \
+            && DEBIAN_FRONTEND=noninteractive $as_root apt-get install -y -qq --no-install-recommends g++ pkg-config libturbojpeg0-dev libopencv-dev >/dev/null \
+            || echo "   could not be installed; obowlab will read images with its torch loader"
+    fi
+fi
+
+say "Python packages into .venv (the tested set of constraints.txt)"
+[ -x .venv/bin/python ] || "$python" -m venv .venv
+echo "   torch and torchvision"
+pip install -c constraints.txt torch torchvision
+echo "   obowlab with its tests and checkers"
+pip install -c constraints.txt -e '.[dev]'
+if [ "${OBOWLAB_FFCV:-1}" = 1 ] && have_libraries; then
+    echo "   ffcv (built from source, under a minute)"
+    pip install -c constraints.txt -e '.[ffcv]' || echo "   ffcv could not be built; obowlab will read images with its torch loader"
+fi
+touch .venv/.installed
+say "Installed"
