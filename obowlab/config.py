@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from obowlab.errors import UserError
 
@@ -45,7 +45,12 @@ class Data(Section):
     """Which images are trained on."""
 
     dataset: str = Field("imagenet", pattern=r"^[a-z0-9][a-z0-9_-]*$")
-    images_per_class: Count | None = Field(None, description="first n of every class in sorted order; all if absent")
+    images_per_class: Count | None = Field(None, description="first n of every class in sorted order; all if absent or 'all'")
+
+    @field_validator("images_per_class", mode="before")
+    @classmethod
+    def _all(cls, value: object) -> object:
+        return None if value == "all" else value  # TOML has no null, and `extends` must be able to undo a number
 
 
 class Views(Section):
@@ -167,7 +172,8 @@ class Linear(Section):
     epochs: Count = 50
     batch_size: Count = 256
     learning_rate: Positive = 10.0
-    decay_every: Count = Field(15, description="epochs between divisions of the learning rate by 10")
+    schedule: Literal["steps", "cosine"] = Field("steps", description="steps: divided by 10 at intervals; cosine: to 0, per step")
+    decay_every: Count = Field(15, description="epochs between divisions of the learning rate by 10; unused by cosine")
     momentum: Fraction = 0.9
     weight_decay: Annotated[float, Field(ge=0.0)] = 2e-6
 
@@ -290,7 +296,8 @@ def load_machine(*, file: Path | None = None, overrides: Mapping[str, Any] | Non
     if named is not None or path.is_file():
         values = dict(_flatten(_read_toml(path)))
         sources = dict.fromkeys(values, str(path))
-    for key, variable in (("data_root", "OBOWLAB_DATA_ROOT"), ("runs_root", "OBOWLAB_RUNS_ROOT"), ("tracking_uri", "MLFLOW_TRACKING_URI")):
+    variables = {"data_root": "OBOWLAB_DATA_ROOT", "runs_root": "OBOWLAB_RUNS_ROOT", "tracking_uri": "MLFLOW_TRACKING_URI"}
+    for key, variable in variables.items():
         if os.environ.get(variable):
             values[key] = os.environ[variable]
             sources[key] = f"${variable}"
@@ -300,7 +307,8 @@ def load_machine(*, file: Path | None = None, overrides: Mapping[str, Any] | Non
             sources[key] = f"--{key.replace('_', '-')}"
     _refuse_unknown(values, Machine, sources)
     machine = _validate(Machine, values, sources)
-    return machine.model_copy(update={"data_root": machine.data_root.expanduser().absolute(), "runs_root": machine.runs_root.expanduser().absolute()})
+    roots = {"data_root": machine.data_root, "runs_root": machine.runs_root}
+    return machine.model_copy(update={name: path.expanduser().absolute() for name, path in roots.items()})
 
 
 def flatten(section: Section) -> dict[str, Any]:
@@ -309,12 +317,14 @@ def flatten(section: Section) -> dict[str, Any]:
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
-    """Return ` Did you mean 'x'?` for the closest known word, or a list of all when nothing is close."""
+    """Return ` Did you mean 'x'?` for the closest known word; else a list of all if it is short, or nothing."""
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     if not close:  # 'kapa' should find 'method.kappa'
         tails = {name.rsplit(".", 1)[-1]: name for name in known}
         close = [tails[tail] for tail in difflib.get_close_matches(word.rsplit(".", 1)[-1], list(tails), n=1, cutoff=0.5)]
-    return f" Did you mean '{close[0]}'?" if close else f" Known: {', '.join(known)}."
+    if close:
+        return f" Did you mean '{close[0]}'?"
+    return f" Known: {', '.join(known)}." if 0 < len(known) <= 20 else ""
 
 
 # -------------------------------------------------------------------------------------------------------------- helpers
@@ -368,10 +378,18 @@ def _parse_override(text: str) -> tuple[str, Any]:
     key = key.strip()
     if not equals or not key:
         raise UserError(f"--set needs key=value, not '{text}'.")
+    value = value.strip()
+    if "\n" in value:
+        raise UserError(f"--set {key} needs a value on one line.")
     try:
         return key, tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
-        return key, value.strip()  # a bare word is a string
+        if value[:1] in tuple("[{\"'"):
+            raise UserError(f"--set {text} is not a TOML value: .1 is written 0.1, and words in lists need quotes.") from None
+    try:
+        return key, float(value)  # .05 is a number to everybody but TOML
+    except ValueError:
+        return key, value  # a bare word is a string
 
 
 def _flatten(document: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -405,7 +423,8 @@ def _refuse_unknown(values: Mapping[str, Any], model: type[Section], sources: Ma
     known = list(_known_keys(model))
     for key in values:
         if key not in known:
-            raise UserError(f"Unknown key '{key}' ({sources[key]}).{nearest(key, known)}")
+            hint = nearest(key, known) or " `obowlab config show full` lists every key."
+            raise UserError(f"Unknown key '{key}' ({sources[key]}).{hint}")
 
 
 def _validate(model: type[SectionT], document: Mapping[str, Any], sources: Mapping[str, str]) -> SectionT:
@@ -415,7 +434,14 @@ def _validate(model: type[SectionT], document: Mapping[str, Any], sources: Mappi
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"] if not isinstance(part, int))
-        source = next((sources[name] for name in sources if name == key or name.startswith(f"{key}.")), "default")
         reason = re.sub(r"^Value error, ", "", first["msg"])
-        given = f", not {first['input']!r}" if not isinstance(first["input"], Mapping) else ""
+        if isinstance(first["input"], Mapping):  # settings that do not fit together: find who set those the reason names
+            words = set(re.findall(r"\w+", reason))
+            named = [name for name in sources if name.startswith(f"{key}.") and name.rsplit(".", 1)[-1] in words]
+            named.sort(key=lambda name: not sources[name].startswith("--"))  # an option before a file
+            given = ""
+        else:
+            named = [key] if key in sources else []
+            given = f", not {first['input']!r:.60}"
+        source = sources[named[0]] if named else "default"
         raise UserError(f"'{key}' ({source}): {reason}{given}.") from None
