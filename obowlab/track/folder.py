@@ -1,0 +1,418 @@
+"""The run folder: the one record of a training run that everything else reads.
+
+A run lives in `RUNS_ROOT/RUN_ID`. Every file has one writer: `run.json` and `machine.json` the launcher, `state.json`,
+`metrics.jsonl`, `attempts.jsonl` and `results/` the process that trains or evaluates, `system.jsonl` and `mirror.json` the
+launcher's mirror. Whole files are written beside and renamed; line files are appended and survive `kill -9` up to the last
+complete line. Nothing here imports torch or mlflow.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fcntl
+import json
+import os
+import re
+import secrets
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from obowlab import __version__
+from obowlab.config import Loaded, Machine, Recipe, canonical_hash
+from obowlab.errors import UserError
+from obowlab.track.journal import MetricLog, Point, cut_torn_tail, parse_point, read_lines, write_atomic
+
+Status = Literal["created", "running", "interrupted", "failed", "finished"]
+
+LOCK_TOKEN_VARIABLE = "OBOWLAB_RUN_LOCK"
+"""Set by a launcher that holds the lock for the processes it starts; see `RunFolder.lock`."""
+
+STALE_AFTER_S = 3600.0
+"""A running state of another host is believed for so long after its last update, once nobody holds the lock."""
+
+
+class RunInfo(BaseModel):
+    """What a run is (`run.json`); written once."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True)
+
+    run_id: str
+    name: str
+    seed: int
+    fingerprint: str
+    recipe_values: dict[str, Any] = Field(alias="recipe")
+    sources: dict[str, str] = {}
+    created_at: float
+    version: str
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """The resolved recipe this run was created with.
+
+        Raises:
+            UserError: this version of obowlab does not know one of its settings.
+        """
+        try:
+            return Recipe.model_validate_json(json.dumps(self.recipe_values))
+        except ValueError:
+            raise UserError(
+                f"Run '{self.run_id}' was created by obowlab {self.version}, whose recipe version {__version__} cannot read; "
+                "install that version, or start the run again with --fresh."
+            ) from None
+
+
+class State(BaseModel):
+    """How far a run is (`state.json`); replaced atomically."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    status: Status = "created"
+    step: int = 0
+    total_steps: int | None = None
+    message: str = ""
+    pid: int | None = None
+    host: str | None = None
+    attempt: int = 0
+    updated_at: float = 0.0
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """A row of `obowlab runs list`."""
+
+    path: Path
+    info: RunInfo
+    state: State
+
+
+@dataclass(frozen=True)
+class Lock:
+    """A held run lock.
+
+    Attributes:
+        fd: the locked file descriptor; a child that inherits it keeps the lock after its parent's death. None when the
+            launcher holds the lock on behalf of this process.
+        token: goes to child processes as the environment variable `LOCK_TOKEN_VARIABLE`.
+    """
+
+    fd: int | None
+    token: str
+
+
+class RunFolder:
+    """One run's folder; open it with `create`, `open` or `find`."""
+
+    def __init__(self, path: Path, info: RunInfo) -> None:
+        self.path = path
+        self.info = info
+
+    @property
+    def run_id(self) -> str:
+        """The name of the run and of its folder."""
+        return self.info.run_id
+
+    # ------------------------------------------------------------------------------------------------ opening
+
+    @classmethod
+    def create(cls, loaded: Loaded, *, seed: int, runs_root: Path) -> RunFolder:
+        """Make the folder of a new run, or open it when it is there already.
+
+        Raises:
+            UserError: the recipe's name cannot be part of a folder name, or the disk refuses.
+        """
+        run_id = run_id_of(loaded, seed=seed)
+        path = runs_root / run_id
+        if (path / "run.json").is_file():
+            return cls.open(path)
+        info = RunInfo(
+            run_id=run_id,
+            name=loaded.name,
+            seed=seed,
+            fingerprint=loaded.recipe.fingerprint(seed=seed),
+            recipe_values=loaded.recipe.model_dump(mode="json"),
+            sources=dict(loaded.sources),
+            created_at=round(time.time(), 3),
+            version=__version__,
+        )
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            write_atomic(path / "state.json", State(updated_at=info.created_at).model_dump_json(indent=1))
+            write_atomic(
+                path / "run.json", info.model_dump_json(indent=1, by_alias=True)
+            )  # last: its presence makes the folder a run
+        except OSError as error:
+            raise UserError(f"Cannot create the run folder {path} (--runs-root): {error.strerror}.") from None
+        return cls(path, info)
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """Open a run's folder.
+
+        Raises:
+            UserError: it is not a run folder, or its `run.json` is damaged.
+        """
+        return cls(path, _read_info(path))
+
+    @classmethod
+    def find(cls, ref: str, *, runs_root: Path) -> RunFolder:
+        """Open the run with this id, unique beginning of an id, or path.
+
+        Raises:
+            UserError: none or several match; names the nearest.
+        """
+        given = Path(ref)
+        if (given / "run.json").is_file():
+            return cls.open(given.absolute())
+        known = _run_ids(runs_root)
+        if ref in known:
+            return cls.open(runs_root / ref)
+        matches = [run_id for run_id in known if ref and run_id.startswith(ref)]
+        if len(matches) == 1:
+            return cls.open(runs_root / matches[0])
+        if matches:
+            raise UserError(
+                f"'{ref}' is the beginning of {len(matches)} runs: {', '.join(matches[:5])}{', ...' * (len(matches) > 5)}."
+            )
+        close = difflib.get_close_matches(ref, known, n=1, cutoff=0.4)
+        hint = f"Did you mean '{close[0]}'?" if close else "'obowlab runs list' shows what is there."
+        raise UserError(f"There is no run '{ref}' in {runs_root}. {hint}")
+
+    # ------------------------------------------------------------------------------------------------- state
+
+    @property
+    def state(self) -> State:
+        """The state as last written."""
+        return _read_state(self.path)
+
+    def current_state(self) -> State:
+        """Return the state, `interrupted` when it says `running` but nothing trains the run any more."""
+        return _believable(self.state, self.path)
+
+    def set_state(self, **changes: Any) -> State:
+        """Replace the given fields of the state atomically; `updated_at` is set by itself.
+
+        `running` also names this process as the one that works, unless `pid` is given.
+
+        Raises:
+            pydantic.ValidationError: a value of the wrong type.
+        """
+        unknown = set(changes) - set(State.model_fields)
+        assert not unknown, f"unknown state fields {unknown}"
+        if changes.get("status") == "running":
+            changes = {"pid": os.getpid(), "host": socket.gethostname(), **changes}
+        state = State.model_validate({**self.state.model_dump(), **changes, "updated_at": round(time.time(), 3)})
+        write_atomic(self.path / "state.json", state.model_dump_json(indent=1))
+        return state
+
+    @contextmanager
+    def lock(self) -> Iterator[Lock]:
+        """Hold the run exclusively; a process started by the holder (with its token) passes through.
+
+        Raises:
+            UserError: another process has it; names its process id and host.
+        """
+        fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            if not _try_lock(fd):
+                holder = _read_holder(self.path)
+                inherited = os.environ.get(LOCK_TOKEN_VARIABLE)
+                if inherited and inherited == holder.get("token"):
+                    yield Lock(fd=None, token=inherited)
+                    return
+                raise UserError(
+                    f"Run '{self.run_id}' is being trained by process {holder.get('pid', '?')} on {holder.get('host', '?')}; "
+                    "wait for it or stop it first."
+                )
+            token = secrets.token_hex(8)
+            os.ftruncate(fd, 0)
+            os.pwrite(fd, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "token": token}).encode(), 0)
+            yield Lock(fd=fd, token=token)
+        finally:
+            os.close(fd)  # gives the lock back unless a child still holds the descriptor
+
+    # ------------------------------------------------------------------------------------------------ records
+
+    @property
+    def machine(self) -> Machine:
+        """The machine of the last launch; without its tracking server, which may hold a password."""
+        path = self.path / "machine.json"
+        try:
+            return Machine.model_validate_json(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return Machine()
+        except ValueError:
+            raise UserError(f"{path} is damaged; start the run again with 'obowlab run' to replace it.") from None
+
+    def write_machine(self, machine: Machine) -> None:
+        """Remember where and with what the run is carried out."""
+        write_atomic(self.path / "machine.json", machine.model_dump_json(indent=1, exclude={"tracking_uri"}))
+
+    def append_attempt(self, facts: Mapping[str, Any]) -> int:
+        """Add one line to `attempts.jsonl` and return the attempt's number, from 1."""
+        path = self.path / "attempts.jsonl"
+        cut_torn_tail(path)
+        number = len(self.attempts()) + 1
+        line = json.dumps({"attempt": number, "time": round(time.time(), 3), **facts}, default=str)
+        with path.open("ab", buffering=0) as file:
+            file.write(line.encode() + b"\n")
+            os.fsync(file.fileno())
+        return number
+
+    def attempts(self) -> list[dict[str, Any]]:
+        """Return the facts of every start of this run, oldest first."""
+        return list(read_lines(self.path / "attempts.jsonl"))
+
+    def write_artifact(self, name: str, content: str | bytes) -> Path:
+        """Write a file of the run atomically and return its path."""
+        path = self.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, content)
+        return path
+
+    def metric_log(self, name: str = "metrics") -> MetricLog:
+        """Open `NAME.jsonl` for appending; `metrics` belongs to training, `system` to the launcher."""
+        return MetricLog(self.path / f"{name}.jsonl")
+
+    def metrics(self, name: str = "metrics") -> list[Point]:
+        """Read every complete line of a metric file."""
+        return [parse_point(line) for line in read_lines(self.path / f"{name}.jsonl")]
+
+    def results(self) -> list[dict[str, Any]]:
+        """Return every evaluation result, in the order of file names."""
+        return [json.loads(path.read_bytes()) for path in sorted((self.path / "results").glob("*.json"))]
+
+    def add_result(self, result: Mapping[str, Any]) -> Path:
+        """Write one evaluation result; the same protocol, weights and data replace an earlier one.
+
+        Args:
+            result: at least `subject`, `protocol` and `protocol_hash`; JSON values.
+        """
+        identity = [result.get(key) for key in ("subject", "protocol", "version", "protocol_hash", "weights_hash", "data_hash")]
+        name = f"{result['subject']}-{result['protocol']}-{canonical_hash(identity)[:8]}.json"
+        return self.write_artifact(f"results/{name}", json.dumps(result, indent=1, allow_nan=False))
+
+    @property
+    def mirror_path(self) -> Path:
+        """What the mirror remembers of this run."""
+        return self.path / "mirror.json"
+
+
+# ------------------------------------------------------------------------------------------------------------ all runs
+
+
+def run_id_of(loaded: Loaded, *, seed: int) -> str:
+    """Return the id of the run that this recipe and seed make: `NAME-sSEED-` and 8 digits of the fingerprint.
+
+    Raises:
+        UserError: the recipe's name holds characters that do not belong in a folder or model name.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", loaded.name):
+        raise UserError(
+            f"Rename the recipe file '{loaded.name}.toml': runs are named after it, so only letters, digits and '._-' will do."
+        )
+    return f"{loaded.name}-s{seed}-{loaded.recipe.fingerprint(seed=seed)[:8]}"
+
+
+def list_runs(runs_root: Path) -> list[RunSummary]:
+    """Return every run, newest first, from two small files each; damaged folders are left out."""
+    runs = []
+    for run_id in _run_ids(runs_root):
+        path = runs_root / run_id
+        try:
+            info = _read_info(path)
+        except UserError:
+            continue  # `find` and `open` say what is wrong with it
+        runs.append(RunSummary(path=path, info=info, state=_believable(_read_state(path), path)))
+    return sorted(runs, key=lambda run: run.info.created_at, reverse=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- helpers
+
+
+def _run_ids(runs_root: Path) -> list[str]:
+    if not runs_root.is_dir():
+        return []
+    return sorted(
+        entry.name for entry in runs_root.iterdir() if not entry.name.startswith(".") and (entry / "run.json").is_file()
+    )
+
+
+def _read_info(path: Path) -> RunInfo:
+    file = path / "run.json"
+    try:
+        return RunInfo.model_validate_json(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is not a run folder: it has no run.json.") from None
+    except (ValueError, OSError):
+        raise UserError(f"{file} is damaged; move the folder away and start the run again.") from None
+
+
+def _read_state(path: Path) -> State:
+    try:
+        return State.model_validate_json((path / "state.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return State()
+    except ValueError:
+        raise UserError(f"{path / 'state.json'} is damaged; remove it; the run then continues from its checkpoint.") from None
+
+
+def _believable(state: State, path: Path) -> State:
+    if state.status != "running":
+        return state
+    if state.host == socket.gethostname():
+        gone = state.pid is None or not _alive(state.pid)
+    else:
+        gone = time.time() - state.updated_at > STALE_AFTER_S
+    if gone and not _is_locked(path):
+        return state.model_copy(update={"status": "interrupted", "message": state.message or "its process is gone"})
+    return state
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        fd = os.open(path / "lock", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
+def _try_lock(fd: int) -> bool:
+    for attempt in range(5):  # `_is_locked` of another process may hold it for an instant
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            time.sleep(0.02 * (attempt + 1))
+    return False
+
+
+def _read_holder(path: Path) -> dict[str, Any]:
+    try:
+        holder = json.loads((path / "lock").read_bytes())
+    except ValueError:
+        return {}
+    return holder if isinstance(holder, dict) else {}

@@ -1,0 +1,145 @@
+"""Files that outlive their writer: lines that are appended, whole files that are replaced.
+
+A line file survives `kill -9` of its writer up to the last complete line; a replaced file is the old one or the new one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import secrets
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Point:
+    """One line of a metric file: what was logged at one step.
+
+    Attributes:
+        step: the optimiser step (training), or seconds since the run was created (system).
+        time: seconds since 1970.
+        values: metric name to value; may be NaN or infinite.
+    """
+
+    step: int
+    time: float
+    values: dict[str, float]
+
+
+class MetricLog:
+    """Append-only metric file (JSON lines); one writer.
+
+    Opening cuts off a torn last line. Steps up to the last one in the file are ignored: a resumed run repeats them bit for
+    bit, so no point is ever doubled. Every append reaches the operating system at once and so survives the death of the
+    process; `sync` makes it survive the death of the machine: call it before a checkpoint is written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.last_step = -1
+        cut_torn_tail(path)
+        if path.exists():
+            for line in reversed(path.read_bytes().splitlines()):
+                self.last_step = int(json.loads(line)["step"])
+                break
+        self._file = path.open("ab", buffering=0)
+
+    def append(self, step: int, values: Mapping[str, float], *, time_s: float | None = None) -> bool:
+        """Write one line unless this step is already there.
+
+        Args:
+            step: at least 0.
+            values: name to value; Python floats come back exactly. NaN and infinities are kept as the strings `nan`,
+                `inf` and `-inf`, so that every line stays valid JSON.
+            time_s: seconds since 1970; now if absent.
+
+        Returns:
+            Whether the line was written.
+        """
+        if step <= self.last_step:
+            return False
+        line = {
+            "step": step,
+            "time": round(time.time() if time_s is None else time_s, 3),
+            "metrics": {name: _to_json(float(value)) for name, value in values.items()},
+        }
+        self._file.write(json.dumps(line, allow_nan=False, separators=(",", ":")).encode() + b"\n")
+        self.last_step = step
+        return True
+
+    def sync(self) -> None:
+        """Return once every line is on the disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Sync and close; closing twice is fine."""
+        if not self._file.closed:
+            self.sync()
+            self._file.close()
+
+    def __enter__(self) -> MetricLog:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def parse_point(line: Mapping[str, Any]) -> Point:
+    """Turn a parsed line of a metric file into a Point."""
+    return Point(
+        step=int(line["step"]), time=float(line["time"]), values={name: float(value) for name, value in line["metrics"].items()}
+    )
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write beside, sync and rename: a reader sees the old file or the new one, never a part."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    try:
+        with beside.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield every complete line; one that is still being written is left for the next reading."""
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    for line in content[: content.rfind(b"\n") + 1].splitlines():
+        yield json.loads(line)
+
+
+def cut_torn_tail(path: Path) -> None:
+    """Cut a line file back to its last complete line that is JSON (a crash can leave half a line, or zeros)."""
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    end = len(content)
+    while end:
+        start = content.rfind(b"\n", 0, end - 1) + 1
+        if content[end - 1 : end] == b"\n" and _is_json(content[start : end - 1]):
+            break
+        end = start
+    if end < len(content):
+        os.truncate(path, end)
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
+
+
+def _to_json(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)

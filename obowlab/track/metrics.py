@@ -1,0 +1,110 @@
+"""Every metric's unit, direction and meaning; the one list that the loop, the mirror and the reports share."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+Direction = Literal["max", "min", "none"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a number means.
+
+    Attributes:
+        name: as in `metrics.jsonl`; a level's metric without its `_conv4` or `_conv5`.
+        unit: empty for a plain number.
+        direction: whether more or less is better, or neither.
+        help: one sentence.
+        group: the part before the slash in MLflow.
+    """
+
+    name: str
+    unit: str
+    direction: Direction
+    help: str
+    group: Literal["train", "eval", "system"] = "train"
+
+
+_TRAINING = (
+    Metric("loss", "nats", "min", "What is minimised: the student's views summed per level, and the monitor's loss."),
+    Metric("loss_kl", "nats", "min", "The part of the loss a student could still win: loss minus the targets' entropy."),
+    Metric("loss_crops", "nats", "min", "Cross-entropy of the crops' predictions with the BoW targets."),
+    Metric("loss_patches", "nats", "min", "Cross-entropy of the patches' predictions with the BoW targets."),
+    Metric("learning_rate", "", "none", "Learning rate of this step."),
+    Metric("teacher_momentum", "", "none", "Momentum of the teacher's moving average at this step."),
+    Metric("grad_norm", "", "none", "Euclidean norm of the gradient over all student parameters."),
+    Metric("images_per_s", "images/s", "max", "Images of the whole run (all processes) per second of wall time."),
+    Metric("step_time_s", "s", "min", "Wall time of one step, data included."),
+    Metric("data_wait_s", "s", "min", "Part of the step spent waiting for the loader."),
+    Metric("epoch", "epochs", "none", "Epochs seen so far, with fraction."),
+    Metric("monitor_loss", "nats", "min", "Cross-entropy of the online linear monitor."),
+    Metric("monitor_accuracy", "%", "max", "Top-1 of the online linear monitor on the training batch."),
+)
+
+_PER_LEVEL = (
+    Metric("perplexity_image", "words", "none", "Perplexity of one image's BoW target, mean over the batch."),
+    Metric("perplexity_batch", "words", "max", "Perplexity of the batch's mean BoW target."),
+    Metric("words_used", "%", "max", "Words nearest to some location in this batch."),
+    Metric("word_age", "steps", "none", "Mean steps since a word was put into the vocabulary."),
+    Metric("distance", "", "none", "Mean squared distance of a location to its nearest word."),
+    Metric("msd", "", "none", "Running mean of the squared distance, which scales delta."),
+    Metric("target_entropy", "nats", "none", "Entropy of an image's BoW target, mean over the batch."),
+    Metric("prediction_entropy", "nats", "none", "Entropy of the student's prediction, mean over the batch."),
+    Metric("kappa", "", "none", "Inverse temperature of the student's prediction."),
+)
+
+_EVALUATION = (
+    Metric("fewshot", "%", "max", "Accuracy of prototype classification, mean over episodes.", "eval"),
+    Metric("linear_top1", "%", "max", "Top-1 of a linear classifier on frozen features.", "eval"),
+    Metric("knn_top1", "%", "max", "Top-1 of the cosine-weighted vote of the nearest training images.", "eval"),
+)
+
+_SYSTEM = (
+    Metric("cpu", "%", "none", "Use of all cores of the machine.", "system"),
+    Metric("memory_used", "MiB", "none", "Memory in use on the machine.", "system"),
+    Metric("memory_percent", "%", "none", "Memory in use on the machine.", "system"),
+    Metric("run_memory", "MiB", "none", "Resident memory of the run's processes.", "system"),
+    Metric("run_processes", "", "none", "Processes of the run.", "system"),
+    Metric("disk_free", "MiB", "none", "Space left where the run folder is.", "system"),
+    Metric("gpu_utilisation", "%", "max", "Use of one GPU; the name ends in its number.", "system"),
+    Metric("gpu_memory", "MiB", "none", "Memory in use on one GPU; the name ends in its number.", "system"),
+    Metric("gpu_power", "W", "none", "Power drawn by one GPU; the name ends in its number.", "system"),
+)
+
+METRICS: dict[str, Metric] = {metric.name: metric for metric in (*_TRAINING, *_PER_LEVEL, *_EVALUATION, *_SYSTEM)}
+
+_LEVEL_NAMES = frozenset(metric.name for metric in _PER_LEVEL)
+_GPU_NAMES = frozenset(metric.name for metric in _SYSTEM if metric.name.startswith("gpu_"))
+
+
+def lookup(name: str) -> Metric:
+    """Return the entry of a metric as it is logged: `perplexity_image_conv5`, `fewshot_5shot`, `gpu_memory_0`, ...
+
+    Raises:
+        KeyError: nobody described this metric; add it to the list above.
+    """
+    if found := re.fullmatch(r"(\w+)_(conv[45])", name):
+        if found[1] in _LEVEL_NAMES:
+            return METRICS[found[1]]
+    elif re.fullmatch(r"fewshot_\d+shot", name):
+        return METRICS["fewshot"]
+    elif (found := re.fullmatch(r"(gpu_\w+)_\d+", name)) and found[1] in _GPU_NAMES:
+        return METRICS[found[1]]
+    elif name in METRICS and name not in _LEVEL_NAMES | _GPU_NAMES | {"fewshot"}:
+        return METRICS[name]
+    raise KeyError(f"metric '{name}' is not described in track/metrics.py")
+
+
+def mlflow_name(name: str, *, subject: str | None = None) -> str:
+    """Return the name under which MLflow groups a metric: `train/NAME`, `eval/SUBJECT/NAME` or `system/NAME`.
+
+    Args:
+        name: as logged.
+        subject: `student` or `random`; required for evaluation metrics, absent for the others.
+    """
+    group = lookup(name).group
+    assert (group == "eval") == (subject is not None), f"'{name}' and subject {subject!r} do not belong together"
+    return f"eval/{subject}/{name}" if subject is not None else f"{group}/{name}"

@@ -1,0 +1,253 @@
+"""The run folder survives what happens to it: kills, torn lines, a second starter, hundreds of neighbours."""
+
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from obowlab.config import Loaded, Machine, Recipe
+from obowlab.errors import UserError
+from obowlab.track import METRICS, MetricLog, RunFolder, list_runs, lookup, provenance
+from obowlab.track.folder import LOCK_TOKEN_VARIABLE
+from obowlab.track.metrics import mlflow_name
+
+
+def loaded(name: str = "demo") -> Loaded:
+    return Loaded(name=name, recipe=Recipe(), sources={})
+
+
+def create(root: Path, *, seed: int = 0) -> RunFolder:
+    return RunFolder.create(loaded(), seed=seed, runs_root=root)
+
+
+def run_python(code: str, *arguments: object) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE, text=True)
+
+
+def test_create_then_open_gives_the_same_run(tmp_path: Path) -> None:
+    made = create(tmp_path)
+    again = create(tmp_path)
+    assert made.info == again.info
+    assert made.info.recipe == Recipe()
+    assert made.run_id == f"demo-s0-{Recipe().fingerprint(seed=0)[:8]}"
+    assert made.state.status == "created"
+    assert json.loads((made.path / "run.json").read_text())["recipe"]["method"]["kappa"] == 5.0
+
+
+def test_find_by_id_prefix_and_path_and_names_the_nearest(tmp_path: Path) -> None:
+    run = create(tmp_path)
+    other = create(tmp_path, seed=1)
+    assert RunFolder.find(run.run_id, runs_root=tmp_path).path == run.path
+    assert RunFolder.find("demo-s0", runs_root=tmp_path).run_id == run.run_id
+    assert RunFolder.find(str(other.path), runs_root=tmp_path / "elsewhere").run_id == other.run_id
+    with pytest.raises(UserError, match="beginning of 2 runs"):
+        RunFolder.find("demo", runs_root=tmp_path)
+    with pytest.raises(UserError, match=f"Did you mean '{other.run_id}'"):
+        RunFolder.find("dmo" + other.run_id[4:], runs_root=tmp_path)
+    with pytest.raises(UserError, match="no run 'x'"):
+        RunFolder.find("x", runs_root=tmp_path / "nothing")
+
+
+def test_floats_come_back_exactly_and_resumed_steps_are_not_doubled(tmp_path: Path) -> None:
+    run = create(tmp_path)
+    values = {"loss": 0.1 + 0.2, "msd_conv5": 1e-300}
+    with run.metric_log() as log:
+        assert log.append(10, values)
+        assert log.append(20, values)
+    with run.metric_log() as log:
+        assert log.last_step == 20
+        assert not log.append(20, {"loss": 7.0})
+        assert log.append(30, {"loss": math.nan, "kappa_conv5": -math.inf})
+    points = run.metrics()
+    assert [point.step for point in points] == [10, 20, 30]
+    assert points[1].values == values
+    assert math.isnan(points[2].values["loss"])
+    assert points[2].values["kappa_conv5"] == -math.inf
+    strict = [json.loads(line, parse_constant=pytest.fail) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    assert strict[2]["metrics"]["loss"] == "nan"
+
+
+@pytest.mark.parametrize("tail", [b'{"step": 3, "ti', b'{"step": 3}garbage\n', b"\0" * 40, b"\n", b'{"step": 3,\n{"st'])
+def test_a_torn_tail_is_cut_off(tmp_path: Path, tail: bytes) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with MetricLog(path) as log:
+        log.append(1, {"loss": 1.0})
+        log.append(2, {"loss": 2.0})
+    whole = path.read_bytes()
+    path.write_bytes(whole + tail)
+    with MetricLog(path) as log:
+        assert log.last_step == 2
+        assert path.read_bytes() == whole
+        log.append(3, {"loss": 3.0})
+    assert [json.loads(line)["step"] for line in path.read_bytes().splitlines()] == [1, 2, 3]
+
+
+def test_appended_lines_survive_kill_9(tmp_path: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+from obowlab.track import MetricLog
+log = MetricLog(Path(sys.argv[1]))
+for step in range(10**9):
+    log.append(step, {"loss": step / 3})
+    print(step, flush=True)
+"""
+    path = tmp_path / "metrics.jsonl"
+    child = run_python(code, path)
+    assert child.stdout is not None
+    said = -1
+    while said < 50:
+        said = int(child.stdout.readline())
+    child.send_signal(signal.SIGKILL)
+    rest = child.stdout.read().split()
+    child.wait()
+    said = int(rest[-2]) if len(rest) > 1 else said
+    with MetricLog(path) as log:
+        assert log.last_step >= said
+    steps = [json.loads(line)["step"] for line in path.read_bytes().splitlines()]
+    assert steps == list(range(len(steps)))
+
+
+def test_lock_names_its_holder_and_lets_the_holders_children_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = create(tmp_path)
+    with run.lock() as lock:
+        with pytest.raises(UserError, match=f"process {os.getpid()} on {socket.gethostname()}"), run.lock():
+            pass
+        monkeypatch.setenv(LOCK_TOKEN_VARIABLE, lock.token)
+        with run.lock() as inherited:
+            assert inherited.fd is None
+        monkeypatch.setenv(LOCK_TOKEN_VARIABLE, "0123")
+        with pytest.raises(UserError, match="being trained"), run.lock():
+            pass
+    with run.lock() as lock:
+        assert lock.fd is not None
+
+
+def test_a_running_state_without_a_process_reads_as_interrupted(tmp_path: Path) -> None:
+    run = create(tmp_path)
+    child = run_python("")
+    child.wait()
+    run.set_state(status="running", step=7)
+    assert run.state.pid == os.getpid()
+    assert run.current_state().status == "running"
+    run.set_state(status="running", pid=child.pid, host=socket.gethostname())
+    assert run.state.status == "running"
+    assert run.current_state().status == "interrupted"
+    assert list_runs(tmp_path)[0].state.status == "interrupted"
+    with run.lock():
+        assert run.current_state().status == "running"
+    run.set_state(status="running", pid=child.pid, host="elsewhere")
+    assert run.current_state().status == "running"
+    assert run.state.step == 7
+
+
+def test_state_is_replaced_atomically_and_leaves_nothing_beside(tmp_path: Path) -> None:
+    run = create(tmp_path)
+    for step in range(5):
+        run.set_state(step=step)
+    assert run.state.step == 4
+    assert sorted(path.name for path in run.path.iterdir()) == ["run.json", "state.json"]
+
+
+def test_results_replace_only_their_own_kind(tmp_path: Path) -> None:
+    run = create(tmp_path)
+    result = {
+        "subject": "student",
+        "protocol": "knn",
+        "version": 1,
+        "protocol_hash": "a" * 64,
+        "weights_hash": "w",
+        "data_hash": "d",
+    }
+    first = run.add_result({**result, "measurements": [{"name": "knn_top1", "value": 1.0}]})
+    assert run.add_result({**result, "measurements": [{"name": "knn_top1", "value": 2.0}]}) == first
+    assert first.name.startswith("student-knn-")
+    run.add_result({**result, "subject": "random"})
+    run.add_result({**result, "data_hash": "other"})
+    assert len(run.results()) == 3
+    assert [item["measurements"][0]["value"] for item in run.results() if item.get("measurements")] == [2.0]
+
+
+def test_attempts_are_numbered(tmp_path: Path) -> None:
+    run = create(tmp_path)
+    assert run.append_attempt({"host": "a"}) == 1
+    with (run.path / "attempts.jsonl").open("ab") as file:
+        file.write(b'{"attempt": 2, "ho')
+    assert run.append_attempt({"host": "b"}) == 2
+    assert [attempt["host"] for attempt in run.attempts()] == ["a", "b"]
+
+
+def test_machine_is_kept_without_the_trackers_password(tmp_path: Path) -> None:
+    run = create(tmp_path)
+    run.write_machine(Machine(procs=2, tracking_uri="http://me:secret@host"))
+    assert "secret" not in (run.path / "machine.json").read_text()
+    assert run.machine == Machine(procs=2)
+
+
+def test_listing_many_runs_is_quick(tmp_path: Path) -> None:
+    template = create(tmp_path)
+    info = json.loads((template.path / "run.json").read_text())
+    for index in range(300):
+        path = tmp_path / f"demo-s{index}-copy"
+        path.mkdir()
+        (path / "run.json").write_text(json.dumps({**info, "run_id": path.name, "created_at": float(index)}))
+        (path / "state.json").write_text((template.path / "state.json").read_text())
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "run.json").write_text("{")
+    started = time.perf_counter()
+    runs = list_runs(tmp_path)
+    assert time.perf_counter() - started < 1.0
+    assert len(runs) == 301
+    assert runs[0].info.run_id == template.run_id
+    assert runs[1].info.run_id == "demo-s299-copy"
+
+
+def test_damaged_files_are_named(tmp_path: Path) -> None:
+    run = create(tmp_path)
+    (run.path / "state.json").write_text("{")
+    with pytest.raises(UserError, match=r"state\.json is damaged"):
+        _ = run.state
+    (run.path / "run.json").write_text("[]")
+    with pytest.raises(UserError, match=r"run\.json is damaged"):
+        RunFolder.open(run.path)
+    with pytest.raises(UserError, match="not a run folder"):
+        RunFolder.open(tmp_path)
+
+
+def test_every_metric_is_described() -> None:
+    assert lookup("perplexity_image_conv4") is METRICS["perplexity_image"]
+    assert lookup("fewshot_5shot").direction == "max"
+    assert lookup("gpu_memory_3").unit == "MiB"
+    assert mlflow_name("loss") == "train/loss"
+    assert mlflow_name("knn_top1", subject="random") == "eval/random/knn_top1"
+    assert mlflow_name("cpu") == "system/cpu"
+    for name in ("perplexity_image", "los", "fewshot", "gpu_memory", "loss_conv4"):
+        with pytest.raises(KeyError):
+            lookup(name)
+
+
+def test_provenance_knows_versions_without_importing_them() -> None:
+    code = "import sys; from obowlab.track.provenance import environment as e; print(e()['versions']['torch'], 'torch' in sys.modules)"
+    child = run_python(code)
+    version, imported = child.communicate()[0].split()
+    assert version[0].isdigit()
+    assert imported == "False"
+    facts = provenance.code()
+    if facts.commit is not None:
+        assert len(facts.commit) == 40
+        assert facts.dirty == bool(facts.diff)
+
+
+def test_track_imports_fast_and_light() -> None:
+    code = "import sys, obowlab.track; print(sorted({'torch', 'mlflow', 'numpy', 'click'} & set(sys.modules)))"
+    started = time.perf_counter()
+    child = run_python(code)
+    assert child.communicate()[0].strip() == "[]"
+    assert time.perf_counter() - started < 2.0
