@@ -19,7 +19,7 @@ from obowlab.training.finish import finish
 def main(argv: list[str]) -> int:
     """Train and evaluate the run of a folder; return the exit code (0 done, 2 a mistake to mend, 128 + signal when stopped)."""
     folder = RunFolder.open(Path(argv[0]))
-    machine = Machine.model_validate_json((folder.path / "machine.json").read_text())
+    machine = folder.machine
     if machine.threads is not None:
         torch.set_num_threads(machine.threads)
     with StopRequest().listening() as stop, join(machine) as world:

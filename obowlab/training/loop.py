@@ -20,6 +20,7 @@ from obowlab.data.views import Stream, uniforms
 from obowlab.errors import UserError
 from obowlab.methods import METHODS, Method
 from obowlab.methods.schedules import learning_rate
+from obowlab.track import provenance
 from obowlab.track.folder import RunFolder
 from obowlab.training import checkpoint as checkpoints
 from obowlab.training.distributed import World, parallelise, synchronise_batchnorm
@@ -128,6 +129,8 @@ def train(folder: RunFolder, *, recipe: Recipe, seed: int, machine: Machine, wor
 
     log_every = max(1, math.ceil(total_steps / machine.log_points))
     metric_log = folder.metric_log() if world.is_main else None
+    if world.is_main:
+        announce(folder, split=split, loader=loader, machine=machine, world=world, step=step, total_steps=total_steps)
     last_save = last_log = time.monotonic()
     logged_at = step
 
@@ -179,12 +182,13 @@ def train(folder: RunFolder, *, recipe: Recipe, seed: int, machine: Machine, wor
                     names = sorted(output.metrics)
                     averages = world.mean(torch.stack([output.metrics[name].float() for name in names])).tolist()
                     values = dict(zip(names, averages, strict=True))
+                    values["grad_norm"] = grad_norm(method)
                     now = time.monotonic()
                     step_time_s = (now - last_log) / (step - logged_at)
                     timing = {"images_per_s": recipe.training.batch_size / step_time_s, "step_time_s": step_time_s, "data_wait_s": data_wait_s}
                     last_log, logged_at = now, step
                     if metric_log is not None:
-                        metric_log.append(step, {**values, "learning_rate": rate, "epoch": epoch, **timing})
+                        metric_log.append(step, {**values, "learning_rate": rate, "epoch": step / steps_per_epoch, **timing})
                         folder.set_state(status="running", step=step, total_steps=total_steps)
                     shown = {name: values[name] for name in PROGRESS_VALUES if name in values}
                     reporter.step(done=step, total=total_steps, images_per_s=timing["images_per_s"], values={**shown, "step_time_s": step_time_s})
@@ -197,6 +201,35 @@ def train(folder: RunFolder, *, recipe: Recipe, seed: int, machine: Machine, wor
                 waiting_since = time.monotonic()
     save()
     return method
+
+
+def announce(folder: RunFolder, *, split: Split, loader: TrainLoader, machine: Machine, world: World, step: int, total_steps: int) -> None:
+    """File the facts of this start of the run: code, software, machine, data."""
+    code = provenance.code()
+    if code.diff:
+        folder.write_artifact("dirty.diff", code.diff)
+    facts = {
+        "commit": code.commit,
+        "branch": code.branch,
+        "dirty": code.dirty,
+        "dataset": split.dataset,
+        "data_hash": split.content_hash,
+        "loader": loader.backend,
+        "device": world.device.type,
+        "procs": world.world_size,
+        "threads": torch.get_num_threads(),
+        "channels_last": machine.channels_last,
+        "compile": machine.compile,
+        "step": step,
+    }
+    attempt = folder.append_attempt({**provenance.environment(), **facts})
+    folder.set_state(status="running", attempt=attempt, step=step, total_steps=total_steps, message="")
+
+
+def grad_norm(method: Method) -> float:
+    """Return the Euclidean norm of all gradients of the last backward pass."""
+    gradients = [parameter.grad for parameter in method.parameters() if parameter.grad is not None]
+    return float(torch.nn.utils.get_total_norm(gradients))
 
 
 def resume(folder: RunFolder, *, method: Method, optimizer: torch.optim.Optimizer, data_hash: str, world: World, reporter: Reporter) -> int:
