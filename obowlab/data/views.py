@@ -1,0 +1,289 @@
+"""The geometry and the random numbers of every view, as pure functions of (seed, epoch, image index).
+
+Nothing here keeps a state. Each number comes from Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as
+1, 2, 3", 2011), whose counter is (block, image index, epoch, stream and lane) and whose key is the run's seed. The same
+image in the same epoch therefore gets the same views on any number of workers, processes or restarts and from either
+loader backend, and starting an epoch in its middle costs nothing.
+
+Shapes: N images, V views of each: the original, `num_crops` crops and, where there are patches, the image they are cut
+from. Coordinates are pixels, rows first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+from itertools import permutations
+
+import numpy as np
+import numpy.typing as npt
+
+from obowlab.config import Views
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
+Words = npt.NDArray[np.uint32]
+
+
+class Stream(IntEnum):
+    """What a random number is drawn for; a number once given out is never used for anything else."""
+
+    ORDER = 0
+    ORIGINAL = 1
+    CROPS = 2
+    PATCH_SOURCE = 3
+    CROP_COLOUR = 4
+    PATCH_COLOUR = 5
+    PATCHES = 6
+    WORDS = 7
+    CUTMIX = 8
+    EPISODES = 9
+
+
+MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
+WEYL = (0x9E3779B9, 0xBB67AE85)
+ROUNDS = 10
+
+CROP_TRIES = 10
+CROP_RATIO = (3 / 4, 4 / 3)
+"""Tries and width-to-height range of torchvision's RandomResizedCrop, which the paper uses with its defaults."""
+
+GRID_SIDE = 3
+"""Patches are chosen from a grid of 3x3 (paper, appendix G)."""
+
+JITTER_ORDERS: Ints = np.array(list(permutations(range(4))), dtype=np.int64)
+"""The 24 orders in which brightness (0), contrast (1), saturation (2) and hue (3) may follow each other."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How V views are cut from each of N images: resize `boxes` to `resized`, keep the square at `windows`, then flip.
+
+    Attributes:
+        sizes: Side of the square kept, one per view.
+        boxes: Top, left, height and width of the source rectangle, [N, V, 4].
+        resized: Height and width that the rectangle is resized to, [N, V, 2].
+        windows: Top and left of the square within the resized rectangle, [N, V, 2].
+        flips: Whether the view is mirrored left to right (done by `photometric`), [N, V].
+    """
+
+    sizes: tuple[int, ...]
+    boxes: Ints
+    resized: Ints
+    windows: Ints
+    flips: Bools
+
+
+@dataclass(frozen=True)
+class Colour:
+    """Photometric parameters of K coloured views (the crops, then the patch source) of N images.
+
+    Attributes:
+        orders: Order of brightness, contrast, saturation and hue (0 to 3), [N, K, 4].
+        brightness: Factor, 1 where there is no jitter, [N, K]; likewise `contrast` and `saturation`.
+        hue: Shift in turns, in [-0.5, 0.5], 0 where there is no jitter, [N, K].
+        grayscale: Whether the view loses its colour, [N, K].
+        sigma: Standard deviation of the blur in pixels, 0 for none, [N, K].
+    """
+
+    orders: Ints
+    brightness: Floats
+    contrast: Floats
+    saturation: Floats
+    hue: Floats
+    grayscale: Bools
+    sigma: Floats
+
+
+# ------------------------------------------------------------------------------------------------------- random numbers
+
+
+def philox4x32(counter: Words, key: Words) -> Words:
+    """Return ten rounds of Philox 4x32 of every counter [N, 4] under one key [2]: random words [N, 4]."""
+    mask, half = np.uint64(0xFFFFFFFF), np.uint64(32)
+    c0, c1, c2, c3 = counter.astype(np.uint64).T
+    k0, k1 = int(key[0]), int(key[1])
+    for _ in range(ROUNDS):
+        first, second = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
+        c0, c1, c2, c3 = (second >> half) ^ c1 ^ np.uint64(k0), second & mask, (first >> half) ^ c3 ^ np.uint64(k1), first & mask
+        k0, k1 = (k0 + WEYL[0]) & 0xFFFFFFFF, (k1 + WEYL[1]) & 0xFFFFFFFF
+    return np.stack((c0, c1, c2, c3), axis=-1).astype(np.uint32)
+
+
+def random_words(*, seed: int, epoch: int, indices: Ints, stream: Stream, count: int, lane: int = 0) -> Words:
+    """Return `count` uniform 32-bit words for every index, [N, count], pure in (seed, epoch, index, stream, lane)."""
+    assert 0 <= seed < 2**64, f"seed {seed} is not an unsigned 64-bit number"
+    assert 0 <= epoch < 2**32, f"epoch {epoch} is not an unsigned 32-bit number"
+    assert 0 <= lane < 2**24, f"lane {lane} is not an unsigned 24-bit number"
+    indices = np.asarray(indices, dtype=np.int64)
+    blocks = -(-count // 4)
+    counter = np.empty((len(indices), blocks, 4), dtype=np.uint32)
+    counter[..., 0] = np.arange(blocks, dtype=np.uint32)
+    counter[..., 1] = indices[:, None]
+    counter[..., 2] = epoch
+    counter[..., 3] = int(stream) | lane << 8
+    key = np.array([seed & 0xFFFFFFFF, seed >> 32], dtype=np.uint32)
+    return philox4x32(counter.reshape(-1, 4), key).reshape(len(indices), blocks * 4)[:, :count]
+
+
+def uniforms(*, seed: int, epoch: int, indices: Ints, stream: Stream, count: int, lane: int = 0) -> Floats:
+    """Return `count` uniform numbers in [0, 1) for every index, [N, count], pure in (seed, epoch, index, stream, lane).
+
+    Args:
+        seed: The run's seed, an unsigned 64-bit number.
+        epoch: Epoch, or any other number that separates draws of one index.
+        indices: Image indices, [N], below 2^32.
+        stream: What the numbers are for.
+        count: Numbers per index.
+        lane: Separates draws of one stream, such as the views of one kind.
+    """
+    return (
+        random_words(seed=seed, epoch=epoch, indices=indices, stream=stream, count=count, lane=lane).astype(np.float64) * 2.0**-32
+    )
+
+
+def epoch_order(num_images: int, *, seed: int, epoch: int) -> Ints:
+    """Return the permutation of 0 .. num_images-1 in which an epoch visits its images.
+
+    It sorts 64-bit random keys, one per position, so any version of numpy gives the same permutation.
+    """
+    words = random_words(seed=seed, epoch=epoch, indices=np.arange(num_images), stream=Stream.ORDER, count=2).astype(np.uint64)
+    return np.argsort(words[:, 0] << np.uint64(32) | words[:, 1], kind="stable")
+
+
+# -------------------------------------------------------------------------------------------------------------- geometry
+
+
+def geometry(views: Views, *, seed: int, epoch: int, indices: Ints, heights: Ints, widths: Ints) -> Geometry:
+    """Return how every view of every image is cut in one epoch (paper, appendix G).
+
+    The original is Resize + CenterCrop; crops and the patch source are torchvision's RandomResizedCrop; each is flipped
+    with `flip_probability`.
+
+    Args:
+        views: Sizes and ranges.
+        seed: The run's seed.
+        epoch: Epoch, from 0.
+        indices: Image indices, [N].
+        heights: Heights of the images in pixels, [N].
+        widths: Widths of the images in pixels, [N].
+    """
+    centre = centre_geometry(views, heights=heights, widths=widths)
+    parts = [(centre.boxes[:, 0], uniforms(seed=seed, epoch=epoch, indices=indices, stream=Stream.ORIGINAL, count=1)[:, 0])]
+    sizes = [views.original_size]
+    lanes = [(Stream.CROPS, lane, views.crop_scale, views.crop_size) for lane in range(views.num_crops)]
+    if views.num_patches:
+        lanes.append((Stream.PATCH_SOURCE, 0, views.patch_scale, views.patch_source_size))
+    for stream, lane, scale, size in lanes:
+        draws = uniforms(seed=seed, epoch=epoch, indices=indices, stream=stream, count=2 * CROP_TRIES + 3, lane=lane)
+        parts.append((random_boxes(draws[:, :-1], heights=heights, widths=widths, scale=scale), draws[:, -1]))
+        sizes.append(size)
+    squares = np.broadcast_to(np.array(sizes[1:], dtype=np.int64)[None, :, None], (len(centre.boxes), len(lanes), 2))
+    return Geometry(
+        sizes=tuple(sizes),
+        boxes=np.stack([boxes for boxes, _ in parts], axis=1),
+        resized=np.concatenate([centre.resized, squares], axis=1),
+        windows=np.concatenate([centre.windows, np.zeros_like(squares)], axis=1),
+        flips=np.stack([draw < views.flip_probability for _, draw in parts], axis=1),
+    )
+
+
+def centre_geometry(views: Views, *, heights: Ints, widths: Ints) -> Geometry:
+    """Return the one view that evaluation uses: Resize(original_resize), CenterCrop(original_size), no flip.
+
+    Both round as torchvision does: the longer side of the resized image downwards, the window's corner half to even.
+    """
+    heights, widths = np.asarray(heights, dtype=np.int64), np.asarray(widths, dtype=np.int64)
+    shorter = np.minimum(heights, widths)
+    resized = np.stack((heights, widths), axis=-1)[:, None]
+    resized = (views.original_resize * resized / shorter[:, None, None]).astype(np.int64)
+    zeros = np.zeros_like(heights)
+    return Geometry(
+        sizes=(views.original_size,),
+        boxes=np.stack((zeros, zeros, heights, widths), axis=-1)[:, None],
+        resized=resized,
+        windows=np.rint((resized - views.original_size) / 2.0).astype(np.int64),
+        flips=np.zeros((len(heights), 1), dtype=np.bool_),
+    )
+
+
+def random_boxes(draws: Floats, *, heights: Ints, widths: Ints, scale: tuple[float, float]) -> Ints:
+    """Return torchvision's RandomResizedCrop rectangles, [N, 4]: top, left, height, width.
+
+    Area fraction uniform in `scale`, logarithm of width over height uniform in `CROP_RATIO`; the first of ten tries that
+    fits into the image, else the largest centred rectangle whose ratio is in range.
+
+    Args:
+        draws: Uniform numbers, [N, 22]: area and ratio of every try, then the position's row and column.
+        heights: Heights of the images, [N].
+        widths: Widths of the images, [N].
+        scale: Smallest and largest area as a fraction of the image's.
+    """
+    heights, widths = np.asarray(heights, dtype=np.int64), np.asarray(widths, dtype=np.int64)
+    tries = draws[:, : 2 * CROP_TRIES].reshape(-1, CROP_TRIES, 2)
+    area = (heights * widths)[:, None] * (scale[0] + tries[..., 0] * (scale[1] - scale[0]))
+    low, high = np.log(CROP_RATIO)
+    ratio = np.exp(low + tries[..., 1] * (high - low))
+    box_widths = np.rint(np.sqrt(area * ratio)).astype(np.int64)
+    box_heights = np.rint(np.sqrt(area / ratio)).astype(np.int64)
+    fits = (box_widths > 0) & (box_widths <= widths[:, None]) & (box_heights > 0) & (box_heights <= heights[:, None])
+    rows, first = np.arange(len(heights)), fits.argmax(axis=1)
+    found = fits[rows, first]
+
+    # No try fits: the whole image, cut in the middle to the nearest allowed ratio.
+    whole = widths / heights
+    height = np.where(whole < CROP_RATIO[0], np.rint(widths / CROP_RATIO[0]).astype(np.int64), heights)
+    width = np.where(whole > CROP_RATIO[1], np.rint(heights * CROP_RATIO[1]).astype(np.int64), widths)
+    height = np.where(found, box_heights[rows, first], height)
+    width = np.where(found, box_widths[rows, first], width)
+    free_rows, free_columns = heights - height, widths - width
+    top = np.where(found, (draws[:, -2] * (free_rows + 1)).astype(np.int64), free_rows // 2)
+    left = np.where(found, (draws[:, -1] * (free_columns + 1)).astype(np.int64), free_columns // 2)
+    return np.stack((top, left, height, width), axis=-1)
+
+
+# ------------------------------------------------------------------------------------------------------ colour and patches
+
+
+def colour(views: Views, *, seed: int, epoch: int, indices: Ints) -> Colour:
+    """Return the photometric parameters of the coloured views (paper, appendix G); patches of one image share theirs."""
+    lanes = [(Stream.CROP_COLOUR, lane, views.blur_probability) for lane in range(views.num_crops)]
+    if views.num_patches:
+        lanes.append((Stream.PATCH_COLOUR, 0, 0.0))  # the paper blurs no patches
+    draws = [uniforms(seed=seed, epoch=epoch, indices=indices, stream=stream, count=9, lane=lane) for stream, lane, _ in lanes]
+    u = np.stack(draws, axis=1)
+    jittered = u[..., 0] < views.jitter_probability
+    blurred = u[..., 7] < np.array([probability for _, _, probability in lanes])
+
+    def factor(draw: Floats, strength: float) -> Floats:
+        low, high = max(0.0, 1.0 - strength), 1.0 + strength
+        return np.where(jittered, low + draw * (high - low), 1.0)
+
+    low, high = views.blur_sigma
+    return Colour(
+        orders=JITTER_ORDERS[(u[..., 1] * len(JITTER_ORDERS)).astype(np.int64)],
+        brightness=factor(u[..., 2], views.brightness),
+        contrast=factor(u[..., 3], views.contrast),
+        saturation=factor(u[..., 4], views.saturation),
+        hue=np.where(jittered, (2.0 * u[..., 5] - 1.0) * views.hue, 0.0),
+        grayscale=u[..., 6] < views.grayscale_probability,
+        sigma=np.where(blurred, low + u[..., 8] * (high - low), 0.0),
+    )
+
+
+def patch_positions(views: Views, *, seed: int, epoch: int, indices: Ints) -> Ints:
+    """Return top and left of the patches in their (flipped) source, [N, num_patches, 2].
+
+    The source is split into 3x3 overlapping cells; a patch is shifted in its cell by 0 to `patch_jitter` pixels, and
+    `num_patches` of the nine cells are kept in random order (all nine in reading order, as in appendix G).
+    """
+    cells = GRID_SIDE**2
+    u = uniforms(seed=seed, epoch=epoch, indices=indices, stream=Stream.PATCHES, count=3 * cells)
+    offset = (views.patch_source_size - views.patch_size - views.patch_jitter) // (GRID_SIDE - 1)
+    jitter = (u[:, : 2 * cells] * (views.patch_jitter + 1)).astype(np.int64).reshape(-1, cells, 2)
+    corners = np.stack(np.divmod(np.arange(cells), GRID_SIDE), axis=-1) * offset + jitter
+    if views.num_patches == cells:
+        return corners
+    kept = np.argsort(u[:, 2 * cells :], axis=1, kind="stable")[:, : views.num_patches]
+    return np.take_along_axis(corners, kept[..., None], axis=1)
