@@ -1,0 +1,1 @@
+"""Images in: prepared data sets, views, loaders."""

@@ -1,0 +1,227 @@
+"""Prepared data sets: which are known, what a split holds, and how to open one. No ffcv, no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from obowlab.data import synthetic
+from obowlab.data.beton import damaged, mend, read_index
+from obowlab.data.preparation import Plan, PrepareReport, Progress, plan_prepare, prepare, prepare_synthetic, synthetic_manifests
+from obowlab.data.sources import LAYOUT, SPLITS
+from obowlab.data.store import Manifest, Skipped, beton_path, check_name, read_manifest
+from obowlab.errors import UserError
+
+__all__ = [
+    "DATASETS",
+    "DatasetInfo",
+    "Listing",
+    "Manifest",
+    "Plan",
+    "PrepareReport",
+    "Progress",
+    "Skipped",
+    "Split",
+    "list_datasets",
+    "open_split",
+    "plan_prepare",
+    "prepare",
+    "subset",
+]
+
+
+@dataclass(frozen=True)
+class DatasetInfo:
+    """A data set the recipes know: what it is and how to come by it."""
+
+    name: str
+    title: str
+    num_classes: int
+    num_images: dict[str, int]
+    """Images of each split when nothing is missing."""
+    layout: str
+    obtain: str
+    """What to do to have it, in one or two sentences."""
+
+
+DATASETS: dict[str, DatasetInfo] = {
+    info.name: info
+    for info in (
+        DatasetInfo(
+            name="imagenet",
+            title="ImageNet, ILSVRC 2012: photographs of 1000 classes",
+            num_classes=1000,
+            num_images={"train": 1_281_167, "val": 50_000},
+            layout=LAYOUT,
+            obtain=(
+                "Register at image-net.org and accept its terms, unpack the training and validation archives into train/CLASS "
+                "and val/CLASS (val has one folder per class too), then `obowlab data prepare imagenet --source DIR`."
+            ),
+        ),
+        DatasetInfo(
+            name="tinyimagenet100",
+            title="100 classes of Tiny ImageNet: photographs of 64x64 pixels",
+            num_classes=100,
+            num_images={"train": 20_000, "val": 5_000},
+            layout=LAYOUT,
+            obtain=(
+                "From Tiny ImageNet's training images, take 100 classes, 200 images of each for train/CLASS and 50 for "
+                "val/CLASS, as a folder or a .tar, then `obowlab data prepare tinyimagenet100 --source DIR`."
+            ),
+        ),
+        DatasetInfo(
+            name=synthetic.NAME,
+            title="Drawn scenes of recurring parts; a class is a combination of parts, never a colour",
+            num_classes=len(synthetic.CLASS_NAMES),
+            num_images={split: synthetic.num_images(split) for split in SPLITS},
+            layout="drawn by obowlab",
+            obtain="Nothing to do: it is drawn on first use.",
+        ),
+    )
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """One prepared split of N images in their fixed order: position = image index.
+
+    The file is mapped into memory on first use, in every process that uses it, so a Split is cheap to copy and to send.
+    """
+
+    dataset: str
+    name: str
+    path: Path
+    class_names: tuple[str, ...]
+    labels: NDArray[np.int64]
+    heights: NDArray[np.int32]
+    widths: NDArray[np.int32]
+    content_hash: str
+    """SHA-256 (hex) over the label and the JPEG bytes of every image in order."""
+    pointers: NDArray[np.int64] = field(repr=False)
+    sizes: NDArray[np.int64] = field(repr=False)
+
+    @property
+    def num_images(self) -> int:
+        """N."""
+        return len(self.labels)
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the data set, whether or not this split has images of each."""
+        return len(self.class_names)
+
+    def jpeg(self, index: int) -> memoryview:
+        """Return the JPEG bytes of one image, not copied."""
+        assert 0 <= index < self.num_images
+        start = int(self.pointers[index])
+        return self._bytes[start : start + int(self.sizes[index])].data
+
+    @cached_property
+    def _bytes(self) -> np.memmap[Any, np.dtype[np.uint8]]:
+        return np.memmap(self.path, np.uint8, mode="r")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_bytes"}
+
+
+def open_split(dataset: str, split: str, *, data_root: Path) -> Split:
+    """Open a prepared split; `synthetic` is drawn first if it is not there.
+
+    Raises:
+        UserError: it was not prepared, or its files are damaged or do not belong together.
+    """
+    check_name(dataset)
+    assert split in SPLITS
+    if dataset == synthetic.NAME and synthetic_manifests(data_root) is None:
+        prepare_synthetic(data_root=data_root)
+    return _open(dataset, split, data_root)
+
+
+def _open(dataset: str, split: str, data_root: Path) -> Split:
+    manifest = read_manifest(data_root, dataset, split)
+    if manifest is None:
+        raise UserError(_not_prepared(dataset, split, data_root))
+    path = beton_path(data_root, dataset, split)
+    try:
+        if path.stat().st_size != manifest.file_bytes:
+            raise damaged(path, f"{path.stat().st_size} bytes where {manifest.file_bytes} were written")
+        index = read_index(path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): mend that, or {mend(dataset)}.") from None
+    if index.stamp != manifest.content_hash or len(index.labels) != manifest.num_images:
+        raise damaged(path, "it does not belong to the manifest beside it")
+    if index.labels.max() >= len(manifest.class_names):
+        raise damaged(path, f"label {index.labels.max()} where the manifest names {len(manifest.class_names)} classes")
+    return Split(
+        dataset=dataset,
+        name=split,
+        path=path,
+        class_names=manifest.class_names,
+        labels=index.labels,
+        heights=index.heights,
+        widths=index.widths,
+        content_hash=manifest.content_hash,
+        pointers=index.pointers,
+        sizes=index.sizes,
+    )
+
+
+def subset(split: Split, *, images_per_class: int | None) -> NDArray[np.int64]:
+    """Return the int64 indices [n] of the first `images_per_class` images of every class (all if None), in order.
+
+    Images are sorted by class and file name, so 260 of ImageNet's are the paper's "20 %" as the authors take it (SPEC section 3).
+    """
+    indices = np.arange(split.num_images, dtype=np.int64)
+    if images_per_class is None:
+        return indices
+    assert images_per_class >= 1
+    order = np.argsort(split.labels, kind="stable")
+    starts = np.searchsorted(split.labels[order], np.arange(split.num_classes))
+    rank = np.empty_like(indices)
+    rank[order] = indices - starts[split.labels[order]]
+    return indices[rank < images_per_class]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A known or prepared data set as `obowlab data list` shows it."""
+
+    name: str
+    info: DatasetInfo | None
+    manifests: tuple[Manifest, ...]
+    """Of the prepared splits; empty if it is not prepared."""
+    problem: str | None
+    """Why it cannot be used although something is there."""
+
+
+def list_datasets(data_root: Path) -> tuple[Listing, ...]:
+    """Return all known data sets, then all others that are prepared under the data root."""
+    folders = [path.name for path in sorted(data_root.iterdir()) if path.is_dir()] if data_root.is_dir() else []
+    others = [name for name in folders if name not in DATASETS and not name.startswith(".")]
+    listings = []
+    for name in (*DATASETS, *others):
+        problem = None
+        manifests: list[Manifest] = []
+        for split in SPLITS:
+            try:
+                manifest = read_manifest(data_root, name, split)
+                if manifest is not None:
+                    manifests.append(manifest)
+                    _open(name, split, data_root)
+            except UserError as error:
+                problem = problem or str(error)
+        if manifests or problem or name in DATASETS:
+            listings.append(Listing(name=name, info=DATASETS.get(name), manifests=tuple(manifests), problem=problem))
+    return tuple(listings)
+
+
+def _not_prepared(dataset: str, split: str, data_root: Path) -> str:
+    other = next((name for name in SPLITS if name != split and read_manifest(data_root, dataset, name) is not None), None)
+    if other is not None:
+        return f"'{dataset}' has no {split} images in {data_root}: prepare a source with {split}/ under another name."
+    return f"'{dataset}' is not prepared in {data_root}: `obowlab data prepare {dataset} --source DIR` (or set --data-root)."
