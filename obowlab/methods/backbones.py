@@ -1,0 +1,90 @@
+"""torchvision's ResNets (v1.5) with named levels, a stem for small images and a width."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+
+import torch
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from obowlab.config import Backbone, Level
+
+ARCHITECTURES: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]] = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet34": (BasicBlock, (3, 4, 6, 3)),
+    "resnet50": (Bottleneck, (3, 4, 6, 3)),
+}
+
+LEVELS: dict[Level, str] = {"conv4": "layer3", "conv5": "layer4"}
+"""The paper's names of the levels and torchvision's names of the layers that end there."""
+
+
+class ResNet(nn.Module):
+    """A ResNet without classifier, whose parameters bear torchvision's names (`conv1`, `bn1`, `layer1` to `layer4`).
+
+    Attributes:
+        num_features: channels of the pooled feature, c in the paper.
+        level_channels: channels of every level's map.
+    """
+
+    def __init__(self, arch: str, *, stem: str = "imagenet", width: int = 64):
+        super().__init__()
+        block, depths = ARCHITECTURES[arch]
+        if stem == "small":
+            self.conv1 = nn.Conv2d(3, width, kernel_size=3, stride=1, padding=1, bias=False)
+            self.maxpool: nn.Module = nn.Identity()
+        else:
+            self.conv1 = nn.Conv2d(3, width, kernel_size=7, stride=2, padding=3, bias=False)
+            self.maxpool = nn.MaxPool2d(kernel_size=3, stride=2, padding=1)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        stages = [width * factor for factor in (1, 2, 4, 8)]
+        outputs = [planes * block.expansion for planes in stages]
+        self.layer1 = _stage(block, width, stages[0], depth=depths[0], stride=1)
+        self.layer2 = _stage(block, outputs[0], stages[1], depth=depths[1], stride=2)
+        self.layer3 = _stage(block, outputs[1], stages[2], depth=depths[2], stride=2)
+        self.layer4 = _stage(block, outputs[2], stages[3], depth=depths[3], stride=2)
+        self.num_features = outputs[3]
+        self.level_channels: dict[Level, int] = {"conv4": outputs[2], "conv5": outputs[3]}
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the globally averaged last map, [B, num_features]."""
+        return self.levels(images, ())[1]
+
+    def levels(self, images: Tensor, names: Collection[Level]) -> tuple[dict[Level, Tensor], Tensor]:
+        """Return the maps of the named levels, [B, C, H, W] each, and the pooled feature, [B, num_features]."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
+        x = self.layer2(self.layer1(x))
+        conv4 = self.layer3(x)
+        conv5 = self.layer4(conv4)
+        maps: dict[Level, Tensor] = {"conv4": conv4, "conv5": conv5}
+        return {name: maps[name] for name in names}, conv5.mean(dim=(2, 3))
+
+
+def _stage(block: type[BasicBlock] | type[Bottleneck], inputs: int, planes: int, *, depth: int, stride: int) -> nn.Sequential:
+    """Return torchvision's residual blocks of one resolution; the first one may halve it."""
+    outputs = planes * block.expansion
+    shortcut = None
+    if stride != 1 or inputs != outputs:
+        shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, kernel_size=1, stride=stride, bias=False), nn.BatchNorm2d(outputs))
+    return nn.Sequential(block(inputs, planes, stride, shortcut), *(block(outputs, planes) for _ in range(depth - 1)))
+
+
+def build_backbone(cfg: Backbone, *, seed: int | None = None) -> ResNet:
+    """Build the encoder; with a seed its weights are a function of it alone and torch's generator is left untouched."""
+    if seed is None:
+        return ResNet(cfg.arch, stem=cfg.stem, width=cfg.width)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return ResNet(cfg.arch, stem=cfg.stem, width=cfg.width)
+
+
+def map_size(cfg: Backbone, *, level: Level, image_size: int) -> int:
+    """Return the side of a level's feature map for square images: every halving rounds up."""
+    halvings = {"conv4": 2, "conv5": 3}[level] + (2 if cfg.stem == "imagenet" else 0)
+    return math.ceil(image_size / (1 << halvings))

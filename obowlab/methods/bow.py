@@ -1,0 +1,231 @@
+"""The mathematics of online bags of visual words: pure functions of tensors (SPEC section 1, paper section 3).
+
+Shape suffixes, one letter per dimension:
+
+    B  images of the batch              K  visual words of the vocabulary
+    V  views of one image and kind      C  channels of the teacher's level
+    U  locations of a feature map       D  channels of the student's feature
+    H, W  height, width                 N  any number of rows
+
+Distances decide everything here and cancel to noise in reduced precision, so they are taken in float32 (or in the
+wider type of the features) with autocast and TF32 off, whatever the encoder runs in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+KEPT_ELEMENTS = 1 << 25
+"""Distances of a whole batch are kept for a second look up to this number (128 MiB); beyond it they are taken twice."""
+
+CHUNK_ELEMENTS = 1 << 20
+"""Distances of so many (location, word) pairs are made at a time: 4 MiB stay in the cache. One image is the least."""
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Switch autocast and TF32 off, then restore both."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Widen half-precision values to float32; leave float32 and float64 alone."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+# --------------------------------------------------------------------------------------------------------------- teacher
+
+
+def crop_border(map_BCHW: Tensor, *, border: int) -> Tensor:
+    """Drop `border` pixels on each side of a feature map."""
+    height, width = map_BCHW.shape[-2:]
+    return map_BCHW[..., border : height - border, border : width - border]
+
+
+def squared_distances(features_NC: Tensor, words_KC: Tensor) -> Tensor:
+    """Return the squared Euclidean distance of every feature to every word, [N, K], never negative."""
+    features_NC, words_KC = at_least_float32(features_NC), at_least_float32(words_KC)
+    with full_precision(words_KC.device):
+        dist_NK = torch.addmm(words_KC.square().sum(1), features_NC, words_KC.T, alpha=-2)
+        return dist_NK.add_(features_NC.square().sum(1, keepdim=True)).clamp_(min=0)
+
+
+class Distances:
+    """Squared distances of a batch's locations to the words, in chunks of whole images.
+
+    They are needed more than once: mu_MSD is updated from the nearest word of *every* location before the first code is
+    made. A small batch keeps its distances; a large one computes them again, which is cheaper than its memory.
+    """
+
+    def __init__(
+        self, local_BUC: Tensor, words_KC: Tensor, *, kept_elements: int = KEPT_ELEMENTS, chunk_elements: int = CHUNK_ELEMENTS
+    ):
+        num_images, num_locations, _ = local_BUC.shape
+        self.local_BUC = at_least_float32(local_BUC)
+        self.words_KC = at_least_float32(words_KC)
+        per_image = num_locations * words_KC.shape[0]
+        self.images_per_chunk = max(1, chunk_elements // per_image)
+        self._kept: dict[int, Tensor] | None = {} if num_images * per_image <= kept_elements else None
+
+    def chunks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Yield (images, dist_BUK) until every image was seen; the last reader may overwrite what it is given."""
+        for start in range(0, len(self.local_BUC), self.images_per_chunk):
+            images = slice(start, start + self.images_per_chunk)
+            dist_BUK = None if self._kept is None else self._kept.get(start)
+            if dist_BUK is None:
+                local_BUC = self.local_BUC[images]
+                dist_BUK = squared_distances(local_BUC.flatten(0, 1), self.words_KC).view(*local_BUC.shape[:2], -1)
+                if self._kept is not None:
+                    self._kept[start] = dist_BUK
+            yield images, dist_BUK
+
+    def nearest(self) -> tuple[Tensor, Tensor]:
+        """Return the squared distance to the nearest word and its number, both [B, U]."""
+        found = [dist_BUK.min(dim=-1) for _, dist_BUK in self.chunks()]
+        return torch.cat([each.values for each in found]), torch.cat([each.indices for each in found])
+
+    def mean(self) -> Tensor:
+        """Return the mean over all pairs, without making them: E|x|² + E|v|² − 2 E[x]·E[v]."""
+        local_NC = self.local_BUC.flatten(0, 1)
+        cross = (local_NC.mean(0) * self.words_KC.mean(0)).sum()
+        return local_NC.square().sum(1).mean() + self.words_KC.square().sum(1).mean() - 2 * cross
+
+
+def soft_codes(dist_BUK: Tensor, *, delta: Tensor) -> Tensor:
+    """Return the soft assignment of every location (eq. 4), in the memory of the distances."""
+    return torch.softmax(dist_BUK.mul_(-1 / delta), dim=-1, out=dist_BUK)
+
+
+def pool(codes_BUK: Tensor, *, pooling: str) -> Tensor:
+    """Reduce the codes of an image's locations to one vector, [B, K]."""
+    return codes_BUK.amax(dim=1) if pooling == "max" else codes_BUK.mean(dim=1)
+
+
+def soft_bow(distances: Distances, *, delta: Tensor, pooling: str) -> Tensor:
+    """Return the BoW targets of soft codes, [B, K], rows summing to 1."""
+    pooled = [pool(soft_codes(dist_BUK, delta=delta), pooling=pooling) for _, dist_BUK in distances.chunks()]
+    return F.normalize(torch.cat(pooled), p=1, dim=1)
+
+
+def hard_bow(nearest_BU: Tensor, *, num_words: int, pooling: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return the BoW targets of one-hot codes, [B, K], rows summing to 1."""
+    ones_BU = torch.ones_like(nearest_BU, dtype=dtype)
+    target_BK = ones_BU.new_zeros(len(nearest_BU), num_words)
+    if pooling == "max":
+        target_BK.scatter_(1, nearest_BU, ones_BU)
+    else:
+        target_BK.scatter_add_(1, nearest_BU, ones_BU)
+    return F.normalize(target_BK, p=1, dim=1)
+
+
+def next_msd(msd: Tensor, mean_nearest: Tensor, *, momentum: float) -> Tensor:
+    """Return mu_MSD after one step: the moving average of the mean squared distance to the nearest word."""
+    return momentum * msd + (1 - momentum) * mean_nearest
+
+
+# ------------------------------------------------------------------------------------------------------------ vocabulary
+
+
+def pick_locations(draws_B: Tensor, vectors_BUC: Tensor) -> Tensor:
+    """Return one location's vector per image, [B, C], at floor(draw · U); draws are uniform in [0, 1)."""
+    num_locations = vectors_BUC.shape[1]
+    # A draw next to 1 can round up to U.
+    index_B = (draws_B * num_locations).long().clamp(max=num_locations - 1)
+    return vectors_BUC[torch.arange(len(index_B), device=index_B.device), index_B]
+
+
+def queue_vectors(map_BCHW: Tensor, *, kind: str, draws_B: Tensor) -> Tensor:
+    """Return the vector each image offers to the queue, [B, C] (paper section 3.1, choices a, b, c).
+
+    Args:
+        map_BCHW: border-cropped teacher map; at least 3x3 for `local_average`.
+        kind: `local` (a random location), `global_average`, or `local_average` (3x3 means, then a random one).
+        draws_B: uniforms in [0, 1), one per image.
+    """
+    if kind == "global_average":
+        return map_BCHW.mean(dim=(2, 3))
+    if kind == "local_average":
+        map_BCHW = F.avg_pool2d(map_BCHW, kernel_size=3, stride=1)
+    return pick_locations(draws_B, map_BCHW.flatten(2).transpose(1, 2))
+
+
+def queue_slots(pointer: Tensor, *, num_vectors: int, num_words: int) -> Tensor:
+    """Return where the newest min(num_vectors, num_words) of `num_vectors` vectors go in a ring of `num_words`.
+
+    As if they were inserted one by one from `pointer` on: of more vectors than slots, the newest survive.
+    """
+    first = max(0, num_vectors - num_words)
+    return (pointer + torch.arange(first, num_vectors, device=pointer.device)) % num_words
+
+
+def word_sums(local_NC: Tensor, nearest_N: Tensor, *, num_words: int) -> tuple[Tensor, Tensor]:
+    """Return how many features are nearest to each word, [K], and their sum, [K, C] (n and m of eqs. 6 and 7)."""
+    counts_K = local_NC.new_zeros(num_words).index_add_(0, nearest_N, local_NC.new_ones(len(nearest_N)))
+    sums_KC = local_NC.new_zeros(num_words, local_NC.shape[1]).index_add_(0, nearest_N, local_NC)
+    return counts_K, sums_KC
+
+
+def sinkhorn(distances: Distances, *, epsilon: Tensor, iterations: int, gather: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return the words' potentials f, [K], of the balanced assignment (appendix D): code = softmax_k(f_k − D_uk / ε).
+
+    Alternate the two marginals in the log domain: every location has one unit of mass (the softmax), every word the same
+    share of all. Starting and ending with the locations, each code sums to 1; the words are balanced as far as
+    `iterations` got. Distances are read once per iteration, in chunks.
+
+    Args:
+        distances: of this process's images.
+        epsilon: temperature, in the unit of the distances.
+        iterations: at least 1.
+        gather: concatenates a tensor over the processes; makes the words' shares global.
+    """
+    potential_K = distances.words_KC.new_zeros(len(distances.words_KC))
+    for _ in range(iterations):
+        mass = [
+            balanced_log_codes(dist, potential_K, epsilon=epsilon).flatten(0, 1).logsumexp(0) for _, dist in distances.chunks()
+        ]
+        log_mass_K = gather(torch.stack(mass).logsumexp(0, keepdim=True)).logsumexp(0)
+        potential_K = potential_K - log_mass_K
+        potential_K -= potential_K.mean()  # a constant changes no code; kept near 0
+    return potential_K
+
+
+def balanced_log_codes(dist_BUK: Tensor, potential_K: Tensor, *, epsilon: Tensor) -> Tensor:
+    """Return the logarithm of every location's balanced code."""
+    return torch.log_softmax(potential_K - dist_BUK / epsilon, dim=-1)
+
+
+# ------------------------------------------------------------------------------------------------- prediction and loss
+
+
+def bow_logits(features_NC: Tensor, weights_KC: Tensor, *, kappa: Tensor | float) -> Tensor:
+    """Return the logits of the predicted BoW, kappa · s · G(V)ᵀ (eqs. 1 and 5), [N, K]."""
+    features_NC, weights_KC = at_least_float32(features_NC), at_least_float32(weights_KC)
+    with full_precision(features_NC.device):
+        return (kappa * features_NC) @ weights_KC.T
+
+
+def cross_entropy(log_prediction_BVK: Tensor, target_BK: Tensor) -> Tensor:
+    """Return eq. 2 averaged over images and their views: each view must predict the whole BoW on its own."""
+    return -(log_prediction_BVK.mean(dim=1) * target_BK).sum(dim=1).mean()
+
+
+def entropy(probability: Tensor) -> Tensor:
+    """Return the entropy of the last dimension in nats; 0 log 0 is 0."""
+    terms: Tensor = torch.special.entr(probability)
+    return terms.sum(-1)
+
+
+def perplexity(probability: Tensor) -> Tensor:
+    """Return exp(entropy): how many equally likely words would be as uncertain."""
+    return entropy(probability).exp()

@@ -1,0 +1,234 @@
+"""OBoW: a student predicts, from small crops, the bag of visual words its teacher sees in the whole image (SPEC section 1)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from obowlab.config import Backbone, Level, Obow, Views
+from obowlab.errors import UserError
+from obowlab.methods import bow
+from obowlab.methods.backbones import ResNet, build_backbone, map_size
+from obowlab.methods.protocol import Comm, StepOutput
+from obowlab.methods.schedules import teacher_momentum
+from obowlab.methods.vocabulary import VOCABULARIES, Reading, Vocabulary
+
+
+class DynamicHead(nn.Module):
+    """G of eq. 5: an MLP that turns the current words into the weights that predict them.
+
+    L2-normalise, Linear, BatchNorm1d (the authors' code has it, the paper does not mention it), ReLU, Linear, L2-normalise.
+    Its batch norm sees the same words on every process and must stay unsynchronised.
+    """
+
+    def __init__(self, method: Obow, *, num_channels: int, num_features: int):
+        super().__init__()
+        hidden = 2 * num_features
+        self.fc1 = nn.Linear(num_channels, hidden, bias=not method.head_batchnorm)
+        self.norm = nn.BatchNorm1d(hidden) if method.head_batchnorm else nn.Identity()
+        self.fc2 = nn.Linear(hidden, num_features)
+        self.kappa = nn.Parameter(torch.tensor(method.kappa), requires_grad=method.learn_kappa)
+
+    def forward(self, words_KC: Tensor) -> Tensor:
+        """Return one unit vector of prediction weights per word, [K, D]."""
+        hidden = F.relu(self.norm(self.fc1(F.normalize(words_KC, dim=1))), inplace=True)
+        return F.normalize(bow.at_least_float32(self.fc2(hidden)), dim=1)
+
+
+class FixedHead(nn.Module):
+    """The linear layer of eq. 1, without kappa and bias: a weight vector per slot of the vocabulary, whatever word is in it."""
+
+    kappa: Tensor
+
+    def __init__(self, method: Obow, *, num_features: int):
+        super().__init__()
+        self.fc = nn.Linear(num_features, method.num_words, bias=False)
+        self.register_buffer("kappa", torch.tensor(1.0), persistent=False)
+
+    def forward(self, words_KC: Tensor) -> Tensor:
+        """Return the weights, [K, D]; the words do not matter."""
+        return self.fc.weight
+
+
+class Monitor(nn.Module):
+    """A linear classifier on detached teacher features: how linearly separable the classes are, while training goes on."""
+
+    def __init__(self, *, num_features: int, num_classes: int):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(num_features, affine=False)
+        self.fc = nn.Linear(num_features, num_classes)
+
+    def forward(self, features_BD: Tensor) -> Tensor:
+        """Return the logits of the classes."""
+        return cast(Tensor, self.fc(self.norm(bow.at_least_float32(features_BD.detach()))))
+
+
+class OBoW(nn.Module):
+    """One call is one training step without its backward pass, in the order that SPEC pins.
+
+    Attributes:
+        num_draws: uniforms a step needs per image: one per level.
+    """
+
+    def __init__(
+        self,
+        method: Obow,
+        *,
+        backbone: Backbone,
+        total_steps: int,
+        seed: int,
+        num_classes: int | None,
+        comm: Comm,
+    ):
+        super().__init__()
+        self.method = method
+        self.total_steps = total_steps
+        self.comm = comm
+        self.num_draws = len(method.levels)
+        self.student = build_backbone(backbone, seed=seed)
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed + 1)  # the student's weights are a function of the seed alone: see build_backbone
+            channels, features = self.student.level_channels, self.student.num_features
+            make_vocabulary = VOCABULARIES[method.vocabulary]
+            self.vocabularies = nn.ModuleDict(
+                {level: make_vocabulary(method, num_channels=channels[level]) for level in method.levels}
+            )
+            self.heads = nn.ModuleDict(
+                {
+                    level: DynamicHead(method, num_channels=channels[level], num_features=features)
+                    if method.head == "dynamic"
+                    else FixedHead(method, num_features=features)
+                    for level in method.levels
+                }
+            )
+            self.monitor = Monitor(num_features=features, num_classes=num_classes) if num_classes is not None else None
+
+    @property
+    def encoder(self) -> ResNet:
+        """The network this method is for: the student."""
+        return self.student
+
+    def param_groups(self, *, weight_decay: float) -> list[dict[str, Any]]:
+        """Return the optimiser's groups: student and heads, then the monitor if there is one."""
+        learnt = [p for part in (self.student, self.heads) for p in part.parameters() if p.requires_grad]
+        groups: list[dict[str, Any]] = [{"name": "method", "params": learnt, "weight_decay": weight_decay}]
+        if self.monitor is not None:
+            groups.append({"name": "monitor", "params": list(self.monitor.parameters()), "weight_decay": weight_decay})
+        return groups
+
+    def forward(
+        self, original: Tensor, views: Mapping[str, Tensor], *, step: int, draws: Tensor, labels: Tensor | None = None
+    ) -> StepOutput:
+        """Do one training step up to its loss; teacher and vocabularies move on.
+
+        Args:
+            original: teacher's view, [B, 3, S, S].
+            views: kind of view (`crops`, `patches`) to the student's views, [B·V, 3, s, s], all views of an image together.
+            step: number of this step, from 0.
+            draws: uniforms in [0, 1), [B, num_draws].
+            labels: classes of the images, [B]; only the monitor sees them.
+
+        Raises:
+            UserError: a cropped feature map is too small for the vocabulary.
+        """
+        num_images = len(original)
+        draws = draws.to(original.device)
+        # (1, 2) The student meets the crops; its predictions are made with the words as they are before this step.
+        features = {kind: self.student(images) for kind, images in views.items()}
+        weights = {level: head(vocabulary.words) for level, vocabulary, head in self._levels()}
+        # (3) The teacher follows, before it looks.
+        momentum = self._move_teacher(step)
+        # (4) In train mode: its batch norms use the statistics of this batch.
+        with torch.no_grad():
+            maps, pooled = self.teacher.levels(original, self.method.levels)
+        # (5 - 9)
+        readings: dict[Level, Reading] = {}
+        metrics: dict[str, Tensor] = {}
+        for index, (level, vocabulary, head) in enumerate(self._levels()):
+            _refuse_small_map(self.method, level=level, size=min(maps[level].shape[-2:]))
+            age = vocabulary.mean_age(step=step)
+            reading = vocabulary.read(maps[level], draws_B=draws[:, index], step=step, comm=self.comm)
+            readings[level] = reading
+            metrics[f"distance_{level}"] = reading.mean_nearest
+            metrics[f"msd_{level}"] = vocabulary.msd.clone()
+            metrics[f"words_used_{level}"] = reading.words_used
+            metrics[f"word_age_{level}"] = age
+            metrics[f"kappa_{level}"] = head.kappa.detach().clone()
+            metrics |= _target_metrics(reading.targets, level=level)
+        # (10) Mean over levels, mean over the views of a kind, sum over kinds.
+        loss = torch.zeros((), device=original.device)
+        prediction_entropies: dict[Level, list[Tensor]] = {level: [] for level in self.method.levels}
+        for kind, features_ND in features.items():
+            losses = []
+            for level, _, head in self._levels():
+                logits_NK = bow.bow_logits(features_ND, weights[level], kappa=head.kappa)
+                log_prediction_NK = torch.log_softmax(logits_NK, dim=-1)
+                losses.append(
+                    bow.cross_entropy(log_prediction_NK.view(num_images, -1, self.method.num_words), readings[level].targets)
+                )
+                with torch.no_grad():
+                    prediction_entropies[level].append(bow.entropy(log_prediction_NK.exp()))
+            metrics[f"loss_{kind}"] = torch.stack(losses).mean()
+            loss = loss + metrics[f"loss_{kind}"]
+        metrics["loss"] = loss
+        target_entropy = torch.stack([metrics[f"target_entropy_{level}"] for level in self.method.levels]).mean()
+        metrics["loss_kl"] = loss - len(views) * target_entropy
+        for level, entropies in prediction_entropies.items():
+            metrics[f"prediction_entropy_{level}"] = torch.cat(entropies).mean()
+        metrics["teacher_momentum"] = torch.full((), momentum, device=original.device)
+        if self.monitor is not None and labels is not None:
+            logits = self.monitor(pooled)
+            monitor_loss = F.cross_entropy(logits, labels)
+            metrics["monitor_loss"] = monitor_loss
+            metrics["monitor_accuracy"] = 100.0 * (logits.argmax(dim=1) == labels).float().mean()
+            loss = loss + monitor_loss
+        return StepOutput(loss=loss, metrics={name: value.detach() for name, value in metrics.items()})
+
+    def _levels(self) -> Iterator[tuple[Level, Vocabulary, DynamicHead | FixedHead]]:
+        for level in self.method.levels:
+            yield level, cast(Vocabulary, self.vocabularies[level]), cast("DynamicHead | FixedHead", self.heads[level])
+
+    @torch.no_grad()
+    def _move_teacher(self, step: int) -> float:
+        """Move the teacher's parameters towards the student's (eq. 3); its batch-norm statistics are its own."""
+        method = self.method
+        alpha = teacher_momentum(
+            step, start=method.teacher_momentum, schedule=method.teacher_momentum_schedule, total_steps=self.total_steps
+        )
+        torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()), 1.0 - alpha)
+        return alpha
+
+
+def check_views(method: Obow, *, backbone: Backbone, views: Views) -> None:
+    """Refuse, before anything is loaded, feature maps that are too small for the vocabulary.
+
+    Raises:
+        UserError: the border leaves nothing, or less than the 3x3 that `local_average` averages.
+    """
+    for level in method.levels:
+        _refuse_small_map(method, level=level, size=map_size(backbone, level=level, image_size=views.original_size))
+
+
+def _refuse_small_map(method: Obow, *, level: Level, size: int) -> None:
+    needed = 3 if method.vocabulary == "queue" and method.queue_vector == "local_average" else 1
+    left = max(0, size - 2 * method.border)
+    if left < needed:
+        raise UserError(
+            f"The {level} map of the original view is {size}x{size} and method.border = {method.border} leaves {left}x{left}, but the "
+            f"vocabulary needs {needed}x{needed}: lower method.border or raise views.original_size."
+        )
+
+
+def _target_metrics(target_BK: Tensor, *, level: Level) -> dict[str, Tensor]:
+    entropy_B = bow.entropy(target_BK)
+    return {
+        f"target_entropy_{level}": entropy_B.mean(),
+        f"perplexity_image_{level}": entropy_B.exp().mean(),
+        f"perplexity_batch_{level}": bow.perplexity(target_BK.mean(dim=0)),
+    }
