@@ -15,6 +15,7 @@ from obowlab.data.beton import damaged, mend, read_index
 from obowlab.data.preparation import Plan, PrepareReport, Progress, plan_prepare, prepare, prepare_synthetic, synthetic_manifests
 from obowlab.data.sources import LAYOUT, SPLITS
 from obowlab.data.store import Manifest, Skipped, beton_path, check_name, read_manifest
+from obowlab.data.verification import Problem, VerifyReport, verify
 from obowlab.errors import UserError
 
 __all__ = [
@@ -24,14 +25,17 @@ __all__ = [
     "Manifest",
     "Plan",
     "PrepareReport",
+    "Problem",
     "Progress",
     "Skipped",
     "Split",
+    "VerifyReport",
     "list_datasets",
     "open_split",
     "plan_prepare",
     "prepare",
     "subset",
+    "verify",
 ]
 
 
