@@ -1,0 +1,212 @@
+"""Measures of frozen features. `EVALUATORS` lists them; `evaluate` runs them on one encoder.
+
+Every number is a function of the weights, the images and the settings: probes have a fixed seed, and a result names the hash
+of each of them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from obowlab.config import Evaluation, Machine, Recipe, canonical_hash, nearest
+from obowlab.data.photometric import MEAN, STD
+from obowlab.errors import UserError
+from obowlab.evaluation.features import FeatureStore, View
+from obowlab.evaluation.fewshot import class_list, few_shot
+from obowlab.evaluation.knn import nearest_neighbours
+from obowlab.evaluation.linear import linear_probe
+from obowlab.evaluation.result import Measurement, Result
+
+__all__ = ["EVALUATORS", "Evaluator", "Measurement", "Outcome", "Result", "evaluate"]
+
+PROBE_SEED = 0
+"""Seed of probes and of counter-based episodes: part of the protocols, not of a run."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an evaluator found.
+
+    Attributes:
+        measurements: the numbers.
+        settings: everything they depend on besides weights, images and views; JSON values, hashed into the protocol.
+        remarks: worth knowing, yet without influence, such as the path of a class list; JSON values.
+    """
+
+    measurements: tuple[Measurement, ...]
+    settings: dict[str, Any]
+    remarks: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """One protocol.
+
+    Attributes:
+        version: raised whenever the same weights and settings would give another number.
+        needs: the views it reads of every split; they are computed in one pass per split.
+        run: measures, given the features, the settings and a function that reports progress.
+    """
+
+    version: int
+    needs: Mapping[str, tuple[View, ...]]
+    run: Callable[[FeatureStore, Evaluation, Callable[[str], None]], Outcome]
+
+
+def _few_shot(store: FeatureStore, evaluation: Evaluation, report: Callable[[str], None]) -> Outcome:
+    split, config = store.split("val"), evaluation.fewshot
+    classes = class_list(config.classes, class_names=split.class_names, folder=store.folder)
+    (features,) = store.get("val")
+    measurements = few_shot(
+        features, labels=store.labels("val"), classes=classes, class_names=split.class_names, config=config, seed=PROBE_SEED
+    )
+    settings = config.model_dump(mode="json", exclude={"classes"})
+    return Outcome(
+        measurements=measurements,
+        settings={**settings, "seed": PROBE_SEED, "classes_hash": classes.names_hash, "num_classes": len(classes.indices)},
+        remarks={"classes": config.classes, "images": "validation", "interval": "1.96 standard errors over episodes"},
+    )
+
+
+def _linear(store: FeatureStore, evaluation: Evaluation, report: Callable[[str], None]) -> Outcome:
+    num_classes, facts = _labelled(store)
+    measurements = linear_probe(
+        store.get("train", views=("centre", "mirrored")),
+        labels=torch.from_numpy(store.labels("train")).to(store.device),
+        test_features=store.get("val")[0],
+        test_labels=torch.from_numpy(store.labels("val")).to(store.device),
+        num_classes=num_classes,
+        config=evaluation.linear,
+        seed=PROBE_SEED,
+        report=report,
+    )
+    return Outcome(
+        measurements=measurements,
+        settings={**evaluation.linear.model_dump(mode="json"), "seed": PROBE_SEED, **facts},
+        remarks={"classifier": "weight and bias on plain features", "interval": "Wilson, over validation images"},
+    )
+
+
+def _knn(store: FeatureStore, evaluation: Evaluation, report: Callable[[str], None]) -> Outcome:
+    num_classes, facts = _labelled(store)
+    measurements = nearest_neighbours(
+        store.get("val")[0],
+        labels=torch.from_numpy(store.labels("val")).to(store.device),
+        bank=store.get("train")[0],
+        bank_labels=torch.from_numpy(store.labels("train")).to(store.device),
+        num_classes=num_classes,
+        config=evaluation.knn,
+    )
+    return Outcome(
+        measurements=measurements,
+        settings={**evaluation.knn.model_dump(mode="json"), **facts},
+        remarks={"interval": "Wilson, over validation images"},
+    )
+
+
+def _labelled(store: FeatureStore) -> tuple[int, dict[str, Any]]:
+    """Return the number of classes that both splits share, and which training images are used."""
+    train, val = store.split("train"), store.split("val")
+    if train.class_names != val.class_names:
+        raise UserError(
+            f"The train and val splits of '{store.dataset}' do not have the same classes; prepare the data set again."
+        )
+    facts = {"training_images": len(store.indices("train")), "images_per_class": store.images_per_class}
+    return train.num_classes, facts
+
+
+EVALUATORS: dict[str, Evaluator] = {
+    "fewshot": Evaluator(version=1, needs={"val": ("centre",)}, run=_few_shot),
+    "linear": Evaluator(version=1, needs={"train": ("centre", "mirrored"), "val": ("centre",)}, run=_linear),
+    "knn": Evaluator(version=1, needs={"train": ("centre",), "val": ("centre",)}, run=_knn),
+}
+
+
+def evaluate(
+    encoder: nn.Module,
+    *,
+    recipe: Recipe,
+    machine: Machine,
+    subject: str,
+    cache_dir: Path,
+    protocols: Sequence[str] | None = None,
+    dataset: str | None = None,
+    device: torch.device,
+    report: Callable[[str], None],
+) -> list[Result]:
+    """Measure an encoder and return one result per protocol.
+
+    The encoder is used in evaluation mode, in float32 and without gradients, and keeps the modes it came with.
+
+    Args:
+        encoder: maps float32 [B, 3, S, S] to pooled features [B, c]; moved to `device`.
+        recipe: its `evaluation` holds the settings, its `views` and `data` say what is seen.
+        machine: data root, loader backend, workers and memory layout.
+        subject: whose weights these are, `student` or `random`.
+        cache_dir: where features are kept.
+        protocols: keys of `EVALUATORS`; the recipe's if absent.
+        dataset: another prepared data set than the recipe's.
+        device: where to compute.
+        report: called with one line at a time.
+
+    Raises:
+        UserError: an unknown protocol, or data and settings that do not go together.
+    """
+    names = recipe.evaluation.protocols if protocols is None else tuple(protocols)
+    for name in names:
+        if name not in EVALUATORS:
+            raise UserError(f"There is no protocol '{name}'.{nearest(name, list(EVALUATORS))}")
+    store = FeatureStore(
+        encoder.to(device),
+        recipe=recipe,
+        dataset=dataset,
+        data_root=machine.data_root,
+        cache_dir=cache_dir,
+        device=device,
+        backend=machine.loader,
+        workers=max(1, torch.get_num_threads()) if machine.workers is None else machine.workers,
+        channels_last=machine.channels_last,
+        report=report,
+    )
+    for split, views in _union_of_needs(names).items():
+        store.get(split, views=views)  # one pass over the images, however many protocols want them
+    return [_measure(name, store=store, recipe=recipe, subject=subject, report=report) for name in names]
+
+
+def _union_of_needs(names: Sequence[str]) -> dict[str, tuple[View, ...]]:
+    union: dict[str, tuple[View, ...]] = {}
+    for name in names:
+        for split, views in EVALUATORS[name].needs.items():
+            union[split] = tuple(dict.fromkeys((*union.get(split, ()), *views)))
+    return union
+
+
+def _measure(name: str, *, store: FeatureStore, recipe: Recipe, subject: str, report: Callable[[str], None]) -> Result:
+    evaluator = EVALUATORS[name]
+    started = time.monotonic()
+    outcome = evaluator.run(store, recipe.evaluation, report)
+    data_hash = store.data_hash(sorted(evaluator.needs))
+    view = {"resize": recipe.views.original_resize, "size": recipe.views.original_size, "mean": list(MEAN), "std": list(STD)}
+    facts = {"dataset": store.dataset, "view": view, **outcome.settings}
+    identity = {"protocol": name, "version": evaluator.version, "data": data_hash, "view": view, "settings": outcome.settings}
+    result = Result(
+        protocol=name,
+        version=evaluator.version,
+        protocol_hash=canonical_hash(identity),
+        subject=subject,
+        weights_hash=store.weights_hash,
+        data_hash=data_hash,
+        measurements=outcome.measurements,
+        details={**facts, **outcome.remarks},
+        elapsed_s=time.monotonic() - started,
+    )
+    for measurement in result.measurements:
+        report(f"{subject}: {measurement.name} {measurement.value:.2f} ± {measurement.interval:.2f} % ({measurement.count})")
+    return result

@@ -1,0 +1,252 @@
+"""Frozen features of whole splits, computed once and kept on disk under the hash of everything they depend on.
+
+An entry is a folder `CACHE_DIR/KEY` with one `.npy` file and what it was made of. It is written beside and renamed, so a
+killed process leaves no half entry, and its bytes are checked against their hash before use. A key covers the weights, the
+images, the view and the version of this code: no entry is ever stale.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from obowlab.config import Recipe, Views, canonical_hash
+from obowlab.data.datasets import Split, open_split, subset
+from obowlab.data.loaders import centre_loader
+from obowlab.data.photometric import MEAN, STD, normalise
+from obowlab.errors import UserError
+
+FEATURES_VERSION = 1
+"""Raise it when the same weights and images would give other features."""
+
+BATCH_SIZE = 128
+REPORT_EVERY_S = 20.0
+
+View = Literal["centre", "mirrored"]
+"""The centre crop of an image (`Views.original_resize`, `original_size`), or its horizontal mirror image."""
+
+
+def weights_hash(module: nn.Module) -> str:
+    """Return the SHA-256 (hex) over names, types, shapes and bytes of a module's state, whatever its device or memory layout."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        plain = tensor.detach().cpu().contiguous()
+        digest.update(f"{name} {plain.dtype} {list(plain.shape)}\n".encode())
+        digest.update(plain.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """Put a module into evaluation mode without gradients, in true float32, and restore the mode of every part."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+class FeatureStore:
+    """The features of one encoder on one data set.
+
+    Args:
+        encoder: maps float32 [B, 3, S, S] to pooled features [B, c].
+        recipe: its views say what is cut; its data set and images per class are the default.
+        dataset: another prepared data set to measure on, then with all its training images.
+        data_root: folder of the prepared data sets.
+        cache_dir: folder of the entries.
+        device: where features are computed and returned.
+        backend: loader backend, `auto`, `ffcv` or `torch`; all give the same pixels.
+        workers: loader workers.
+        channels_last: memory layout of the images.
+        report: called with a line now and then.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        *,
+        recipe: Recipe,
+        dataset: str | None,
+        data_root: Path,
+        cache_dir: Path,
+        device: torch.device,
+        backend: Literal["auto", "ffcv", "torch"],
+        workers: int,
+        channels_last: bool,
+        report: Callable[[str], None],
+    ) -> None:
+        self.encoder = encoder
+        self.weights_hash = weights_hash(encoder)
+        self.views: Views = recipe.views
+        self.dataset = recipe.data.dataset if dataset is None else dataset
+        # The authors' probe sees the labels of the images that were pretrained on, and no others.
+        self.images_per_class = recipe.data.images_per_class if self.dataset == recipe.data.dataset else None
+        self.data_root = data_root
+        self.cache_dir = cache_dir
+        self.device = device
+        self.report = report
+        self._backend = backend
+        self._workers = workers
+        self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self._splits: dict[str, Split] = {}
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the prepared data set."""
+        return self.data_root / self.dataset
+
+    def split(self, name: str) -> Split:
+        """Return the opened split."""
+        if name not in self._splits:
+            self._splits[name] = open_split(self.dataset, name, data_root=self.data_root)
+        return self._splits[name]
+
+    def indices(self, name: str) -> npt.NDArray[np.int64]:
+        """Return the positions that are measured: the recipe's images per class of `train`, all of any other split."""
+        return subset(self.split(name), images_per_class=self.images_per_class if name == "train" else None)
+
+    def labels(self, name: str) -> npt.NDArray[np.int64]:
+        """Return the labels of these images, int64 [N]."""
+        labels: npt.NDArray[np.int64] = self.split(name).labels[self.indices(name)].astype(np.int64)
+        return labels
+
+    def data_hash(self, splits: Sequence[str]) -> str:
+        """Return the SHA-256 over the images, labels and positions of the given splits."""
+        return canonical_hash({name: self._images_key(name) for name in splits})
+
+    def get(self, name: str, *, views: Sequence[View] = ("centre",)) -> tuple[torch.Tensor, ...]:
+        """Return the features of a split for every view, computing in one pass those that are not kept yet.
+
+        Returns:
+            One float32 [N, c] per view, in the order asked, on the store's device.
+        """
+        keys = {view: self._key(name, view=view) for view in views}
+        missing = [view for view in views if not self._is_sound(keys[view])]
+        if missing:
+            self._compute(name, keys={view: keys[view] for view in missing})
+        return tuple(self._read(keys[view]) for view in views)
+
+    def _images_key(self, name: str) -> dict[str, Any]:
+        positions = np.ascontiguousarray(self.indices(name), dtype="<i8")
+        return {"content": self.split(name).content_hash, "positions": hashlib.sha256(positions.data).hexdigest()}
+
+    def _key(self, name: str, *, view: View) -> dict[str, Any]:
+        return {
+            "version": FEATURES_VERSION,
+            "weights": self.weights_hash,
+            "images": self._images_key(name),
+            "split": name,
+            "view": view,
+            "resize": self.views.original_resize,
+            "size": self.views.original_size,
+            "mean": list(MEAN),
+            "std": list(STD),
+        }
+
+    def _entry(self, key: dict[str, Any]) -> Path:
+        return self.cache_dir / canonical_hash(key)
+
+    def _is_sound(self, key: dict[str, Any]) -> bool:
+        """Tell whether an entry is there and unharmed; a damaged one is reported and removed."""
+        entry = self._entry(key)
+        if not entry.is_dir():
+            return False
+        try:
+            said = json.loads((entry / "entry.json").read_text(encoding="utf-8"))
+            with (entry / "features.npy").open("rb") as file:
+                sound = bool(said == {"key": key, "sha256": hashlib.file_digest(file, "sha256").hexdigest()})
+        except (OSError, ValueError):
+            sound = False
+        if not sound:
+            self.report(f"Warning: the kept features in {entry} are damaged; computing them again.")
+            shutil.rmtree(entry)
+        return sound
+
+    def _read(self, key: dict[str, Any]) -> torch.Tensor:
+        # Copy on write: pages come from the file as they are used, and nothing can write to it.
+        return torch.from_numpy(np.load(self._entry(key) / "features.npy", mmap_mode="c")).to(self.device)
+
+    def _compute(self, name: str, *, keys: dict[View, dict[str, Any]]) -> None:
+        split, indices = self.split(name), self.indices(name)
+        loader = centre_loader(
+            split, indices=indices, views=self.views, batch_size=BATCH_SIZE, backend=self._backend, workers=self._workers
+        )
+        done, last = 0, time.monotonic()
+        with ExitStack() as stack:
+            stack.enter_context(frozen(self.encoder))
+            writers = {
+                view: stack.enter_context(_entry_writer(self._entry(key), key=key, count=len(indices)))
+                for view, key in keys.items()
+            }
+            for positions, pixels in loader:
+                assert np.array_equal(positions, indices[done : done + len(positions)]), "the loader must keep the order"
+                images = normalise(pixels, device=self.device)
+                for view, writer in writers.items():
+                    seen = images.flip(3) if view == "mirrored" else images
+                    writer.append(self.encoder(seen.contiguous(memory_format=self._memory_format)).float().cpu().numpy())
+                done += len(positions)
+                if time.monotonic() - last > REPORT_EVERY_S:
+                    last = time.monotonic()
+                    self.report(f"features of {self.dataset}/{name}: {done}/{len(indices)} images")
+            assert done == len(indices), "the loader must give every image once"
+
+
+class _EntryWriter:
+    """Appends rows to an .npy file whose final length is known, hashing the bytes on their way."""
+
+    def __init__(self, file: BinaryIO, *, count: int) -> None:
+        self.digest = hashlib.sha256()
+        self._file = file
+        self._count = count
+        self._begun = False
+
+    def write(self, data: bytes) -> int:
+        """Write and hash: numpy's header writer needs nothing more of a file."""
+        self.digest.update(data)
+        return self._file.write(data)
+
+    def append(self, rows: npt.NDArray[np.float32]) -> None:
+        """Add float32 [n, c]."""
+        assert np.isfinite(rows).all(), "features must be finite"
+        if not self._begun:
+            self._begun = True
+            np.lib.format.write_array_header_1_0(
+                self, {"descr": "<f4", "fortran_order": False, "shape": (self._count, rows.shape[1])}
+            )
+        self.write(np.ascontiguousarray(rows, dtype="<f4").tobytes())
+
+
+@contextmanager
+def _entry_writer(entry: Path, *, key: dict[str, Any], count: int) -> Iterator[_EntryWriter]:
+    """Write an entry beside its place and rename it when the block ends well."""
+    beside = entry.with_name(f".{entry.name}.{os.getpid()}")
+    try:
+        beside.mkdir(parents=True, exist_ok=True)
+        with (beside / "features.npy").open("wb") as file:
+            writer = _EntryWriter(file, count=count)
+            yield writer
+        (beside / "entry.json").write_text(json.dumps({"key": key, "sha256": writer.digest.hexdigest()}), encoding="utf-8")
+        if not entry.exists():  # another process may have been first; its features are as good
+            beside.rename(entry)
+    except OSError as error:
+        raise UserError(
+            f"Cannot keep features in {entry.parent} ({error.strerror}); make room or choose another --runs-root."
+        ) from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

@@ -1,0 +1,226 @@
+"""The names of other people's weights files: the authors' released checkpoints (SPEC section 7) and torchvision's.
+
+Everything is strict: a key that is missing, left over or of another shape is an error that names it.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from obowlab.config import Backbone, Level, Obow
+from obowlab.errors import UserError
+from obowlab.methods import OBoW, OneProcess
+from obowlab.methods.backbones import ARCHITECTURES, ResNet, build_backbone
+
+State = dict[str, Tensor]
+Kind = Literal["model", "extractor", "torchvision"]
+
+WRAPPERS = ("network", "state_dict", "model")
+"""Keys under which a file may hold its state dict; the authors use the first."""
+
+
+def read_torch(path: Path) -> State:
+    """Read the state dict of a torch file, without `module.` before its names, running no code from the file.
+
+    Raises:
+        UserError: the file cannot be read, or holds anything but tensors under names.
+    """
+    try:
+        content: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{path} is not a torch file of plain tensors (read with weights_only=True): {reason}") from None
+    if isinstance(content, Mapping):
+        content = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), content)
+    if not isinstance(content, Mapping) or not content or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+        raise UserError(f"{path} holds no state dict: neither at the top nor under {', '.join(WRAPPERS)}.")
+    return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
+
+
+def kind_of(state: Mapping[str, Tensor], *, origin: Path) -> Kind:
+    """Tell the authors' full model, their feature extractor and torchvision's naming apart.
+
+    Raises:
+        UserError: it is none of them.
+    """
+    if any(name.startswith("feature_extractor.") for name in state):
+        return "model"
+    if any(name.startswith("_feature_blocks.") for name in state):
+        return "extractor"
+    if "conv1.weight" in state:
+        return "torchvision"
+    raise UserError(
+        f"{origin} is neither a model of the authors nor a torchvision ResNet: its first key is '{next(iter(state))}'."
+    )
+
+
+def torchvision_names(state: Mapping[str, Tensor]) -> State:
+    """Rename `_feature_blocks.0.Conv`, `.0.bn` and `.{1..4}` to `conv1`, `bn1` and `layer1` to `layer4`; others stay."""
+
+    def rename(name: str) -> str:
+        name = re.sub(r"^_feature_blocks\.0\.Conv\.", "conv1.", name)
+        name = re.sub(r"^_feature_blocks\.0\.bn\.", "bn1.", name)
+        return re.sub(r"^_feature_blocks\.([1-4])\.", r"layer\1.", name)
+
+    return {rename(name): tensor for name, tensor in state.items()}
+
+
+def infer_backbone(state: Mapping[str, Tensor], *, origin: Path) -> Backbone:
+    """Tell architecture, stem and width from the blocks and the first convolution of a state dict in torchvision's names.
+
+    Raises:
+        UserError: it is not a ResNet-18, 34 or 50.
+    """
+    depths = tuple(len({name.split(".")[1] for name in state if name.startswith(f"layer{layer}.")}) for layer in (1, 2, 3, 4))
+    expansion = 4 if "layer1.0.conv3.weight" in state else 1
+    arch = next((name for name, (block, known) in ARCHITECTURES.items() if (block.expansion, known) == (expansion, depths)), None)
+    if arch is None:
+        raise UserError(
+            f"{origin} holds a ResNet with {'-'.join(map(str, depths))} blocks; known are {', '.join(ARCHITECTURES)}."
+        )
+    stem = state.get("conv1.weight")
+    if stem is None or stem.dim() != 4 or stem.shape[2] not in (3, 7):
+        raise UserError(f"{origin} has no first convolution of 3x3 or 7x7 pixels (conv1.weight).")
+    return Backbone.model_validate({"arch": arch, "stem": "small" if stem.shape[2] == 3 else "imagenet", "width": stem.shape[0]})
+
+
+def check_fit(state: Mapping[str, Tensor], *, expected: Mapping[str, Tensor], origin: Path) -> None:
+    """Refuse a state dict whose names or shapes are not exactly the expected ones.
+
+    Raises:
+        UserError: names the first few keys of each kind.
+    """
+    faults = [
+        ("missing", [name for name in expected if name not in state]),
+        ("unexpected", [name for name in state if name not in expected]),
+        ("of another shape", [name for name in expected if name in state and state[name].shape != expected[name].shape]),
+    ]
+    said = [f"{fault}: {_some(names)}" for fault, names in faults if names]
+    if said:
+        raise UserError(f"The weights in {origin} do not fit the network ({'; '.join(said)}).")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def build_encoder(state: Mapping[str, Tensor], *, backbone: Backbone, origin: Path) -> ResNet:
+    """Build a ResNet and fill it strictly; it is returned in evaluation mode."""
+    model = build_backbone(backbone)
+    check_fit(state, expected=model.state_dict(), origin=origin)
+    model.load_state_dict(state, strict=True)
+    return model.eval()
+
+
+# ---------------------------------------------------------------------------------------------- the authors' full model
+
+
+def build_model(state: Mapping[str, Tensor], *, origin: Path) -> tuple[OBoW, Backbone, dict[str, str]]:
+    """Build an OBoW method from the authors' full model: student, teacher, heads, vocabularies, mu_MSD and monitor.
+
+    Levels, number of words, kappa and the monitor's classes follow from the file; everything else of the method's
+    configuration (delta_base, momentum, kind of queue vector) is not in it and stays at its default.
+
+    Returns:
+        The method in evaluation mode, its backbone, and the keys that have no place in it with the reason.
+
+    Raises:
+        UserError: a key is missing, left over or of another shape.
+    """
+    rest = dict(state)
+    unused = {name: reason for name, reason in _SCHEDULE.items() if rest.pop(name, None) is not None}
+    student = torchvision_names(_take(rest, "feature_extractor."))
+    teacher = torchvision_names(_take(rest, "feature_extractor_teacher."))
+    backbone = infer_backbone(student, origin=origin)
+    words = _numbered(rest, r"bow_extractor\.bow_extractor\.(\d+)\._embedding", origin=origin)
+    levels = _levels_of(words, backbone=backbone, origin=origin)
+    sizes = [len(level_words) for level_words in words]
+    if len(set(sizes)) != 1:
+        raise UserError(
+            f"{origin} has levels with different numbers of words ({', '.join(map(str, sizes))}), which obowlab does not do."
+        )
+    scale = rest.pop("bow_predictor.scale", torch.zeros(0))
+    if scale.shape != (len(levels),):
+        raise UserError(f"{origin} does not hold one kappa (bow_predictor.scale) for each of its {len(levels)} levels.")
+
+    mapped: State = {f"student.{name}": tensor for name, tensor in student.items()}
+    mapped |= {f"teacher.{name}": tensor for name, tensor in teacher.items()}
+    for index, level in enumerate(levels):
+        vocabulary, head = f"vocabularies.{level}", f"heads.{level}"
+        source = f"bow_extractor.bow_extractor.{index}"
+        mapped[f"{vocabulary}.words"] = rest.pop(f"{source}._embedding")
+        mapped |= _scalars(
+            rest, {f"{source}._embedding_ptr": f"{vocabulary}.pointer", f"{source}._min_distance_mean": f"{vocabulary}.msd"}
+        )
+        # The file does not tell when a word was inserted: its age counts from the import.
+        steps = rest.pop(f"{source}._track_num_batches", torch.zeros(1))
+        unused[f"{source}._track_num_batches"] = "the number of steps taken"
+        mapped[f"{vocabulary}.inserted_at"] = torch.full((len(words[index]),), int(steps.item()), dtype=torch.int64)
+        mapped[f"{vocabulary}.msd_started"] = torch.tensor(True)
+        mapped[f"{head}.kappa"] = scale[index].clone()
+        for theirs, ours in (("fc", "fc1"), ("bn", "norm"), ("last_layer", "fc2")):
+            layer = _take(rest, f"bow_predictor.layers_w.{index}.b{index}_{theirs}.")
+            mapped |= {f"{head}.{ours}.{name}": tensor for name, tensor in layer.items()}
+    for theirs, ours in (("batch_norm", "norm"), ("prediction_layer", "fc")):
+        mapped |= {
+            f"monitor.{ours}.{name}": tensor for name, tensor in _take(rest, f"linear_classifier.layers.{theirs}.").items()
+        }
+
+    classifier = mapped.get("monitor.fc.bias")
+    method = OBoW(
+        Obow(levels=levels, num_words=len(words[0]), kappa=scale[0].item(), learn_kappa=len(set(scale.tolist())) > 1),
+        backbone=backbone,
+        total_steps=1,
+        seed=0,
+        num_classes=None if classifier is None else len(classifier),
+        comm=OneProcess(),
+    )
+    check_fit({**mapped, **rest}, expected=method.state_dict(), origin=origin)
+    method.load_state_dict(mapped, strict=True)
+    return method.eval(), backbone, unused
+
+
+_SCHEDULE = {
+    "_alpha": "the teacher momentum of the last step, a function of the step here",
+    "_iteration": "the number of steps taken",
+}
+
+
+def _take(state: State, prefix: str) -> State:
+    """Remove and return every entry under a prefix, without the prefix."""
+    return {name.removeprefix(prefix): state.pop(name) for name in list(state) if name.startswith(prefix)}
+
+
+def _numbered(state: Mapping[str, Tensor], pattern: str, *, origin: Path) -> list[Tensor]:
+    """Return the matrices whose names differ by a number, in the order of the numbers, which must be 0, 1, ..."""
+    found = {int(match[1]): tensor for name, tensor in state.items() if (match := re.fullmatch(pattern, name))}
+    if not found or sorted(found) != list(range(len(found))) or any(tensor.dim() != 2 for tensor in found.values()):
+        raise UserError(f"{origin} does not hold one vocabulary (bow_extractor.bow_extractor.N._embedding) per level from 0 on.")
+    return [found[index] for index in range(len(found))]
+
+
+def _levels_of(words: list[Tensor], *, backbone: Backbone, origin: Path) -> tuple[Level, ...]:
+    """Tell the level of every vocabulary from its channels."""
+    with torch.device("meta"):
+        by_channels = {channels: level for level, channels in build_backbone(backbone).level_channels.items()}
+    try:
+        levels = tuple(by_channels[level_words.shape[1]] for level_words in words)
+    except KeyError as error:
+        raise UserError(f"{origin} has a vocabulary of {error} channels, which no level of a {backbone.arch} has.") from None
+    if len(set(levels)) != len(levels):
+        raise UserError(f"{origin} has two vocabularies for {levels[0]}.")
+    return levels
+
+
+def _scalars(state: State, names: Mapping[str, str]) -> State:
+    """Take tensors of one element under their new names, as 0-dim tensors; what is absent stays absent."""
+    return {
+        ours: state.pop(theirs).reshape(()) for theirs, ours in names.items() if theirs in state and state[theirs].numel() == 1
+    }
