@@ -271,7 +271,7 @@ def load_recipe(name: str, *, overrides: Sequence[str] = ()) -> Loaded:
     path = _find(name)
     values, sources = _read_chain(path, ())
     for text in overrides:
-        key, value = _parse_override(text)
+        key, value = parse_override(text)
         values[key] = value
         sources[key] = f"--set {text}"
     recipe = recipe_from_values(values, sources=sources)
@@ -373,7 +373,8 @@ def _read_chain(path: Path, below: tuple[Path, ...]) -> tuple[dict[str, Any], di
     return values, {key: sources[key] for key in values}
 
 
-def _parse_override(text: str) -> tuple[str, Any]:
+def parse_override(text: str) -> tuple[str, Any]:
+    """Split `key=value` into the key and its TOML value; a bare word is a string."""
     key, equals, value = text.partition("=")
     key = key.strip()
     if not equals or not key:

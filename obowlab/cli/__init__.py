@@ -1,0 +1,113 @@
+"""The command line: parse, call one function, print.
+
+The group below knows every command by name and one line of help; a command's module is imported when the command is asked
+for, and whatever is heavy (numpy, pydantic, torch, mlflow) only when it does something. So `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from obowlab import __version__
+from obowlab.errors import UserError
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "run": ("obowlab.cli.run:run", "Pretrain a recipe, then evaluate the encoder; the same command again continues."),
+    "eval": ("obowlab.cli.eval:evaluate", "Measure the encoder of a run or of a weights file."),
+    "data": ("obowlab.cli.data:data", "Prepare, verify and list data sets."),
+    "config": ("obowlab.cli.config:config", "List, show and compare recipes."),
+    "runs": ("obowlab.cli.runs:runs", "List, show, sync and export runs."),
+    "weights": ("obowlab.cli.weights:weights", "Import and export encoder weights."),
+    "doctor": ("obowlab.cli.doctor:doctor", "Check this machine and say how to mend what is missing."),
+    "ui": ("obowlab.cli.ui:ui", "Browse the runs in MLflow on this machine."),
+}
+"""Command name -> (where it is, one line of help)."""
+
+
+class LazyGroup(click.Group):
+    """A group that imports a command's module when the command is used, and lists commands without importing any."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the command names in the order of `COMMANDS`."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import and return a command; None when there is no such command."""
+        if cmd_name not in COMMANDS:
+            return None
+        module, _, attribute = COMMANDS[cmd_name][0].partition(":")
+        command = getattr(importlib.import_module(module), attribute)
+        assert isinstance(command, click.Command)
+        return command
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command; an unknown name raises a UserError with the nearest known one."""
+        if args[0] not in COMMANDS:
+            _refuse_command(args[0], known=list(COMMANDS), before="obowlab")
+        return super().resolve_command(ctx, args)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the list of commands from `COMMANDS` alone."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+class Family(click.Group):
+    """A group of a few commands in one module (`data`, `runs`, ...), in the order of their definition."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the command names in the order of their definition."""
+        return list(self.commands)
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command; an unknown name raises a UserError with the nearest known one."""
+        if args[0] not in self.commands:
+            _refuse_command(args[0], known=list(self.commands), before=f"obowlab {self.name}")
+        return super().resolve_command(ctx, args)
+
+
+def _refuse_command(name: str, *, known: list[str], before: str) -> None:
+    from obowlab.config import nearest
+
+    if name.startswith("-"):
+        raise UserError(f"There is no option '{name}' of '{before}'; `{before} --help` lists what there is.")
+    raise UserError(f"There is no command '{before} {name}'.{nearest(name, known)}")
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(__version__, prog_name="obowlab", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Self-supervised learning by predicting online bags of visual words (OBoW).
+
+    Begin with `obowlab doctor`, then `obowlab run demo`.
+    """
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code: 0 done, 1 failed, 2 a mistake to mend, 130 interrupted."""
+    try:
+        result: Any = cli.main(args=None if argv is None else list(argv), prog_name="obowlab", standalone_mode=False)
+    except UserError as error:
+        return _complain(str(error))
+    except click.NoSuchOption as error:
+        hint = f" Did you mean '{error.possibilities[0]}'?" if error.possibilities else ""
+        where = error.ctx.command_path if error.ctx is not None else "obowlab"
+        return _complain(f"There is no option '{error.option_name}' of '{where}'.{hint}")
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message())
+        return 0
+    except click.ClickException as error:
+        return _complain(error.format_message())
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("Interrupted.", err=True)
+        return 130
+    return result if isinstance(result, int) else 0
+
+
+def _complain(message: str) -> int:
+    click.echo(f"Error: {' '.join(message.split())}", err=True)
+    return 2

@@ -1,0 +1,7 @@
+"""`python -m obowlab.cli`, where the `obowlab` command is not on the path."""
+
+import sys
+
+from obowlab.cli import main
+
+sys.exit(main())

@@ -1,0 +1,176 @@
+"""`obowlab data`: prepare, verify and list data sets."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from obowlab.cli import Family
+from obowlab.cli.options import PATH, data_root_option, dry_run_option, json_flag, machine_from, machine_option, would
+from obowlab.cli.output import duration, print_table, size
+
+if TYPE_CHECKING:
+    from obowlab.data.datasets import Plan, PrepareReport, Progress
+
+MAX_SHOWN = 20
+"""Unreadable images listed one by one; all of them are in the manifest."""
+
+
+@click.group(cls=Family)
+def data() -> None:
+    """Prepare, verify and list data sets."""
+
+
+@data.command("prepare")
+@click.argument("name")
+@click.option("--source", type=PATH, help="Folder or .tar with train/CLASS/*.JPEG and val/CLASS/*.JPEG.")
+@click.option("--force", is_flag=True, help="Replace what was prepared under this name from another source.")
+@click.option("--workers", type=click.IntRange(min=1), metavar="N", help="Decoding threads. [default: one per core]")
+@data_root_option
+@machine_option
+@dry_run_option
+def prepare(
+    name: str,
+    source: Path | None,
+    force: bool,
+    workers: int | None,
+    data_root: Path | None,
+    machine_file: Path | None,
+    dry_run: bool,
+) -> None:
+    """Write a data set's images into .beton files, once and for all recipes.
+
+    Every image is decoded once; those that cannot be read are skipped and listed. Nothing is visible before everything is
+    written, so an interrupted call is simply typed again.
+    """
+    from obowlab.data.datasets import plan_prepare
+    from obowlab.data.datasets import prepare as prepare_dataset
+    from obowlab.errors import UserError
+
+    root = machine_from(machine_file=machine_file, data_root=data_root).data_root
+    if dry_run:
+        if source is None:
+            if name != "synthetic":
+                raise UserError(f"Give --source DIR, the folder or .tar that holds the images of '{name}'.")
+            return would(f"draw the synthetic data set into {root / name}")
+        plan = plan_prepare(name, source=source, data_root=root, workers=workers)
+        return would(f"write {root / name}: {_plan_line(plan)}")
+    report = prepare_dataset(
+        name,
+        source=source,
+        data_root=root,
+        force=force,
+        workers=workers,
+        announce=lambda plan: click.echo(f"Preparing {plan.dataset} from {plan.source}: {_plan_line(plan)}."),
+        progress=_show_progress if sys.stderr.isatty() else None,
+    )
+    return _print_report(name, root / name, report)
+
+
+@data.command("verify")
+@click.argument("name")
+@click.option("--source", type=PATH, help="Compare images with this source. [default: the one it was prepared from]")
+@click.option(
+    "--sample", type=click.IntRange(min=1), default=256, show_default=True, metavar="N", help="Images compared with the source."
+)
+@data_root_option
+@machine_option
+@dry_run_option
+def verify(name: str, source: Path | None, sample: int, data_root: Path | None, machine_file: Path | None, dry_run: bool) -> int:
+    """Read a prepared data set again: hashes of everything, and a sample against its source."""
+    from obowlab.data.datasets import verify as verify_dataset
+
+    root = machine_from(machine_file=machine_file, data_root=data_root).data_root
+    if dry_run:
+        would(f"hash {root / name}, decode {sample} images of each split and compare them with their source")
+        return 0
+    report = verify_dataset(name, data_root=root, source=source, sample=sample, progress=lambda text: click.echo(text, err=True))
+    for problem in report.problems:
+        click.echo(f"{problem.split}: {problem.what}\n  {problem.mend}")
+    images = ", ".join(f"{manifest.num_images} {manifest.split}" for manifest in report.manifests)
+    compared = f"{report.num_compared} compared with the source" if report.num_compared else "the source is no longer there"
+    verdict = "as it was prepared" if report.ok else f"{len(report.problems)} problem(s)"
+    click.echo(f"{name}: {verdict}; {images} images, {report.num_decoded} decoded, {compared}.")
+    return int(not report.ok)
+
+
+@data.command("list")
+@data_root_option
+@machine_option
+@json_flag
+@dry_run_option
+def list_all(data_root: Path | None, machine_file: Path | None, as_json: bool, dry_run: bool) -> None:
+    """List the data sets the recipes know and those that are prepared."""
+    from obowlab.data.datasets import list_datasets
+
+    root = machine_from(machine_file=machine_file, data_root=data_root).data_root
+    if dry_run:
+        return would(f"list the data sets under {root}")
+    listings = list_datasets(root)
+    if as_json:
+        rows = [
+            {
+                "name": listing.name,
+                "prepared": bool(listing.manifests) and listing.problem is None,
+                "problem": listing.problem,
+                "splits": {
+                    manifest.split: manifest.model_dump(mode="json", exclude={"class_names", "skipped"})
+                    for manifest in listing.manifests
+                },
+            }
+            for listing in listings
+        ]
+        click.echo(json.dumps(rows, indent=1))
+        return None
+    lines = []
+    for listing in listings:
+        images = ", ".join(f"{manifest.num_images} {manifest.split}" for manifest in listing.manifests)
+        total = size(sum(manifest.file_bytes for manifest in listing.manifests)) if listing.manifests else ""
+        hashes = " ".join(manifest.content_hash[:8] for manifest in listing.manifests)
+        if listing.problem is not None:
+            state = listing.problem
+        elif listing.manifests:
+            state = "prepared"
+        else:
+            state = listing.info.obtain if listing.info is not None else "not prepared"
+        lines.append((listing.name, images, total, hashes, state))
+    return print_table(("data set", "images", "size", "content", f"state in {root}"), lines, right=("size",))
+
+
+def _plan_line(plan: Plan) -> str:
+    images = ", ".join(f"{count} {split}" for split, count in plan.num_images.items())
+    ignored = f", {plan.num_ignored} other files left out" if plan.num_ignored else ""
+    return (
+        f"{images} images of {plan.num_classes} classes{ignored}, about {size(plan.num_bytes)} "
+        f"({size(plan.free_bytes)} free) and {duration(plan.estimated_s)}"
+    )
+
+
+def _show_progress(progress: Progress) -> None:
+    left = f", {duration(progress.remaining_s)} left" if progress.done < progress.total else ""
+    end = "\n" if progress.done == progress.total else ""
+    click.echo(f"\r\033[K{progress.split}: {progress.done} of {progress.total} images{left}{end}", err=True, nl=False)
+
+
+def _print_report(name: str, folder: Path, report: PrepareReport) -> None:
+    if report.already_prepared:
+        click.echo(f"{name} is already prepared in {folder}.")
+    else:
+        click.echo(f"Prepared {name} in {folder} within {duration(report.elapsed_s)}.")
+    for manifest in report.manifests:
+        click.echo(
+            f"  {manifest.split}: {manifest.num_images} images of {len(manifest.class_names)} classes, "
+            f"{size(manifest.file_bytes)}, content {manifest.content_hash}"
+        )
+    for note in report.notes:
+        click.echo(f"  note: {note}")
+    if report.skipped:
+        click.echo(f"  {len(report.skipped)} images cannot be read and were left out:")
+        for image in report.skipped[:MAX_SHOWN]:
+            click.echo(f"    {image.name}: {image.reason}")
+        if len(report.skipped) > MAX_SHOWN:
+            click.echo(f"    ... and {len(report.skipped) - MAX_SHOWN} more, all in the .json files of {folder}")

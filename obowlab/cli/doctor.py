@@ -1,0 +1,273 @@
+"""`obowlab doctor`: one line for everything a run needs, and for each failure the line that mends it.
+
+Whatever may be broken is tried in a process of its own, so that a library that does not load is a line and not a crash.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
+
+import click
+
+from obowlab.cli.options import dry_run_option, json_flag, machine_from, roots, would
+from obowlab.cli.output import size
+
+if TYPE_CHECKING:
+    from obowlab.config import Machine
+
+MIN_PYTHON = (3, 11)
+MIN_FREE_DISK = 2e9
+MIN_FREE_MEMORY = 2e9
+PROBE_TIMEOUT_S = 120.0
+
+FFCV_PACKAGES = {"libturbojpeg": "libturbojpeg0-dev", "opencv4": "libopencv-dev"}
+"""pkg-config's name of what ffcv is built with -> Debian's package."""
+
+_TORCH = """
+import json, torch, torchvision
+cuda = torch.cuda.is_available()
+print(json.dumps({
+    "torch": torch.__version__, "torchvision": torchvision.__version__, "built_for": torch.version.cuda, "cuda": cuda,
+    "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
+    "nccl": torch.distributed.is_available() and torch.distributed.is_nccl_available(),
+    "gloo": torch.distributed.is_available() and torch.distributed.is_gloo_available(),
+    "sum": float(torch.ones(8, 8).matmul(torch.ones(8, 8)).sum()),
+}))
+"""
+_FFCV = "import json, importlib.metadata as m, ffcv, ffcv.libffcv; print(json.dumps({'version': m.version('ffcv')}))"
+_MLFLOW = "import json, mlflow; print(json.dumps({'version': mlflow.__version__}))"
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report.
+
+    Attributes:
+        name: what was looked at.
+        status: `fail` when runs cannot work, `warn` when something optional is missing.
+        text: what was found.
+        mend: the command line that mends it; empty when all is well or when no command can.
+    """
+
+    name: str
+    status: Literal["ok", "warn", "fail"]
+    text: str
+    mend: str = ""
+
+
+@click.command()
+@roots
+@json_flag
+@dry_run_option
+def doctor(machine_file: Path | None, data_root: Path | None, runs_root: Path | None, as_json: bool, dry_run: bool) -> int:
+    """Check this machine and say how to mend what is missing.
+
+    The exit code is 1 when something a run needs is missing; what is optional only warns.
+    """
+    machine = machine_from(machine_file=machine_file, data_root=data_root, runs_root=runs_root)
+    if dry_run:
+        would("import torch, mlflow and ffcv in processes of their own and look at disk, memory, data and the tracking server")
+        return 0
+    checks: list[Check] = []
+    for check in (_python, _torch_and_cuda, _mlflow, _ffcv, _system_libraries, _memory):
+        checks += check()
+    for check_machine in (_disk, _tracking, _data):
+        checks += check_machine(machine)
+    if as_json:
+        click.echo(json.dumps([asdict(check) for check in checks], indent=1))
+    else:
+        for check_done in checks:
+            _print(check_done)
+    return int(any(check_done.status == "fail" for check_done in checks))
+
+
+def _print(check: Check) -> None:
+    colour = {"ok": "green", "warn": "yellow", "fail": "red"}[check.status]
+    click.echo(f"{click.style(f'{check.status:<4}', fg=colour)}  {check.name:<16}  {check.text}")
+    if check.mend:
+        click.echo(f"{'':<4}  {'':<16}  {check.mend}")
+
+
+def probe(code: str, *, timeout_s: float = PROBE_TIMEOUT_S) -> dict[str, Any] | str:
+    """Run Python code that prints one JSON object in a process of its own; return it, or in one line what went wrong."""
+    try:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=timeout_s, check=False)
+    except subprocess.TimeoutExpired:
+        return f"no answer within {timeout_s:.0f} s"
+    if done.returncode < 0:
+        return f"killed by signal {-done.returncode}"
+    if done.returncode > 0:
+        lines = done.stderr.strip().splitlines()
+        return lines[-1].strip() if lines else f"exit code {done.returncode}"
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def _python() -> list[Check]:
+    text = f"{sys.version.split()[0]} at {sys.executable}"
+    if sys.version_info >= MIN_PYTHON:
+        return [Check("python", "ok", text)]
+    return [Check("python", "fail", f"{text}; {'.'.join(map(str, MIN_PYTHON))} or newer is needed", "python3.11 -m venv .venv")]
+
+
+def _torch_and_cuda() -> list[Check]:
+    found = probe(_TORCH)
+    if isinstance(found, str):
+        return [
+            Check(
+                "torch", "fail", f"does not load: {found}", f"{sys.executable} -m pip install --force-reinstall torch torchvision"
+            )
+        ]
+    checks = [Check("torch", "ok", f"{found['torch']}, torchvision {found['torchvision']}, CPU arithmetic works")]
+    if found["sum"] != 512.0:
+        checks = [Check("torch", "fail", "a matrix product is wrong", f"{sys.executable} -m pip install --force-reinstall torch")]
+    if found["cuda"]:
+        checks.append(Check("cuda", "ok", f"{len(found['gpus'])} GPU(s): {', '.join(found['gpus'])}; CUDA {found['built_for']}"))
+        if found["nccl"]:
+            checks.append(Check("nccl", "ok", "available"))
+        else:
+            checks.append(Check("nccl", "warn", "torch was built without it: several GPUs will not work", _torch_for_cuda()))
+    elif shutil.which("nvidia-smi"):
+        checks.append(
+            Check(
+                "cuda",
+                "warn",
+                f"there is an NVIDIA driver, but torch (built for {found['built_for']}) cannot use it",
+                _torch_for_cuda(),
+            )
+        )
+    else:
+        checks.append(Check("cuda", "warn", "no GPU: runs go to the CPU"))
+    if not found["gloo"]:
+        checks.append(Check("gloo", "warn", "torch was built without it: --procs above 1 will not work on the CPU"))
+    return checks
+
+
+def _torch_for_cuda() -> str:
+    return (
+        f"{sys.executable} -m pip install --force-reinstall torch torchvision --index-url https://download.pytorch.org/whl/cu128"
+    )
+
+
+def _mlflow() -> list[Check]:
+    found = probe(_MLFLOW)
+    if isinstance(found, str):
+        return [
+            Check(
+                "mlflow", "fail", f"does not load: {found}", f"{sys.executable} -m pip install --force-reinstall 'mlflow>=3.4,<4'"
+            )
+        ]
+    return [Check("mlflow", "ok", found["version"])]
+
+
+def _ffcv() -> list[Check]:
+    found = probe(_FFCV)
+    if not isinstance(found, str):
+        return [Check("ffcv", "ok", found["version"])]
+    if "No module named 'ffcv'" in found:
+        found = "not installed: the torch loader is used, several times slower"
+    else:
+        found = f"does not load: {found}"
+    return [Check("ffcv", "warn", found, f"{sys.executable} -m pip install --no-build-isolation ffcv numba setuptools")]
+
+
+def _system_libraries() -> list[Check]:
+    if not shutil.which("pkg-config"):
+        return [Check("pkg-config", "warn", "not installed: ffcv cannot be built", "sudo apt-get install pkg-config")]
+    checks = [Check("pkg-config", "ok", "installed")]
+    for library, package in FFCV_PACKAGES.items():
+        done = subprocess.run(["pkg-config", "--modversion", library], capture_output=True, text=True, check=False)
+        if done.returncode == 0:
+            checks.append(Check(library, "ok", done.stdout.strip()))
+        else:
+            checks.append(Check(library, "warn", "not installed: ffcv cannot be built", f"sudo apt-get install {package}"))
+    return checks
+
+
+def _memory() -> list[Check]:
+    facts = (
+        dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        if Path("/proc/meminfo").exists()
+        else {}
+    )
+    if "MemAvailable" not in facts:
+        return [Check("memory", "warn", "this system does not say how much is free")]
+    free = int(facts["MemAvailable"].split()[0]) * 1024
+    total = int(facts["MemTotal"].split()[0]) * 1024
+    text = f"{size(free)} of {size(total)} free, {_cores()} CPU core(s)"
+    if free >= MIN_FREE_MEMORY:
+        return [Check("memory", "ok", text)]
+    return [Check("memory", "warn", f"{text}: small batches only", "obowlab run NAME --set training.batch_size=32 --workers 1")]
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _disk(machine: Machine) -> list[Check]:
+    checks = []
+    for name, root, option in (
+        ("runs folder", machine.runs_root, "--runs-root"),
+        ("data folder", machine.data_root, "--data-root"),
+    ):
+        place = next(parent for parent in (root, *root.parents) if parent.exists())
+        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+            mend = f"obowlab doctor {option} DIR   # and give the same option to obowlab run, or set it in the machine file"
+            checks.append(Check(name, "fail" if option == "--runs-root" else "warn", f"cannot write below {place}", mend))
+            continue
+        free = shutil.disk_usage(place).free
+        if free >= MIN_FREE_DISK:
+            checks.append(Check(name, "ok", f"{root}, {size(free)} free"))
+        else:
+            checks.append(
+                Check(
+                    name,
+                    "fail" if free < MIN_FREE_DISK / 10 else "warn",
+                    f"{root}, only {size(free)} free",
+                    f"du -xh --max-depth=2 {place} | sort -h | tail",
+                )
+            )
+    return checks
+
+
+def _tracking(machine: Machine) -> list[Check]:
+    uri = machine.tracking_uri
+    if uri is None or not uri.startswith(("http://", "https://")):
+        return [Check("tracking", "ok", f"local store {uri or 'in the runs folder'}; no server is needed")]
+    address = urlsplit(uri)
+    shown = f"{address.scheme}://{address.hostname}" + (f":{address.port}" if address.port else "")
+    try:
+        with socket.create_connection(
+            (address.hostname or "", address.port or (443 if address.scheme == "https" else 80)), timeout=5
+        ):
+            return [Check("tracking", "ok", f"{shown} answers")]
+    except OSError as error:
+        text = f"{shown} does not answer ({error.strerror or error}); runs go on and keep their points"
+        return [Check("tracking", "warn", text, "obowlab runs sync   # once it is back; or: unset MLFLOW_TRACKING_URI")]
+
+
+def _data(machine: Machine) -> list[Check]:
+    from obowlab.data.datasets import list_datasets
+
+    checks = []
+    for listing in list_datasets(machine.data_root):
+        name = f"data {listing.name}"
+        if listing.problem is not None:
+            checks.append(Check(name, "warn", listing.problem, f"obowlab data verify {listing.name}"))
+        elif listing.manifests:
+            counts = ", ".join(f"{manifest.num_images} {manifest.split}" for manifest in listing.manifests)
+            checks.append(Check(name, "ok", f"{counts} images"))
+        elif listing.name == "synthetic":
+            checks.append(Check(name, "ok", "drawn on first use"))
+        else:
+            checks.append(Check(name, "warn", "not prepared", f"obowlab data prepare {listing.name} --source DIR"))
+    return checks

@@ -1,0 +1,159 @@
+"""`obowlab run`: pretrain a recipe, then evaluate its encoder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from obowlab.cli.options import dry_run_option, hardware, machine_from, roots, set_option, would
+from obowlab.cli.output import print_results
+from obowlab.errors import UserError
+
+if TYPE_CHECKING:
+    from obowlab.config import Loaded, Machine
+    from obowlab.track.folder import RunFolder
+
+
+@click.command()
+@click.argument("name")
+@click.option("--gpus", type=click.IntRange(min=1), metavar="N", help="Train on N GPUs of this machine: --device cuda --procs N.")
+@click.option("--seed", type=click.IntRange(min=0, max=2**31 - 1), default=0, show_default=True, help="Seed of weights and data.")
+@set_option
+@click.option(
+    "--resume/--fresh", "resume", default=None, help="Insist on continuing a run, or begin again. [default: continue if there]"
+)
+@click.option("--procs", type=click.IntRange(min=1), metavar="N", help="Processes that share every batch. [default: 1]")
+@hardware
+@roots
+@click.option("--no-progress", is_flag=True, help="Print no progress; the run's log.txt has it.")
+@dry_run_option
+def run(
+    name: str,
+    gpus: int | None,
+    seed: int,
+    overrides: tuple[str, ...],
+    resume: bool | None,
+    procs: int | None,
+    device: str | None,
+    workers: int | None,
+    loader: str | None,
+    data_root: Path | None,
+    runs_root: Path | None,
+    machine_file: Path | None,
+    no_progress: bool,
+    dry_run: bool,
+) -> int:
+    """Pretrain a recipe, then evaluate the encoder; the same command again continues.
+
+    NAME is a recipe (`obowlab config list`) or a TOML file. The run is identified by the resolved recipe and the seed: typed
+    again, the command continues an unfinished run, and prints the results of a finished one.
+    """
+    from obowlab.config import load_recipe
+    from obowlab.lab.launch import launch
+    from obowlab.track.folder import RunFolder, run_id_of
+
+    if gpus is not None:
+        if device not in (None, "cuda") or procs not in (None, gpus):
+            raise UserError("--gpus N stands for --device cuda --procs N; leave those out.")
+        device, procs = "cuda", gpus
+    loaded = load_recipe(name, overrides=overrides)
+    machine = machine_from(
+        machine_file=machine_file,
+        data_root=data_root,
+        runs_root=runs_root,
+        device=device,
+        procs=procs,
+        workers=workers,
+        loader=loader,
+    )
+    run_id = run_id_of(loaded, seed=seed)
+    path = machine.runs_root / run_id
+    there = (path / "run.json").is_file()
+    if resume and not there:
+        raise UserError(f"There is no run '{run_id}' in {machine.runs_root} to resume; `obowlab runs list` shows what is there.")
+    if there and resume is not False:
+        folder = RunFolder.open(path)
+        if folder.current_state().status == "finished":
+            click.echo(f"Run {run_id} is finished; --fresh would train it again.")
+            _say_if_evaluation_differs(folder, loaded)
+            print_results(folder)
+            return 0
+    check_data(loaded, machine=machine, drawn=not dry_run)
+    if dry_run:
+        _print_plan(loaded, run_id=run_id, machine=machine, there=there, fresh=resume is False)
+        return 0
+    code = launch(loaded, seed=seed, machine=machine, fresh=resume is False, progress=not no_progress)
+    if code == 0:
+        print_results(RunFolder.open(path))
+    return code
+
+
+def check_data(loaded: Loaded, *, machine: Machine, drawn: bool) -> None:
+    """Refuse a run whose images or class lists would be missed hours later.
+
+    Args:
+        loaded: the recipe.
+        machine: says where data are.
+        drawn: whether the synthetic data set may be drawn now.
+
+    Raises:
+        UserError: a split is not prepared or damaged, or a class list is absent.
+    """
+    from obowlab.data.datasets import open_split
+
+    recipe = loaded.recipe
+    if recipe.data.dataset == "synthetic" and not drawn:
+        return
+    open_split(recipe.data.dataset, "train", data_root=machine.data_root)
+    if recipe.evaluation.protocols:
+        split = open_split(recipe.data.dataset, "val", data_root=machine.data_root)
+        if "fewshot" in recipe.evaluation.protocols and recipe.evaluation.fewshot.classes != "all":
+            from obowlab.evaluation.fewshot import class_list
+
+            folder = machine.data_root / recipe.data.dataset
+            class_list(recipe.evaluation.fewshot.classes, class_names=split.class_names, folder=folder)
+
+
+def _print_plan(loaded: Loaded, *, run_id: str, machine: Machine, there: bool, fresh: bool) -> None:
+    from obowlab.track.folder import RunFolder
+
+    recipe, path = loaded.recipe, machine.runs_root / run_id
+    if there and not fresh:
+        state = RunFolder.open(path).current_state()
+        would(f"continue run {run_id} ({state.status}, step {state.step}) in {path}")
+    elif there:
+        would(f"put the present run {run_id} aside and train it again in {path}")
+    else:
+        would(f"train run {run_id} in {path}")
+    would(
+        f"train {recipe.training.epochs} epochs of {recipe.data.dataset} from {machine.data_root}, {recipe.training.batch_size} "
+        f"images a step, device {machine.device}, {machine.procs} process(es), loader {machine.loader}"
+    )
+    if recipe.evaluation.protocols:
+        beside = ", and the random initialisation beside it" if recipe.evaluation.random_baseline else ""
+        would(f"evaluate the encoder: {', '.join(recipe.evaluation.protocols)}{beside}")
+    would(f"mirror everything to MLflow: {shown_uri(machine.tracking_uri)}")
+
+
+def shown_uri(uri: str | None) -> str:
+    """Return a tracking URI without the password it may hold."""
+    if uri is None:
+        return "the local store in the runs folder"
+    from urllib.parse import urlsplit
+
+    address = urlsplit(uri)
+    return uri if address.password is None else uri.replace(f":{address.password}@", ":***@")
+
+
+def _say_if_evaluation_differs(folder: RunFolder, loaded: Loaded) -> None:
+    from obowlab.config import flatten
+
+    before, now = flatten(folder.info.recipe.evaluation), flatten(loaded.recipe.evaluation)
+    changed = [f"evaluation.{key}" for key in now if before.get(key) != now[key]]
+    if changed:
+        click.echo(
+            f"Measured with other settings than the recipe has now ({', '.join(changed)}); "
+            f"`obowlab eval {folder.run_id} --set KEY=VALUE` measures again."
+        )

@@ -1,0 +1,230 @@
+"""`obowlab runs`: what was trained, with status and results."""
+
+from __future__ import annotations
+
+import json
+import os
+import tarfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from obowlab.cli import Family
+from obowlab.cli.options import PATH, dry_run_option, json_flag, machine_from, machine_option, runs_root_option, would
+from obowlab.cli.output import moment, print_results, print_table, size
+from obowlab.errors import UserError
+
+if TYPE_CHECKING:
+    from obowlab.track.folder import RunFolder, State
+
+BUNDLED = (
+    "run.json",
+    "state.json",
+    "attempts.jsonl",
+    "metrics.jsonl",
+    "system.jsonl",
+    "results",
+    "encoder.safetensors",
+    "log.txt",
+    "dirty.diff",
+)
+"""What `runs export` takes along: everything that is known about a run, and nothing that belongs to this machine."""
+
+CHECKPOINT = "checkpoint.pt"
+HEADLINES = ("fewshot_5shot", "linear_top1", "knn_top1")
+"""The student's results that fit into a row of `runs list`."""
+
+
+@click.group(cls=Family)
+def runs() -> None:
+    """List, show, sync and export runs."""
+
+
+@runs.command("list")
+@runs_root_option
+@machine_option
+@json_flag
+@dry_run_option
+def list_all(runs_root: Path | None, machine_file: Path | None, as_json: bool, dry_run: bool) -> None:
+    """List what was trained, newest first."""
+    from obowlab.track.folder import RunFolder, list_runs
+
+    root = machine_from(machine_file=machine_file, runs_root=runs_root).runs_root
+    if dry_run:
+        return would(f"list the runs in {root}")
+    rows = []
+    for run in list_runs(root):
+        results = RunFolder(run.path, run.info).results()
+        rows.append((run, results))
+    if as_json:
+        listed = [
+            {
+                "run_id": run.info.run_id,
+                "name": run.info.name,
+                "seed": run.info.seed,
+                "fingerprint": run.info.fingerprint,
+                "created_at": run.info.created_at,
+                "path": str(run.path),
+                "state": run.state.model_dump(mode="json"),
+                "results": results,
+            }
+            for run, results in rows
+        ]
+        click.echo(json.dumps(listed, indent=1))
+        return None
+    if not rows:
+        click.echo(f"There are no runs in {root}; `obowlab run demo` makes one.")
+        return None
+    lines = [
+        (run.info.run_id, run.state.status, _progress(run.state), moment(run.info.created_at), *_headlines(results))
+        for run, results in rows
+    ]
+    return print_table(("run", "status", "steps", "created", *HEADLINES), lines, right=("steps", *HEADLINES))
+
+
+@runs.command("show")
+@click.argument("run")
+@runs_root_option
+@machine_option
+@json_flag
+@dry_run_option
+def show(run: str, runs_root: Path | None, machine_file: Path | None, as_json: bool, dry_run: bool) -> None:
+    """Show one run: its state, last metrics and results.
+
+    RUN is a run id, the beginning of one, or a run folder.
+    """
+    folder = _find(run, runs_root=runs_root, machine_file=machine_file)
+    if dry_run:
+        return would(f"show run '{folder.run_id}'")
+    state, points = folder.current_state(), folder.metrics()
+    last = points[-1] if points else None
+    if as_json:
+        values = {
+            "info": folder.info.model_dump(mode="json", by_alias=True),
+            "state": state.model_dump(mode="json"),
+            "attempts": folder.attempts(),
+            "last_metrics": None
+            if last is None
+            else {
+                "step": last.step,
+                **{name: repr(v) if v != v or abs(v) == float("inf") else v for name, v in last.values.items()},
+            },
+            "results": folder.results(),
+        }
+        click.echo(json.dumps(values, indent=1))
+        return None
+    info = folder.info
+    facts = [
+        ("run", folder.run_id),
+        ("recipe", f"{info.name}: {info.recipe_values.get('title', '')}"),
+        ("seed", str(info.seed)),
+        ("status", state.status + (f": {state.message}" if state.message else "")),
+        ("steps", _progress(state)),
+        ("created", f"{moment(info.created_at)} by obowlab {info.version}"),
+        ("attempts", str(len(folder.attempts()))),
+        ("folder", str(folder.path)),
+    ]
+    for name, text in facts:
+        click.echo(f"{name:<9} {text}")
+    if last is not None:
+        click.echo(f"\nLast metrics, step {last.step}:")
+        print_table(
+            ("metric", "value", "unit"), [_metric_row(name, value) for name, value in last.values.items()], right=("value",)
+        )
+    click.echo("\nResults:")
+    return print_results(folder)
+
+
+@runs.command("sync")
+@click.argument("run", nargs=-1)
+@click.option(
+    "--timeout", "timeout_s", type=click.FloatRange(min=1), default=60.0, show_default=True, metavar="S", help="Seconds per run."
+)
+@runs_root_option
+@machine_option
+@dry_run_option
+def sync(run: tuple[str, ...], timeout_s: float, runs_root: Path | None, machine_file: Path | None, dry_run: bool) -> int:
+    """Send to MLflow what is not there yet, of all runs or of those named.
+
+    Nothing is sent twice, so it may be repeated at will. The exit code is 1 when something could not be sent.
+    """
+    raise NotImplementedError
+
+
+@runs.command("export")
+@click.argument("run")
+@click.option("--out", type=PATH, metavar="FILE", help="Where to write. [default: RUN_ID.tar.gz]")
+@click.option("--checkpoint", is_flag=True, help="Take the checkpoint along, so that training can continue elsewhere.")
+@runs_root_option
+@machine_option
+@dry_run_option
+def export(
+    run: str, out: Path | None, checkpoint: bool, runs_root: Path | None, machine_file: Path | None, dry_run: bool
+) -> None:
+    """Write a run into one .tar.gz: recipe, metrics, results, encoder.
+
+    Unpacked into another runs folder it is a run again there: `obowlab runs show` and `obowlab runs sync` work on it.
+    """
+    folder = _find(run, runs_root=runs_root, machine_file=machine_file)
+    target = out or Path(f"{folder.run_id}.tar.gz")
+    names = [name for name in (*BUNDLED, *([CHECKPOINT] if checkpoint else [])) if (folder.path / name).exists()]
+    if checkpoint and CHECKPOINT not in names:
+        raise UserError(f"Run '{folder.run_id}' has no checkpoint to take along; leave --checkpoint out.")
+    if target.exists():
+        raise UserError(f"{target} is there already; choose another --out.")
+    if not target.absolute().parent.is_dir():
+        raise UserError(f"The folder {target.absolute().parent} of --out does not exist.")
+    if dry_run:
+        return would(f"write {', '.join(names)} of run '{folder.run_id}' to {target}")
+    write_bundle(folder, names=names, target=target)
+    click.echo(f"Wrote {target} ({size(target.stat().st_size)}): {', '.join(names)}.")
+    return None
+
+
+def write_bundle(folder: RunFolder, *, names: list[str], target: Path) -> None:
+    """Write files of a run folder into a .tar.gz under the run's id, beside and renamed.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    beside = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        with tarfile.open(beside, "w:gz") as bundle:
+            for name in names:
+                bundle.add(folder.path / name, arcname=f"{folder.run_id}/{name}")
+        beside.replace(target)
+    except OSError as error:
+        raise UserError(f"Cannot write {target} (--out): {error.strerror or error}.") from None
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _find(run: str, *, runs_root: Path | None, machine_file: Path | None) -> RunFolder:
+    from obowlab.track.folder import RunFolder
+
+    return RunFolder.find(run, runs_root=machine_from(machine_file=machine_file, runs_root=runs_root).runs_root)
+
+
+def _progress(state: State) -> str:
+    return f"{state.step}/{state.total_steps}" if state.total_steps is not None else str(state.step)
+
+
+def _headlines(results: list[dict[str, Any]]) -> list[str]:
+    values = {
+        measurement["name"]: f"{measurement['value']:.1f} ± {measurement['interval']:.1f}"
+        for result in results
+        if result["subject"] == "student"
+        for measurement in result["measurements"]
+    }
+    return [values.get(name, "") for name in HEADLINES]
+
+
+def _metric_row(name: str, value: float) -> tuple[str, str, str]:
+    from obowlab.track.metrics import lookup
+
+    try:
+        unit = lookup(name).unit
+    except KeyError:  # written by another version of obowlab
+        unit = ""
+    return name, f"{value:.6g}", unit

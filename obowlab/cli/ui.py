@@ -1,0 +1,118 @@
+"""`obowlab ui`: the MLflow UI on the local store, for this machine only."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import click
+
+from obowlab.cli.options import dry_run_option, machine_from, machine_option, runs_root_option, would
+from obowlab.errors import UserError
+
+HOST = "127.0.0.1"
+START_TIMEOUT_S = 90.0
+STOP_TIMEOUT_S = 5.0
+
+
+@click.command()
+@click.option("--port", type=click.IntRange(min=1, max=65535), default=5000, show_default=True, help="Port on 127.0.0.1.")
+@runs_root_option
+@machine_option
+@dry_run_option
+def ui(port: int, runs_root: Path | None, machine_file: Path | None, dry_run: bool) -> int:
+    """Browse the runs in MLflow on this machine.
+
+    Serves the local store on the loopback interface until Ctrl-C. From another machine, use the printed ssh line.
+    """
+    machine = machine_from(machine_file=machine_file, runs_root=runs_root)
+    if machine.tracking_uri is not None and machine.tracking_uri.startswith(("http://", "https://")):
+        raise UserError("Runs go to a tracking server (MLFLOW_TRACKING_URI or tracking_uri of the machine file): open its address instead.")
+    store = store_uri(machine.tracking_uri, runs_root=machine.runs_root)
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--host", HOST, "--port", str(port), "--workers", "1"]
+    if dry_run:
+        would(f"serve {store} at http://{HOST}:{port}")
+        return 0
+    _refuse_taken(port)
+    with _serving(command, cwd=machine.runs_root) as server:
+        if not _answers(server, port=port):
+            raise UserError(f"The MLflow UI did not start (exit code {server.poll()}); its messages are above.")
+        click.echo(f"MLflow UI of {store}: http://{HOST}:{port}")
+        click.echo(f"From another machine: ssh -L {port}:{HOST}:{port} {os.environ.get('USER', 'USER')}@{socket.gethostname()}")
+        click.echo("Ctrl-C ends it.")
+        code = server.wait()
+    click.echo(f"The MLflow UI ended with exit code {code}.", err=True)
+    return 1
+
+
+def _refuse_taken(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise UserError(f"Port {port} of {HOST} cannot be used ({error.strerror}); choose another --port.") from None
+
+
+@contextmanager
+def _serving(command: list[str], *, cwd: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Start the server in a process group of its own and end the whole group, whatever happens here."""
+    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    with _termination_as_interrupt():
+        server = subprocess.Popen(command, cwd=cwd, env=environment, stdout=sys.stderr, start_new_session=True)
+        try:
+            yield server
+        finally:
+            _end_group(server)
+
+
+@contextmanager
+def _termination_as_interrupt() -> Iterator[None]:
+    """Treat SIGTERM and SIGHUP as Ctrl-C, so that the server never outlives this process."""
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end_group(server: subprocess.Popen[bytes]) -> None:
+    """Ask every process of the server's group to end, and make those that do not."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(server.pid, number)
+        except ProcessLookupError:
+            break
+        try:
+            server.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            continue
+    server.wait()
+
+
+def _answers(server: subprocess.Popen[bytes], *, port: int) -> bool:
+    """Wait until the server answers; False when it ends or takes too long."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            with direct.open(f"http://{HOST}:{port}/health", timeout=2):
+                return True
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.2)
+    return False
