@@ -30,7 +30,7 @@ class Stream(IntEnum):
     """What a random number is drawn for; a number once given out is never used for anything else."""
 
     ORDER = 0
-    ORIGINAL = 1
+    FLIPS = 1
     CROPS = 2
     PATCH_SOURCE = 3
     CROP_COLOUR = 4
@@ -58,21 +58,19 @@ JITTER_ORDERS: Ints = np.array(list(permutations(range(4))), dtype=np.int64)
 
 @dataclass(frozen=True)
 class Geometry:
-    """How V views are cut from each of N images: resize `boxes` to `resized`, keep the square at `windows`, then flip.
+    """How V views are cut from each of N images: resize `boxes` to `resized`, keep the square at `windows`.
 
     Attributes:
         sizes: Side of the square kept, one per view.
         boxes: Top, left, height and width of the source rectangle, [N, V, 4].
         resized: Height and width that the rectangle is resized to, [N, V, 2].
         windows: Top and left of the square within the resized rectangle, [N, V, 2].
-        flips: Whether the view is mirrored left to right (done by `photometric`), [N, V].
     """
 
     sizes: tuple[int, ...]
     boxes: Ints
     resized: Ints
     windows: Ints
-    flips: Bools
 
 
 @dataclass(frozen=True)
@@ -94,6 +92,15 @@ class Colour:
     hue: Floats
     grayscale: Bools
     sigma: Floats
+
+    def of_views(self, columns: slice) -> Colour:
+        """Return the parameters of some of the views, image by image, each [N * views]."""
+        chosen = {name: values[:, columns] for name, values in vars(self).items()}
+        return Colour(**{name: values.reshape(-1, *values.shape[2:]) for name, values in chosen.items()})
+
+    def of_images(self, rows: slice) -> Colour:
+        """Return the parameters of some of the images."""
+        return Colour(**{name: values[rows] for name, values in vars(self).items()})
 
 
 # ------------------------------------------------------------------------------------------------------- random numbers
@@ -158,8 +165,7 @@ def epoch_order(num_images: int, *, seed: int, epoch: int) -> Ints:
 def geometry(views: Views, *, seed: int, epoch: int, indices: Ints, heights: Ints, widths: Ints) -> Geometry:
     """Return how every view of every image is cut in one epoch (paper, appendix G).
 
-    The original is Resize + CenterCrop; crops and the patch source are torchvision's RandomResizedCrop; each is flipped
-    with `flip_probability`.
+    The original is Resize + CenterCrop; crops and the patch source are torchvision's RandomResizedCrop.
 
     Args:
         views: Sizes and ranges.
@@ -170,27 +176,31 @@ def geometry(views: Views, *, seed: int, epoch: int, indices: Ints, heights: Int
         widths: Widths of the images in pixels, [N].
     """
     centre = centre_geometry(views, heights=heights, widths=widths)
-    parts = [(centre.boxes[:, 0], uniforms(seed=seed, epoch=epoch, indices=indices, stream=Stream.ORIGINAL, count=1)[:, 0])]
-    sizes = [views.original_size]
     lanes = [(Stream.CROPS, lane, views.crop_scale, views.crop_size) for lane in range(views.num_crops)]
     if views.num_patches:
         lanes.append((Stream.PATCH_SOURCE, 0, views.patch_scale, views.patch_source_size))
-    for stream, lane, scale, size in lanes:
-        draws = uniforms(seed=seed, epoch=epoch, indices=indices, stream=stream, count=2 * CROP_TRIES + 3, lane=lane)
-        parts.append((random_boxes(draws[:, :-1], heights=heights, widths=widths, scale=scale), draws[:, -1]))
-        sizes.append(size)
-    squares = np.broadcast_to(np.array(sizes[1:], dtype=np.int64)[None, :, None], (len(centre.boxes), len(lanes), 2))
+    boxes = [centre.boxes[:, 0]]
+    for stream, lane, scale, _ in lanes:
+        draws = uniforms(seed=seed, epoch=epoch, indices=indices, stream=stream, count=2 * CROP_TRIES + 2, lane=lane)
+        boxes.append(random_boxes(draws, heights=heights, widths=widths, scale=scale))
+    sizes = [size for *_, size in lanes]
+    squares = np.broadcast_to(np.array(sizes, dtype=np.int64)[None, :, None], (len(heights), len(sizes), 2))
     return Geometry(
-        sizes=tuple(sizes),
-        boxes=np.stack([boxes for boxes, _ in parts], axis=1),
+        sizes=(views.original_size, *sizes),
+        boxes=np.stack(boxes, axis=1),
         resized=np.concatenate([centre.resized, squares], axis=1),
         windows=np.concatenate([centre.windows, np.zeros_like(squares)], axis=1),
-        flips=np.stack([draw < views.flip_probability for _, draw in parts], axis=1),
     )
 
 
+def flips(views: Views, *, seed: int, epoch: int, indices: Ints) -> Bools:
+    """Return which views are mirrored left to right (done by `photometric`), [N, V]."""
+    count = 1 + views.num_crops + (views.num_patches > 0)
+    return uniforms(seed=seed, epoch=epoch, indices=indices, stream=Stream.FLIPS, count=count) < views.flip_probability
+
+
 def centre_geometry(views: Views, *, heights: Ints, widths: Ints) -> Geometry:
-    """Return the one view that evaluation uses: Resize(original_resize), CenterCrop(original_size), no flip.
+    """Return the one view that evaluation uses: Resize(original_resize), CenterCrop(original_size).
 
     Both round as torchvision does: the longer side of the resized image downwards, the window's corner half to even.
     """
@@ -204,7 +214,6 @@ def centre_geometry(views: Views, *, heights: Ints, widths: Ints) -> Geometry:
         boxes=np.stack((zeros, zeros, heights, widths), axis=-1)[:, None],
         resized=resized,
         windows=np.rint((resized - views.original_size) / 2.0).astype(np.int64),
-        flips=np.zeros((len(heights), 1), dtype=np.bool_),
     )
 
 
