@@ -270,6 +270,15 @@ class RunFolder:
         """Return the facts of every start of this run, oldest first."""
         return list(read_lines(self.path / "attempts.jsonl"))
 
+    def record_facts(self, **facts: Any) -> None:
+        """Add what training found out to `facts.json`: `data_hash`, `num_images`, `loader`, `device`, ...; JSON values."""
+        self.write_artifact("facts.json", json.dumps({**self.facts(), **facts}, indent=1))
+
+    def facts(self) -> dict[str, Any]:
+        """Return what `record_facts` wrote."""
+        path = self.path / "facts.json"
+        return dict(json.loads(path.read_bytes())) if path.exists() else {}
+
     def write_artifact(self, name: str, content: str | bytes) -> Path:
         """Write a file of the run atomically and return its path."""
         path = self.path / name

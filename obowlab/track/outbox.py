@@ -1,0 +1,179 @@
+"""What a run has to show to MLflow, and how much of it a store has already; knows nothing of MLflow itself."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from obowlab.track.folder import RunFolder, Status
+from obowlab.track.journal import Point, parse_point, write_atomic
+from obowlab.track.metrics import METRICS
+
+STATUSES: dict[Status, str] = {
+    "created": "SCHEDULED",
+    "running": "RUNNING",
+    "interrupted": "KILLED",
+    "failed": "FAILED",
+    "finished": "FINISHED",
+}
+ENDED = ("KILLED", "FAILED", "FINISHED")
+POINT_FILES = {"metrics": "train", "system": "system"}
+"""Metric files and the group their metrics have in MLflow."""
+
+MODEL_FOLDER = "model"
+
+
+class Sent(BaseModel):
+    """What one store has of a run."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    run_id: str | None = None
+    params: bool = False
+    tags: dict[str, str] = {}
+    dataset: str | None = None
+    offsets: dict[str, int] = {}
+    last_steps: dict[str, int] = {}
+    nonfinite: dict[str, int] = {}
+    files: dict[str, str] = {}
+    model_version: str | None = None
+    status: str | None = None
+
+    def forget(self) -> None:
+        """Begin anew: the store has nothing."""
+        for name, field in type(self).model_fields.items():
+            setattr(self, name, field.get_default(call_default_factory=True))
+
+
+class Outbox:
+    """The things of one run folder that one store should have."""
+
+    def __init__(self, folder: RunFolder, *, store: str) -> None:
+        """Look at a run for the store of this (password-free) name."""
+        self.folder = folder
+        self.store = store
+
+    # ------------------------------------------------------------------------------------------------- memory
+
+    def load(self) -> Sent:
+        """Return what the store has; nothing when `mirror.json` is lost, for then all is sent once more and recognised."""
+        return Sent.model_validate(self._stores().get(self.store, {}))
+
+    def save(self, sent: Sent) -> None:
+        """Remember what the store has."""
+        stores = {**self._stores(), self.store: sent.model_dump()}
+        write_atomic(self.folder.mirror_path, json.dumps({"stores": stores}, indent=1))
+
+    def _stores(self) -> dict[str, Any]:
+        try:
+            return dict(json.loads(self.folder.mirror_path.read_bytes())["stores"])
+        except (FileNotFoundError, ValueError, KeyError):
+            return {}
+
+    # -------------------------------------------------------------------------------------------------- items
+
+    def pending(self) -> int:
+        """Return how many metric values, files and facts the store does not have."""
+        sent = self.load()
+        points = sum(len(point.values) for name in POINT_FILES for _, point in self.points(name, sent=sent))
+        files = sum(self.is_new(path, sent=sent) for path in (*self.results(), *self.artifacts()))
+        return points + files + (not sent.params) + (sent.status != self.status()) + self.model_is_new(sent)
+
+    def status(self) -> str:
+        """Return MLflow's word for the run's state."""
+        return STATUSES[self.folder.current_state().status]
+
+    def points(self, name: str, *, sent: Sent) -> Iterator[tuple[int, Point]]:
+        """Yield every complete line of a metric file that the store does not have, with the offset behind it."""
+        path = self.folder.path / f"{name}.jsonl"
+        if not path.exists():
+            return
+        offset, last_step = sent.offsets.get(name, 0), sent.last_steps.get(name, -1)
+        with path.open("rb") as file:
+            if offset > file.seek(0, os.SEEK_END):  # a power cut took lines that were sent; their steps come again
+                offset = 0
+            file.seek(offset)
+            for line in file:
+                try:
+                    point = parse_point(json.loads(line)) if line.endswith(b"\n") else None
+                except ValueError:
+                    point = None
+                if point is None:  # still being written, or torn: the writer cuts it off when it goes on
+                    return
+                offset += len(line)
+                if point.step > last_step:
+                    yield offset, point
+
+    def results(self) -> list[Path]:
+        """Return the files of all evaluation results."""
+        return sorted((self.folder.path / "results").glob("*.json"))
+
+    def artifacts(self) -> list[Path]:
+        """Return the files to keep beside the numbers; the log only once it is complete."""
+        units = self.folder.path / "metrics.json"
+        if not units.exists():
+            described = {
+                metric.name: {"unit": metric.unit, "direction": metric.direction, "help": metric.help}
+                for metric in METRICS.values()
+            }
+            write_atomic(units, json.dumps(described, indent=1))
+        recipe = self.folder.path / "recipe.json"
+        if not recipe.exists():
+            write_atomic(recipe, json.dumps(self.folder.info.recipe_values, indent=1))
+        names = ["run.json", "recipe.json", "machine.json", "metrics.json", "attempts.jsonl", "dirty.diff"]
+        if self.status() in ENDED:
+            names.append("log.txt")
+        return [self.folder.path / name for name in names if (self.folder.path / name).exists()]
+
+    def model_is_new(self, sent: Sent) -> bool:
+        """Return whether there is a finished encoder that the store has no version of."""
+        finished = self.folder.state.status == "finished" and (self.folder.path / MODEL_FOLDER / "MLmodel").exists()
+        return finished and sent.model_version is None
+
+    def is_new(self, path: Path, *, sent: Sent) -> bool:
+        """Return whether the store lacks this file or has an older one."""
+        return sent.files.get(self._key(path)) != _stamp(path)
+
+    def mark(self, path: Path, *, sent: Sent) -> None:
+        """Note that the store has this file."""
+        sent.files[self._key(path)] = _stamp(path)
+
+    def tags(self, sent: Sent) -> dict[str, str]:
+        """Return the facts of the run as they are now."""
+        info, state = self.folder.info, self.folder.current_state()
+        facts: dict[str, Any] = {}
+        for attempt in self.folder.attempts():
+            facts.update(attempt)
+        facts.update(self.folder.facts())
+        versions = facts.get("versions", {})
+        plain = {key: value for key, value in facts.items() if isinstance(value, str | int | float | bool) and key != "time"}
+        tags: dict[str, Any] = {
+            **{f"obowlab.{key}": value for key, value in plain.items()},
+            **{f"obowlab.version.{package}": version for package, version in versions.items()},
+            "obowlab.recipe": info.name,
+            "obowlab.seed": info.seed,
+            "obowlab.fingerprint": info.fingerprint,
+            "obowlab.status": state.status,
+            "obowlab.message": state.message or "-",
+            "obowlab.nonfinite": ", ".join(f"{name}: {count}" for name, count in sorted(sent.nonfinite.items())),
+            "mlflow.note.content": info.recipe.title,
+            "mlflow.source.name": f"obowlab run {info.name} --seed {info.seed}",
+            "mlflow.source.git.commit": facts.get("commit"),
+        }
+        for result in self.folder.results():
+            place = f"obowlab.eval.{result['subject']}.{result['protocol']}"
+            tags[place] = f"version {result.get('version')}, {result['protocol_hash']}"
+        return {key: str(value)[:5000] for key, value in tags.items() if value not in (None, "")}
+
+    def _key(self, path: Path) -> str:
+        return str(path.relative_to(self.folder.path))
+
+
+def _stamp(path: Path) -> str:
+    facts = path.stat()
+    return f"{facts.st_size}-{facts.st_mtime_ns}"

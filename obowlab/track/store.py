@@ -1,0 +1,126 @@
+"""Where MLflow keeps what is mirrored: a SQLite file in the run store, or the server a user names.
+
+mlflow is imported inside the functions only: the command line must start without it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from obowlab.errors import UserError
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+DATABASE = "mlflow.db"
+ARTIFACTS = "mlartifacts"
+_SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql")
+
+
+def store_uri(tracking_uri: str | None, *, runs_root: Path) -> str:
+    """Return the URI of the MLflow store: the given one, or the SQLite file of the run store.
+
+    Args:
+        tracking_uri: `machine.tracking_uri`, which MLFLOW_TRACKING_URI sets.
+        runs_root: where runs are kept.
+
+    Raises:
+        UserError: MLflow no longer writes to plain folders.
+    """
+    if not tracking_uri:
+        return f"sqlite:///{runs_root.absolute() / DATABASE}"
+    scheme = re.match(r"([a-z]+)(\+\w+)?:", tracking_uri)
+    if scheme is None or scheme[1] not in _SCHEMES:
+        raise UserError(
+            f"MLflow cannot write to '{shown_uri(tracking_uri)}' (MLFLOW_TRACKING_URI or tracking_uri): "
+            "name a server, http://HOST:PORT, or a database, sqlite:////FOLDER/mlflow.db."
+        )
+    return tracking_uri
+
+
+def shown_uri(text: str) -> str:
+    """Return a text without the user names and passwords of the URIs in it."""
+    return re.sub(r"://[^/@\s]+@", "://", text)
+
+
+def artifact_location(uri: str, *, runs_root: Path) -> str | None:
+    """Return where artifacts of a new experiment go; None leaves it to the server."""
+    if uri.startswith("http"):
+        return None
+    if uri.startswith("sqlite:///"):
+        return (Path(uri.removeprefix("sqlite:///")).absolute().parent / ARTIFACTS).as_uri()
+    return (runs_root.absolute() / ARTIFACTS).as_uri()
+
+
+def prepare_store(uri: str) -> None:
+    """Create the SQLite store if it is not there yet; other stores are their owners' business.
+
+    Several processes may call this at once, and one may be killed in it: the file is filled beside, under a lock, and renamed.
+
+    Raises:
+        UserError: the disk refuses.
+    """
+    if not uri.startswith("sqlite:///"):
+        return
+    path = Path(uri.removeprefix("sqlite:///")).absolute()
+    if path.exists():
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.with_name(f".{path.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if path.exists():
+                return
+            beside = path.with_name(f".{path.name}.new")
+            beside.unlink(missing_ok=True)
+            with no_patience():
+                from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+
+                artifacts = artifact_location(uri, runs_root=path.parent)
+                assert artifacts is not None
+                SqlAlchemyStore(f"sqlite:///{beside}", artifacts).engine.dispose()  # type: ignore[no-untyped-call]
+            beside.replace(path)
+    except OSError as error:
+        raise UserError(f"Cannot create the MLflow store {path} (--runs-root): {error.strerror}.") from None
+
+
+def connect(uri: str) -> MlflowClient:
+    """Return a client of the store, which must exist."""
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+@contextmanager
+def no_patience(*, request_s: float = 8.0) -> Iterator[None]:
+    """Make MLflow fail fast instead of retrying for minutes, and say nothing on the terminal.
+
+    Args:
+        request_s: longest time one request may take, in seconds.
+    """
+    wanted = {
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(max(1, round(request_s))),
+        "MLFLOW_ARTIFACT_UPLOAD_DOWNLOAD_TIMEOUT": str(max(1, round(request_s))),
+        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+    }
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
