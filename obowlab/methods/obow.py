@@ -220,7 +220,7 @@ def _refuse_small_map(method: Obow, *, level: Level, size: int) -> None:
     left = max(0, size - 2 * method.border)
     if left < needed:
         raise UserError(
-            f"The {level} map of the original view is {size}x{size} and method.border = {method.border} leaves {left}x{left}, but the "
+            f"The {level} map of the original view is {size}x{size}, method.border = {method.border} leaves {left}x{left} and the "
             f"vocabulary needs {needed}x{needed}: lower method.border or raise views.original_size."
         )
 

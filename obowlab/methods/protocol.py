@@ -11,7 +11,10 @@ from torch import Tensor
 class Comm(Protocol):
     """Talk between the processes of a run; every process makes the same calls in the same order."""
 
-    world_size: int
+    @property
+    def world_size(self) -> int:
+        """How many processes there are."""
+        ...
 
     def gather(self, x: Tensor) -> Tensor:
         """Concatenate `x` over the processes along dimension 0, in rank order, without gradient."""

@@ -1,0 +1,107 @@
+"""What every entry of a registry must do. A module `test_*.py` subclasses a contract; entries are found, not listed."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor
+
+from obowlab.config import Recipe, recipe_from_values
+from obowlab.methods import METHODS, OBoW, OneProcess, StepOutput
+
+NUM_IMAGES = 4
+NUM_CLASSES = 3
+
+
+class MethodContract:
+    """One training step at a time: finite, deterministic, resumable, and deaf to everything but its arguments."""
+
+    @pytest.fixture(params=sorted(METHODS))
+    def recipe(self, request: pytest.FixtureRequest) -> Recipe:
+        values = {"method.name": request.param, "backbone.stem": "small", "backbone.width": 4}
+        return recipe_from_values(values, sources=dict.fromkeys(values, "contracts.py"))
+
+    def build(self, recipe: Recipe, *, seed: int = 0) -> tuple[OBoW, torch.optim.SGD]:
+        method = METHODS[recipe.method.name](
+            recipe.method, backbone=recipe.backbone, total_steps=10, seed=seed, num_classes=NUM_CLASSES, comm=OneProcess()
+        )
+        return method, torch.optim.SGD(method.param_groups(weight_decay=1e-4), lr=0.05, momentum=0.9)
+
+    def batch(self, step: int, num_draws: int) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(step)
+        original = torch.randn(NUM_IMAGES, 3, 40, 40, generator=generator)
+        views = {kind: torch.randn(2 * NUM_IMAGES, 3, 16, 16, generator=generator) for kind in ("crops", "patches")}
+        draws = torch.rand(NUM_IMAGES, num_draws, generator=generator, dtype=torch.float64)
+        return original, views, draws, torch.randint(NUM_CLASSES, (NUM_IMAGES,), generator=generator)
+
+    def train(self, method: OBoW, optimizer: torch.optim.SGD, steps: range) -> StepOutput:
+        for step in steps:
+            original, views, draws, labels = self.batch(step, method.num_draws)
+            output = method(original, views, step=step, draws=draws, labels=labels)
+            optimizer.zero_grad()
+            output.loss.backward()
+            optimizer.step()
+        return output
+
+    def test_a_step_has_a_finite_loss_and_plain_metrics(self, recipe: Recipe) -> None:
+        output = self.train(*self.build(recipe), range(2))
+        assert output.loss.shape == ()
+        assert {"loss", "monitor_loss", "monitor_accuracy"} <= output.metrics.keys()
+        for name, value in output.metrics.items():
+            assert value.shape == (), name
+            assert not value.requires_grad, name
+            assert torch.isfinite(value), name
+
+    def test_gradients_reach_what_is_learnt_and_nothing_else(self, recipe: Recipe) -> None:
+        method, optimizer = self.build(recipe)
+        original, views, draws, labels = self.batch(0, method.num_draws)
+        method(original, views, step=0, draws=draws, labels=labels).loss.backward()
+        learnt = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for name, parameter in method.named_parameters():
+            if id(parameter) in learnt:
+                assert parameter.grad is not None, name
+                assert torch.isfinite(parameter.grad).all(), name
+            else:
+                assert parameter.grad is None, name
+                assert not parameter.requires_grad, name
+        assert {id(p) for p in method.encoder.parameters()} <= learnt
+
+    def test_the_monitor_does_not_touch_the_method(self, recipe: Recipe) -> None:
+        method, _ = self.build(recipe)
+        original, views, draws, labels = self.batch(0, method.num_draws)
+        grads = []
+        for shown in (labels, (labels + 1) % NUM_CLASSES):
+            method, optimizer = self.build(recipe)
+            method(original, views, step=0, draws=draws, labels=shown).loss.backward()
+            grads.append([p.grad for p in optimizer.param_groups[0]["params"]])
+        assert [group["name"] for group in optimizer.param_groups] == ["method", "monitor"]
+        assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+    def test_its_state_is_all_it_remembers(self, recipe: Recipe) -> None:
+        method, optimizer = self.build(recipe)
+        self.train(method, optimizer, range(3))
+        resumed, resumed_optimizer = self.build(recipe, seed=1)
+        resumed.load_state_dict(method.state_dict(), strict=True)
+        # Copied: an optimiser shares the tensors it is given.
+        resumed_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        torch.manual_seed(99)  # torch's generator plays no part
+        expected, found = self.train(method, optimizer, range(3, 5)), self.train(resumed, resumed_optimizer, range(3, 5))
+        assert torch.equal(expected.loss, found.loss)
+        state = resumed.state_dict()
+        assert all(torch.equal(value, state[name]) for name, value in method.state_dict().items())
+
+    def test_a_seed_decides_the_start(self, recipe: Recipe) -> None:
+        torch.manual_seed(1)
+        first = self.build(recipe)[0].state_dict()
+        torch.manual_seed(2)
+        second, other = self.build(recipe)[0].state_dict(), self.build(recipe, seed=5)[0].state_dict()
+        assert all(torch.equal(value, second[name]) for name, value in first.items())
+        assert any(not torch.equal(value, other[name]) for name, value in first.items())
+
+    def test_the_encoder_gives_one_vector_per_image(self, recipe: Recipe) -> None:
+        encoder = self.build(recipe)[0].encoder
+        features = encoder.eval()(torch.randn(3, 3, 20, 20))
+        assert features.shape == (3, encoder.num_features)
+        assert encoder.num_features == 8 * recipe.backbone.width

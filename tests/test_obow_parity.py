@@ -1,0 +1,95 @@
+"""The method against `oracles.ObowOracle`: loss, gradients, vocabulary, mu_MSD and teacher, after 1 and after 12 steps."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from obowlab.config import Backbone, Obow
+from obowlab.methods import OBoW, OneProcess
+from tests.oracles import ObowOracle
+
+STEM = "small"
+TOTAL_STEPS = 20
+NUM_IMAGES = 4
+LEVELS = {1: ("conv5",), 2: ("conv4", "conv5")}
+CASES = list(itertools.product(["soft", "hard"], ["local", "global_average", "local_average"], [1, 2]))
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    scale = float(expected.abs().max())
+    return float((found.double() - expected.double()).abs().max()) / max(scale, 1e-8)
+
+
+def build(method: Obow, dtype: torch.dtype) -> tuple[OBoW, torch.optim.SGD, ObowOracle]:
+    model = OBoW(
+        method, backbone=Backbone(stem=STEM, width=4), total_steps=TOTAL_STEPS, seed=3, num_classes=None, comm=OneProcess()
+    )
+    model.to(dtype)
+    optimizer = torch.optim.SGD(model.param_groups(weight_decay=5e-4), lr=0.05, momentum=0.9)
+    state = {name: value.double() if value.is_floating_point() else value for name, value in model.state_dict().items()}
+    oracle = ObowOracle(method, state, stem=STEM, total_steps=TOTAL_STEPS, lr=0.05, momentum=0.9, weight_decay=5e-4)
+    return model, optimizer, oracle
+
+
+def batch(step: int) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    original = torch.randn(NUM_IMAGES, 3, 40, 40, generator=generator, dtype=torch.float64)
+    crops = torch.randn(NUM_IMAGES * 2, 3, 24, 24, generator=generator, dtype=torch.float64)
+    patches = torch.randn(NUM_IMAGES * 3, 3, 16, 16, generator=generator, dtype=torch.float64)
+    return original, {"crops": crops, "patches": patches}, torch.rand(NUM_IMAGES, 2, generator=generator, dtype=torch.float64)
+
+
+def train_both(method: Obow, *, dtype: torch.dtype, num_steps: int, tolerance: float) -> None:
+    model, optimizer, oracle = build(method, dtype)
+    for step in range(num_steps):
+        original, views, draws = batch(step)
+        output = model(original.to(dtype), {kind: images.to(dtype) for kind, images in views.items()}, step=step, draws=draws)
+        optimizer.zero_grad()
+        output.loss.backward()
+        expected_loss, expected_grads = oracle.step(original, views, step=step, draws=draws)
+        assert float(output.loss.detach()) == pytest.approx(expected_loss, rel=tolerance)
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        assert grads.keys() == expected_grads.keys()
+        if step in (0, num_steps - 1):
+            for name, expected in expected_grads.items():
+                assert relative_error(grads[name], expected) < tolerance, (step, name)
+        optimizer.step()
+    state = model.state_dict()
+    for name, expected in (oracle.learnt() | {f"teacher.{k}": v for k, v in oracle.teacher.items()}).items():
+        assert relative_error(state[name], expected) < tolerance, name
+    for level in method.levels:
+        vocabulary = model.vocabularies[level]
+        assert relative_error(vocabulary.words, torch.stack(oracle.words[level])) < tolerance
+        assert float(vocabulary.msd) == pytest.approx(oracle.msd[level], rel=tolerance)
+        assert int(vocabulary.pointer) == oracle.pointer[level]
+
+
+@pytest.mark.parametrize(("codes", "queue_vector", "num_levels"), CASES)
+def test_twelve_steps_equal_the_oracle(codes: str, queue_vector: str, num_levels: int) -> None:
+    # 26 words and 4 images a step: the ring wraps around within a step, twice.
+    # delta_base is high enough for codes that are soft in earnest while mu_MSD is on its way from 0.5.
+    method = Obow(codes=codes, queue_vector=queue_vector, levels=LEVELS[num_levels], num_words=26, delta_base=2.0)
+    train_both(method, dtype=torch.float64, num_steps=12, tolerance=1e-7)
+
+
+@pytest.mark.parametrize("codes", ["soft", "hard"])
+def test_one_step_in_float32_equals_the_oracle(codes: str) -> None:
+    method = Obow(codes=codes, levels=LEVELS[2], num_words=26, delta_base=2.0)
+    train_both(method, dtype=torch.float32, num_steps=1, tolerance=1e-5)
+
+
+def test_the_options_equal_the_oracle() -> None:
+    method = Obow(
+        levels=LEVELS[2],
+        num_words=26,
+        border=0,
+        pooling="mean",
+        learn_kappa=True,
+        msd_start="first_batch",
+        teacher_momentum_schedule="constant",
+    )
+    train_both(method, dtype=torch.float64, num_steps=3, tolerance=1e-7)
