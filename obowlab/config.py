@@ -366,7 +366,8 @@ def _read_chain(path: Path, below: tuple[Path, ...]) -> tuple[dict[str, Any], di
         values, sources = _read_chain(sibling if sibling.is_file() else _find(parent), (*below, path.resolve()))
         values.pop("title", None)
     own = dict(_flatten(document))
-    if own.get("method.name", values.get("method.name")) != values.get("method.name"):  # another method, other keys
+    method = values.get("method.name", Obow.model_fields["name"].default)
+    if own.get("method.name", method) != method:  # another method, other keys
         values = {key: value for key, value in values.items() if not key.startswith("method.")}
     values.update(own)
     sources.update(dict.fromkeys(own, path.name))

@@ -7,19 +7,22 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
-import socket
 import subprocess
 import sys
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import urlsplit
 
 import click
 
 from obowlab.cli.options import dry_run_option, json_flag, machine_from, roots, would
 from obowlab.cli.output import size
+from obowlab.errors import UserError
 
 if TYPE_CHECKING:
     from obowlab.config import Machine
@@ -31,6 +34,8 @@ PROBE_TIMEOUT_S = 120.0
 
 FFCV_PACKAGES = {"libturbojpeg": "libturbojpeg0-dev", "opencv4": "libopencv-dev"}
 """pkg-config's name of what ffcv is built with -> Debian's package."""
+
+_PIP = f"{shlex.quote(sys.executable)} -m pip"
 
 _TORCH = """
 import json, torch, torchvision
@@ -77,24 +82,38 @@ def doctor(machine_file: Path | None, data_root: Path | None, runs_root: Path | 
     if dry_run:
         would("import torch, mlflow and ffcv in processes of their own and look at disk, memory, data and the tracking server")
         return 0
-    checks: list[Check] = []
-    for check in (_python, _torch_and_cuda, _mlflow, _ffcv, _system_libraries, _memory):
-        checks += check()
-    for check_machine in (_disk, _tracking, _data):
-        checks += check_machine(machine)
+    checks = examine(machine)
     if as_json:
         click.echo(json.dumps([asdict(check) for check in checks], indent=1))
     else:
-        for check_done in checks:
-            _print(check_done)
-    return int(any(check_done.status == "fail" for check_done in checks))
+        _print(checks)
+    return int(any(check.status == "fail" for check in checks))
 
 
-def _print(check: Check) -> None:
-    colour = {"ok": "green", "warn": "yellow", "fail": "red"}[check.status]
-    click.echo(f"{click.style(f'{check.status:<4}', fg=colour)}  {check.name:<16}  {check.text}")
-    if check.mend:
-        click.echo(f"{'':<4}  {'':<16}  {check.mend}")
+def examine(machine: Machine) -> list[Check]:
+    """Look at everything a run needs on this machine; nothing is changed."""
+    with ThreadPoolExecutor(3) as pool:  # they wait for processes
+        torch, mlflow, ffcv = pool.map(probe, (_TORCH, _MLFLOW, _FFCV))
+    return [
+        *_python(),
+        *_torch_and_cuda(torch),
+        *_mlflow(mlflow),
+        *_ffcv(ffcv),
+        *_system_libraries(ffcv_is_built=not isinstance(ffcv, str)),
+        *_memory(),
+        *_disk(machine),
+        *_tracking(machine),
+        *_data(machine),
+    ]
+
+
+def _print(checks: list[Check]) -> None:
+    width = max(len(check.name) for check in checks)
+    for check in checks:
+        status = click.style(f"{check.status:<4}", fg={"ok": "green", "warn": "yellow", "fail": "red"}[check.status])
+        click.echo(f"{status}  {check.name:<{width}}  {check.text}")
+        if check.mend:
+            click.echo(f"{'':<4}  {'':<{width}}  {check.mend}")
 
 
 def probe(code: str, *, timeout_s: float = PROBE_TIMEOUT_S) -> dict[str, Any] | str:
@@ -119,17 +138,12 @@ def _python() -> list[Check]:
     return [Check("python", "fail", f"{text}; {'.'.join(map(str, MIN_PYTHON))} or newer is needed", "python3.11 -m venv .venv")]
 
 
-def _torch_and_cuda() -> list[Check]:
-    found = probe(_TORCH)
+def _torch_and_cuda(found: dict[str, Any] | str) -> list[Check]:
     if isinstance(found, str):
-        return [
-            Check(
-                "torch", "fail", f"does not load: {found}", f"{sys.executable} -m pip install --force-reinstall torch torchvision"
-            )
-        ]
+        return [Check("torch", "fail", f"does not load: {found}", f"{_PIP} install --force-reinstall torch torchvision")]
     checks = [Check("torch", "ok", f"{found['torch']}, torchvision {found['torchvision']}, CPU arithmetic works")]
     if found["sum"] != 512.0:
-        checks = [Check("torch", "fail", "a matrix product is wrong", f"{sys.executable} -m pip install --force-reinstall torch")]
+        checks = [Check("torch", "fail", "a matrix product is wrong", f"{_PIP} install --force-reinstall torch")]
     if found["cuda"]:
         checks.append(Check("cuda", "ok", f"{len(found['gpus'])} GPU(s): {', '.join(found['gpus'])}; CUDA {found['built_for']}"))
         if found["nccl"]:
@@ -153,34 +167,28 @@ def _torch_and_cuda() -> list[Check]:
 
 
 def _torch_for_cuda() -> str:
-    return (
-        f"{sys.executable} -m pip install --force-reinstall torch torchvision --index-url https://download.pytorch.org/whl/cu128"
-    )
+    return f"{_PIP} install --force-reinstall torch torchvision --index-url https://download.pytorch.org/whl/cu128"
 
 
-def _mlflow() -> list[Check]:
-    found = probe(_MLFLOW)
+def _mlflow(found: dict[str, Any] | str) -> list[Check]:
     if isinstance(found, str):
-        return [
-            Check(
-                "mlflow", "fail", f"does not load: {found}", f"{sys.executable} -m pip install --force-reinstall 'mlflow>=3.4,<4'"
-            )
-        ]
+        return [Check("mlflow", "fail", f"does not load: {found}", f"{_PIP} install --force-reinstall 'mlflow>=3.4,<4'")]
     return [Check("mlflow", "ok", found["version"])]
 
 
-def _ffcv() -> list[Check]:
-    found = probe(_FFCV)
+def _ffcv(found: dict[str, Any] | str) -> list[Check]:
     if not isinstance(found, str):
         return [Check("ffcv", "ok", found["version"])]
     if "No module named 'ffcv'" in found:
         found = "not installed: the torch loader is used, several times slower"
     else:
         found = f"does not load: {found}"
-    return [Check("ffcv", "warn", found, f"{sys.executable} -m pip install --no-build-isolation ffcv numba setuptools")]
+    return [Check("ffcv", "warn", found, f"{_PIP} install ffcv numba setuptools")]
 
 
-def _system_libraries() -> list[Check]:
+def _system_libraries(*, ffcv_is_built: bool) -> list[Check]:
+    if ffcv_is_built:
+        return []  # it has found and linked them
     if not shutil.which("pkg-config"):
         return [Check("pkg-config", "warn", "not installed: ffcv cannot be built", "sudo apt-get install pkg-config")]
     checks = [Check("pkg-config", "ok", "installed")]
@@ -240,18 +248,39 @@ def _disk(machine: Machine) -> list[Check]:
 
 
 def _tracking(machine: Machine) -> list[Check]:
-    uri = machine.tracking_uri
-    if uri is None or not uri.startswith(("http://", "https://")):
-        return [Check("tracking", "ok", f"local store {uri or 'in the runs folder'}; no server is needed")]
-    address = urlsplit(uri)
-    shown = f"{address.scheme}://{address.hostname}" + (f":{address.port}" if address.port else "")
+    from obowlab.track.store import shown_uri, store_uri
+
     try:
-        with socket.create_connection(
-            (address.hostname or "", address.port or (443 if address.scheme == "https" else 80)), timeout=5
-        ):
+        uri = store_uri(machine.tracking_uri, runs_root=machine.runs_root)
+    except UserError as error:
+        return [Check("tracking", "fail", str(error), "unset MLFLOW_TRACKING_URI")]
+    shown = shown_uri(uri)
+    if not uri.startswith("http"):
+        return [Check("tracking", "ok", f"{shown}; no server is needed")]
+    later = "runs go on and keep their points"
+    try:
+        with urllib.request.urlopen(f"{shown.rstrip('/')}/health", timeout=5):
             return [Check("tracking", "ok", f"{shown} answers")]
-    except OSError as error:
-        text = f"{shown} does not answer ({error.strerror or error}); runs go on and keep their points"
+    except urllib.error.HTTPError as error:
+        if error.code not in (401, 403):
+            return [
+                Check(
+                    "tracking", "warn", f"{shown} answers with {error.code}; {later}", "obowlab runs sync   # once it is mended"
+                )
+            ]
+        if os.environ.get("MLFLOW_TRACKING_USERNAME") or os.environ.get("MLFLOW_TRACKING_TOKEN"):
+            return [Check("tracking", "ok", f"{shown} answers and asks for the login that is set")]
+        return [
+            Check(
+                "tracking",
+                "warn",
+                f"{shown} asks for a login",
+                "export MLFLOW_TRACKING_USERNAME=... MLFLOW_TRACKING_PASSWORD=...",
+            )
+        ]
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        text = f"{shown} does not answer ({reason}); {later}"
         return [Check("tracking", "warn", text, "obowlab runs sync   # once it is back; or: unset MLFLOW_TRACKING_URI")]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from obowlab.track.folder import RunFolder
 
 PROTOCOLS = ("fewshot", "linear", "knn")
+MIRROR_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,7 @@ def evaluate(
         except OSError as error:
             raise UserError(f"Cannot write --json {json_file}: {error.strerror}.") from None
     if chosen.folder is not None:
-        for value in values:
-            chosen.folder.add_result(value)
+        _file_results(chosen.folder, values, machine=machine)
     return None
 
 
@@ -183,3 +183,15 @@ def _measure(
                 report=lambda line: click.echo(line, err=True),
             )
     return results
+
+
+def _file_results(folder: RunFolder, values: list[dict[str, Any]], *, machine: Machine) -> None:
+    """Add results to a run and send them on; a store that does not answer gets them with the next sync."""
+    from obowlab.track.mirror import Mirror
+
+    for value in values:
+        folder.add_result(value)
+    report = Mirror(folder, tracking_uri=machine.tracking_uri).sync(timeout_s=MIRROR_TIMEOUT_S)
+    click.echo(f"Added to run {folder.run_id}.")
+    if report.error is not None:
+        click.echo(f"MLflow does not have them yet: {report.error}; `obowlab runs sync` sends them.", err=True)

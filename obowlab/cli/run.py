@@ -51,7 +51,6 @@ def run(
     again, the command continues an unfinished run, and prints the results of a finished one.
     """
     from obowlab.config import load_recipe
-    from obowlab.lab.launch import launch
     from obowlab.track.folder import RunFolder, run_id_of
 
     if gpus is not None:
@@ -84,6 +83,8 @@ def run(
     if dry_run:
         _print_plan(loaded, run_id=run_id, machine=machine, there=there, fresh=resume is False)
         return 0
+    from obowlab.lab.launch import launch
+
     code = launch(loaded, seed=seed, machine=machine, fresh=resume is False, progress=not no_progress)
     if code == 0:
         print_results(RunFolder.open(path))
@@ -118,6 +119,7 @@ def check_data(loaded: Loaded, *, machine: Machine, drawn: bool) -> None:
 
 def _print_plan(loaded: Loaded, *, run_id: str, machine: Machine, there: bool, fresh: bool) -> None:
     from obowlab.track.folder import RunFolder
+    from obowlab.track.store import shown_uri, store_uri
 
     recipe, path = loaded.recipe, machine.runs_root / run_id
     if there and not fresh:
@@ -134,17 +136,7 @@ def _print_plan(loaded: Loaded, *, run_id: str, machine: Machine, there: bool, f
     if recipe.evaluation.protocols:
         beside = ", and the random initialisation beside it" if recipe.evaluation.random_baseline else ""
         would(f"evaluate the encoder: {', '.join(recipe.evaluation.protocols)}{beside}")
-    would(f"mirror everything to MLflow: {shown_uri(machine.tracking_uri)}")
-
-
-def shown_uri(uri: str | None) -> str:
-    """Return a tracking URI without the password it may hold."""
-    if uri is None:
-        return "the local store in the runs folder"
-    from urllib.parse import urlsplit
-
-    address = urlsplit(uri)
-    return uri if address.password is None else uri.replace(f":{address.password}@", ":***@")
+    would(f"mirror everything to MLflow: {shown_uri(store_uri(machine.tracking_uri, runs_root=machine.runs_root))}")
 
 
 def _say_if_evaluation_differs(folder: RunFolder, loaded: Loaded) -> None:

@@ -149,7 +149,28 @@ def sync(run: tuple[str, ...], timeout_s: float, runs_root: Path | None, machine
 
     Nothing is sent twice, so it may be repeated at will. The exit code is 1 when something could not be sent.
     """
-    raise NotImplementedError
+    from obowlab.track.folder import RunFolder, list_runs
+    from obowlab.track.mirror import Mirror
+    from obowlab.track.store import shown_uri
+
+    machine = machine_from(machine_file=machine_file, runs_root=runs_root)
+    if run:
+        folders = [RunFolder.find(ref, runs_root=machine.runs_root) for ref in run]
+    else:
+        folders = [RunFolder(summary.path, summary.info) for summary in list_runs(machine.runs_root)]
+    if not folders:
+        click.echo(f"There are no runs in {machine.runs_root}.")
+    failed = False
+    for folder in folders:
+        mirror = Mirror(folder, tracking_uri=machine.tracking_uri)
+        if dry_run:
+            would(f"send {mirror.pending()} values, results, files and facts of run '{folder.run_id}' to {shown_uri(mirror.uri)}")
+            continue
+        report = mirror.sync(timeout_s=timeout_s)
+        failed = failed or report.error is not None
+        problem = f", {report.pending} pending: {report.error}" if report.error is not None else ""
+        click.echo(f"{folder.run_id}: {report.sent} sent{problem}")
+    return int(failed)
 
 
 @runs.command("export")

@@ -35,19 +35,28 @@ def ui(port: int, runs_root: Path | None, machine_file: Path | None, dry_run: bo
 
     Serves the local store on the loopback interface until Ctrl-C. From another machine, use the printed ssh line.
     """
+    from obowlab.track.store import artifact_location, prepare_store, shown_uri, store_uri
+
     machine = machine_from(machine_file=machine_file, runs_root=runs_root)
     if machine.tracking_uri is not None and machine.tracking_uri.startswith(("http://", "https://")):
-        raise UserError("Runs go to a tracking server (MLFLOW_TRACKING_URI or tracking_uri of the machine file): open its address instead.")
+        raise UserError(
+            "Runs go to a tracking server (MLFLOW_TRACKING_URI or tracking_uri of the machine file): open its address instead."
+        )
     store = store_uri(machine.tracking_uri, runs_root=machine.runs_root)
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--host", HOST, "--port", str(port), "--workers", "1"]
     if dry_run:
-        would(f"serve {store} at http://{HOST}:{port}")
+        would(f"serve {shown_uri(store)} at http://{HOST}:{port}")
         return 0
     _refuse_taken(port)
+    if not machine.runs_root.is_dir():
+        raise UserError(f"There are no runs in {machine.runs_root} (--runs-root); `obowlab run demo` makes one.")
+    prepare_store(store)
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--host", HOST, "--port", str(port)]
+    artifacts = artifact_location(store, runs_root=machine.runs_root)
+    command += ["--workers", "1", *(["--default-artifact-root", artifacts] if artifacts is not None else [])]
     with _serving(command, cwd=machine.runs_root) as server:
         if not _answers(server, port=port):
             raise UserError(f"The MLflow UI did not start (exit code {server.poll()}); its messages are above.")
-        click.echo(f"MLflow UI of {store}: http://{HOST}:{port}")
+        click.echo(f"MLflow UI of {shown_uri(store)}: http://{HOST}:{port}")
         click.echo(f"From another machine: ssh -L {port}:{HOST}:{port} {os.environ.get('USER', 'USER')}@{socket.gethostname()}")
         click.echo("Ctrl-C ends it.")
         code = server.wait()

@@ -1,0 +1,298 @@
+"""Recipes and machines: strict keys and types, `extends`, overrides, identity."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from obowlab.config import (
+    FewShot,
+    Linear,
+    Machine,
+    Obow,
+    Recipe,
+    canonical_hash,
+    flatten,
+    load_machine,
+    load_recipe,
+    nearest,
+    parse_override,
+    recipe_files,
+    recipe_from_values,
+)
+from obowlab.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for variable in ("OBOWLAB_MACHINE", "OBOWLAB_DATA_ROOT", "OBOWLAB_RUNS_ROOT", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(variable, raising=False)
+
+
+def write(folder: Path, name: str, text: str) -> str:
+    path = folder / f"{name}.toml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+# -------------------------------------------------------------------------------------------------------------- extends
+
+
+def test_extends_overrides_value_by_value_and_remembers_who_set_what(tmp_path: Path) -> None:
+    write(tmp_path, "base", 'title = "Base"\n[method]\nkappa = 4.0\nnum_words = 64\n[training]\nepochs = 3\n')
+    write(tmp_path, "middle", 'extends = "base"\n[method]\nkappa = 6.0\n')
+    top = write(tmp_path, "top", 'extends = "middle"\n[training]\nbatch_size = 16\n')
+    loaded = load_recipe(top, overrides=["training.epochs=9"])
+    assert loaded.name == "top"
+    assert (loaded.recipe.method.kappa, loaded.recipe.method.num_words) == (6.0, 64)
+    assert (loaded.recipe.training.epochs, loaded.recipe.training.batch_size) == (9, 16)
+    assert loaded.sources == {
+        "method.kappa": "middle.toml",
+        "method.num_words": "base.toml",
+        "training.epochs": "--set training.epochs=9",
+        "training.batch_size": "top.toml",
+    }
+    assert loaded.recipe.title == "", "a title belongs to the file it stands in"
+
+
+def test_naming_the_method_that_is_the_default_anyway_keeps_what_was_inherited(tmp_path: Path) -> None:
+    write(tmp_path, "base", "[method]\nkappa = 4.0\n")
+    assert load_recipe(write(tmp_path, "top", 'extends = "base"\n[method]\nname = "obow"\n')).recipe.method.kappa == 4.0
+
+
+def test_a_file_outside_the_shipped_ones_may_extend_a_shipped_one(tmp_path: Path) -> None:
+    mine = write(tmp_path, "mine", 'extends = "imagenet20-vanilla"\n[method]\nkappa = 7.0\n')
+    assert load_recipe(mine).recipe.data.images_per_class == 260
+
+
+def test_extends_that_goes_in_circles_is_told(tmp_path: Path) -> None:
+    write(tmp_path, "one", 'extends = "two"\n')
+    two = write(tmp_path, "two", 'extends = "one"\n')
+    with pytest.raises(UserError, match=r"extends itself through two\.toml -> one\.toml"):
+        load_recipe(two)
+
+
+def test_all_undoes_an_inherited_number_of_images(tmp_path: Path) -> None:
+    write(tmp_path, "base", "[data]\nimages_per_class = 5\n")
+    assert (
+        load_recipe(write(tmp_path, "top", 'extends = "base"\n[data]\nimages_per_class = "all"\n')).recipe.data.images_per_class
+        is None
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- refusal
+
+BAD_FILES = [
+    ("[method]\nkapa = 3.0\n", r"Unknown key 'method\.kapa' \(bad\.toml\)\. Did you mean 'method\.kappa'\?"),
+    ("[metod]\nkappa = 3.0\n", r"Unknown key 'metod\.kappa' .* Did you mean 'method\.kappa'\?"),
+    ("zzz = 1\n", r"Unknown key 'zzz' .* lists every key"),
+    ("[training]\nepochs = 0\n", r"'training\.epochs' \(bad\.toml\): .* greater than or equal to 1, not 0\."),
+    ("[training]\nepochs = 2.5\n", r"'training\.epochs' \(bad\.toml\)"),
+    ('[training]\nepochs = "2"\n', r"'training\.epochs' \(bad\.toml\): .*integer, not '2'"),
+    ("[training]\nmonitor = 1\n", r"'training\.monitor' \(bad\.toml\): .*boolean"),
+    ("[optimizer]\nlearning_rate = nan\n", r"'optimizer\.learning_rate' .*finite"),
+    ("[optimizer]\nlearning_rate = inf\n", r"'optimizer\.learning_rate' .*finite"),
+    ('[method]\nlevels = ["conv3"]\n', r"'method\.levels' .*conv4"),
+    ("[method]\nlevels = []\n", r"levels must name conv4, conv5 or both"),
+    ('[method]\nlevels = ["conv5", "conv5"]\n', r"each once"),
+    ('[method]\ncodes = "medium"\n', r"'method\.codes' .*'soft' or 'hard', not 'medium'"),
+    ('[data]\ndataset = "../elsewhere"\n', r"'data\.dataset'"),
+    ("[views]\nnum_crops = 0\n", r"\(bad\.toml\): num_crops and num_patches are both 0"),
+    ("[views]\noriginal_size = 300\n", r"original_resize must be at least original_size"),
+    ("[views]\nnum_patches = 5\npatch_size = 250\n", r"must fit into patch_source_size"),
+    ("[views]\ncrop_scale = [0.6, 0.08]\n", r"'views' \(bad\.toml\): crop_scale must be \[low, high\]"),
+    ("[views]\ncrop_scale = [0.0, 0.5]\n", r"crop_scale are fractions"),
+    ("[views]\nblur_sigma = [0.1]\n", r"'views\.blur_sigma'"),
+    ("extends = 3\n", r"'extends' .* must be the name of one recipe"),
+    ('extends = "ful"\n', r"no recipe 'ful'\. Did you mean 'full'\?"),
+    ("[method\n", r"bad\.toml is not valid TOML"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), BAD_FILES, ids=[text.replace("\n", " ").strip() for text, _ in BAD_FILES])
+def test_bad_file_is_refused_in_one_sentence(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        load_recipe(write(tmp_path, "bad", text))
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 300
+
+
+def test_missing_recipe_file_is_named() -> None:
+    with pytest.raises(UserError, match=r"There is no recipe file 'nowhere/mine\.toml'"):
+        load_recipe("nowhere/mine.toml")
+
+
+def test_settings_that_do_not_fit_name_the_option_before_the_file() -> None:
+    with pytest.raises(UserError, match=r"'views' \(--set views\.patch_size=250\): patch_size"):
+        load_recipe("full", overrides=["views.patch_size=250"])
+
+
+# ------------------------------------------------------------------------------------------------------------ overrides
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [
+        ("method.kappa=3", "method.kappa", 3),
+        ("method.kappa = 3.5", "method.kappa", 3.5),
+        ("optimizer.learning_rate=.05", "optimizer.learning_rate", 0.05),
+        ("optimizer.weight_decay=5e-4", "optimizer.weight_decay", 5e-4),
+        ("method.codes=hard", "method.codes", "hard"),
+        ('method.codes="hard"', "method.codes", "hard"),
+        ("training.monitor=true", "training.monitor", True),
+        ('method.levels=["conv4", "conv5"]', "method.levels", ["conv4", "conv5"]),
+        ("title=a=b", "title", "a=b"),
+    ],
+)
+def test_override_values_are_toml_or_a_bare_word(text: str, key: str, value: object) -> None:
+    assert parse_override(text) == (key, value)
+
+
+@pytest.mark.parametrize(
+    "text", ["method.kappa", "=3", "views.crop_scale=[.1,.5]", "method.levels=[conv4]", "training.epochs=1\nx=2"]
+)
+def test_override_that_is_no_setting_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="--set"):
+        load_recipe("full", overrides=[text])
+
+
+def test_later_override_wins_and_whole_numbers_do_for_floats() -> None:
+    recipe = load_recipe("full", overrides=["method.kappa=3", "method.kappa=4"]).recipe
+    assert recipe.method.kappa == 4.0
+    assert isinstance(recipe.method.kappa, float)
+    assert recipe.fingerprint(seed=0) == load_recipe("full", overrides=["method.kappa=4.0"]).recipe.fingerprint(seed=0)
+
+
+# ------------------------------------------------------------------------------------------------------------- identity
+
+
+@pytest.mark.parametrize("name", recipe_files())
+def test_flat_settings_rebuild_the_recipe(name: str) -> None:
+    recipe = load_recipe(name).recipe
+    values = flatten(recipe)
+    assert recipe_from_values(values, sources=dict.fromkeys(values, "test")) == recipe
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+
+
+def test_fingerprint_is_of_everything_that_changes_weights_and_of_nothing_else() -> None:
+    recipe = load_recipe("tiny-full").recipe
+    base = recipe.fingerprint(seed=0)
+    changed = {
+        "title": "Another",
+        "data.dataset": "other",
+        "data.images_per_class": 3,
+        "backbone.arch": "resnet50",
+        "backbone.stem": "imagenet",
+        "method.levels": ["conv4"],
+        "method.codes": "hard",
+        "method.pooling": "mean",
+        "method.vocabulary": "kmeans_replace",
+        "method.queue_vector": "local",
+        "method.head": "fixed",
+        "method.msd_start": "authors",
+        "method.teacher_momentum_schedule": "constant",
+        "optimizer.cosine_per": "epoch",
+        "training.precision": "float32",
+    }
+    for key, value in flatten(recipe).items():
+        if key in ("method.name", "evaluation.protocols", "evaluation.fewshot.sampler", "evaluation.linear.schedule"):
+            continue
+        if key not in changed:
+            if isinstance(value, bool):
+                changed[key] = not value
+            elif isinstance(value, int):
+                changed[key] = value + 1
+            elif isinstance(value, float):
+                changed[key] = value / 2 if value else 0.25
+            elif isinstance(value, list):
+                changed[key] = [value[0], value[1] * 0.9] if isinstance(value[1], float) else [1, 7]
+            else:
+                changed[key] = "novel_classes_1"
+        values = {**flatten(recipe), key: changed[key]}
+        other = recipe_from_values(values, sources=dict.fromkeys(values, "test"))
+        assert other != recipe, key
+        same = key == "title" or key.startswith("evaluation.")
+        assert (other.fingerprint(seed=0) == base) == same, key
+    assert recipe.fingerprint(seed=1) != base
+
+
+def test_canonical_hash_does_not_depend_on_the_order_of_keys() -> None:
+    assert canonical_hash({"a": 1, "b": [1, 2]}) == canonical_hash({"b": [1, 2], "a": 1})
+    assert canonical_hash({"a": [1, 2]}) != canonical_hash({"a": [2, 1]})
+    with pytest.raises(ValueError, match="Out of range"):
+        canonical_hash(float("nan"))
+
+
+def test_recipes_cannot_be_changed_in_place() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        Recipe().method.kappa = 3.0  # type: ignore[misc]
+
+
+def test_defaults_are_the_papers() -> None:
+    assert (Obow().num_words, Obow().kappa, Obow().delta_base, Obow().queue_vector) == (8192, 5.0, 0.1, "local_average")
+    assert (FewShot().num_ways, FewShot().shots, FewShot().num_queries, FewShot().num_episodes) == (50, (1, 5), 1, 200)
+    assert (Linear().epochs, Linear().learning_rate, Linear().decay_every, Linear().weight_decay) == (50, 10.0, 15, 2e-6)
+
+
+# -------------------------------------------------------------------------------------------------------------- machine
+
+
+def test_machine_file_then_environment_then_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "machine.toml"
+    file.write_text('data_root = "/file/data"\nruns_root = "/file/runs"\nprocs = 2\nworkers = 3\n')
+    assert load_machine(file=file).data_root == Path("/file/data")
+    monkeypatch.setenv("OBOWLAB_DATA_ROOT", "/env/data")
+    monkeypatch.setenv("OBOWLAB_RUNS_ROOT", "/env/runs")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
+    machine = load_machine(file=file, overrides={"runs_root": Path("/option/runs"), "workers": 0, "device": None})
+    assert machine == Machine(
+        data_root=Path("/env/data"), runs_root=Path("/option/runs"), tracking_uri="http://127.0.0.1:5000", procs=2, workers=0
+    )
+    monkeypatch.setenv("OBOWLAB_MACHINE", str(file))
+    assert load_machine().procs == 2
+
+
+def test_machine_without_a_file_has_absolute_default_roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    machine = load_machine(overrides={"data_root": Path("~/photos")})
+    assert machine.runs_root == tmp_path / "runs"
+    assert machine.data_root == tmp_path / "home" / "photos"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("proc = 2\n", r"Unknown key 'proc' \(.*machine\.toml\)\. Did you mean 'procs'\?"),
+        ("procs = 0\n", r"'procs' \(.*machine\.toml\): .*greater than or equal to 1"),
+        ('device = "tpu"\n', r"'device' .*'cuda', not 'tpu'"),
+        ("procs = \n", r"is not valid TOML"),
+    ],
+)
+def test_bad_machine_file_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "machine.toml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_machine(file=file)
+
+
+def test_missing_machine_file_is_an_error_only_when_asked_for(tmp_path: Path) -> None:
+    assert load_machine().procs == 1
+    with pytest.raises(UserError, match=r"Cannot read .*machine\.toml"):
+        load_machine(file=tmp_path / "machine.toml")
+
+
+def test_nothing_of_the_machine_is_in_a_recipe() -> None:
+    assert not set(flatten(Machine())) & set(flatten(Recipe()))
+    assert json.dumps(flatten(Recipe()))
+
+
+def test_nearest_proposes_lists_or_stays_silent() -> None:
+    assert nearest("fulll", ["full", "demo"]) == " Did you mean 'full'?"
+    assert nearest("kapa", ["method.kappa", "training.epochs"]) == " Did you mean 'method.kappa'?"
+    assert nearest("xyz", ["full", "demo"]) == " Known: full, demo."
+    assert nearest("xyz", []) == ""
+    assert nearest("xyz", [f"recipe{i}" for i in range(30)]) == ""
