@@ -163,7 +163,7 @@ def test_flat_folder_becomes_train_only(tmp_path: Path) -> None:
     source = make_folder(tmp_path / "in", names={"b/1.JPEG": 1, "a/2.JPEG": 2, "a/10.jpg": 3, "a/notes.txt": 4})
     report = prepare("flat", source=source, data_root=tmp_path / "root")
     assert [manifest.split for manifest in report.manifests] == ["train"]
-    assert report.notes == ("1 files are no image in train/ or val/ and were left out",)
+    assert report.notes == ("left out, as no image of train/ or val/: 1 files",)
     split = open_split("flat", "train", data_root=tmp_path / "root")
     assert bytes(split.jpeg(0)) == jpeg_bytes(3)  # '10.jpg' sorts before '2.JPEG'
     with pytest.raises(UserError, match="has no val images"):

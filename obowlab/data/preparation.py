@@ -185,7 +185,7 @@ def prepare(
             )
         if announce is not None:
             announce(plan)
-        notes = [f"{found.num_ignored} files are no image in train/ or val/ and were left out"] if found.num_ignored else []
+        notes = [f"left out, as no image of train/ or val/: {found.num_ignored} files"] if found.num_ignored else []
         manifests = []
         for split in found.splits:
             skipped: list[Skipped] = []

@@ -1,10 +1,294 @@
-"""placeholder"""
-from collections.abc import Iterator
+"""Draw the synthetic data set: small scenes of recurring parts, for trying everything without a download.
+
+There are 24 parts (disc, ring, cross, ...). A class is a combination of four of them in a loose layout; two classes share at
+most two parts, so no part alone tells the class. Everything else is drawn anew for every image and says nothing about it:
+colours, lighting, background, clutter, place, size and turn of the scene and of each part, a part that is missing or covered,
+noise. What a network has to find are the parts and which of them go together: what a bag of visual words describes.
+
+Every number is drawn by a counter-based generator keyed by (version, split, image), so an image never depends on another one.
+Only exactly rounded arithmetic is used; the JPEG bytes are those of the JPEG library at hand, so the content hash is recorded
+where the set is drawn.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Callable, Iterator
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
 from obowlab.data.beton import Record
+
 NAME = "synthetic"
 SYNTHETIC_VERSION = 1
-CLASS_NAMES: tuple[str, ...] = ("a",)
+"""Raise it when any pixel changes: what was drawn before is then drawn again."""
+
+NUM_CLASSES = 60
+IMAGE_SIZE = 40
+IMAGES_PER_CLASS = {"train": 90, "val": 20}
+PARTS_PER_CLASS = 4
+
+CLASS_NAMES: tuple[str, ...] = tuple(f"class_{label:02}" for label in range(NUM_CLASSES))
+
+_JPEG_QUALITY = 95
+_CLASSES_STREAM = 2
+_STREAMS = {"train": 0, "val": 1}
+
+Plane = NDArray[np.float64]
+
+
 def num_images(split: str) -> int:
-    return 1
+    """Return the number of images of a split."""
+    return NUM_CLASSES * IMAGES_PER_CLASS[split]
+
+
 def records(split: str) -> Iterator[Record]:
-    yield from ()
+    """Yield the images of a split, class by class, as RGB JPEG of 40x40 pixels."""
+    for index in range(num_images(split)):
+        buffer = io.BytesIO()
+        Image.fromarray(draw(split, index=index)).save(buffer, "JPEG", quality=_JPEG_QUALITY, subsampling=0)
+        label = index // IMAGES_PER_CLASS[split]
+        yield Record(label=label, jpeg=buffer.getvalue(), height=IMAGE_SIZE, width=IMAGE_SIZE)
+
+
+class _Draws:
+    """Uniform numbers of one image (or of the class table), each asked for once and in order."""
+
+    def __init__(self, *, stream: int, index: int) -> None:
+        key = np.array([SYNTHETIC_VERSION << 32 | stream, index], np.uint64)
+        self._generator = np.random.Philox(key=key)
+        self._ready: list[float] = []
+
+    def many(self, *shape: int) -> Plane:
+        """Return float64 in [0, 1), from raw bits: numpy guarantees these never change."""
+        raw = self._generator.random_raw(math.prod(shape)).reshape(shape)
+        uniforms: Plane = (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
+        return uniforms
+
+    def one(self, low: float = 0.0, high: float = 1.0) -> float:
+        """Return one number in [low, high)."""
+        if not self._ready:  # one call for many: numpy's overhead would cost more than the drawing
+            self._ready = self.many(128).tolist()
+        return low + (high - low) * self._ready.pop()
+
+
+# ----------------------------------------------------------------------------------------------------------------- parts
+# A part is a signed distance (negative inside) over the square [-1, 1]^2, v downwards, symmetric left to right: a flip keeps it.
+
+
+def _box(u: Plane, v: Plane, half_width: float, half_height: float) -> Plane:
+    return np.maximum(np.abs(u) - half_width, np.abs(v) - half_height)
+
+
+def _disc(u: Plane, v: Plane, radius: float) -> Plane:
+    return np.sqrt(u * u + v * v) - radius
+
+
+def _dots(u: Plane, v: Plane, places: tuple[tuple[float, float], ...], radius: float) -> Plane:
+    return _any(*(_disc(u - x, v - y, radius) for x, y in places))
+
+
+def _triangle(u: Plane, v: Plane) -> Plane:
+    return np.maximum((2.0 * np.abs(u) - v - 0.75) / 2.236, v - 0.75)
+
+
+def _any(*distances: Plane) -> Plane:
+    nearest: Plane = np.minimum.reduce(distances)
+    return nearest
+
+
+def _t(u: Plane, v: Plane) -> Plane:
+    return _any(_box(u, v + 0.6, 0.85, 0.24), _box(u, v, 0.24, 0.84))
+
+
+def _u(u: Plane, v: Plane) -> Plane:
+    return _any(_box(np.abs(u) - 0.62, v, 0.22, 0.84), _box(u, v - 0.62, 0.84, 0.22))
+
+
+def _star(u: Plane, v: Plane) -> Plane:
+    diagonal_u, diagonal_v = (u + v) * 0.7071, (u - v) * 0.7071
+    four = np.abs(u) + np.abs(v) + 2.2 * np.minimum(np.abs(u), np.abs(v))
+    eight = np.abs(diagonal_u) + np.abs(diagonal_v) + 2.2 * np.minimum(np.abs(diagonal_u), np.abs(diagonal_v))
+    return _any(four - 1.0, eight - 0.85) / 1.6
+
+
+_CORNERS = ((-0.5, -0.5), (0.5, -0.5), (-0.5, 0.5), (0.5, 0.5))
+_CENTRE = ((0.0, 0.0),)
+
+PARTS: dict[str, Callable[[Plane, Plane], Plane]] = {
+    "disc": lambda u, v: _disc(u, v, 0.8),
+    "ring": lambda u, v: np.abs(_disc(u, v, 0.66)) - 0.19,
+    "eye": lambda u, v: _any(np.abs(_disc(u, v, 0.76)) - 0.14, _disc(u, v, 0.3)),
+    "square": lambda u, v: _box(u, v, 0.7, 0.7),
+    "frame": lambda u, v: np.abs(_box(u, v, 0.62, 0.62)) - 0.18,
+    "diamond": lambda u, v: (np.abs(u) + np.abs(v) - 1.0) / 1.414,
+    "triangle": _triangle,
+    "wedge": lambda u, v: _triangle(u, -v),
+    "plus": lambda u, v: _any(_box(u, v, 0.9, 0.24), _box(u, v, 0.24, 0.9)),
+    "cross": lambda u, v: _any(
+        _box((u + v) * 0.7071, (u - v) * 0.7071, 1.0, 0.24), _box((u + v) * 0.7071, (u - v) * 0.7071, 0.24, 1.0)
+    ),
+    "rungs": lambda u, v: _any(_box(u, v, 0.85, 0.18), _box(u, np.abs(v) - 0.7, 0.85, 0.18)),
+    "pillars": lambda u, v: _any(_box(u, v, 0.18, 0.85), _box(np.abs(u) - 0.7, v, 0.18, 0.85)),
+    "checker": lambda u, v: _any(_box(u, v, 0.29, 0.29), _box(np.abs(u) - 0.58, np.abs(v) - 0.58, 0.29, 0.29)),
+    "four": lambda u, v: _dots(u, v, _CORNERS, 0.34),
+    "three": lambda u, v: _dots(u, v, ((-0.5, 0.5), (0.5, 0.5), (0.0, -0.5)), 0.34),
+    "cup": _u,
+    "gate": lambda u, v: _u(u, -v),
+    "tee": _t,
+    "stand": lambda u, v: _t(u, -v),
+    "ladder": lambda u, v: _any(_box(np.abs(u) - 0.62, v, 0.22, 0.84), _box(u, v, 0.7, 0.2)),
+    "hourglass": lambda u, v: np.maximum((np.abs(u) - np.abs(v)) / 1.414, np.abs(v) - 0.8),
+    "bow": lambda u, v: np.maximum((np.abs(v) - np.abs(u)) / 1.414, np.abs(u) - 0.8),
+    "smile": lambda u, v: np.maximum(np.abs(_disc(u, v + 0.3, 0.85)) - 0.24, -v - 0.05),
+    "star": _star,
+}
+_SHAPES = tuple(PARTS.values())
+
+
+_COMBINATIONS = (((0, 1, 3, 9), 1), ((0, 1, 5, 12), 1), ((0, 2, 5, 15), 2))
+"""Parts of the first class of a family and the step to the next one, modulo 24. Found by search: few classes share two parts."""
+
+
+@cache
+def class_parts() -> tuple[tuple[int, ...], ...]:
+    """Return for every class its parts, in the order of the layout's places (upper left, upper right, lower left, lower right).
+
+    Every part is used by ten classes, and two classes share at most two parts.
+    """
+    draws = _Draws(stream=_CLASSES_STREAM, index=0)
+    classes = []
+    for first, step in _COMBINATIONS:
+        for shift in range(0, len(PARTS), step):
+            places = np.argsort(draws.many(PARTS_PER_CLASS), kind="stable")
+            classes.append(tuple((first[place] + shift) % len(PARTS) for place in places.tolist()))
+    assert len(classes) == NUM_CLASSES
+    return tuple(classes)
+
+
+# ---------------------------------------------------------------------------------------------------------------- images
+
+
+def draw(split: str, *, index: int) -> NDArray[np.uint8]:
+    """Return one image, uint8 [40, 40, 3]; its class is `index // IMAGES_PER_CLASS[split]`."""
+    draws = _Draws(stream=_STREAMS[split], index=index)
+    parts = class_parts()[index // IMAGES_PER_CLASS[split]]
+    canvas, lightness = _background(draws)
+    for _ in range(int(draws.one(2, 6))):
+        _clutter(canvas, draws, lightness)
+    _scene(canvas, draws, parts, lightness)
+    if draws.one() < 0.25:
+        _cover(canvas, draws)
+    noise = draws.many(3, IMAGE_SIZE, IMAGE_SIZE, 3).sum(axis=0) - 1.5  # nearly normal, standard deviation 0.5
+    canvas += noise * draws.one(0.02, 0.1)
+    image: NDArray[np.uint8] = np.rint(canvas.clip(0, 1) * 255).astype(np.uint8)
+    return image
+
+
+def _scene(canvas: Plane, draws: _Draws, parts: tuple[int, ...], lightness: float) -> None:
+    """Draw the parts of a class: the scene is mirrored, shifted, turned and scaled, then each part on its own."""
+    side = len(canvas)
+    scale = draws.one(0.82, 1.08)
+    cos, sin = _turn(draws.one(-0.25, 0.25))
+    centre_u, centre_v = draws.one(0.43, 0.57), draws.one(0.43, 0.57)
+    missing = int(draws.one(0, 4)) if draws.one() < 0.15 else None
+    mirrored = -1 if draws.one() < 0.5 else 1
+    shared_colour = _colour(draws, lightness)
+    for place, part in enumerate(parts):
+        slot_u = mirrored * (-1, 1)[place % 2] * 0.235 + draws.one(-0.045, 0.045)
+        slot_v = (-1, 1)[place // 2] * 0.235 + draws.one(-0.045, 0.045)
+        at = (centre_u + scale * (cos * slot_u - sin * slot_v), centre_v + scale * (sin * slot_u + cos * slot_v))
+        colour = shared_colour if draws.one() < 0.5 else _colour(draws, lightness)
+        size = scale * draws.one(0.19, 0.235)
+        turned = _turn(draws.one(-0.25, 0.25))
+        if place != missing:
+            _paint(canvas, _SHAPES[part], at=(at[0] * side, at[1] * side), radius=size * side, turned=turned, colour=colour)
+
+
+def _background(draws: _Draws) -> tuple[Plane, float]:
+    """Return a patchy, striped and unevenly lit ground [40, 40, 3] and its lightness."""
+    side = IMAGE_SIZE
+    lightness = draws.one(0.15, 0.42)
+    ground = lightness + draws.one(0.05, 0.25) * (_smooth(draws.many(5, 5, 3), side) - 0.5)
+    across = np.arange(side) / side
+    cos, sin = _turn(draws.one(-3.2, 3.2))
+    phase = (cos * across[None, :] + sin * across[:, None]) * draws.one(4, 14)
+    stripes = np.abs(phase - np.floor(phase) - 0.5) - 0.25
+    ground += stripes[:, :, None] * (draws.many(3) - 0.2) * draws.one(0.0, 0.35)
+    ground += (draws.many(3) - 0.5) * draws.one(0.0, 0.3)
+    return ground, lightness
+
+
+def _clutter(canvas: Plane, draws: _Draws, lightness: float) -> None:
+    """Draw a bar or a blot that is no part."""
+    side = len(canvas)
+    half_width, half_height = draws.one(0.15, 0.9), draws.one(0.08, 0.25)
+    colour = lightness + draws.one(-0.2, 0.25) + (draws.many(3) - 0.5) * 0.3
+    at = (draws.one() * side, draws.one() * side)
+    turned = _turn(draws.one(-3.2, 3.2))
+    _paint(
+        canvas,
+        lambda u, v: _box(u, v, half_width, half_height),
+        at=at,
+        radius=draws.one(0.1, 0.3) * side,
+        turned=turned,
+        colour=colour,
+    )
+
+
+def _cover(canvas: Plane, draws: _Draws) -> None:
+    """Cover a rectangle with one colour."""
+    side = len(canvas)
+    height, width = int(draws.one(0.12, 0.3) * side), int(draws.one(0.12, 0.3) * side)
+    top, left = int(draws.one() * (side - height)), int(draws.one() * (side - width))
+    canvas[top : top + height, left : left + width] = draws.many(3) * 0.8
+
+
+def _colour(draws: _Draws, lightness: float) -> Plane:
+    """Return a colour lighter than the ground: hue at random, so that colour says nothing about the class."""
+    return (lightness + draws.one(0.3, 0.5) + (draws.many(3) - 0.5) * 0.5).clip(0, 1)
+
+
+def _paint(
+    canvas: Plane,
+    shape: Callable[[Plane, Plane], Plane],
+    *,
+    at: tuple[float, float],
+    radius: float,
+    turned: tuple[float, float],
+    colour: Plane,
+) -> None:
+    """Blend a shape into the canvas with smooth edges; `at` is (x, y) in pixels, `turned` its (cosine, sine)."""
+    side = len(canvas)
+    reach = radius * 1.5
+    left, right = max(0, int(at[0] - reach)), min(side, int(at[0] + reach) + 1)
+    top, bottom = max(0, int(at[1] - reach)), min(side, int(at[1] + reach) + 1)
+    if left >= right or top >= bottom:
+        return
+    x = (np.arange(left, right) + 0.5 - at[0])[None, :] / radius
+    y = (np.arange(top, bottom) + 0.5 - at[1])[:, None] / radius
+    cos, sin = turned
+    distance = shape(cos * x + sin * y, cos * y - sin * x)
+    cover = (0.5 - distance * radius).clip(0, 1)[:, :, None]
+    window = canvas[top:bottom, left:right]
+    window += cover * (colour - window)
+
+
+def _smooth(grid: Plane, side: int) -> Plane:
+    """Return a grid [g, g, 3] interpolated to [side, side, 3]."""
+    place = np.arange(side) * ((len(grid) - 1) / side)
+    low = place.astype(np.int64)
+    weight = (place - low)[:, None, None]
+    rows = grid[low] * (1 - weight) + grid[low + 1] * weight
+    weight = weight.reshape(1, side, 1)
+    smooth: Plane = rows[:, low] * (1 - weight) + rows[:, low + 1] * weight
+    return smooth
+
+
+def _turn(angle: float) -> tuple[float, float]:
+    """Return cosine and sine, rounded so that mathematical libraries agree about them."""
+    return round(math.cos(angle), 9), round(math.sin(angle), 9)
