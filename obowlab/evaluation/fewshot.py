@@ -27,8 +27,8 @@ from obowlab.evaluation.result import Measurement, mean_with_interval
 LOWSHOT_FILE = "lowshot_classes.json"
 """Named lists of class indices, beside a prepared data set: `DATA_ROOT/DATASET/lowshot_classes.json`."""
 
-MAX_GATHERED = 1 << 24
-"""Most float32 values that a chunk of episodes may gather (64 MiB)."""
+MAX_GATHERED = 1 << 21
+"""Most float32 values that a chunk of episodes may gather (8 MiB): larger ones leave the cache and take longer."""
 
 Indices = npt.NDArray[np.int64]
 
@@ -214,19 +214,19 @@ def episode_accuracies(features: torch.Tensor, *, episodes: Episodes) -> torch.T
     Returns:
         float64 [E], percent.
     """
-    features = F.normalize(features, dim=1)
     num_episodes, num_ways, num_shots = episodes.train.shape
     gathered = num_ways * (num_shots + episodes.test.shape[2]) * features.shape[1]
     chunk = max(1, MAX_GATHERED // gathered)
     train = torch.from_numpy(episodes.train).to(features.device)
     test = torch.from_numpy(episodes.test).to(features.device)
-    truth = torch.arange(num_ways, device=features.device)[:, None]
+    truth = torch.arange(num_ways, device=features.device).repeat_interleave(episodes.test.shape[2])
     accuracies = []
     for start in range(0, num_episodes, chunk):
-        prototypes = F.normalize(features[train[start : start + chunk]].mean(dim=2), dim=2)  # [e, W, c]
-        queries = features[test[start : start + chunk]]  # [e, W, q, c]
-        cosines = torch.einsum("ewqc,evc->ewqv", queries, prototypes)
-        accuracies.append((cosines.argmax(dim=3) == truth).double().mean(dim=(1, 2)))
+        shots = F.normalize(features[train[start : start + chunk]], dim=3)  # [e, W, n, c]
+        prototypes = F.normalize(shots.mean(dim=2), dim=2)  # [e, W, c]
+        queries = F.normalize(features[test[start : start + chunk]], dim=3)  # [e, W, q, c]
+        cosines = queries.flatten(1, 2) @ prototypes.transpose(1, 2)  # [e, W * q, W]
+        accuracies.append((cosines.argmax(dim=2) == truth).double().mean(dim=1))
     return 100 * torch.cat(accuracies).cpu()
 
 

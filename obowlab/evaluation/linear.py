@@ -63,9 +63,8 @@ def train_probe(
     device = views[0].device
     # Features with a column of ones: weight and bias are one matrix, as they share every rule of the optimiser.
     table = torch.cat([F.pad(view, (0, 1), value=1.0) for view in views])  # [num_views * N, c + 1]
-    theta = torch.zeros(num_classes, num_features + 1)
-    theta[:, :-1].normal_(0.0, 0.01, generator=torch.Generator().manual_seed(seed))
-    theta = theta.to(device)
+    start = torch.empty(num_classes, num_features).normal_(0.0, 0.01, generator=torch.Generator().manual_seed(seed))
+    theta = F.pad(start, (0, 1)).to(device)
     velocity = torch.zeros_like(theta)
     rows = torch.arange(batch_size, device=device)
     for epoch in range(config.epochs):

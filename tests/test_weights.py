@@ -1,0 +1,378 @@
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import torchvision.models
+from torch import Tensor, nn
+
+from obowlab.config import Backbone, Obow, Recipe, Views, load_recipe
+from obowlab.errors import UserError
+from obowlab.evaluation.features import frozen, weights_hash
+from obowlab.methods import OBoW, OneProcess, ResNet, build_backbone
+from obowlab.track.folder import RunFolder
+from obowlab.training import weights
+from obowlab.training.weights import Encoder, export, import_authors, load_encoder, read_encoder, save_encoder, save_imported
+
+State = dict[str, Tensor]
+SMALL = Backbone(stem="small", width=4)
+NARROW = Backbone(width=8)
+"""The authors' stem, as their files have it, with few channels."""
+
+
+def features(model: nn.Module, *, size: int = 64) -> Tensor:
+    with frozen(model):
+        return model(torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(5)))
+
+
+def worn(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Give batch norms statistics, as a trained network has: a lost buffer must show."""
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d):
+            module.running_mean.normal_(0, 0.1, generator=generator)
+            module.running_var.uniform_(0.5, 2, generator=generator)
+            module.num_batches_tracked.fill_(7)
+    return model
+
+
+def authors_extractor(encoder: nn.Module) -> State:
+    """The same weights under the authors' names."""
+    renamed = {}
+    for name, tensor in encoder.state_dict().items():
+        name = name.replace("conv1.", "Conv.", 1) if name.startswith("conv1.") else name
+        name = f"0.{name}" if name.startswith(("Conv.", "bn1.")) else re.sub(r"^layer(\d)", r"\1", name)
+        renamed[f"_feature_blocks.{name.replace('0.bn1.', '0.bn.') if name.startswith('0.') else name}"] = tensor
+    return renamed
+
+
+class AuthorsLayer(nn.Module):
+    """One level of their prediction head, under their names."""
+
+    def __init__(self, index: int, *, channels: int, features: int):
+        super().__init__()
+        self.add_module(f"b{index}_fc", nn.Linear(channels, 2 * features, bias=False))
+        self.add_module(f"b{index}_bn", nn.BatchNorm1d(2 * features))
+        self.add_module(f"b{index}_last_layer", nn.Linear(2 * features, features))
+
+
+def authors_model(*, levels: int, monitor: bool, num_words: int = 24) -> tuple[State, nn.Module, nn.Module]:
+    """A full model as their code saves it, with its student and teacher; written by SPEC section 7, not by our reader."""
+    torch.manual_seed(levels)
+    student, teacher = (worn(build_backbone(NARROW, seed=seed), seed) for seed in (1, 2))
+    state = {"_alpha": torch.tensor([0.995]), "_iteration": torch.tensor([120.0])}
+    state |= {f"feature_extractor.{name}": tensor for name, tensor in authors_extractor(student).items()}
+    state |= {f"feature_extractor_teacher.{name}": tensor for name, tensor in authors_extractor(teacher).items()}
+    for index in range(levels):
+        channels = 64 // 2 ** (levels - 1 - index)
+        layer = worn(AuthorsLayer(index, channels=channels, features=64), index)
+        state |= {f"bow_predictor.layers_w.{index}.{name}": tensor for name, tensor in layer.state_dict().items()}
+        level = f"bow_extractor.bow_extractor.{index}"
+        state[f"{level}._embedding"] = torch.rand(num_words, channels)
+        state[f"{level}._embedding_ptr"] = torch.tensor([8 * index + 8])
+        state[f"{level}._min_distance_mean"] = torch.tensor([1.5 + index])
+        state[f"{level}._track_num_batches"] = torch.tensor([120.0])
+    state["bow_predictor.scale"] = torch.full((levels,), 5.0)
+    if monitor:
+        classifier = nn.Module()
+        classifier.batch_norm = nn.BatchNorm2d(64, affine=False)
+        classifier.prediction_layer = nn.Linear(64, 11)
+        state |= {f"linear_classifier.layers.{name}": tensor for name, tensor in worn(classifier).state_dict().items()}
+    return state, student, teacher
+
+
+def save(path: Path, state: State, *, module: bool = False, legacy: bool = False) -> Path:
+    """Write a file as the authors' solver does."""
+    named = {f"module.{name}": tensor for name, tensor in state.items()} if module else state
+    torch.save({"epoch": 3, "network": named, "meters": None}, path, _use_new_zipfile_serialization=not legacy)
+    return path
+
+
+# ------------------------------------------------------------------------------------------------------- our own files
+
+
+def test_an_encoder_file_gives_back_the_encoder(tmp_path: Path) -> None:
+    encoder = worn(build_backbone(SMALL, seed=0)).train()
+    recipe = Recipe(backbone=SMALL, views=Views(original_size=32, original_resize=36))
+    path = tmp_path / "deeper" / "encoder.safetensors"
+    info = save_encoder(encoder, path=path, recipe=recipe, fingerprint="f" * 64, source="run-1")
+    assert encoder.training
+    loaded = load_encoder(str(path), runs_root=tmp_path)
+    assert loaded.info == info
+    assert (info.original_size, info.original_resize, info.source) == (32, 36, "run-1")
+    assert weights_hash(loaded.model) == info.weights_hash == weights_hash(encoder)
+    assert not loaded.model.training
+    assert torch.equal(features(loaded.model, size=32), features(encoder, size=32))
+    first = path.read_bytes()
+    save_encoder(encoder, path=path, recipe=recipe, fingerprint="f" * 64, source="run-1")
+    assert path.read_bytes() == first
+    assert [p.name for p in path.parent.iterdir()] == ["encoder.safetensors"]
+
+
+def test_encoder_files_that_will_not_do(tmp_path: Path) -> None:
+    path = tmp_path / "encoder.safetensors"
+    encoder = build_backbone(SMALL, seed=0)
+    save_encoder(encoder, path=path, recipe=Recipe(backbone=SMALL), fingerprint=None, source="test")
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="hash differs"):
+        read_encoder(path)
+    path.write_bytes(content[:100])
+    with pytest.raises(UserError, match="not a readable safetensors file"):
+        read_encoder(path)
+    wrong = Recipe(backbone=Backbone(stem="small", width=5))
+    save_encoder(encoder, path=path, recipe=wrong, fingerprint=None, source="test")
+    with pytest.raises(UserError, match=r"of another shape: conv1\.weight"):
+        read_encoder(path)
+    with pytest.raises(UserError, match="no weights file"):
+        load_encoder(str(tmp_path / "absent.pth"), runs_root=tmp_path)
+    with pytest.raises(UserError, match="There is no run 'absent'"):
+        load_encoder("absent", runs_root=tmp_path)
+
+
+def test_the_encoder_of_a_run(tmp_path: Path) -> None:
+    folder = RunFolder.create(load_recipe("demo"), seed=3, runs_root=tmp_path)
+    with pytest.raises(UserError, match=f"'{folder.run_id}' has no encoder yet .it is created."):
+        load_encoder(folder.run_id, runs_root=tmp_path)
+    encoder = build_backbone(SMALL, seed=0)
+    recipe = Recipe(backbone=SMALL)
+    save_encoder(
+        encoder,
+        path=folder.path / "encoder.safetensors",
+        recipe=recipe,
+        fingerprint=folder.info.fingerprint,
+        source=folder.run_id,
+    )
+    for ref in (folder.run_id, folder.run_id[:-2], str(folder.path)):
+        assert weights_hash(load_encoder(ref, runs_root=tmp_path).model) == weights_hash(encoder)
+
+
+def test_foreign_pixels_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "encoder.safetensors"
+    save_encoder(build_backbone(SMALL), path=path, recipe=Recipe(backbone=SMALL), fingerprint=None, source="test")
+    monkeypatch.setattr(weights, "MEAN", (0.5, 0.5, 0.5))
+    with pytest.raises(UserError, match="normalised"):
+        read_encoder(path)
+
+
+# --------------------------------------------------------------------------------------------------------------- export
+
+
+@pytest.fixture
+def resnet18() -> Encoder:
+    model = worn(build_backbone(Backbone(), seed=0)).eval()
+    info = weights._foreign_info(model, backbone=Backbone(), source="test").model_copy(update={"original_size": 64})
+    return Encoder(model=model, info=info, path=Path("test"))
+
+
+def test_export_to_torchvision(tmp_path: Path, resnet18: Encoder) -> None:
+    written = export(resnet18, format="torchvision", path=tmp_path / "out" / "resnet18.pth")
+    assert written.max_difference < 1e-5
+    model = torchvision.models.resnet18()
+    model.fc = nn.Identity()
+    model.load_state_dict(torch.load(written.path, weights_only=True))
+    torch.testing.assert_close(features(model.eval()), features(resnet18.model), rtol=0, atol=1e-5)
+    assert features(resnet18.model).std() > 0.1
+    again = load_encoder(str(written.path), runs_root=tmp_path)
+    assert again.info.backbone == Backbone()
+    assert again.info.weights_hash == resnet18.info.weights_hash
+
+
+def test_export_to_safetensors(tmp_path: Path, resnet18: Encoder) -> None:
+    written = export(resnet18, format="safetensors", path=tmp_path / "out.safetensors")
+    assert written.max_difference == 0
+    assert read_encoder(written.path).info == resnet18.info
+
+
+def test_an_export_that_does_not_come_back_is_not_kept(
+    tmp_path: Path, resnet18: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = torch.load
+
+    def disturbing(*args, **rest):
+        state = real(*args, **rest)
+        state["conv1.weight"] = state["conv1.weight"][:, [2, 1, 0]]  # BGR
+        return state
+
+    monkeypatch.setattr(torch, "load", disturbing)
+    with pytest.raises(RuntimeError, match="features differ"):
+        export(resnet18, format="torchvision", path=tmp_path / "out.pth")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_torchvision_has_no_small_stem(tmp_path: Path) -> None:
+    model = build_backbone(SMALL)
+    encoder = Encoder(model=model, info=weights._foreign_info(model, backbone=SMALL, source="test"), path=Path("test"))
+    with pytest.raises(UserError, match="stem 'small' and width 4"):
+        export(encoder, format="torchvision", path=tmp_path / "out.pth")
+    assert list(tmp_path.iterdir()) == []
+
+
+# --------------------------------------------------------------------------------------------------------------- import
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet34", "resnet50"])
+def test_the_authors_feature_extractor(tmp_path: Path, arch: str) -> None:
+    backbone = Backbone(arch=arch, width=4)
+    encoder = worn(build_backbone(backbone, seed=0))
+    imported = import_authors(save(tmp_path / "extractor.pth.tar", authors_extractor(encoder), module=arch == "resnet34"))
+    assert imported.kind == "extractor"
+    assert imported.info.backbone == backbone
+    assert imported.method is None
+    assert torch.equal(features(imported.encoder), features(encoder))
+
+
+@pytest.mark.parametrize("wrapper", ["network", "state_dict", None])
+def test_torchvisions_naming(tmp_path: Path, wrapper: str | None) -> None:
+    model = worn(torchvision.models.resnet18(num_classes=9))  # the authors' export: fc holds the words
+    path = tmp_path / "resnet18.pth"
+    torch.save({wrapper: model.state_dict()} if wrapper else model.state_dict(), path)
+    imported = import_authors(path)
+    assert imported.kind == "torchvision"
+    assert imported.info.backbone == Backbone()
+    assert sorted(imported.unused) == ["fc.bias", "fc.weight"]
+    model.fc = nn.Identity()
+    torch.testing.assert_close(features(imported.encoder), features(model), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("levels", "monitor", "module", "legacy"),
+    [(1, False, False, False), (1, True, True, False), (2, False, True, True), (2, True, False, False)],
+)
+def test_the_authors_full_model(tmp_path: Path, levels: int, monitor: bool, module: bool, legacy: bool) -> None:
+    state, student, teacher = authors_model(levels=levels, monitor=monitor)
+    imported = import_authors(save(tmp_path / "model.pth.tar", state, module=module, legacy=legacy))
+    method = imported.method
+    assert method is not None
+    assert imported.kind == "model"
+    assert imported.info.backbone == NARROW
+    assert method.method == Obow(levels=("conv5",) if levels == 1 else ("conv4", "conv5"), num_words=24, kappa=5.0)
+    assert torch.equal(features(imported.encoder), features(student))
+    assert torch.equal(features(method.teacher), features(teacher))
+    for index, level in enumerate(method.method.levels):
+        vocabulary = method.vocabularies[level]
+        words = state[f"bow_extractor.bow_extractor.{index}._embedding"]
+        assert torch.equal(vocabulary.words, words)
+        assert (vocabulary.msd.item(), vocabulary.pointer.item()) == (1.5 + index, 8 * index + 8)
+        # G(V) once more, by the formula of SPEC section 1 on the authors' tensors.
+        layer = f"bow_predictor.layers_w.{index}.b{index}"
+        hidden = nn.functional.normalize(words) @ state[f"{layer}_fc.weight"].T
+        hidden = (hidden - state[f"{layer}_bn.running_mean"]) / (state[f"{layer}_bn.running_var"] + 1e-5).sqrt()
+        out = hidden.relu() @ state[f"{layer}_last_layer.weight"].T + state[f"{layer}_last_layer.bias"]
+        with frozen(method):
+            torch.testing.assert_close(method.heads[level](words), nn.functional.normalize(out), rtol=1e-4, atol=1e-5)
+    assert (method.monitor is not None) == monitor
+    if monitor:
+        assert torch.equal(method.monitor.fc.weight, state["linear_classifier.layers.prediction_layer.weight"])
+        assert torch.equal(method.monitor.norm.running_mean, state["linear_classifier.layers.batch_norm.running_mean"])
+    # Every tensor of the file is in the method or named as unused: as many values, counted apart.
+    ours = {name: t for name, t in method.state_dict().items() if not name.endswith(("inserted_at", "msd_started"))}
+    assert sum(t.numel() for t in ours.values()) == sum(t.numel() for name, t in state.items() if name not in imported.unused)
+    assert set(imported.unused) <= set(state)
+
+
+def test_an_imported_model_goes_on_learning(tmp_path: Path) -> None:
+    state, _, _ = authors_model(levels=2, monitor=False)
+    method = import_authors(save(tmp_path / "model.pth.tar", state)).method
+    assert method is not None
+    views = {"crops": torch.randn(4, 3, 64, 64)}
+    draws = torch.rand(4, method.num_draws, dtype=torch.float64)
+    output = method.train()(torch.randn(4, 3, 160, 160), views, step=120, draws=draws)
+    output.loss.backward()
+    assert torch.isfinite(output.loss)
+    assert output.metrics["word_age_conv5"].item() == pytest.approx(0)
+
+
+def test_saving_what_was_imported(tmp_path: Path) -> None:
+    state, student, _ = authors_model(levels=2, monitor=True)
+    imported = import_authors(save(tmp_path / "model.pth.tar", state))
+    encoder_file, method_file = save_imported(imported, path=tmp_path / "obow.safetensors")
+    assert torch.equal(features(load_encoder(str(encoder_file), runs_root=tmp_path).model), features(student))
+    again = OBoW(imported.method.method, backbone=NARROW, total_steps=1, seed=5, num_classes=11, comm=OneProcess())
+    again.load_state_dict(safetensors.torch.load_file(method_file), strict=True)
+    assert weights_hash(again) == weights_hash(imported.method)
+
+
+def lose(name: str) -> Callable[[State], None]:
+    def change(state: State) -> None:
+        del state[name]
+
+    return change
+
+
+def put(name: str, tensor: Tensor) -> Callable[[State], None]:
+    def change(state: State) -> None:
+        state[name] = tensor
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lose("feature_extractor_teacher._feature_blocks.0.bn.running_var"), r"missing: teacher\.bn1\.running_var"),
+        (lose("bow_extractor.bow_extractor.1._min_distance_mean"), r"missing: vocabularies\.conv5\.msd"),
+        (lose("bow_predictor.layers_w.0.b0_fc.weight"), r"missing: heads\.conv4\.fc1\.weight"),
+        (lose("bow_predictor.scale"), "one kappa"),
+        (put("something_else", torch.zeros(1)), "unexpected: something_else"),
+        (put("feature_extractor._feature_blocks.4.9.conv1.weight", torch.zeros(1)), "2-2-2-3 blocks"),
+        (put("bow_extractor.bow_extractor.0._embedding", torch.zeros(24, 7)), "7 channels"),
+        (put("bow_extractor.bow_extractor.0._embedding", torch.zeros(25, 32)), "25, 24"),
+        (put("bow_predictor.layers_w.1.b1_last_layer.bias", torch.zeros(65)), r"of another shape: heads\.conv5\.fc2\.bias"),
+    ],
+)
+def test_full_models_that_will_not_do(tmp_path: Path, change: Callable[[State], None], message: str) -> None:
+    state, _, _ = authors_model(levels=2, monitor=True)
+    change(state)
+    with pytest.raises(UserError, match=message):
+        import_authors(save(tmp_path / "model.pth.tar", state))
+
+
+class Surprise:
+    def __reduce__(self) -> tuple[object, ...]:
+        return (print, ("code from the file has run",))
+
+
+def test_files_that_are_no_plain_tensors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "evil.pth"
+    torch.save({"network": {"conv1.weight": Surprise()}}, path)
+    with pytest.raises(UserError, match="weights_only=True"):
+        import_authors(path)
+    path.write_bytes(pickle.dumps(Surprise()))
+    with pytest.raises(UserError, match="weights_only=True"):
+        import_authors(path)
+    path.write_bytes(b"not a file of torch")
+    with pytest.raises(UserError, match="weights_only=True"):
+        import_authors(path)
+    save(path, {"conv1.weight": torch.zeros(4, 3, 7, 7)}, legacy=True)
+    for length in range(0, path.stat().st_size - 1, 23):
+        (tmp_path / "short.pth").write_bytes(path.read_bytes()[:length])
+        with pytest.raises(UserError, match="weights_only=True"):
+            import_authors(tmp_path / "short.pth")
+    torch.save({"epoch": 3}, path)
+    with pytest.raises(UserError, match="no state dict"):
+        import_authors(path)
+    torch.save({"network": {"layers.0.weight": torch.zeros(2)}}, path)
+    with pytest.raises(UserError, match=r"its first key is 'layers\.0\.weight'"):
+        import_authors(path)
+    assert "has run" not in capsys.readouterr().out
+
+
+def test_missing_and_left_over_keys_of_an_encoder(tmp_path: Path) -> None:
+    state = build_backbone(NARROW).state_dict()
+    del state["bn1.running_mean"]
+    state["layer1.0.extra"] = torch.zeros(1)
+    torch.save(state, tmp_path / "encoder.pth")
+    with pytest.raises(UserError, match=r"missing: bn1\.running_mean; unexpected: layer1\.0\.extra"):
+        load_encoder(str(tmp_path / "encoder.pth"), runs_root=tmp_path)
+
+
+def test_the_encoder_of_an_import_is_a_resnet(tmp_path: Path) -> None:
+    state, _, _ = authors_model(levels=1, monitor=False)
+    assert isinstance(load_encoder(str(save(tmp_path / "model.pth.tar", state)), runs_root=tmp_path).model, ResNet)
