@@ -153,10 +153,9 @@ def _measure(
     """Measure the encoder, and the untrained weights of the same seed when asked."""
     import torch
 
-    from obowlab.data.datasets import open_split
     from obowlab.evaluation import evaluate as measure
+    from obowlab.methods import build_backbone
     from obowlab.training.distributed import join
-    from obowlab.training.loop import build
     from obowlab.training.weights import load_encoder
 
     if machine.threads is not None:
@@ -167,16 +166,14 @@ def _measure(
         subjects = {"student": encoder.model}
         if with_random:
             assert chosen.folder is not None
-            split = open_split(chosen.recipe.data.dataset, "train", data_root=machine.data_root)
-            method = build(chosen.recipe, split=split, seed=chosen.folder.info.seed, total_steps=1, world=world)
-            subjects["random"] = method.encoder
+            subjects["random"] = build_backbone(chosen.recipe.backbone, seed=chosen.folder.info.seed)
         for subject, model in subjects.items():
             results += measure(
                 model,
                 recipe=chosen.recipe,
                 machine=machine,
                 subject=subject,
-                cache_dir=machine.runs_root / "features",
+                cache_dir=machine.runs_root / ".features",
                 protocols=names,
                 dataset=dataset,
                 device=world.device,

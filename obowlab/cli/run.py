@@ -13,6 +13,7 @@ from obowlab.errors import UserError
 
 if TYPE_CHECKING:
     from obowlab.config import Loaded, Machine
+    from obowlab.lab.launch import Plan
     from obowlab.track.folder import RunFolder
 
 
@@ -78,26 +79,22 @@ def run(
             click.echo(f"Run {run_id} is finished; --fresh would train it again.")
             _say_if_evaluation_differs(folder, loaded)
             print_results(folder)
+            _say_if_pending(folder, machine)
             return 0
-    check_data(loaded, machine=machine, drawn=not dry_run)
-    if dry_run:
-        _print_plan(loaded, run_id=run_id, machine=machine, there=there, fresh=resume is False)
-        return 0
-    from obowlab.lab.launch import launch
+    check_data(loaded, machine=machine, dry_run=dry_run)
+    from obowlab.lab.launch import launch, plan
 
+    if dry_run:
+        _print_plan(loaded, plan=plan(loaded, seed=seed, machine=machine, fresh=resume is False), machine=machine)
+        return 0
     code = launch(loaded, seed=seed, machine=machine, fresh=resume is False, progress=not no_progress)
     if code == 0:
         print_results(RunFolder.open(path))
     return code
 
 
-def check_data(loaded: Loaded, *, machine: Machine, drawn: bool) -> None:
-    """Refuse a run whose images or class lists would be missed hours later.
-
-    Args:
-        loaded: the recipe.
-        machine: says where data are.
-        drawn: whether the synthetic data set may be drawn now.
+def check_data(loaded: Loaded, *, machine: Machine, dry_run: bool) -> None:
+    """Refuse a run whose images or class lists would be missed hours later; draw the synthetic images on first use.
 
     Raises:
         UserError: a split is not prepared or damaged, or a class list is absent.
@@ -105,38 +102,42 @@ def check_data(loaded: Loaded, *, machine: Machine, drawn: bool) -> None:
     from obowlab.data.datasets import open_split
 
     recipe = loaded.recipe
-    if recipe.data.dataset == "synthetic" and not drawn:
-        return
+    folder = machine.data_root / recipe.data.dataset
+    if recipe.data.dataset == "synthetic" and not (folder / "train.json").is_file():
+        if dry_run:
+            return would(f"draw the synthetic images into {folder}")
+        click.echo(f"Drawing the synthetic images into {folder}, this once.")
     open_split(recipe.data.dataset, "train", data_root=machine.data_root)
     if recipe.evaluation.protocols:
         split = open_split(recipe.data.dataset, "val", data_root=machine.data_root)
         if "fewshot" in recipe.evaluation.protocols and recipe.evaluation.fewshot.classes != "all":
             from obowlab.evaluation.fewshot import class_list
 
-            folder = machine.data_root / recipe.data.dataset
             class_list(recipe.evaluation.fewshot.classes, class_names=split.class_names, folder=folder)
+    return None
 
 
-def _print_plan(loaded: Loaded, *, run_id: str, machine: Machine, there: bool, fresh: bool) -> None:
-    from obowlab.track.folder import RunFolder
-    from obowlab.track.store import shown_uri, store_uri
+def _print_plan(loaded: Loaded, *, plan: Plan, machine: Machine) -> None:
+    recipe = loaded.recipe
+    verbs = {"new": "train", "resume": "continue", "fresh": "put aside and train again"}
+    would(f"{verbs[plan.action]} run {plan.run_id}")
+    facts = [
+        *plan.lines(),
+        f"training: {recipe.training.epochs} epochs of {recipe.data.dataset} in {machine.data_root}, "
+        f"{recipe.training.batch_size} images a step, device {machine.device}, loader {machine.loader}",
+        f"evaluation: {', '.join(recipe.evaluation.protocols) or 'none'}"
+        + (", random initialisation beside it" if recipe.evaluation.random_baseline else ""),
+    ]
+    for fact in facts:
+        click.echo(f"  {fact}")
 
-    recipe, path = loaded.recipe, machine.runs_root / run_id
-    if there and not fresh:
-        state = RunFolder.open(path).current_state()
-        would(f"continue run {run_id} ({state.status}, step {state.step}) in {path}")
-    elif there:
-        would(f"put the present run {run_id} aside and train it again in {path}")
-    else:
-        would(f"train run {run_id} in {path}")
-    would(
-        f"train {recipe.training.epochs} epochs of {recipe.data.dataset} from {machine.data_root}, {recipe.training.batch_size} "
-        f"images a step, device {machine.device}, {machine.procs} process(es), loader {machine.loader}"
-    )
-    if recipe.evaluation.protocols:
-        beside = ", and the random initialisation beside it" if recipe.evaluation.random_baseline else ""
-        would(f"evaluate the encoder: {', '.join(recipe.evaluation.protocols)}{beside}")
-    would(f"mirror everything to MLflow: {shown_uri(store_uri(machine.tracking_uri, runs_root=machine.runs_root))}")
+
+def _say_if_pending(folder: RunFolder, machine: Machine) -> None:
+    from obowlab.track.mirror import Mirror
+
+    pending = Mirror(folder, tracking_uri=machine.tracking_uri).pending()
+    if pending:
+        click.echo(f"MLflow lacks {pending} values, files or facts of it; `obowlab runs sync {folder.run_id}` sends them.")
 
 
 def _say_if_evaluation_differs(folder: RunFolder, loaded: Loaded) -> None:
