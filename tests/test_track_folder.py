@@ -115,19 +115,52 @@ for step in range(10**9):
     assert steps == list(range(len(steps)))
 
 
-def test_lock_names_its_holder_and_lets_the_holders_children_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+HOLD = """
+import os, sys, time
+from pathlib import Path
+from obowlab.track import RunFolder
+with RunFolder.open(Path(sys.argv[1])).lock() as lock:
+    if "fork" in sys.argv and os.fork() == 0:
+        time.sleep(3)
+        os._exit(0)
+    print(lock.token, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_lock_names_its_holder_and_ends_with_it(tmp_path: Path) -> None:
+    run = create(tmp_path)
+    with run.lock(), pytest.raises(UserError, match=f"process {os.getpid()} on {socket.gethostname()}"), run.lock():
+        pass
+    child = run_python(HOLD, run.path, "fork")
+    assert child.stdout is not None
+    assert child.stdout.readline()
+    with pytest.raises(UserError, match=f"process {child.pid} on {socket.gethostname()}"), run.lock():
+        pass
+    child.kill()  # its forked child lives on, as a loader's worker might
+    os.waitpid(child.pid, 0)
+    with run.lock():
+        pass
+
+
+def test_lock_lets_in_whom_the_holder_started_and_stays_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = create(tmp_path)
     with run.lock() as lock:
-        with pytest.raises(UserError, match=f"process {os.getpid()} on {socket.gethostname()}"), run.lock():
-            pass
-        monkeypatch.setenv(LOCK_TOKEN_VARIABLE, lock.token)
-        with run.lock() as inherited:
-            assert inherited.fd is None
+        assert run.current_state().status == "created"
         monkeypatch.setenv(LOCK_TOKEN_VARIABLE, "0123")
-        with pytest.raises(UserError, match="being trained"), run.lock():
-            pass
-    with run.lock() as lock:
-        assert lock.fd is not None
+        refused = run_python(HOLD, run.path)
+        assert refused.wait() == 1
+        monkeypatch.setenv(LOCK_TOKEN_VARIABLE, lock.token)
+        worker = run_python(HOLD, run.path)
+        assert worker.stdout is not None
+        assert worker.stdout.readline().strip() == lock.token
+        monkeypatch.delenv(LOCK_TOKEN_VARIABLE)
+    with pytest.raises(UserError, match="being trained"), run.lock():
+        pass
+    worker.kill()
+    worker.wait()
+    with run.lock() as again:
+        assert again.token != lock.token
 
 
 def test_a_running_state_without_a_process_reads_as_interrupted(tmp_path: Path) -> None:
@@ -143,6 +176,7 @@ def test_a_running_state_without_a_process_reads_as_interrupted(tmp_path: Path) 
     assert list_runs(tmp_path)[0].state.status == "interrupted"
     with run.lock():
         assert run.current_state().status == "running"
+        assert run_python(HOLD, run.path).wait() == 1  # looking at the state must not give the lock away
     run.set_state(status="running", pid=child.pid, host="elsewhere")
     assert run.current_state().status == "running"
     assert run.state.step == 7
@@ -234,7 +268,11 @@ def test_every_metric_is_described() -> None:
 
 
 def test_provenance_knows_versions_without_importing_them() -> None:
-    code = "import sys; from obowlab.track.provenance import environment as e; print(e()['versions']['torch'], 'torch' in sys.modules)"
+    code = """
+import sys
+from obowlab.track.provenance import environment
+print(environment()["versions"]["torch"], "torch" in sys.modules)
+"""
     child = run_python(code)
     version, imported = child.communicate()[0].split()
     assert version[0].isdigit()

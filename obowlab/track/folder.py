@@ -9,6 +9,7 @@ complete line. Nothing here imports torch or mlflow.
 from __future__ import annotations
 
 import difflib
+import errno
 import fcntl
 import json
 import os
@@ -34,6 +35,10 @@ Status = Literal["created", "running", "interrupted", "failed", "finished"]
 
 LOCK_TOKEN_VARIABLE = "OBOWLAB_RUN_LOCK"
 """Set by a launcher that holds the lock for the processes it starts; see `RunFolder.lock`."""
+
+_HOLDER_BYTE, _WORKER_BYTE = 0, 1
+_HELD: set[str] = set()
+"""Run folders locked by this process. Such a lock is lost when the process closes the file anywhere: never open it again."""
 
 STALE_AFTER_S = 3600.0
 """A running state of another host is believed for so long after its last update, once nobody holds the lock."""
@@ -95,15 +100,8 @@ class RunSummary:
 
 @dataclass(frozen=True)
 class Lock:
-    """A held run lock.
+    """A held run lock; `token` goes to child processes as the environment variable `LOCK_TOKEN_VARIABLE`."""
 
-    Attributes:
-        fd: the locked file descriptor; a child that inherits it keeps the lock after its parent's death. None when the
-            launcher holds the lock on behalf of this process.
-        token: goes to child processes as the environment variable `LOCK_TOKEN_VARIABLE`.
-    """
-
-    fd: int | None
     token: str
 
 
@@ -214,29 +212,45 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[Lock]:
-        """Hold the run exclusively; a process started by the holder (with its token) passes through.
+        """Hold the run exclusively, for as long as the context and this process last.
+
+        A launcher holds it and gives its token to the process it starts; that one then holds its own part, so that the run
+        stays taken when the launcher dies first. Forked loader processes hold nothing.
 
         Raises:
-            UserError: another process has it; names its process id and host.
+            UserError: another process has it; names its process id and host. Or the file system knows no locks.
         """
+        key = str(self.path.resolve())
+        if key in _HELD:
+            raise self._taken(os.getpid())
         fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            if not _try_lock(fd):
-                holder = _read_holder(self.path)
-                inherited = os.environ.get(LOCK_TOKEN_VARIABLE)
-                if inherited and inherited == holder.get("token"):
-                    yield Lock(fd=None, token=inherited)
-                    return
-                raise UserError(
-                    f"Run '{self.run_id}' is being trained by process {holder.get('pid', '?')} on {holder.get('host', '?')}; "
-                    "wait for it or stop it first."
-                )
-            token = secrets.token_hex(8)
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "token": token}).encode(), 0)
-            yield Lock(fd=fd, token=token)
+            holder = _read_holder(fd)
+            token = os.environ.get(LOCK_TOKEN_VARIABLE)
+            if token is not None and token == holder.get("token"):
+                if not _try_lock(fd, _WORKER_BYTE):
+                    raise self._taken(self.state.pid)
+            else:
+                if not _try_lock(fd, _HOLDER_BYTE):
+                    raise self._taken(holder.get("pid"))
+                if not _try_lock(fd, _WORKER_BYTE):  # its launcher was killed, it is still saving
+                    raise self._taken(self.state.pid)
+                fcntl.lockf(fd, fcntl.LOCK_UN, 1, _WORKER_BYTE)
+                token = secrets.token_hex(8)
+                content = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "token": token}).encode()
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, content, 0)
+            _HELD.add(key)
+            try:
+                yield Lock(token=token)
+            finally:
+                _HELD.discard(key)
         finally:
-            os.close(fd)  # gives the lock back unless a child still holds the descriptor
+            os.close(fd)
+
+    def _taken(self, pid: int | None) -> UserError:
+        host = self.state.host or socket.gethostname()
+        return UserError(f"Run '{self.run_id}' is being trained by process {pid} on {host}; wait for it or stop it first.")
 
     # ------------------------------------------------------------------------------------------------ records
 
@@ -270,14 +284,9 @@ class RunFolder:
         """Return the facts of every start of this run, oldest first."""
         return list(read_lines(self.path / "attempts.jsonl"))
 
-    def record_facts(self, **facts: Any) -> None:
-        """Add what training found out to `facts.json`: `data_hash`, `num_images`, `loader`, `device`, ...; JSON values."""
-        self.write_artifact("facts.json", json.dumps({**self.facts(), **facts}, indent=1))
-
     def facts(self) -> dict[str, Any]:
-        """Return what `record_facts` wrote."""
-        path = self.path / "facts.json"
-        return dict(json.loads(path.read_bytes())) if path.exists() else {}
+        """Return the facts of all attempts in one, the latest counting."""
+        return {key: value for attempt in self.attempts() for key, value in attempt.items()}
 
     def write_artifact(self, name: str, content: str | bytes) -> Path:
         """Write a file of the run atomically and return its path."""
@@ -396,32 +405,38 @@ def _alive(pid: int) -> bool:
 
 
 def _is_locked(path: Path) -> bool:
+    if str(path.resolve()) in _HELD:
+        return True
     try:
         fd = os.open(path / "lock", os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return False
     try:
-        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
+        fcntl.lockf(fd, fcntl.LOCK_SH | fcntl.LOCK_NB, 2, _HOLDER_BYTE)
+    except OSError:
         return True
     finally:
         os.close(fd)
     return False
 
 
-def _try_lock(fd: int) -> bool:
+def _try_lock(fd: int, byte: int) -> bool:
     for attempt in range(5):  # `_is_locked` of another process may hold it for an instant
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
             return True
-        except BlockingIOError:
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise UserError(
+                    f"The file system of the run store knows no locks ({error.strerror}); use another --runs-root."
+                ) from None
             time.sleep(0.02 * (attempt + 1))
     return False
 
 
-def _read_holder(path: Path) -> dict[str, Any]:
+def _read_holder(fd: int) -> dict[str, Any]:
     try:
-        holder = json.loads((path / "lock").read_bytes())
+        holder = json.loads(os.pread(fd, 4096, 0))
     except ValueError:
         return {}
     return holder if isinstance(holder, dict) else {}

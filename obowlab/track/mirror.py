@@ -99,11 +99,15 @@ class Mirror:
             self._worker, error = None, self._error
         self._failures = self._failures + 1 if error else 0
         self._wait_until = time.monotonic() + min(60.0, 2.0**self._failures) if error else 0.0
-        return SyncReport(sent=self._sent - sent_before, pending=self.outbox.pending(), error=error)
+        return SyncReport(sent=self._sent - sent_before, pending=self.pending(), error=error)
 
     def sync_when_due(self, *, timeout_s: float = 10.0) -> SyncReport | None:
         """Do as `sync` does, but after failures wait 2, 4, 8, ... 60 seconds first; None while waiting."""
         return self.sync(timeout_s=timeout_s) if time.monotonic() >= self._wait_until else None
+
+    def pending(self) -> int:
+        """Return how many metric values, files and facts the store does not have; asks nobody."""
+        return self.outbox.pending()
 
     # ----------------------------------------------------------------------------------------------- one pass
 
@@ -138,6 +142,11 @@ class Mirror:
         self._send_tags(client, sent)
         self._send_dataset(client, sent)
         self._send_status(client, sent)
+        for name, text in outbox.documents().items():
+            if name not in sent.files:
+                client.log_text(_id(sent), text, name)
+                sent.files[name] = "sent"
+                self._done(sent)
         for path in outbox.artifacts():
             if outbox.is_new(path, sent=sent):
                 _in_time(end)

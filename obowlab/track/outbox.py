@@ -82,6 +82,7 @@ class Outbox:
         sent = self.load()
         points = sum(len(point.values) for name in POINT_FILES for _, point in self.points(name, sent=sent))
         files = sum(self.is_new(path, sent=sent) for path in (*self.results(), *self.artifacts()))
+        files += sum(name not in sent.files for name in self.documents())
         return points + files + (not sent.params) + (sent.status != self.status()) + self.model_is_new(sent)
 
     def status(self) -> str:
@@ -115,20 +116,18 @@ class Outbox:
 
     def artifacts(self) -> list[Path]:
         """Return the files to keep beside the numbers; the log only once it is complete."""
-        units = self.folder.path / "metrics.json"
-        if not units.exists():
-            described = {
-                metric.name: {"unit": metric.unit, "direction": metric.direction, "help": metric.help}
-                for metric in METRICS.values()
-            }
-            write_atomic(units, json.dumps(described, indent=1))
-        recipe = self.folder.path / "recipe.json"
-        if not recipe.exists():
-            write_atomic(recipe, json.dumps(self.folder.info.recipe_values, indent=1))
-        names = ["run.json", "recipe.json", "machine.json", "metrics.json", "attempts.jsonl", "dirty.diff"]
-        if self.status() in ENDED:
-            names.append("log.txt")
+        names = ["run.json", "machine.json", "attempts.jsonl", "dirty.diff", *(["log.txt"] if self.status() in ENDED else [])]
         return [self.folder.path / name for name in names if (self.folder.path / name).exists()]
+
+    def documents(self) -> dict[str, str]:
+        """Return texts to keep as artifacts that are no files of the run folder, by name."""
+        units = {
+            metric.name: {"unit": metric.unit, "direction": metric.direction, "help": metric.help} for metric in METRICS.values()
+        }
+        return {
+            "recipe.json": json.dumps(self.folder.info.recipe_values, indent=1),
+            "metrics.json": json.dumps(units, indent=1),
+        }
 
     def model_is_new(self, sent: Sent) -> bool:
         """Return whether there is a finished encoder that the store has no version of."""
@@ -146,12 +145,9 @@ class Outbox:
     def tags(self, sent: Sent) -> dict[str, str]:
         """Return the facts of the run as they are now."""
         info, state = self.folder.info, self.folder.current_state()
-        facts: dict[str, Any] = {}
-        for attempt in self.folder.attempts():
-            facts.update(attempt)
-        facts.update(self.folder.facts())
+        facts = self.folder.facts()
         versions = facts.get("versions", {})
-        plain = {key: value for key, value in facts.items() if isinstance(value, str | int | float | bool) and key != "time"}
+        plain = {key: value for key, value in facts.items() if isinstance(value, str | int | float | bool) and key not in ("time", "pid", "step")}
         tags: dict[str, Any] = {
             **{f"obowlab.{key}": value for key, value in plain.items()},
             **{f"obowlab.version.{package}": version for package, version in versions.items()},

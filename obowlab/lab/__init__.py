@@ -1,0 +1,1 @@
+"""What runs where: starting runs on this machine and watching over them; never imports torch."""

@@ -1,0 +1,275 @@
+"""The launcher with a stand-in for the compute process: real processes, real signals, no torch."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from obowlab.config import Loaded, Machine, Recipe
+from obowlab.errors import UserError
+from obowlab.lab import launch as launching
+from obowlab.lab import system
+from obowlab.lab.launch import compute_command, launch, plan
+from obowlab.track import RunFolder
+from obowlab.track.mirror import SyncReport
+
+COMPUTE = """
+import os, signal, sys, time
+from pathlib import Path
+from obowlab.track import RunFolder
+
+folder = RunFolder.open(Path(sys.argv[1]))
+behaviour = sys.argv[2]
+stopped = []
+if behaviour != "deaf":
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: stopped.append(number))
+else:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+with folder.lock(), folder.metric_log() as log:
+    folder.append_attempt({"threads": os.environ["OMP_NUM_THREADS"], "quiet": os.environ.get("OBOWLAB_NO_PROGRESS")})
+    steps = 10**6 if behaviour in ("slow", "deaf") else 20
+    for step in range(log.last_step + 1, steps):
+        if stopped:
+            folder.set_state(status="interrupted", message="asked to")
+            sys.exit(128 + stopped[0])
+        log.append(step, {"loss": 1 / (step + 1)})
+        folder.set_state(status="running", step=step, total_steps=steps)
+        if steps > 20:
+            time.sleep(0.02)
+    if behaviour == "user_error":
+        folder.set_state(status="failed", message="mend it")
+        sys.exit(2)
+    if behaviour == "crash":
+        sys.exit(1)
+    if behaviour == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    folder.set_state(status="finished", step=steps)
+"""
+
+LAUNCH = """
+import sys
+from pathlib import Path
+from tests.test_launch import NoMirror, loaded, machine_of, stand_in
+from obowlab.lab import launch as launching
+launching.Mirror = NoMirror
+root = Path(sys.argv[1])
+command = stand_in(root, sys.argv[2])
+sys.exit(launching.launch(loaded(), seed=0, machine=machine_of(root), fresh=False, progress=True, command=command))
+"""
+
+
+class NoMirror:
+    """Stands in for the mirror, which test_mirror.py tests: mlflow takes seconds to import."""
+
+    def __init__(self, folder: RunFolder, *, tracking_uri: str | None) -> None:
+        self.folder = folder
+
+    def sync(self, *, timeout_s: float) -> SyncReport:
+        return SyncReport(sent=0, pending=0)
+
+    def sync_when_due(self, *, timeout_s: float) -> SyncReport:
+        return self.sync(timeout_s=timeout_s)
+
+
+@pytest.fixture(autouse=True)
+def _no_mirror(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launching, "Mirror", NoMirror)
+
+
+def loaded() -> Loaded:
+    return Loaded(name="demo", recipe=Recipe(), sources={})
+
+
+def machine_of(root: Path) -> Machine:
+    return Machine(runs_root=root / "runs", device="cpu")
+
+
+def stand_in(root: Path, behaviour: str) -> Callable[[Path, Machine], list[str]]:
+    script = root / "compute.py"
+    script.write_text(COMPUTE)
+    return lambda path, machine: [sys.executable, str(script), str(path), behaviour]
+
+
+def run(root: Path, behaviour: str, *, fresh: bool = False, progress: bool = True) -> tuple[int, RunFolder]:
+    code = launch(loaded(), seed=0, machine=machine_of(root), fresh=fresh, progress=progress, command=stand_in(root, behaviour))
+    return code, RunFolder.find("demo", runs_root=root / "runs")
+
+
+def start(root: Path, behaviour: str) -> tuple["subprocess.Popen[str]", RunFolder]:
+    """Start a launcher process and wait until its compute process trains."""
+    stand_in(root, behaviour)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", LAUNCH, str(root), behaviour], env=environment, stdout=subprocess.PIPE, text=True
+    )
+    path = root / "runs"
+    wait_until(lambda: any(folder.joinpath("metrics.jsonl").exists() for folder in path.glob("demo-*")))
+    folder = RunFolder.find("demo", runs_root=path)
+    wait_until(lambda: folder.state.step >= 3 and folder.state.pid != launcher.pid)
+    return launcher, folder
+
+
+def wait_until(condition: Callable[[], bool], *, timeout_s: float = 20.0) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def is_alive(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and "State:\tZ" not in status.read_text()
+
+
+def test_a_run_ends_well_and_is_not_trained_twice(tmp_path: Path) -> None:
+    code, folder = run(tmp_path, "quick", progress=False)
+    assert code == 0
+    assert folder.state.status == "finished"
+    assert folder.attempts()[0]["quiet"] == "1"
+    assert folder.attempts()[0]["threads"] == str(folder.machine.threads)
+    assert run(tmp_path, "quick")[0] == 0
+    assert len(folder.attempts()) == 1
+
+
+def test_fresh_puts_the_old_folder_aside(tmp_path: Path) -> None:
+    _, before = run(tmp_path, "quick")
+    code, after = run(tmp_path, "quick", fresh=True)
+    assert code == 0
+    assert after.info.created_at > before.info.created_at
+    (aside,) = (tmp_path / "runs" / ".trash").iterdir()
+    assert json.loads((aside / "run.json").read_text())["created_at"] == before.info.created_at
+    assert len((aside / "metrics.jsonl").read_text().splitlines()) == 20
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "code", "status", "message"),
+    [
+        ("user_error", 2, "failed", "mend it"),
+        ("crash", 1, "failed", "exit code 1"),
+        ("killed", 137, "failed", "SIGKILL"),
+    ],
+)
+def test_endings_are_told(tmp_path: Path, behaviour: str, code: int, status: str, message: str) -> None:
+    got, folder = run(tmp_path, behaviour)
+    assert got == code
+    assert folder.state.status == status
+    assert message in folder.state.message
+    assert run(tmp_path, "quick")[0] == 0
+    assert folder.state.status == "finished"
+    assert folder.state.message == ""
+    assert [point.step for point in folder.metrics()] == list(range(20))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_is_passed_on_once(tmp_path: Path, number: int, code: int) -> None:
+    launcher, folder = start(tmp_path, "slow")
+    with pytest.raises(UserError, match=f"process {launcher.pid} on"):
+        run(tmp_path, "quick")
+    with pytest.raises(UserError, match="being trained"):
+        run(tmp_path, "quick", fresh=True)
+    launcher.send_signal(number)
+    assert launcher.wait(timeout=20) == code
+    assert folder.state.status == "interrupted"
+    assert folder.state.message == "asked to"
+
+
+def test_a_second_signal_kills(tmp_path: Path) -> None:
+    launcher, folder = start(tmp_path, "deaf")
+    child = folder.state.pid
+    assert child is not None
+    launcher.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    assert is_alive(child)
+    launcher.send_signal(signal.SIGTERM)
+    assert launcher.wait(timeout=20) == 143
+    assert not is_alive(child)
+    assert folder.state.status == "interrupted"
+
+
+def test_the_compute_process_follows_a_killed_launcher(tmp_path: Path) -> None:
+    launcher, folder = start(tmp_path, "slow")
+    child = folder.state.pid
+    assert child is not None
+    launcher.kill()
+    launcher.wait()
+    wait_until(lambda: not is_alive(child))
+    assert folder.state.status == "interrupted"
+    with folder.lock():
+        pass
+
+
+def test_the_plan_says_what_would_happen_and_touches_nothing(tmp_path: Path) -> None:
+    machine = Machine(runs_root=tmp_path / "runs", device="cpu", procs=2, threads=3, tracking_uri="https://me:secret@host")
+    planned = plan(loaded(), seed=4, machine=machine, fresh=False)
+    assert planned.action == "new"
+    assert planned.command == tuple(compute_command(planned.path, machine))
+    assert "--nproc-per-node 2" in " ".join(planned.command)
+    assert planned.threads == 3
+    assert "secret" not in "\n".join(planned.lines())
+    assert list(tmp_path.iterdir()) == []
+    RunFolder.create(loaded(), seed=4, runs_root=machine.runs_root).set_state(status="interrupted", step=7, total_steps=9)
+    assert plan(loaded(), seed=4, machine=machine, fresh=False).lines()[2] == "action: resume (interrupted, step 7 of 9)"
+    assert plan(loaded(), seed=4, machine=machine, fresh=True).action == "fresh"
+
+
+def test_too_few_gpus_are_told_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(runs_root=tmp_path, device="cuda", procs=4)
+    monkeypatch.setattr(launching, "count_gpus", lambda: 0)
+    with pytest.raises(UserError, match=r"has 0 GPUs, not 4; use --device cpu --procs N\."):
+        launch(loaded(), seed=0, machine=machine, fresh=False, progress=False)
+    monkeypatch.setattr(launching, "count_gpus", lambda: 1)
+    with pytest.raises(UserError, match=r"has 1 GPU, not 4; use --gpus 1 or --device cpu"):
+        plan(loaded(), seed=0, machine=machine.model_copy(update={"device": "auto"}), fresh=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_store_mlflow_cannot_write_to_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    machine = Machine(runs_root=tmp_path / "runs", device="cpu", tracking_uri="./mlruns")
+    with pytest.raises(UserError, match=r"cannot write to './mlruns' \(MLFLOW_TRACKING_URI"):
+        launch(loaded(), seed=0, machine=machine, fresh=False, progress=False)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_gpus_are_counted_and_read_without_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(
+        "#!/bin/sh\n"
+        'if [ "$1" = -L ]; then echo "GPU 0: X (UUID: a)"; echo "GPU 1: X (UUID: b)"; exit; fi\n'
+        'echo "0, 35, 1024, 70.5"; echo "1, 0, 3, [N/A]"\n'
+    )
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert system.count_gpus() == 2
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert system.count_gpus() == 1
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert system.count_gpus() == 0
+    sampler = system.SystemSampler(os.getpid(), path=tmp_path, gpus=True)
+    time.sleep(0.05)
+    values = sampler.sample()
+    assert values["gpu_power_0"] == 70.5
+    assert "gpu_power_1" not in values
+    assert values["gpu_memory_1"] == 3.0
+    assert values["run_memory"] > 1.0
+    assert values["disk_free"] > 0.0
+    assert 0.0 <= values["cpu"] <= 100.0
+
+
+def test_the_process_tree_holds_grandchildren(tmp_path: Path) -> None:
+    child = subprocess.Popen(["sh", "-c", "sleep 30 & echo started; wait"], stdout=subprocess.PIPE, start_new_session=True)
+    assert child.stdout is not None
+    child.stdout.readline()
+    family = system.process_tree(child.pid)
+    assert family[0] == child.pid
+    assert len(family) == 2
+    os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+    assert system.process_tree(child.pid) == []
