@@ -344,7 +344,7 @@ def test_files_that_are_no_plain_tensors(tmp_path: Path, capsys: pytest.CaptureF
     torch.save({"network": {"conv1.weight": Surprise()}}, path)
     with pytest.raises(UserError, match="weights_only=True"):
         import_authors(path)
-    path.write_bytes(pickle.dumps(Surprise()))
+    path.write_bytes(pickle.dumps(Surprise(), protocol=2))
     with pytest.raises(UserError, match="weights_only=True"):
         import_authors(path)
     path.write_bytes(b"not a file of torch")
