@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from obowlab.config import Views
-from obowlab.data.resample import Cutter
+from obowlab.data.cutter import Cutter
 from obowlab.data.views import Ints, epoch_order
 from obowlab.errors import UserError
 
@@ -217,7 +217,8 @@ def resolve_backend(name: str) -> BackendName:
     if name not in ("auto", "ffcv"):
         raise UserError(f"machine.loader must be auto, ffcv or torch, not '{name}'.")
     try:
-        importlib.import_module("obowlab.data.ffcv_backend")
+        with _torch_threads_kept():
+            importlib.import_module("obowlab.data.ffcv_backend")
     except (ImportError, OSError) as error:
         if name == "ffcv":
             raise UserError(
@@ -232,7 +233,18 @@ def _backend(cutter: Cutter, *, name: BackendName, batch_size: int, workers: int
         return TorchBackend(cutter, workers=workers)
     from obowlab.data.ffcv_backend import FfcvBackend  # ffcv need not be installed
 
-    return FfcvBackend(cutter, batch_size=batch_size, workers=workers)
+    with _torch_threads_kept():
+        return FfcvBackend(cutter, batch_size=batch_size, workers=workers)
+
+
+@contextlib.contextmanager
+def _torch_threads_kept() -> Iterator[None]:
+    """Undo that ffcv sets torch's number of threads, when it is imported and when a loader is built."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 # ---------------------------------------------------------------------------------------------------------- torch backend

@@ -1,122 +1,132 @@
-"""The uint8 views of one image, cut by PIL: what both loader backends must give, to the byte.
+"""Compiled resizing that equals PIL's bilinear filter bit for bit (numba).
 
-A `Cutter` knows a split and its view geometry. The torch backend runs it in worker processes; the ffcv backend does the same
-in compiled code (`ffcv_backend`) and comes here for records that its JPEG decoder is not sure about.
+PIL resizes bytes in two passes, first along the rows, then along the columns, and rounds to bytes between them. Each output
+pixel is a weighted sum of the input pixels under a triangle that widens with the reduction (antialiasing); the weights are
+whole numbers of 22 bits. Whole-number sums do not depend on their order, so a compiled loop can give PIL's very bytes.
+
+Along a row three interleaved channels are awkward for vector instructions, so the first pass reads a transposed copy of the
+image, made once for all views: there too the inner loop runs over neighbouring bytes. Only the window that is kept is computed.
+
+The functions are compiled without Python objects and hold no lock; numba keeps the machine code in its cache folder.
 """
 
 from __future__ import annotations
 
-import io
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
+import numba
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
-
-from obowlab.config import Views
-from obowlab.data.views import Geometry, Ints, centre_geometry, geometry
-from obowlab.errors import UserError
-
-if TYPE_CHECKING:
-    from obowlab.data.datasets import Split
 
 Pixels = npt.NDArray[np.uint8]
+Ints = npt.NDArray[np.int64]
+
+PRECISION_BITS = 22
+TILE = 32
+"""Columns that the transposition fills at a time: as many cache lines as stay at hand."""
+ONE, TWO = np.uint64(1), np.uint64(2)
 
 
-@dataclass(frozen=True)
-class Cutter:
-    """Cuts the views of a split's images.
+def _compiled(function: Any) -> Any:
+    return numba.njit(nogil=True, cache=True, error_model="numpy")(function)
 
-    Attributes:
-        split: The prepared images.
-        views: Sizes and ranges of the views.
-        seed: The run's seed; None cuts the centre view of evaluation alone.
+
+@_compiled
+def weights(size: int, out_size: int, first: int, count: int) -> tuple[Any, Any]:
+    """Return where the taps of output pixels first .. first+count-1 begin and end, [count, 2], and their weights.
+
+    Args:
+        size: Input pixels.
+        out_size: Pixels that the input is resized to.
+        first: First output pixel wanted.
+        count: Output pixels wanted.
     """
-
-    split: Split
-    views: Views
-    seed: int | None
-
-    def geometry(self, indices: Ints, *, epoch: int) -> Geometry:
-        """Return how the images are cut in one epoch."""
-        heights, widths = self.split.heights[indices].astype(np.int64), self.split.widths[indices].astype(np.int64)
-        if self.seed is None:
-            return centre_geometry(self.views, heights=heights, widths=widths)
-        return geometry(self.views, seed=self.seed, epoch=epoch, indices=indices, heights=heights, widths=widths)
-
-    @property
-    def groups(self) -> tuple[tuple[int, int], ...]:
-        """Return number and side of the views of each kind, in the order of the geometry: original, crops, patch source."""
-        groups = [(1, self.views.original_size)]
-        if self.seed is not None and self.views.num_crops:
-            groups.append((self.views.num_crops, self.views.crop_size))
-        if self.seed is not None and self.views.num_patches:
-            groups.append((1, self.views.patch_source_size))
-        return tuple(groups)
-
-    def cut(self, indices: Ints, *, epoch: int) -> list[Pixels]:
-        """Return the views of some images: per kind, uint8 [N, count, side, side, 3].
-
-        Raises:
-            UserError: a record cannot be decoded.
-        """
-        plan = self.geometry(indices, epoch=epoch)
-        out = [np.empty((len(indices), count, side, side, 3), dtype=np.uint8) for count, side in self.groups]
-        for row, index in enumerate(indices.tolist()):
-            self.cut_image(index, plan, row, out)
-        return out
-
-    def cut_image(self, index: int, plan: Geometry, row: int, out: list[Pixels]) -> None:
-        """Write the views of image `index`, which is row `row` of the plan, to that row of `out`.
-
-        Raises:
-            UserError: the record cannot be decoded.
-        """
-        image = decode(self.split, index)
-        view = 0
-        for kind in out:
-            for place in kind[row]:
-                place[...] = cut_view(image, plan, row, view)
-                view += 1
+    scale = size / out_size
+    support = max(scale, 1.0)  # half the triangle's base
+    bounds = np.empty((count, 2), np.int64)
+    taps = np.empty((count, int(np.ceil(support)) * 2 + 1), np.int32)
+    row = np.empty(taps.shape[1])
+    for index in range(count):
+        centre = (first + index + 0.5) * scale
+        start = max(0, int(centre - support + 0.5))
+        stop = min(size, int(centre + support + 0.5))
+        bounds[index, 0], bounds[index, 1] = start, stop
+        total = 0.0
+        for tap in range(stop - start):
+            # The reciprocal, not a division: PIL multiplies by it, and the last bit decides some roundings.
+            row[tap] = max(0.0, 1.0 - abs((tap + start - centre + 0.5) * (1.0 / support)))
+            total += row[tap]
+        for tap in range(stop - start):
+            taps[index, tap] = int(row[tap] / total * (1 << PRECISION_BITS) + 0.5)
+    return bounds, taps
 
 
-def decode(split: Split, index: int) -> Image.Image:
-    """Return one image of a split, decoded, as RGB.
+@_compiled
+def transpose(image: Pixels, out: Pixels) -> None:
+    """Write an image [H, W, 3] column by column to `out` [W, H, 3]."""
+    height, width = image.shape[:2]
+    source, target = image.reshape(-1), out.reshape(-1)
+    for left in range(0, width, TILE):
+        for y in range(height):
+            start, place = (y * width + left) * 3, (left * height + y) * 3
+            for x in range(min(TILE, width - left)):
+                # Unsigned, or every access would test for a negative index.
+                pixel, to = np.uint64(start + 3 * x), np.uint64(place + 3 * height * x)
+                target[to] = source[pixel]
+                target[to + ONE] = source[pixel + ONE]
+                target[to + TWO] = source[pixel + TWO]
 
-    Raises:
-        UserError: the record cannot be decoded or has another size than the file says.
+
+@_compiled
+def weighted_sum(lines: Pixels, offset: int, taps: Any, num_taps: int, sums: Any) -> None:
+    """Set sums[j] to half a unit plus the weighted sum of lines[t, offset + j] over the taps t: what rounding needs."""
+    length = len(sums)
+    for j in range(length):
+        sums[j] = 1 << (PRECISION_BITS - 1)
+    tap = 0
+    while tap + 1 < num_taps:  # two lines at a time halve the traffic of the sums
+        one, two = lines[tap, offset : offset + length], lines[tap + 1, offset : offset + length]
+        first, second = taps[tap], taps[tap + 1]
+        for j in range(length):
+            sums[j] += np.int32(first * np.int32(one[j])) + np.int32(second * np.int32(two[j]))
+        tap += 2
+    if tap < num_taps:
+        one, first = lines[tap, offset : offset + length], taps[tap]
+        for j in range(length):
+            sums[j] += np.int32(first * np.int32(one[j]))
+
+
+@_compiled
+def cut_view(columns: Pixels, plan: Ints, between: Pixels, out: Pixels) -> None:
+    """Resize a rectangle of an image and keep a square of the result.
+
+    Args:
+        columns: The image, transposed, [W, H, 3].
+        plan: Top, left, height and width of the rectangle; height and width to resize it to; top and left of the square, [8].
+        between: Memory for the rows between the two passes, at least height * side * 3 bytes.
+        out: The square, [side, side, 3].
     """
-    try:
-        with Image.open(io.BytesIO(split.jpeg(index))) as image:
-            rgb = image.convert("RGB")
-    except (OSError, ValueError, SyntaxError) as error:
-        raise broken_record(split, index, str(error)) from None
-    if rgb.size != (split.widths[index], split.heights[index]):
-        raise broken_record(
-            split, index, f"{rgb.size[0]}x{rgb.size[1]} pixels where {split.widths[index]}x{split.heights[index]} are due"
-        )
-    return rgb
+    top, left, height, width, resized_height, resized_width, window_top, window_left = plan
+    side = out.shape[0]
+    bounds, taps = weights(height, resized_height, window_top, side)
+    first_row, last_row = bounds[0, 0], bounds[side - 1, 1]
+    rows = between[: (last_row - first_row) * side * 3].reshape(last_row - first_row, side * 3)
 
+    column_bounds, column_taps = weights(width, resized_width, window_left, side)
+    lines = columns.reshape(columns.shape[0], columns.shape[1] * 3)
+    sums = np.empty((last_row - first_row) * 3, np.int32)
+    for x in range(side):
+        start, stop = column_bounds[x]
+        weighted_sum(lines[left + start : left + stop], (top + first_row) * 3, column_taps[x], stop - start, sums)
+        for y in range(last_row - first_row):
+            rows[y, 3 * x] = sums[3 * y] >> PRECISION_BITS
+            rows[y, 3 * x + 1] = sums[3 * y + 1] >> PRECISION_BITS
+            rows[y, 3 * x + 2] = sums[3 * y + 2] >> PRECISION_BITS
 
-def cut_view(image: Image.Image, plan: Geometry, row: int, view: int) -> Pixels:
-    """Return one view, uint8 [side, side, 3]: torchvision's resized_crop, or Resize and CenterCrop, on a PIL image."""
-    top, left, height, width = plan.boxes[row, view].tolist()
-    # Cropping first matters: PIL's resize(box=...) would blend in pixels from outside the box.
-    if (left, top, width, height) != (0, 0, *image.size):
-        image = image.crop((left, top, left + width, top + height))
-    resized_height, resized_width = plan.resized[row, view].tolist()
-    image = image.resize((resized_width, resized_height), Image.Resampling.BILINEAR)
-    side = plan.sizes[view]
-    if (resized_width, resized_height) != (side, side):
-        top, left = plan.windows[row, view].tolist()
-        image = image.crop((left, top, left + side, top + side))
-    return np.asarray(image)
-
-
-def broken_record(split: Split, index: int, reason: str) -> UserError:
-    """Return the complaint about a record that cannot be used."""
-    return UserError(
-        f"Record {index} of {split.path} cannot be read ({reason}): the file is damaged, "
-        f"build it again with `obowlab data prepare {split.dataset} --source DIR`."
-    )
+    sums = np.empty(side * 3, np.int32)
+    flat = out.reshape(side, side * 3)
+    for y in range(side):
+        start, stop = bounds[y]
+        weighted_sum(rows[start - first_row : stop - first_row], 0, taps[y], stop - start, sums)
+        for j in range(side * 3):
+            flat[y, j] = sums[j] >> PRECISION_BITS
