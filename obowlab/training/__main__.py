@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
 
-from obowlab.config import Machine
 from obowlab.errors import UserError
 from obowlab.track.folder import RunFolder
-from obowlab.training.distributed import World, join
-from obowlab.training.loop import Interrupted, StopRequest, train
-from obowlab.training.progress import Reporter
+from obowlab.training.distributed import join
 from obowlab.training.finish import finish
+from obowlab.training.loop import train
+from obowlab.training.progress import Reporter
+from obowlab.training.work import Interrupted, StopRequest, Work
 
 
 def main(argv: list[str]) -> int:
@@ -22,34 +23,32 @@ def main(argv: list[str]) -> int:
     machine = folder.machine
     if machine.threads is not None:
         torch.set_num_threads(machine.threads)
-    with StopRequest().listening() as stop, join(machine) as world:
-        if not world.is_main:
-            return _work(folder, machine=machine, world=world, stop=stop)
-        with folder.lock():
-            return _work(folder, machine=machine, world=world, stop=stop)
+    with StopRequest().listening() as stop, join(machine) as world, folder.lock() if world.is_main else nullcontext():
+        reporter = Reporter(folder.path / "log.txt" if world.is_main else None)
+        code = carry_out(Work(folder, machine=machine, world=world, reporter=reporter, stop=stop))
+        # torchrun would start a group again that ends with an error; the launcher reads the state instead.
+        return code if world.world_size == 1 else 0
 
 
-def _work(folder: RunFolder, *, machine: Machine, world: World, stop: StopRequest) -> int:
-    recipe, seed = folder.info.recipe, folder.info.seed
-    reporter = Reporter(folder.path / "log.txt" if world.is_main else None)
+def carry_out(work: Work) -> int:
+    """Do the work and file how it ended; return the exit code."""
+    ending = {"status": "finished", "message": ""}
+    code = 0
     try:
-        method = train(folder, recipe=recipe, seed=seed, machine=machine, world=world, reporter=reporter, stop=stop)
-        if world.is_main:
-            finish(folder, method=method, recipe=recipe, seed=seed, machine=machine, world=world, reporter=reporter, stop=stop)
-            folder.set_state(status="finished", message="")
-        return 0
+        method = train(work)
+        if work.world.is_main:
+            finish(work, method=method)
     except Interrupted as interruption:
-        if world.is_main:
-            folder.set_state(status="interrupted", message="stopped by a signal; the same command goes on")
-            reporter.say("Stopped; the same command goes on from here.")
+        ending = {"status": "interrupted", "message": "stopped by a signal; the same command goes on"}
+        work.reporter.say("Stopped; the same command goes on from here.")
         code = 128 + interruption.signum
     except UserError as error:
-        if world.is_main:
-            folder.set_state(status="failed", message=str(error))
-            reporter.say(f"Error: {error}")
+        ending = {"status": "failed", "message": str(error)}
+        work.reporter.say(f"Error: {error}")
         code = 2
-    # torchrun would start a group again that ends with an error; the launcher reads the state instead.
-    return code if world.world_size == 1 else 0
+    if work.world.is_main:
+        work.folder.set_state(**ending)
+    return code
 
 
 if __name__ == "__main__":

@@ -47,7 +47,9 @@ def save(folder: Path, *, checkpoint: Checkpoint) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         reason = error.strerror or str(error)
-        raise UserError(f"Cannot write the checkpoint in {folder} ({reason}): free some space there and run the command again.") from None
+        raise UserError(
+            f"Cannot write the checkpoint in {folder} ({reason}): free some space there and run the command again."
+        ) from None
 
 
 def newest(folder: Path, *, fingerprint: str, map_location: torch.device) -> tuple[Checkpoint | None, list[str]]:

@@ -118,7 +118,7 @@ def synchronise_batchnorm(module: nn.Module, *, world: World) -> None:
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
             if world.device.type == "cuda":
-                setattr(module, name, nn.SyncBatchNorm.convert_sync_batchnorm(child))
+                setattr(module, name, nn.SyncBatchNorm.convert_sync_batchnorm(child))  # type: ignore[no-untyped-call]
             else:
                 setattr(module, name, GlooBatchNorm2d.like(child))
         else:
@@ -167,15 +167,19 @@ class GlooBatchNorm2d(nn.modules.batchnorm._BatchNorm):
         x = input.double()
         count = x.new_tensor([x.numel() / x.shape[1]])
         sums = torch.cat([x.sum((0, 2, 3)), x.square().sum((0, 2, 3)), count])
-        sums = _SumOverRanks.apply(sums)  # type: ignore[no-untyped-call]
-        mean, square, count = sums[:-1].view(2, -1)[0] / sums[-1], sums[:-1].view(2, -1)[1] / sums[-1], sums[-1]
+        sums = _SumOverRanks.apply(sums)
+        count = sums[-1]
+        mean, square = (sums[:-1] / count).chunk(2)
         variance = square - mean.square()
         with torch.no_grad():
-            assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            assert self.num_batches_tracked is not None
             momentum = 0.1 if self.momentum is None else self.momentum
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean.to(self.running_mean), momentum)
             self.running_var.lerp_((variance * count / (count - 1)).to(self.running_var), momentum)
         shape = (1, -1, 1, 1)
         normal = (x - mean.view(shape)) * (variance + self.eps).rsqrt().view(shape)
-        return (normal * self.weight.view(shape) + self.bias.view(shape)).to(input.dtype)
+        scaled: Tensor = normal * self.weight.view(shape) + self.bias.view(shape)
+        return scaled.to(input.dtype)

@@ -38,7 +38,13 @@ class Reporter:
         """Show the progress of training steps for as long as the context lasts."""
         live = self._console.is_terminal and not os.environ.get(NO_PROGRESS_VARIABLE)
         if live and self._log is not None:
-            columns = (BarColumn(), TextColumn("{task.completed}/{task.total}"), TextColumn("{task.fields[facts]}"), TimeElapsedColumn(), TimeRemainingColumn())
+            columns = (
+                BarColumn(),
+                TextColumn("{task.completed}/{task.total}"),
+                TextColumn("{task.fields[facts]}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+            )
             with Progress(*columns, console=self._console, transient=True) as self._bar:
                 self._bar.add_task("train", total=total, completed=done, facts="")
                 yield
@@ -47,12 +53,11 @@ class Reporter:
             self._last_line = time.monotonic()
             yield
 
-    def step(self, *, done: int, total: int, images_per_s: float, values: Mapping[str, float]) -> None:
-        """Show how far training is; `values` holds at least the loss."""
+    def step(self, *, done: int, total: int, images_per_s: float, left_s: float, values: Mapping[str, float]) -> None:
+        """Show how far training is, how fast, and a few metrics."""
         facts = f"{images_per_s:.0f} img/s" + "".join(f" · {name} {value:.4g}" for name, value in values.items())
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=done, facts=facts)
         elif time.monotonic() - self._last_line >= PLAIN_LINE_EVERY_S and not os.environ.get(NO_PROGRESS_VARIABLE):
             self._last_line = time.monotonic()
-            left_s = (total - done) * values.get("step_time_s", 0.0)
             self.say(f"step {done}/{total} · {facts} · {left_s / 60:.0f} min left")

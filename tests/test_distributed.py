@@ -1,0 +1,110 @@
+"""Two gloo processes are one process, up to the order of float sums; loader workers change nothing at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from obowlab.config import Backbone, Machine, Obow
+from obowlab.methods import METHODS, OBoW
+from obowlab.track.folder import RunFolder
+from obowlab.training.distributed import World, parallelise, synchronise_batchnorm
+from tests.runs import complete, points, small_recipe, weights
+
+STEPS = 10
+BATCH = 8
+METHOD = Obow(levels=("conv4", "conv5"), num_words=20, border=0, msd_start="first_batch", teacher_momentum=0.9)
+
+
+def train_in_float64(world: World, method_config: Obow) -> OBoW:
+    """Do ten steps on this rank's share of fixed random images; in float64 rounding cannot hide a mistake."""
+    method = METHODS[method_config.name](
+        method_config,
+        backbone=Backbone(stem="small", width=4),
+        total_steps=STEPS,
+        seed=0,
+        num_classes=None,
+        comm=world,
+    ).double()
+    synchronise_batchnorm(method, world=world)
+    parallel = parallelise(method, world=world).train()
+    optimizer = torch.optim.SGD(method.param_groups(weight_decay=5e-4), lr=0.05, momentum=0.9)
+    generator = torch.Generator().manual_seed(0)
+    share = BATCH // world.world_size
+    mine = slice(world.rank * share, (world.rank + 1) * share)
+    for step in range(STEPS):
+        original = torch.randn(BATCH, 3, 24, 24, generator=generator, dtype=torch.float64)[mine]
+        crops = torch.randn(BATCH, 2, 3, 16, 16, generator=generator, dtype=torch.float64)[mine].flatten(0, 1)
+        draws = torch.rand(BATCH, method.num_draws, generator=generator, dtype=torch.float64)[mine]
+        output = parallel(original, {"crops": crops}, step=step, draws=draws)
+        optimizer.zero_grad()
+        output.loss.backward()
+        optimizer.step()
+    return method
+
+
+def one_of_two(rank: int, file: str, method_config: Obow) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{file}.rendezvous", rank=rank, world_size=2)
+    method = train_in_float64(World(rank=rank, world_size=2, device=torch.device("cpu")), method_config)
+    torch.save(method.state_dict(), f"{file}.{rank}")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"codes": "hard", "queue_vector": "global_average"}, {"vocabulary": "kmeans_replace", "kmeans_patience": 2}]
+    + [{"vocabulary": "kmeans_sinkhorn"}],
+    ids=["queue", "hard", "kmeans_replace", "kmeans_sinkhorn"],
+)
+def test_two_processes_do_the_same_mathematics(changes: dict[str, object], tmp_path: Path) -> None:
+    method_config = METHOD.model_copy(update=changes)
+    alone = train_in_float64(World(rank=0, world_size=1, device=torch.device("cpu")), method_config).state_dict()
+    file = str(tmp_path / "state")
+    torch.multiprocessing.spawn(one_of_two, args=(file, method_config), nprocs=2)
+    ranks = [torch.load(f"{file}.{rank}", weights_only=True) for rank in range(2)]
+    for name, value in alone.items():
+        for rank in ranks:
+            torch.testing.assert_close(rank[name], value, rtol=1e-6, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
+    assert not torch.equal(alone["vocabularies.conv5.words"], torch.zeros_like(alone["vocabularies.conv5.words"]))
+
+
+def run(folder: Path, *, data_root: Path, **machine_values: object) -> RunFolder:
+    folder.mkdir()
+    machine = Machine.model_validate(
+        {
+            "data_root": data_root,
+            "runs_root": folder / "runs",
+            "device": "cpu",
+            "loader": "torch",
+            "workers": 0,
+            **machine_values,
+        }
+    )
+    # No measuring: this is about training. Small steps, or rounding grows by itself until the runs part.
+    overrides = ("evaluation.protocols=[]", "optimizer.learning_rate=0.002")
+    return complete(small_recipe(folder, dataset="small", epochs=2, batch_size=8, overrides=overrides), machine=machine)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, data_root: Path) -> RunFolder:
+    return run(tmp_path_factory.mktemp("distributed") / "alone", data_root=data_root)
+
+
+def test_two_processes_equal_one(tmp_path: Path, data_root: Path, alone: RunFolder) -> None:
+    both = run(tmp_path / "both", data_root=data_root, procs=2)
+    assert (both.state.total_steps or 0) >= STEPS
+    for (step, one), (step_of_both, two) in zip(points(alone), points(both), strict=True):
+        assert step == step_of_both
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-3)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_workers_change_nothing(workers: int, tmp_path: Path, data_root: Path, alone: RunFolder) -> None:
+    other = run(tmp_path / "other", data_root=data_root, workers=workers)
+    assert points(other) == points(alone)
+    for name, value in weights(alone).items():
+        assert torch.equal(value, weights(other)[name]), name
