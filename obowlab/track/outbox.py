@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from pydantic import BaseModel, ConfigDict
 
@@ -26,6 +25,8 @@ POINT_FILES = {"metrics": "train", "system": "system"}
 """Metric files and the group their metrics have in MLflow."""
 
 MODEL_FOLDER = "model"
+LONGEST_LINE = 2**16
+"""No line of a metric file is longer, in bytes."""
 
 
 class Sent(BaseModel):
@@ -96,8 +97,8 @@ class Outbox:
             return
         offset, last_step = sent.offsets.get(name, 0), sent.last_steps.get(name, -1)
         with path.open("rb") as file:
-            if offset > file.seek(0, os.SEEK_END):  # a power cut took lines that were sent; their steps come again
-                offset = 0
+            if offset and _step_before(file, offset) != last_step:
+                offset = 0  # a power cut took lines that were sent; their steps come again, perhaps at other places
             file.seek(offset)
             for line in file:
                 try:
@@ -147,7 +148,11 @@ class Outbox:
         info, state = self.folder.info, self.folder.current_state()
         facts = self.folder.facts()
         versions = facts.get("versions", {})
-        plain = {key: value for key, value in facts.items() if isinstance(value, str | int | float | bool) and key not in ("time", "pid", "step")}
+        plain = {
+            key: value
+            for key, value in facts.items()
+            if isinstance(value, str | int | float | bool) and key not in ("time", "pid", "step")
+        }
         tags: dict[str, Any] = {
             **{f"obowlab.{key}": value for key, value in plain.items()},
             **{f"obowlab.version.{package}": version for package, version in versions.items()},
@@ -168,6 +173,19 @@ class Outbox:
 
     def _key(self, path: Path) -> str:
         return str(path.relative_to(self.folder.path))
+
+
+def _step_before(file: BinaryIO, offset: int) -> int | None:
+    """Return the step of the line that ends at an offset; None when no line ends there."""
+    file.seek(max(0, offset - LONGEST_LINE))
+    before = file.read(min(offset, LONGEST_LINE))
+    lines = before.splitlines(keepends=True)
+    if len(before) < min(offset, LONGEST_LINE) or not lines or not lines[-1].endswith(b"\n"):
+        return None
+    try:
+        return parse_point(json.loads(lines[-1])).step
+    except ValueError:
+        return None
 
 
 def _stamp(path: Path) -> str:

@@ -1,0 +1,432 @@
+"""The mirror against real stores: what is in the folder is in MLflow exactly once, whatever happens in between."""
+
+import contextlib
+import json
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from obowlab.config import Loaded, Machine, Recipe
+from obowlab.errors import UserError
+from obowlab.lab import launch as launching
+from obowlab.lab.launch import launch
+from obowlab.track import RunFolder
+from obowlab.track.mirror import Mirror
+from obowlab.track.store import prepare_store, shown_uri, store_uri
+
+mlflow = pytest.importorskip("mlflow")
+
+RESULT: dict[str, Any] = {
+    "subject": "student",
+    "protocol": "knn",
+    "version": 1,
+    "protocol_hash": "a" * 64,
+    "weights_hash": "w" * 64,
+    "data_hash": "d" * 64,
+    "measurements": [{"name": "knn_top1", "value": 12.5, "interval": 0.5, "count": 100}],
+}
+
+
+def create(root: Path, *, seed: int = 0, name: str = "demo") -> RunFolder:
+    return RunFolder.create(Loaded(name=name, recipe=Recipe(title="A demo"), sources={}), seed=seed, runs_root=root)
+
+
+def train(folder: RunFolder, *steps: int) -> None:
+    """Log some steps, as the training loop does."""
+    with folder.metric_log() as log:
+        for step in steps:
+            log.append(step, {"loss": 1.0 / (step + 3), "msd_conv5": step / 7})
+    folder.set_state(status="running", step=steps[-1])
+
+
+@pytest.fixture(scope="module")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty database, created by two processes at once; creating one costs seconds, copying it nothing."""
+    code = "import sys; from obowlab.track.store import prepare_store; prepare_store(sys.argv[1])"
+    path = tmp_path_factory.mktemp("store") / "runs" / "mlflow.db"
+    makers = [subprocess.Popen([sys.executable, "-c", code, f"sqlite:///{path}"]) for _ in range(2)]
+    assert [maker.wait() for maker in makers] == [0, 0]
+    return path
+
+
+@pytest.fixture
+def root(tmp_path: Path, empty_store: Path) -> Path:
+    path = tmp_path / "runs"
+    path.mkdir()
+    (path / "mlflow.db").write_bytes(empty_store.read_bytes())
+    return path
+
+
+def client_of(uri: str) -> Any:
+    return mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def the_run(uri: str) -> Any:
+    client = client_of(uri)
+    (run,) = client.search_runs([client.get_experiment_by_name("obowlab").experiment_id])
+    return run
+
+
+def history(uri: str, run_id: str, name: str) -> list[tuple[int, float]]:
+    return [(metric.step, metric.value) for metric in client_of(uri).get_metric_history(run_id, name)]
+
+
+def assert_mirrored(folder: RunFolder, uri: str) -> None:
+    """Compare every point of the folder with the store's, doubles included."""
+    run = the_run(uri)
+    for name in ("loss", "msd_conv5"):
+        expected = [(point.step, point.values[name]) for point in folder.metrics() if math.isfinite(point.values[name])]
+        assert sorted(history(uri, run.info.run_id, f"train/{name}")) == expected
+
+
+def test_a_run_and_all_its_facts_arrive_in_the_local_store(root: Path) -> None:
+    folder = create(root)
+    train(folder, 1, 2, 3)
+    with folder.metric_log() as log:
+        log.append(4, {"loss": math.nan, "msd_conv5": math.inf})
+    with folder.metric_log("system") as log:
+        log.append(15, {"cpu": 50.0})
+    folder.append_attempt({"commit": "c" * 40, "data_hash": "d" * 64, "device": "cpu", "versions": {"torch": "2.0"}})
+    folder.write_artifact("dirty.diff", "- a\n+ b\n")
+    folder.write_artifact("log.txt", "done\n")
+    folder.add_result(RESULT)
+    mirror = Mirror(folder)
+    report = mirror.sync(timeout_s=60)
+    assert report.error is None
+    assert report.pending == 0
+    assert report.sent >= 9
+    run = the_run(mirror.uri)
+    assert run.info.run_name == folder.run_id
+    assert run.info.status == "RUNNING"
+    assert run.info.start_time == round(folder.info.created_at * 1000)
+    assert run.data.params["method.kappa"] == "5.0"
+    assert run.data.params["seed"] == "0"
+    tags = run.data.tags
+    assert tags["obowlab.run_id"] == folder.run_id
+    assert tags["obowlab.data_hash"] == "d" * 64
+    assert tags["obowlab.version.torch"] == "2.0"
+    assert tags["mlflow.source.git.commit"] == "c" * 40
+    assert tags["obowlab.nonfinite"] == "loss: 1, msd_conv5: 1"
+    assert tags["obowlab.eval.student.knn"] == f"version 1, {'a' * 64}"
+    assert run.data.metrics["eval/student/knn_top1"] == 12.5
+    assert run.data.metrics["eval/student/knn_top1_ci95"] == 0.5
+    assert run.data.metrics["system/cpu"] == 50.0
+    assert run.inputs.dataset_inputs[0].dataset.digest == "d" * 32
+    assert_mirrored(folder, mirror.uri)
+    names = {item.path for item in client_of(mirror.uri).list_artifacts(run.info.run_id)}
+    assert {"run.json", "recipe.json", "metrics.json", "dirty.diff", "attempts.jsonl", "results"} <= names
+    assert "log.txt" not in names
+    assert (root / "mlartifacts").is_dir()
+
+    folder.set_state(status="finished", step=4)
+    assert mirror.sync(timeout_s=60).error is None
+    run = the_run(mirror.uri)
+    assert run.info.status == "FINISHED"
+    assert run.info.end_time == round(folder.state.updated_at * 1000)
+    assert "log.txt" in {item.path for item in client_of(mirror.uri).list_artifacts(run.info.run_id)}
+    idle = mirror.sync(timeout_s=60)
+    assert (idle.sent, idle.pending) == (0, 0)
+
+
+@pytest.mark.parametrize(("status", "shown"), [("interrupted", "KILLED"), ("failed", "FAILED")])
+def test_endings_and_resumption_show_in_the_status(root: Path, status: str, shown: str) -> None:
+    folder = create(root)
+    train(folder, 1)
+    folder.set_state(status=status)
+    mirror = Mirror(folder)
+    assert mirror.sync(timeout_s=60).error is None
+    assert the_run(mirror.uri).info.status == shown
+    train(folder, 2)
+    assert mirror.sync(timeout_s=60).error is None
+    assert the_run(mirror.uri).info.status == "RUNNING"
+
+
+def test_a_lost_memory_doubles_nothing(root: Path) -> None:
+    folder = create(root)
+    train(folder, 1, 2, 3)
+    folder.add_result(RESULT)
+    first = Mirror(folder)
+    assert first.sync(timeout_s=60).error is None
+    run_id = the_run(first.uri).info.run_id
+    folder.mirror_path.unlink()
+    again = Mirror(folder)
+    assert again.sync(timeout_s=60).error is None
+    assert the_run(again.uri).info.run_id == run_id
+    assert_mirrored(folder, again.uri)
+    assert (
+        history(again.uri, run_id, "eval/student/knn_top1") == [(3, 12.5)]
+        or len(history(again.uri, run_id, "eval/student/knn_top1")) == 2
+    )
+
+
+def test_points_lost_in_a_power_cut_are_not_doubled_when_they_come_again(root: Path) -> None:
+    folder = create(root)
+    train(folder, 1, 2, 3, 4)
+    mirror = Mirror(folder)
+    assert mirror.sync(timeout_s=60).error is None
+    path = folder.path / "metrics.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:2]))
+    train(folder, 3, 4, 5)
+    assert mirror.sync(timeout_s=60).error is None
+    assert_mirrored(folder, mirror.uri)
+
+
+def test_many_points_go_in_whole_lines(root: Path) -> None:
+    folder = create(root)
+    with folder.metric_log() as log:
+        for step in range(300):
+            log.append(step, {f"m{index}": float(step * index) for index in range(9)})
+    with (folder.path / "metrics.jsonl").open("ab") as file:
+        file.write(b'{"step": 300, "time": 1.0, "metr')  # being written right now
+    mirror = Mirror(folder)
+    report = mirror.sync(timeout_s=60)
+    assert (report.error, report.pending) == (None, 0)
+    run_id = the_run(mirror.uri).info.run_id
+    assert history(mirror.uri, run_id, "train/m8") == [(step, 8.0 * step) for step in range(300)]
+
+
+def test_a_fresh_run_is_another_mlflow_run_and_marks_the_old(root: Path) -> None:
+    folder = create(root)
+    train(folder, 1)
+    uri = Mirror(folder).uri
+    assert Mirror(folder).sync(timeout_s=60).error is None
+    old = the_run(uri).info.run_id
+    launching.put_aside(folder)
+    again = create(root)
+    train(again, 1)
+    assert Mirror(again).sync(timeout_s=60).error is None
+    client = client_of(uri)
+    runs = client.search_runs([client.get_experiment_by_name("obowlab").experiment_id])
+    new = next(run.info.run_id for run in runs if run.info.run_id != old)
+    assert len(runs) == 2
+    assert client.get_run(old).data.tags["obowlab.superseded_by"] == new
+
+
+def test_a_run_deleted_in_mlflow_is_not_brought_back_silently(root: Path) -> None:
+    folder = create(root)
+    mirror = Mirror(folder)
+    assert mirror.sync(timeout_s=60).error is None
+    client_of(mirror.uri).delete_run(the_run(mirror.uri).info.run_id)
+    report = Mirror(folder).sync(timeout_s=60)
+    assert report.error is not None
+    assert "was deleted" in report.error
+
+
+def test_the_store_is_created_once_by_many(empty_store: Path) -> None:
+    assert sorted(path.name for path in empty_store.parent.iterdir()) == [".mlflow.db.lock", "mlflow.db"]
+    prepare_store(f"sqlite:///{empty_store}")
+    assert [found.name for found in client_of(f"sqlite:///{empty_store}").search_experiments()] == ["Default"]
+
+
+def test_addresses(tmp_path: Path) -> None:
+    assert store_uri(None, runs_root=tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
+    assert store_uri("postgresql+psycopg://h/d", runs_root=tmp_path).startswith("postgresql")
+    assert shown_uri("https://me:secret@host/x") == "https://host/x"
+    for wrong in ("./mlruns", "file:///tmp/x", "/tmp/mlruns", "databricks"):
+        with pytest.raises(UserError, match="MLflow cannot write to"):
+            store_uri(wrong, runs_root=tmp_path)
+
+
+@contextlib.contextmanager
+def silent_server() -> Iterator[str]:
+    """A server that takes connections and never answers."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(8)
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+
+def test_a_store_that_never_answers_costs_no_more_than_the_time_limit(tmp_path: Path) -> None:
+    folder = create(tmp_path)
+    train(folder, 1, 2)
+    with silent_server() as uri:
+        mirror = Mirror(folder, tracking_uri=uri)
+        started = time.monotonic()
+        report = mirror.sync(timeout_s=1.0)
+        assert time.monotonic() - started < 2.0
+        assert report.error is not None
+        assert report.pending >= 4
+        assert mirror.sync_when_due(timeout_s=1.0) is None
+    report = Mirror(folder, tracking_uri=uri.replace("//", "//me:secret@")).sync(timeout_s=5.0)
+    assert report.error is not None
+    assert "secret" not in report.error
+
+
+class Server:
+    """A real MLflow server on loopback, in a process group of its own."""
+
+    def __init__(self, folder: Path, port: int) -> None:
+        self.uri = f"http://127.0.0.1:{port}"
+        command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{folder / 'server.db'}"]
+        command += [
+            "--artifacts-destination",
+            str(folder / "artifacts"),
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--workers",
+            "1",
+        ]
+        environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+        with (folder / "server.log").open("ab") as log:
+            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+
+    def wait(self) -> None:
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            assert self.process.poll() is None, "the server ended"
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.uri}/health", timeout=2):
+                return
+            time.sleep(0.2)
+        raise AssertionError("the server did not start")
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_a_server_killed_and_restarted_misses_and_doubles_nothing(tmp_path: Path, empty_store: Path) -> None:
+    (tmp_path / "server.db").write_bytes(empty_store.read_bytes())
+    port = free_port()
+    folder = create(tmp_path / "runs")
+    train(folder, 1)
+    server = Server(tmp_path, port)
+    try:
+        mirror = Mirror(folder, tracking_uri=server.uri)
+        report = mirror.sync(timeout_s=5)  # it is still starting: down at the start
+        assert report.error is not None
+        assert report.pending > 0
+        server.wait()
+        assert mirror.sync(timeout_s=30).error is None
+        assert_mirrored(folder, server.uri)
+
+        # Training goes on without a pause while syncs run and the server dies under them.
+        training = threading.Thread(target=lambda: [train(folder, step) or time.sleep(0.002) for step in range(2, 400)])
+        training.start()
+        killer = threading.Timer(0.5, server.kill)
+        killer.start()
+        errors = 0
+        while training.is_alive():
+            errors += mirror.sync(timeout_s=5).error is not None
+        killer.join()
+        train(folder, 400)
+        assert errors > 0
+        report = mirror.sync(timeout_s=5)
+        assert report.error is not None
+        assert report.pending >= 2
+        memory = folder.mirror_path.read_bytes()
+
+        server = Server(tmp_path, port)
+        server.wait()
+        (folder.path / "model").mkdir()
+        (folder.path / "model" / "MLmodel").write_text("flavors: {}\nmodel_uuid: 0\n")
+        folder.add_result(RESULT)
+        folder.set_state(status="finished", step=400)
+        report = Mirror(folder, tracking_uri=server.uri).sync(timeout_s=60)
+        assert (report.error, report.pending) == (None, 0)
+        assert_mirrored(folder, server.uri)
+
+        folder.mirror_path.write_bytes(memory)  # killed between sending and remembering: everything goes out again
+        report = Mirror(folder, tracking_uri=server.uri).sync(timeout_s=60)
+        assert (report.error, report.pending) == (None, 0)
+        assert_mirrored(folder, server.uri)
+        run = the_run(server.uri)
+        assert run.info.status == "FINISHED"
+        (version,) = client_of(server.uri).search_model_versions("name = 'obowlab-demo'")
+        assert version.run_id == run.info.run_id
+        assert version.tags["obowlab.run_id"] == folder.run_id
+    finally:
+        server.kill()
+
+
+def test_the_encoder_is_a_model_version_that_loads_without_this_package(root: Path) -> None:
+    torch = pytest.importorskip("torch")
+    import numpy as np
+
+    from obowlab.track.mirror import save_encoder_model
+
+    torch.manual_seed(0)
+    layers = [torch.nn.Conv2d(3, 8, 3, stride=2), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1)]
+    encoder = torch.nn.Sequential(*layers, torch.nn.Flatten())
+    layers[1].running_mean.uniform_(-1, 1)
+    encoder.to(memory_format=torch.channels_last).train()
+    folder = create(root, name="tiny")
+    train(folder, 1)
+    save_encoder_model(encoder, path=folder.path / "model", example=torch.zeros(2, 3, 96, 96))
+    assert encoder.training
+    assert layers[0].weight.requires_grad
+    folder.set_state(status="finished")
+    mirror = Mirror(folder)
+    assert mirror.sync(timeout_s=60).error is None
+    folder.mirror_path.unlink()
+    assert Mirror(folder).sync(timeout_s=60).error is None
+
+    code = """
+import sys
+import mlflow, numpy
+mlflow.set_tracking_uri(sys.argv[1])
+images = numpy.load(sys.argv[2])
+numpy.save(sys.argv[3], mlflow.pyfunc.load_model("models:/obowlab-tiny/1").predict(images))
+module = mlflow.pytorch.load_model("models:/obowlab-tiny/1")
+import torch
+numpy.save(sys.argv[4], module(torch.from_numpy(images[:1])).detach().numpy())
+assert "obowlab" not in sys.modules
+assert len(mlflow.MlflowClient().search_model_versions("name = 'obowlab-tiny'")) == 1
+"""
+    images = np.random.default_rng(0).standard_normal((3, 3, 80, 72), dtype=np.float32)
+    files = [root / f"{name}.npy" for name in ("images", "predicted", "called")]
+    np.save(files[0], images)
+    subprocess.run([sys.executable, "-c", code, mirror.uri, *map(str, files)], check=True)
+    with torch.no_grad():
+        expected = encoder.eval()(torch.from_numpy(images)).numpy()
+    np.testing.assert_allclose(np.load(files[1]), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(np.load(files[2]), expected[:1], rtol=1e-5, atol=1e-5)
+
+
+def test_a_launched_run_is_mirrored_while_it_trains_and_after(root: Path) -> None:
+    script = root.parent / "compute.py"
+    script.write_text(
+        "import sys, time\n"
+        "from pathlib import Path\n"
+        "from obowlab.track import RunFolder\n"
+        "folder = RunFolder.open(Path(sys.argv[1]))\n"
+        "log = folder.metric_log()\n"
+        "for step in range(50):\n"
+        "    log.append(step, {'loss': step / 3, 'msd_conv5': 1.0})\n"
+        "    folder.set_state(status='running', step=step)\n"
+        "    time.sleep(0.02)\n"
+        "folder.set_state(status='finished', step=50)\n"
+    )
+    code = launch(
+        Loaded(name="demo", recipe=Recipe(), sources={}),
+        seed=0,
+        machine=Machine(runs_root=root, device="cpu"),
+        fresh=False,
+        progress=False,
+        command=lambda path, machine: [sys.executable, str(script), str(path)],
+    )
+    folder = RunFolder.find("demo", runs_root=root)
+    assert code == 0
+    uri = Mirror(folder).uri
+    assert_mirrored(folder, uri)
+    assert the_run(uri).info.status == "FINISHED"
+    assert json.loads(folder.mirror_path.read_text())["stores"][uri]["status"] == "FINISHED"
