@@ -28,6 +28,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
 """Command name -> (where it is, one line of help)."""
 
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C: 128 + SIGINT, as shells have it."""
+
+
 class LazyGroup(click.Group):
     """A group that imports a command's module when the command is used, and lists commands without importing any."""
 
@@ -49,6 +53,14 @@ class LazyGroup(click.Group):
         if args[0] not in COMMANDS:
             _refuse_command(args[0], known=list(COMMANDS), before="obowlab")
         return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; Ctrl-C is one line and exit code 130 (click itself would print an empty line too)."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            click.echo("Interrupted.", err=True)
+            return INTERRUPTED
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the list of commands from `COMMANDS` alone."""
@@ -102,9 +114,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except click.ClickException as error:
         return _complain(error.format_message())
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("Interrupted.", err=True)
-        return 130
+    except click.Abort:  # Ctrl-C before the command began
+        return INTERRUPTED
     return result if isinstance(result, int) else 0
 
 

@@ -117,7 +117,7 @@ def show(run: str, runs_root: Path | None, machine_file: Path | None, as_json: b
     info = folder.info
     facts = [
         ("run", folder.run_id),
-        ("recipe", f"{info.name}: {info.recipe_values.get('title', '')}"),
+        ("recipe", ": ".join(text for text in (info.name, info.recipe_values.get("title", "")) if text)),
         ("seed", str(info.seed)),
         ("status", state.status + (f": {state.message}" if state.message else "")),
         ("steps", _progress(state)),

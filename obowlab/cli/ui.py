@@ -52,7 +52,14 @@ def ui(port: int, runs_root: Path | None, machine_file: Path | None, dry_run: bo
     prepare_store(store)
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--host", HOST, "--port", str(port)]
     artifacts = artifact_location(store, runs_root=machine.runs_root)
-    command += ["--workers", "1", *(["--default-artifact-root", artifacts] if artifacts is not None else [])]
+    command += [
+        "--workers",
+        "1",
+        "--uvicorn-opts",
+        "--log-level warning",
+        *(["--default-artifact-root", artifacts] if artifacts is not None else []),
+    ]
+    click.echo("Starting the MLflow UI ...", err=True)
     with _serving(command, cwd=machine.runs_root) as server:
         if not _answers(server, port=port):
             raise UserError(f"The MLflow UI did not start (exit code {server.poll()}); its messages are above.")

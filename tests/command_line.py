@@ -1,0 +1,73 @@
+"""What the tests of the command line share: calling it in this process, an empty place to call it in, a finished run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from obowlab.cli import main
+from obowlab.config import load_recipe
+from obowlab.track.folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Obowlab:
+    """Calls the command line: exit code, standard output, standard error."""
+
+    capsys: pytest.CaptureFixture[str]
+
+    def __call__(self, *words: str) -> tuple[int, str, str]:
+        code = main(words)
+        captured = self.capsys.readouterr()
+        return code, captured.out, captured.err
+
+
+def empty_workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Go to an empty working folder with an empty home, so that whatever a command writes is seen."""
+    place = tmp_path / "work"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for variable in ("OBOWLAB_MACHINE", "OBOWLAB_DATA_ROOT", "OBOWLAB_RUNS_ROOT", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(variable, raising=False)
+    return place
+
+
+def contents(place: Path) -> dict[str, tuple[int, bytes]]:
+    """Return every file below a folder with its time and bytes."""
+    files = (path for path in sorted(place.rglob("*")) if path.is_file())
+    return {str(path.relative_to(place)): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+def result(protocol: str, subject: str, value: float) -> dict[str, Any]:
+    """Return an evaluation result as it is filed."""
+    name = "fewshot_5shot" if protocol == "fewshot" else f"{protocol}_top1"
+    return {
+        "protocol": protocol,
+        "version": 1,
+        "protocol_hash": "ab" * 32,
+        "subject": subject,
+        "weights_hash": "cd" * 32,
+        "data_hash": "ef" * 32,
+        "measurements": [{"name": name, "value": value, "interval": 0.5, "count": 200}],
+        "details": {"dataset": "synthetic"},
+        "elapsed_s": 1.0,
+    }
+
+
+def finished_run(runs_root: Path) -> RunFolder:
+    """Make a finished run of `demo`, with results and without real weights."""
+    folder = RunFolder.create(load_recipe("demo"), seed=0, runs_root=runs_root)
+    folder.append_attempt({"host": "here"})
+    with folder.metric_log() as log:
+        log.append(10, {"loss": 3.5, "perplexity_image_conv5": 20.25})
+    folder.add_result(result("fewshot", "student", 31.25))
+    folder.add_result(result("fewshot", "random", 11.75))
+    folder.add_result(result("linear", "student", 40.0))
+    folder.write_artifact("encoder.safetensors", b"weights")
+    folder.write_artifact("checkpoint.pt", b"checkpoint")
+    folder.set_state(status="finished", step=10, total_steps=10)
+    return folder
