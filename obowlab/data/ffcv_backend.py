@@ -6,7 +6,7 @@ libturbojpeg's accurate transform (ffcv's own decoder takes the fast one, whose 
 final: pixels where PIL can read it (libturbojpeg minds stray bytes that PIL does not), else the user's error.
 
 numba freezes what compiled code finds around it, so the epoch reaches the operation as an argument: in place of the image
-indices, ffcv is handed one row of whole numbers per image, its index and the geometry of its views.
+indices, ffcv is handed one row of whole numbers per image, the place of its bytes and the geometry of its views.
 """
 
 from __future__ import annotations
@@ -15,23 +15,31 @@ import ctypes
 import queue
 import threading
 from collections.abc import Callable, Generator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import ffcv._libffcv
 import numba
 import numpy as np
-import numpy.typing as npt
 import torch
-from ffcv.fields.decoders import SimpleRGBImageDecoder
-from ffcv.loader import Loader, OrderOption
-from ffcv.loader.epoch_iterator import EpochIterator
-from ffcv.memory_managers import OSCacheManager
-from ffcv.pipeline.compiler import Compiler
 from torch import Tensor
 
-from obowlab.data.cutter import Cutter, Pixels
+from obowlab.data.cutter import Cutter, Pixels, broken_record
 from obowlab.data.resample import cut_view, transpose
 from obowlab.data.views import Geometry, Ints
+
+# Of numba's threading layers its own is always there and does not mind forks (TBB complains, OpenMP dies). ffcv starts the
+# layer when it is imported.
+if numba.config.THREADING_LAYER == "default":  # type: ignore[attr-defined]
+    numba.config.THREADING_LAYER = "workqueue"  # type: ignore[attr-defined]
+
+import ffcv._libffcv  # noqa: E402
+from ffcv.fields.decoders import SimpleRGBImageDecoder  # noqa: E402
+from ffcv.loader import Loader, OrderOption  # noqa: E402
+from ffcv.loader.epoch_iterator import EpochIterator  # noqa: E402
+from ffcv.memory_managers import OSCacheManager  # noqa: E402
+from ffcv.pipeline.compiler import Compiler  # noqa: E402
+
+if TYPE_CHECKING:
+    from obowlab.data.datasets import Split
 
 BATCHES_AHEAD = 2
 """Batches prepared in advance."""
@@ -39,8 +47,9 @@ BATCHES_AHEAD = 2
 POLL_S = 0.1
 """How long the reading thread waits for room before it looks whether it should end."""
 
+RECORD_FIELDS = 4
 VIEW_FIELDS = 8
-"""Whole numbers that describe a view: see `resample.cut_view`."""
+"""Whole numbers that describe an image and each of its views: see `plans`."""
 
 RGB = 0
 ACCURATE = 0
@@ -58,6 +67,9 @@ _read_header.argtypes, _read_header.restype = [_pointer, _pointer, ctypes.c_ulon
 _decompress = _turbojpeg.tjDecompress2
 _decompress.argtypes, _decompress.restype = [_pointer, _pointer, ctypes.c_ulong, _pointer, *[_int] * 5], _int
 
+_parallel_region = threading.Lock()
+"""Held while compiled threads work: that layer must not be entered by two Python threads at once."""
+
 # Our operation reads the mapped file by itself. To compile its own reader, ffcv marks numba's one type of all byte arrays as
 # read-only: the second loader of a process would not compile, and numba would complain at exit.
 OSCacheManager.compile_reader = lambda manager: None
@@ -73,12 +85,19 @@ class FfcvBackend:
             cutter: What to cut.
             batch_size: Images in a batch; only the last one of a run may have fewer.
             workers: Threads; at least one and at most one per core is used.
+
+        Raises:
+            UserError: the file is shorter than its records.
         """
+        split = cutter.split
+        cut_off = np.flatnonzero(split.pointers + split.sizes > split.path.stat().st_size)
+        if len(cut_off):
+            raise broken_record(split, int(cut_off[0]), "it lies beyond the end of the file")
         self._cutter = cutter
         self._loader = Loader(
-            str(cutter.split.path),
+            str(split.path),
             batch_size=batch_size,
-            num_workers=min(max(1, workers), numba.get_num_threads()),
+            num_workers=min(max(1, workers), numba.config.NUMBA_NUM_THREADS),  # type: ignore[attr-defined]
             os_cache=True,
             order=OrderOption.SEQUENTIAL,  # never used: every iteration brings its own order
             pipelines={"image": [CutViews(cutter)], "label": None},
@@ -107,8 +126,9 @@ class CutViews(SimpleRGBImageDecoder):  # type: ignore[misc]
 
     def __init__(self, cutter: Cutter) -> None:
         super().__init__()
-        self._max_height, self._max_width = int(cutter.split.heights.max()), int(cutter.split.widths.max())
-        self._max_side = max(side for _, side in cutter.groups)
+        heights, widths = cutter.split.heights.astype(np.int64), cutter.split.widths.astype(np.int64)
+        self._pixels = int((heights * widths).max()) * 3
+        self._between = int(heights.max()) * max(side for _, side in cutter.groups) * 3
 
     def declare_state_and_memory(self, previous_state: Any) -> tuple[Any, None]:
         """Ask ffcv for no memory: it would be overwritten by a later batch, so each batch brings its own."""
@@ -117,36 +137,39 @@ class CutViews(SimpleRGBImageDecoder):  # type: ignore[misc]
     def generate_code(self) -> Callable[..., Any]:
         """Return the function that ffcv compiles."""
         iterate, shares = Compiler.get_iterator(), Compiler.num_threads
-        pixels = self._max_height * self._max_width * 3
-        between_bytes = self._max_height * self._max_side * 3
+        pixels, between_bytes = self._pixels, self._between
 
         def cut(plans: Ints, memory: Any, metadata: Any, storage_state: Any) -> Any:
-            """Write the views of the images in `plans` [B, 1 + 8 V] to `memory`: three kinds, and whether a row failed."""
+            """Write the views of B images to `memory`: originals, crops, patch sources and whether the row failed.
+
+            Args:
+                plans: One row per image, see `plans`.
+                memory: uint8 [B, count, side, side, 3] of each kind and bool [B].
+                metadata: ffcv's, not needed.
+                storage_state: ffcv's: the mapped file first.
+            """
             originals, crops, sources, failed = memory
-            file, starts, sizes = storage_state
+            file = storage_state[0]
             for share in iterate(shares):
                 decoder = _start_decoder()
                 image_memory, column_memory = np.empty(pixels, np.uint8), np.empty(pixels, np.uint8)
                 between = np.empty(between_bytes, np.uint8)
                 header = np.empty(4, np.int32)
                 for row in range(len(plans) * share // shares, len(plans) * (share + 1) // shares):
-                    record = metadata[plans[row, 0]]
-                    height, width = np.int64(record["height"]), np.int64(record["width"])
-                    start = record["data_ptr"]
-                    data = file[start : start + sizes[np.searchsorted(starts, start)]]
+                    start, size, height, width = plans[row, 0], plans[row, 1], plans[row, 2], plans[row, 3]
+                    data = file[start : start + size]
                     at = header.ctypes.data
                     failed[row] = True
                     if _read_header(decoder, data.ctypes.data, data.size, at, at + 4, at + 8, at + 12) != 0:
                         continue
                     if header[0] != width or header[1] != height:
                         continue
-                    size = height * width * 3
-                    image = image_memory[:size].reshape(height, width, 3)
+                    image = image_memory[: height * width * 3].reshape(height, width, 3)
                     if _decompress(decoder, data.ctypes.data, data.size, image.ctypes.data, width, 0, height, RGB, ACCURATE) != 0:
                         continue
-                    columns = column_memory[:size].reshape(width, height, 3)
+                    columns = column_memory[: height * width * 3].reshape(width, height, 3)
                     transpose(image, columns)
-                    place = 1
+                    place = RECORD_FIELDS
                     for kind in (originals, crops, sources):
                         for view in range(kind.shape[1]):
                             cut_view(columns, plans[row, place : place + VIEW_FIELDS], between, kind[row, view])
@@ -201,9 +224,9 @@ class _Reader(EpochIterator):  # type: ignore[misc]
         absent = [np.empty((len(indices), 0, 1, 1, 3), dtype=np.uint8)] * (3 - len(kinds))
         failed = np.zeros(len(indices), dtype=np.bool_)
         (node,) = self.memory_allocations["operation"]
-        # Crops and patch source may both be missing or only one of them; the geometry's order is the groups'.
-        self.memory_allocations["operation"][node] = tuple(array[None] for array in (*arrays, *absent, failed))
-        self.run_pipeline(number, plans(indices, geometry), 0, None)
+        with _parallel_region:
+            self.memory_allocations["operation"][node] = tuple(array[None] for array in (*arrays, *absent, failed))
+            self.run_pipeline(number, plans(self._cutter.split, indices, geometry), 0, None)
         for row in np.flatnonzero(failed).tolist():
             self._cutter.cut_image(int(indices[row]), geometry, row, arrays)
         return kinds
@@ -219,7 +242,11 @@ class _Reader(EpochIterator):  # type: ignore[misc]
         return False
 
 
-def plans(indices: Ints, geometry: Geometry) -> npt.NDArray[np.int64]:
-    """Return one row of whole numbers per image, [N, 1 + 8 V]: its index, then its views as `resample.cut_view` wants them."""
+def plans(split: Split, indices: Ints, geometry: Geometry) -> Ints:
+    """Return one row of whole numbers per image, [N, 4 + 8 V].
+
+    Where its bytes start, how many they are, height, width; then each view as `resample.cut_view` wants it.
+    """
+    record = np.stack([values[indices] for values in (split.pointers, split.sizes, split.heights, split.widths)], axis=1)
     views = np.concatenate([geometry.boxes, geometry.resized, geometry.windows], axis=-1)
-    return np.concatenate([indices[:, None], views.reshape(len(indices), -1)], axis=1)
+    return np.concatenate([record, views.reshape(len(indices), -1)], axis=1, dtype=np.int64)
