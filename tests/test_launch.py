@@ -32,13 +32,17 @@ if behaviour != "deaf":
         signal.signal(number, lambda number, frame: stopped.append(number))
 else:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+while os.environ.get("RANK", "0") != "0" and not stopped:
+    time.sleep(0.05)
+if stopped:
+    sys.exit()
 with folder.lock(), folder.metric_log() as log:
     folder.append_attempt({"threads": os.environ["OMP_NUM_THREADS"], "quiet": os.environ.get("OBOWLAB_NO_PROGRESS")})
     steps = 10**6 if behaviour in ("slow", "deaf") else 20
     for step in range(log.last_step + 1, steps):
         if stopped:
             folder.set_state(status="interrupted", message="asked to")
-            sys.exit(128 + stopped[0])
+            sys.exit(0 if "RANK" in os.environ else 128 + stopped[0])
         log.append(step, {"loss": 1 / (step + 1)})
         folder.set_state(status="running", step=step, total_steps=steps)
         if steps > 20:
@@ -94,7 +98,9 @@ def machine_of(root: Path) -> Machine:
 def stand_in(root: Path, behaviour: str) -> Callable[[Path, Machine], list[str]]:
     script = root / "compute.py"
     script.write_text(COMPUTE)
-    return lambda path, machine: [sys.executable, str(script), str(path), behaviour]
+    group, _, behaviour = behaviour.rpartition(" ")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if group else []
+    return lambda path, machine: [sys.executable, *torchrun, str(script), str(path), behaviour]
 
 
 def run(root: Path, behaviour: str, *, fresh: bool = False, progress: bool = True) -> tuple[int, RunFolder]:
@@ -116,7 +122,7 @@ def start(root: Path, behaviour: str) -> tuple["subprocess.Popen[str]", RunFolde
     return launcher, folder
 
 
-def wait_until(condition: Callable[[], bool], *, timeout_s: float = 20.0) -> None:
+def wait_until(condition: Callable[[], bool], *, timeout_s: float = 40.0) -> None:
     end = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < end, "waited in vain"
@@ -178,6 +184,18 @@ def test_a_signal_is_passed_on_once(tmp_path: Path, number: int, code: int) -> N
     assert launcher.wait(timeout=20) == code
     assert folder.state.status == "interrupted"
     assert folder.state.message == "asked to"
+
+
+def test_a_signal_reaches_the_workers_of_torchrun(tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    launcher, folder = start(tmp_path, "group slow")
+    child = folder.state.pid
+    assert child is not None
+    launcher.send_signal(signal.SIGINT)
+    assert launcher.wait(timeout=30) == 130
+    assert folder.state.status == "interrupted"
+    assert folder.state.message == "asked to"
+    assert not is_alive(child)
 
 
 def test_a_second_signal_kills(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from obowlab.errors import UserError
 from obowlab.track.folder import RunFolder
 from obowlab.track.model import save_encoder_model
 from obowlab.track.outbox import ENDED, MODEL_FOLDER, POINT_FILES, Outbox, Sent
-from obowlab.track.store import artifact_location, connect, no_patience, prepare_store, shown_uri, store_uri
+from obowlab.track.store import REQUEST_TIMEOUT_S, artifact_location, connect, no_patience, prepare_store, shown_uri, store_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -113,7 +113,8 @@ class Mirror:
 
     def _work(self, end: float) -> None:
         try:
-            with no_patience(request_s=min(8.0, end - time.monotonic())), self._alone():
+            no_patience(request_s=min(REQUEST_TIMEOUT_S, end - time.monotonic()))
+            with self._alone():
                 self._send_all(end)
         except UserError as error:
             self._error = str(error)
@@ -155,8 +156,8 @@ class Mirror:
                 self._done(sent)
         if outbox.model_is_new(sent):
             _in_time(end)
-            with no_patience(request_s=max(8.0, end - time.monotonic())):
-                self._register_model(client, sent)
+            no_patience(request_s=max(REQUEST_TIMEOUT_S, end - time.monotonic()))  # the server may have to pass it on
+            self._register_model(client, sent)
 
     def _find_run(self, client: MlflowClient, sent: Sent) -> None:
         """Find this run in the store by the remembered id, else by its tags, else create it."""

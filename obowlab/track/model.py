@@ -42,7 +42,8 @@ def save_encoder_model(encoder: Any, *, path: Path, example: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        with warnings.catch_warnings(), no_patience():
+        no_patience()
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch.export on how it copies channels-last weights
             mlflow.pytorch.save_model(
                 frozen,

@@ -9,8 +9,6 @@ import fcntl
 import logging
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +19,7 @@ if TYPE_CHECKING:
 
 DATABASE = "mlflow.db"
 ARTIFACTS = "mlartifacts"
+REQUEST_TIMEOUT_S = 8.0
 _SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql")
 
 
@@ -80,12 +79,12 @@ def prepare_store(uri: str) -> None:
                 return
             beside = path.with_name(f".{path.name}.new")
             beside.unlink(missing_ok=True)
-            with no_patience():
-                from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
+            no_patience()
+            from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-                artifacts = artifact_location(uri, runs_root=path.parent)
-                assert artifacts is not None
-                SqlAlchemyStore(f"sqlite:///{beside}", artifacts).engine.dispose()  # type: ignore[no-untyped-call]
+            artifacts = artifact_location(uri, runs_root=path.parent)
+            assert artifacts is not None
+            SqlAlchemyStore(f"sqlite:///{beside}", artifacts).engine.dispose()  # type: ignore[no-untyped-call]
             beside.replace(path)
     except OSError as error:
         raise UserError(f"Cannot create the MLflow store {path} (--runs-root): {error.strerror}.") from None
@@ -98,29 +97,22 @@ def connect(uri: str) -> MlflowClient:
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
-@contextmanager
-def no_patience(*, request_s: float = 8.0) -> Iterator[None]:
-    """Make MLflow fail fast instead of retrying for minutes, and say nothing on the terminal.
+def no_patience(*, request_s: float = REQUEST_TIMEOUT_S) -> None:
+    """Make MLflow fail fast instead of retrying for minutes, and say nothing on the terminal; for the whole process.
+
+    MLflow knows such settings as environment variables only. They are not put back: a request that hangs in a background
+    thread reads them too.
 
     Args:
         request_s: longest time one request may take, in seconds.
     """
-    wanted = {
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(max(1, round(request_s))),
-        "MLFLOW_ARTIFACT_UPLOAD_DOWNLOAD_TIMEOUT": str(max(1, round(request_s))),
-        "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-    }
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
+    os.environ.update(
+        {
+            "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+            "MLFLOW_HTTP_REQUEST_TIMEOUT": str(max(1, round(request_s))),
+            "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+        }
+    )
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
