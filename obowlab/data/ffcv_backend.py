@@ -31,12 +31,12 @@ from obowlab.data.views import Geometry, Ints
 if numba.config.THREADING_LAYER == "default":  # type: ignore[attr-defined]
     numba.config.THREADING_LAYER = "workqueue"  # type: ignore[attr-defined]
 
-import ffcv._libffcv  # noqa: E402
-from ffcv.fields.decoders import SimpleRGBImageDecoder  # noqa: E402
-from ffcv.loader import Loader, OrderOption  # noqa: E402
-from ffcv.loader.epoch_iterator import EpochIterator  # noqa: E402
-from ffcv.memory_managers import OSCacheManager  # noqa: E402
-from ffcv.pipeline.compiler import Compiler  # noqa: E402
+import ffcv._libffcv
+from ffcv.fields.decoders import SimpleRGBImageDecoder
+from ffcv.loader import Loader, OrderOption
+from ffcv.loader.epoch_iterator import EpochIterator
+from ffcv.memory_managers import OSCacheManager
+from ffcv.pipeline.compiler import Compiler
 
 if TYPE_CHECKING:
     from obowlab.data.datasets import Split

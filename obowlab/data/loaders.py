@@ -312,7 +312,7 @@ def _next_item(stream: Iterator[list[Tensor] | str]) -> list[Tensor] | str | Non
         with contextlib.suppress(StopIteration):
             return next(stream)
     except RuntimeError as error:
-        if "DataLoader worker" in str(error) and "exited unexpectedly" in str(error):
+        if str(error).startswith("DataLoader worker (pid"):
             raise UserError(
                 "A loader process was killed, most likely for want of memory or shared memory: lower machine.workers."
             ) from error

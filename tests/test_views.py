@@ -1,0 +1,181 @@
+"""Random numbers, geometry, colours and patch positions: pure, uniform, and distributed as torchvision's."""
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms as T
+from torchvision.transforms.functional import _compute_resized_output_size
+
+from obowlab.config import Views
+from obowlab.data.views import (
+    CROP_RATIO,
+    CROP_TRIES,
+    Stream,
+    centre_geometry,
+    colour,
+    epoch_order,
+    flips,
+    geometry,
+    patch_positions,
+    philox4x32,
+    random_boxes,
+    uniforms,
+)
+
+FULL = Views(num_crops=2, num_patches=5)
+
+
+def draw(**changes):
+    return uniforms(**{"seed": 1, "epoch": 2, "indices": np.arange(50), "stream": Stream.CROPS, "count": 7} | changes)
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [
+        ([0] * 4, [0] * 2, [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]),
+        ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            [0xA4093822, 0x299F31D0],
+            [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1],
+        ),
+    ],
+)
+def test_philox_known_answers(counter, key, expected):
+    words = philox4x32(np.array([counter, [1, 2, 3, 4]], dtype=np.uint32), np.array(key, dtype=np.uint32))
+    assert words[0].tolist() == expected
+
+
+def test_uniforms_are_pure_in_seed_epoch_index_stream_and_lane():
+    assert np.array_equal(draw()[[3, 40]], draw(indices=np.array([3, 40])))
+    assert np.array_equal(draw()[:, :3], draw(count=3))
+    for change in (
+        {"seed": 2},
+        {"epoch": 3},
+        {"stream": Stream.FLIPS},
+        {"lane": 1},
+        {"indices": np.arange(50) + 50},
+        {"seed": 1 + 2**32},
+    ):
+        assert not np.isin(draw(**change), draw()).any(), change
+
+
+def test_uniforms_are_uniform_and_uncorrelated():
+    u = draw(indices=np.arange(20000), count=4)
+    assert u.min() >= 0.0
+    assert u.max() < 1.0
+    histogram = np.stack([np.histogram(column, bins=20, range=(0, 1))[0] for column in u.T])
+    chi_squared = ((histogram - 1000.0) ** 2 / 1000.0).sum(axis=1)
+    assert (chi_squared < 43.8).all()  # the 0.1 % point of 19 degrees of freedom
+    correlation = np.corrcoef(np.concatenate([u.T, np.roll(u, 1, axis=0).T]))
+    assert np.abs(correlation - np.eye(8)).max() < 4.0 / np.sqrt(20000)  # with each other and with the previous index
+
+
+def test_epoch_order_is_a_pure_permutation():
+    order = epoch_order(1000, seed=5, epoch=3)
+    assert sorted(order.tolist()) == list(range(1000))
+    assert np.array_equal(order, epoch_order(1000, seed=5, epoch=3))
+    assert not np.array_equal(order, epoch_order(1000, seed=5, epoch=4))
+    assert not np.array_equal(order, epoch_order(1000, seed=6, epoch=3))
+    firsts = [epoch_order(10, seed=1, epoch=epoch)[0] for epoch in range(1000)]
+    assert (np.abs(np.bincount(firsts, minlength=10) - 100) < 40).all()
+
+
+@pytest.mark.parametrize(("height", "width", "scale"), [(375, 500, (0.08, 0.6)), (500, 333, (0.6, 1.0)), (64, 64, (0.08, 0.6))])
+def test_crops_are_distributed_as_torchvisions(height, width, scale):
+    count = 3000
+    views = Views(crop_scale=scale)
+    sides = np.full(count, height), np.full(count, width)
+    boxes = geometry(views, seed=1, epoch=0, indices=np.arange(count), heights=sides[0], widths=sides[1]).boxes[:, 1]
+    torch.manual_seed(0)
+    image = torch.empty(3, height, width)
+    theirs = np.array([T.RandomResizedCrop.get_params(image, list(scale), list(CROP_RATIO)) for _ in range(count)])
+
+    def statistics(boxes):
+        top, left, rows, columns = boxes.T.astype(float)
+        return np.stack([rows * columns / (height * width), np.log(columns / rows), top, left, top * left, rows**2])
+
+    ours, theirs = statistics(boxes), statistics(theirs)
+    error = np.sqrt((ours.var(axis=1) + theirs.var(axis=1)) / count)
+    assert (np.abs(ours.mean(axis=1) - theirs.mean(axis=1)) < 4 * error).all()
+    assert (np.abs(ours.std(axis=1) / theirs.std(axis=1) - 1) < 0.1).all()
+    assert (boxes[:, :2] >= 0).all()
+    assert (boxes[:, 0] + boxes[:, 2] <= height).all()
+    assert (boxes[:, 1] + boxes[:, 3] <= width).all()
+
+
+@pytest.mark.parametrize(("height", "width"), [(20, 400), (400, 20), (7, 9), (30, 40)])
+def test_a_crop_that_never_fits_is_torchvisions_fallback(height, width):
+    scale = (4.0, 4.0)  # larger than the image: no try fits
+    draws = uniforms(seed=0, epoch=0, indices=np.arange(3), stream=Stream.CROPS, count=2 * CROP_TRIES + 2)
+    boxes = random_boxes(draws, heights=np.full(3, height), widths=np.full(3, width), scale=scale)
+    expected = T.RandomResizedCrop.get_params(torch.empty(3, height, width), list(scale), list(CROP_RATIO))
+    assert (boxes == np.array(expected)).all()
+
+
+def test_centre_is_torchvisions_resize_and_centre_crop():
+    rng = np.random.default_rng(0)
+    heights, widths = rng.integers(20, 700, 500), rng.integers(20, 700, 500)
+    plan = centre_geometry(Views(), heights=heights, widths=widths)
+    for row, (height, width) in enumerate(zip(heights.tolist(), widths.tolist(), strict=True)):
+        resized = _compute_resized_output_size((height, width), [256])
+        assert plan.resized[row, 0].tolist() == resized
+        assert plan.windows[row, 0].tolist() == [round((side - 224) / 2.0) for side in resized]
+        assert plan.boxes[row, 0].tolist() == [0, 0, height, width]
+
+
+def test_geometry_covers_every_view_and_does_not_depend_on_its_neighbours():
+    heights, widths = np.array([100, 60, 300]), np.array([80, 90, 300])
+    plan = geometry(FULL, seed=3, epoch=1, indices=np.array([7, 8, 9]), heights=heights, widths=widths)
+    assert plan.sizes == (224, 160, 160, 256)
+    assert plan.boxes.shape == (3, 4, 4)
+    assert (plan.resized[:, 1:] == np.array([160, 160, 256])[:, None]).all()
+    alone = geometry(FULL, seed=3, epoch=1, indices=np.array([8]), heights=heights[1:2], widths=widths[1:2])
+    assert np.array_equal(alone.boxes[0], plan.boxes[1])
+    fewer = geometry(Views(num_crops=1), seed=3, epoch=1, indices=np.array([7, 8, 9]), heights=heights, widths=widths)
+    assert np.array_equal(fewer.boxes, plan.boxes[:, :2])
+    assert not np.array_equal(plan.boxes[:, 1], plan.boxes[:, 2])
+
+
+def test_flips_happen_with_their_probability():
+    indices = np.arange(4000)
+    mirrored = flips(FULL, seed=0, epoch=0, indices=indices)
+    assert mirrored.shape == (4000, 4)
+    assert (np.abs(mirrored.mean(axis=0) - 0.5) < 0.04).all()
+    assert not flips(Views(flip_probability=0.0), seed=0, epoch=0, indices=indices).any()
+    assert flips(Views(flip_probability=1.0), seed=0, epoch=0, indices=indices).all()
+
+
+def test_colours_have_the_papers_ranges_and_probabilities():
+    params = colour(FULL, seed=0, epoch=0, indices=np.arange(8000))
+    jittered = params.brightness != 1.0
+    assert (np.abs(jittered.mean(axis=0) - 0.8) < 0.02).all()
+    for factor in (params.brightness, params.contrast, params.saturation):
+        assert (factor[~jittered] == 1.0).all()
+        assert (factor >= 0.6).all()
+        assert (factor <= 1.4).all()
+        assert factor[jittered].std() == pytest.approx(0.8 / np.sqrt(12), rel=0.03)
+    assert np.abs(params.hue).max() <= 0.1
+    assert params.hue[jittered].std() == pytest.approx(0.2 / np.sqrt(12), rel=0.03)
+    assert (np.abs(params.grayscale.mean(axis=0) - 0.2) < 0.02).all()
+    assert (np.abs((params.sigma > 0).mean(axis=0) - [0.5, 0.5, 0.0]) < 0.02).all()  # patches are not blurred
+    assert params.sigma[params.sigma > 0].min() >= 0.1
+    assert params.sigma.max() <= 2.0
+    _, counts = np.unique(params.orders.reshape(-1, 4), axis=0, return_counts=True)
+    assert len(counts) == 24
+    assert (np.abs(counts / 1000 - 1) < 0.15).all()
+    assert np.array_equal(colour(FULL, seed=0, epoch=0, indices=np.array([77])).hue[0], params.hue[77])
+
+
+def test_patches_lie_in_the_grid_and_every_cell_is_chosen_equally_often():
+    corners = patch_positions(FULL, seed=0, epoch=0, indices=np.arange(3000))
+    assert corners.shape == (3000, 5, 2)
+    assert corners.min() == 0
+    assert corners.max() == 2 * 68 + 24  # (256 - 96 - 24) // 2 = 68
+    whole = patch_positions(FULL.model_copy(update={"num_patches": 9, "patch_jitter": 0}), seed=0, epoch=0, indices=np.arange(2))
+    offset = (256 - 96) // 2
+    assert whole[1].tolist() == [[row * offset, column * offset] for row in range(3) for column in range(3)]
+    still = patch_positions(FULL.model_copy(update={"patch_jitter": 0}), seed=0, epoch=0, indices=np.arange(3000)) // offset
+    cells = still[..., 0] * 3 + still[..., 1]
+    assert all(len(set(row)) == 5 for row in cells.tolist())
+    assert (np.abs(np.bincount(cells.reshape(-1)) / (3000 * 5 / 9) - 1) < 0.1).all()
