@@ -309,12 +309,10 @@ def _as_it_is(item: list[Tensor] | str) -> list[Tensor] | str:
 def _next_item(stream: Iterator[list[Tensor] | str]) -> list[Tensor] | str | None:
     """Return the next batch, or None at the end; a worker that was killed becomes the user's error."""
     try:
-        with contextlib.suppress(StopIteration):
-            return next(stream)
+        return next(stream, None)
     except RuntimeError as error:
         if str(error).startswith("DataLoader worker (pid"):
             raise UserError(
                 "A loader process was killed, most likely for want of memory or shared memory: lower machine.workers."
             ) from error
         raise
-    return None
