@@ -229,6 +229,15 @@ def test_the_store_is_created_once_by_many(empty_store: Path) -> None:
     assert [found.name for found in client_of(f"sqlite:///{empty_store}").search_experiments()] == ["Default"]
 
 
+def test_after_failures_the_mirror_waits_but_a_sync_does_not(tmp_path: Path) -> None:
+    mirror = Mirror(create(tmp_path), tracking_uri="http://127.0.0.1:9")
+    mirror._failures = 2000  # an outage of a day
+    assert mirror.sync(timeout_s=30).error is not None
+    assert mirror.sync_when_due(timeout_s=30) is None
+    assert 50 < mirror._wait_until - time.monotonic() <= 60
+    assert mirror.sync(timeout_s=30).error is not None
+
+
 def test_addresses(tmp_path: Path) -> None:
     assert store_uri(None, runs_root=tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
     assert store_uri("postgresql+psycopg://h/d", runs_root=tmp_path).startswith("postgresql")
@@ -327,6 +336,7 @@ def test_a_server_killed_and_restarted_misses_and_doubles_nothing(tmp_path: Path
         errors = 0
         while training.is_alive():
             errors += mirror.sync(timeout_s=5).error is not None
+            time.sleep(0.05)
         killer.join()
         train(folder, 400)
         assert errors > 0

@@ -36,6 +36,8 @@ __all__ = ["Mirror", "SyncReport", "save_encoder_model"]
 EXPERIMENT = "obowlab"
 METRICS_PER_REQUEST = 1000
 PARAMS_PER_REQUEST = 100
+WAITS_S = (0.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
+"""After so many failures in a row, `sync_when_due` waits so long."""
 
 
 @dataclass(frozen=True)
@@ -98,11 +100,11 @@ class Mirror:
         else:
             self._worker, error = None, self._error
         self._failures = self._failures + 1 if error else 0
-        self._wait_until = time.monotonic() + min(60.0, 2.0**self._failures) if error else 0.0
+        self._wait_until = time.monotonic() + WAITS_S[min(self._failures, len(WAITS_S) - 1)]
         return SyncReport(sent=self._sent - sent_before, pending=self.pending(), error=error)
 
     def sync_when_due(self, *, timeout_s: float = 10.0) -> SyncReport | None:
-        """Do as `sync` does, but after failures wait 2, 4, 8, ... 60 seconds first; None while waiting."""
+        """Do as `sync` does, but after failures wait a while first (`WAITS_S`); None while waiting."""
         return self.sync(timeout_s=timeout_s) if time.monotonic() >= self._wait_until else None
 
     def pending(self) -> int:

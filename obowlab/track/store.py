@@ -112,6 +112,7 @@ def no_patience(*, request_s: float = REQUEST_TIMEOUT_S) -> None:
             "MLFLOW_HTTP_REQUEST_TIMEOUT": str(max(1, round(request_s))),
             "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
             "MLFLOW_DISABLE_TELEMETRY": "true",
+            "MLFLOW_LOGGING_LEVEL": "ERROR",  # for its import, which sets its loggers up
         }
     )
     for name in ("mlflow", "alembic"):
