@@ -101,6 +101,7 @@ def test_a_run_and_all_its_facts_arrive_in_the_local_store(root: Path) -> None:
     folder.write_artifact("dirty.diff", "- a\n+ b\n")
     folder.write_artifact("log.txt", "done\n")
     folder.add_result(RESULT)
+    folder.add_result({**RESULT, "data_hash": "e" * 64, "details": {"dataset": "birds"}})
     mirror = Mirror(folder)
     report = mirror.sync(timeout_s=60)
     assert report.error is None
@@ -121,6 +122,7 @@ def test_a_run_and_all_its_facts_arrive_in_the_local_store(root: Path) -> None:
     assert tags["obowlab.eval.student.knn"] == f"version 1, {'a' * 64}"
     assert run.data.metrics["eval/student/knn_top1"] == 12.5
     assert run.data.metrics["eval/student/knn_top1_ci95"] == 0.5
+    assert run.data.metrics["eval/student/birds/knn_top1"] == 12.5
     assert run.data.metrics["system/cpu"] == 50.0
     assert run.inputs.dataset_inputs[0].dataset.digest == "d" * 32
     assert_mirrored(folder, mirror.uri)

@@ -36,6 +36,8 @@ TRASH = ".trash"
 MIRROR_EVERY_S = 3.0
 SAMPLE_EVERY_S = 15.0
 MIRROR_TIMEOUT_S = 10.0
+FIRST_SYNC_TIMEOUT_S = 60.0
+"""The first sync imports mlflow and may have to create the store."""
 LAST_SYNC_TIMEOUT_S = {True: 60.0, False: 15.0}
 """After a finished run, which has a model to send; after one that was stopped, whose user waits for the prompt."""
 MAX_RESTARTS = 3
@@ -275,12 +277,14 @@ def _watch(folder: RunFolder, mirror: Mirror, pid: int, ended: threading.Event, 
     sampler = SystemSampler(pid, path=folder.path, gpus=gpus and count_gpus() > 0)
     sampled_at = time.monotonic()
     warned = False
+    timeout_s = FIRST_SYNC_TIMEOUT_S
     with folder.metric_log("system") as log:
         while not ended.wait(MIRROR_EVERY_S):
             if time.monotonic() - sampled_at >= SAMPLE_EVERY_S:
                 sampled_at = time.monotonic()
                 _sample(folder, sampler, log)
-            report = mirror.sync_when_due(timeout_s=MIRROR_TIMEOUT_S)
+            report = mirror.sync_when_due(timeout_s=timeout_s)
+            timeout_s = MIRROR_TIMEOUT_S
             if report is not None and report.error is not None and not warned:
                 warned = True
                 _say(f"Warning: MLflow does not follow ({report.error}); training goes on, and what is missing is sent later.")

@@ -72,6 +72,7 @@ class Mirror:
         self.runs_root = folder.path.absolute().parent
         self.uri = store_uri(tracking_uri, runs_root=self.runs_root)
         self.outbox = Outbox(folder, store=shown_uri(self.uri))
+        self._turn = threading.Lock()
         self._worker: threading.Thread | None = None
         self._client: MlflowClient | None = None
         self._sent = 0
@@ -87,21 +88,17 @@ class Mirror:
                 is joined by the next call.
         """
         end = time.monotonic() + timeout_s
-        sent_before = self._sent
-        if self._worker is not None:  # an earlier call gave up waiting for it
-            self._worker.join(timeout_s)
-        if self._worker is None or not self._worker.is_alive():
-            self._error = None
-            self._worker = threading.Thread(target=self._work, args=(end,), name="mirror", daemon=True)
-            self._worker.start()
-            self._worker.join(max(0.0, end - time.monotonic()))
-        if self._worker.is_alive():
-            error: str | None = f"{shown_uri(self.uri)} did not answer within {timeout_s:.0f} s"
-        else:
-            self._worker, error = None, self._error
-        self._failures = self._failures + 1 if error else 0
-        self._wait_until = time.monotonic() + WAITS_S[min(self._failures, len(WAITS_S) - 1)]
-        return SyncReport(sent=self._sent - sent_before, pending=self.pending(), error=error)
+        before = self._sent
+        error: str | None = f"{shown_uri(self.uri)} did not answer within {timeout_s:.0f} s"
+        if self._turn.acquire(timeout=timeout_s):  # the launcher's watcher may still be in its last sync
+            try:
+                if self._pass(end):
+                    error = self._error
+                self._failures = self._failures + 1 if error else 0
+                self._wait_until = time.monotonic() + WAITS_S[min(self._failures, len(WAITS_S) - 1)]
+            finally:
+                self._turn.release()
+        return SyncReport(sent=self._sent - before, pending=self.pending(), error=error)
 
     def sync_when_due(self, *, timeout_s: float = 10.0) -> SyncReport | None:
         """Do as `sync` does, but after failures wait a while first (`WAITS_S`); None while waiting."""
@@ -112,6 +109,20 @@ class Mirror:
         return self.outbox.pending()
 
     # ----------------------------------------------------------------------------------------------- one pass
+
+    def _pass(self, end: float) -> bool:
+        """Let a background thread send everything; return whether it was done in time."""
+        if self._worker is not None:  # an earlier call gave up waiting for it
+            self._worker.join(max(0.0, end - time.monotonic()))
+        if self._worker is None or not self._worker.is_alive():
+            self._error = None
+            self._worker = threading.Thread(target=self._work, args=(end,), name="mirror", daemon=True)
+            self._worker.start()
+            self._worker.join(max(0.0, end - time.monotonic()))
+        if self._worker.is_alive():
+            return False
+        self._worker = None
+        return True
 
     def _work(self, end: float) -> None:
         try:
@@ -258,7 +269,7 @@ class Mirror:
             values[f"{measurement['name']}_ci95"] = float(measurement["interval"])
         # The file's own time: sent again, a value is the same point.
         time_s = path.stat().st_mtime_ns / 1e9
-        metrics, odd = _metrics(values, step=self.folder.state.step, time_s=time_s, prefix=f"eval/{result['subject']}/")
+        metrics, odd = _metrics(values, step=self.folder.state.step, time_s=time_s, prefix=f"eval/{self.outbox.place(result)}/")
         client.log_batch(_id(sent), metrics=metrics)
         client.log_artifact(_id(sent), str(path), "results")
         _count(odd, sent)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -143,6 +143,12 @@ class Outbox:
         """Note that the store has this file."""
         sent.files[self._key(path)] = _stamp(path)
 
+    def place(self, result: Mapping[str, Any]) -> str:
+        """Return where a result belongs: its subject, and the data set when it is not the run's own."""
+        dataset = result.get("details", {}).get("dataset")
+        own = dataset in (None, self.folder.info.recipe.data.dataset)
+        return str(result["subject"]) if own else f"{result['subject']}/{dataset}"
+
     def tags(self, sent: Sent) -> dict[str, str]:
         """Return the facts of the run as they are now."""
         info, state = self.folder.info, self.folder.current_state()
@@ -167,8 +173,8 @@ class Outbox:
             "mlflow.source.git.commit": facts.get("commit"),
         }
         for result in self.folder.results():
-            place = f"obowlab.eval.{result['subject']}.{result['protocol']}"
-            tags[place] = f"version {result.get('version')}, {result['protocol_hash']}"
+            place = self.place(result).replace("/", ".")
+            tags[f"obowlab.eval.{place}.{result['protocol']}"] = f"version {result.get('version')}, {result['protocol_hash']}"
         return {key: str(value)[:5000] for key, value in tags.items() if value not in (None, "")}
 
     def _key(self, path: Path) -> str:
