@@ -178,13 +178,13 @@ def draw(split: str, *, index: int) -> NDArray[np.uint8]:
     draws = _Draws(stream=_STREAMS[split], index=index)
     parts = class_parts()[index // IMAGES_PER_CLASS[split]]
     canvas, lightness = _background(draws)
-    for _ in range(int(draws.one(2, 6))):
+    for _ in range(int(draws.one(1, 4))):
         _clutter(canvas, draws, lightness)
     _scene(canvas, draws, parts, lightness)
-    if draws.one() < 0.25:
+    if draws.one() < 0.2:
         _cover(canvas, draws)
     noise = draws.many(3, IMAGE_SIZE, IMAGE_SIZE, 3).sum(axis=0) - 1.5  # nearly normal, standard deviation 0.5
-    canvas += noise * draws.one(0.02, 0.1)
+    canvas += noise * draws.one(0.02, 0.06)
     image: NDArray[np.uint8] = np.rint(canvas.clip(0, 1) * 255).astype(np.uint8)
     return image
 
@@ -195,7 +195,7 @@ def _scene(canvas: Plane, draws: _Draws, parts: tuple[int, ...], lightness: floa
     scale = draws.one(0.82, 1.08)
     cos, sin = _turn(draws.one(-0.25, 0.25))
     centre_u, centre_v = draws.one(0.43, 0.57), draws.one(0.43, 0.57)
-    missing = int(draws.one(0, 4)) if draws.one() < 0.15 else None
+    missing = int(draws.one(0, 4)) if draws.one() < 0.1 else None
     mirrored = -1 if draws.one() < 0.5 else 1
     shared_colour = _colour(draws, lightness)
     for place, part in enumerate(parts):
@@ -212,14 +212,14 @@ def _scene(canvas: Plane, draws: _Draws, parts: tuple[int, ...], lightness: floa
 def _background(draws: _Draws) -> tuple[Plane, float]:
     """Return a patchy, striped and unevenly lit ground [40, 40, 3] and its lightness."""
     side = IMAGE_SIZE
-    lightness = draws.one(0.15, 0.42)
-    ground = lightness + draws.one(0.05, 0.25) * (_smooth(draws.many(5, 5, 3), side) - 0.5)
+    lightness = draws.one(0.2, 0.4)
+    ground = lightness + draws.one(0.05, 0.2) * (_smooth(draws.many(5, 5, 3), side) - 0.5)
     across = np.arange(side) / side
     cos, sin = _turn(draws.one(-3.2, 3.2))
     phase = (cos * across[None, :] + sin * across[:, None]) * draws.one(4, 14)
     stripes = np.abs(phase - np.floor(phase) - 0.5) - 0.25
-    ground += stripes[:, :, None] * (draws.many(3) - 0.2) * draws.one(0.0, 0.35)
-    ground += (draws.many(3) - 0.5) * draws.one(0.0, 0.3)
+    ground += stripes[:, :, None] * draws.one(0.0, 0.15)
+    ground += (draws.many(3) - 0.5) * draws.one(0.0, 0.15)
     return ground, lightness
 
 
@@ -227,7 +227,7 @@ def _clutter(canvas: Plane, draws: _Draws, lightness: float) -> None:
     """Draw a bar or a blot that is no part."""
     side = len(canvas)
     half_width, half_height = draws.one(0.15, 0.9), draws.one(0.08, 0.25)
-    colour = lightness + draws.one(-0.2, 0.25) + (draws.many(3) - 0.5) * 0.3
+    colour = lightness + draws.one(-0.15, 0.2) + (draws.many(3) - 0.5) * 0.15
     at = (draws.one() * side, draws.one() * side)
     turned = _turn(draws.one(-3.2, 3.2))
     _paint(
@@ -245,12 +245,12 @@ def _cover(canvas: Plane, draws: _Draws) -> None:
     side = len(canvas)
     height, width = int(draws.one(0.12, 0.3) * side), int(draws.one(0.12, 0.3) * side)
     top, left = int(draws.one() * (side - height)), int(draws.one() * (side - width))
-    canvas[top : top + height, left : left + width] = draws.many(3) * 0.8
+    canvas[top : top + height, left : left + width] = 0.1 + 0.5 * draws.one() + (draws.many(3) - 0.5) * 0.2
 
 
 def _colour(draws: _Draws, lightness: float) -> Plane:
     """Return a colour lighter than the ground: hue at random, so that colour says nothing about the class."""
-    return (lightness + draws.one(0.3, 0.5) + (draws.many(3) - 0.5) * 0.5).clip(0, 1)
+    return (lightness + draws.one(0.35, 0.5) + (draws.many(3) - 0.5) * 0.25).clip(0, 1)
 
 
 def _paint(

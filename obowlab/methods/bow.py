@@ -15,16 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-KEPT_ELEMENTS = 1 << 25
-"""Distances of a whole batch are kept for a second look up to this number (128 MiB); beyond it they are taken twice."""
+KEPT_ELEMENTS = 1 << 24
+"""So many distances of a batch (64 MiB) are kept for a second look; the rest is computed again."""
 
-CHUNK_ELEMENTS = 1 << 20
-"""Distances of so many (location, word) pairs are made at a time: 4 MiB stay in the cache. One image is the least."""
+CHUNK_ELEMENTS = 1 << 22
+"""So many distances (16 MiB) are made at a time, to stay in the cache; one image's are the least."""
 
 
 @contextmanager
@@ -53,11 +54,21 @@ def crop_border(map_BCHW: Tensor, *, border: int) -> Tensor:
     return map_BCHW[..., border : height - border, border : width - border]
 
 
-def squared_distances(features_NC: Tensor, words_KC: Tensor) -> Tensor:
-    """Return the squared Euclidean distance of every feature to every word, [N, K], never negative."""
+def squared_distances(
+    features_NC: Tensor, words_KC: Tensor, *, words_norm_K: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """Return the squared Euclidean distance of every feature to every word, [N, K], never negative.
+
+    Args:
+        features_NC: features.
+        words_KC: words.
+        words_norm_K: the words' squared lengths, if they are known.
+        out: memory for the result, [N, K].
+    """
     features_NC, words_KC = at_least_float32(features_NC), at_least_float32(words_KC)
+    words_norm_K = words_KC.square().sum(1) if words_norm_K is None else words_norm_K
     with full_precision(words_KC.device):
-        dist_NK = torch.addmm(words_KC.square().sum(1), features_NC, words_KC.T, alpha=-2)
+        dist_NK = torch.addmm(words_norm_K, features_NC, words_KC.T, alpha=-2, out=out)
         return dist_NK.add_(features_NC.square().sum(1, keepdim=True)).clamp_(min=0)
 
 
@@ -65,30 +76,40 @@ class Distances:
     """Squared distances of a batch's locations to the words, in chunks of whole images.
 
     They are needed more than once: mu_MSD is updated from the nearest word of *every* location before the first code is
-    made. A small batch keeps its distances; a large one computes them again, which is cheaper than its memory.
+    made. The first images keep their distances; those of the others are computed again, so that memory has a bound whatever
+    the batch.
     """
 
-    def __init__(
-        self, local_BUC: Tensor, words_KC: Tensor, *, kept_elements: int = KEPT_ELEMENTS, chunk_elements: int = CHUNK_ELEMENTS
-    ):
-        num_images, num_locations, _ = local_BUC.shape
+    def __init__(self, local_BUC: Tensor, words_KC: Tensor, *, kept_elements: int = KEPT_ELEMENTS, chunk_elements: int = CHUNK_ELEMENTS):
         self.local_BUC = at_least_float32(local_BUC)
         self.words_KC = at_least_float32(words_KC)
-        per_image = num_locations * words_KC.shape[0]
+        self.words_norm_K = self.words_KC.square().sum(1)
+        per_image = local_BUC.shape[1] * words_KC.shape[0]
         self.images_per_chunk = max(1, chunk_elements // per_image)
-        self._kept: dict[int, Tensor] | None = {} if num_images * per_image <= kept_elements else None
+        self.num_kept = kept_elements // per_image
+        self._kept: dict[int, Tensor] = {}
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yield (images, dist_BUK) until every image was seen; the last reader may overwrite what it is given."""
+        """Yield (images, dist_BUK) until every image was seen.
+
+        A chunk is good until the next one is asked for; the last reader may overwrite what it is given.
+        """
+        scratch_NK: Tensor | None = None
         for start in range(0, len(self.local_BUC), self.images_per_chunk):
             images = slice(start, start + self.images_per_chunk)
-            dist_BUK = None if self._kept is None else self._kept.get(start)
-            if dist_BUK is None:
+            if start not in self._kept:
                 local_BUC = self.local_BUC[images]
-                dist_BUK = squared_distances(local_BUC.flatten(0, 1), self.words_KC).view(*local_BUC.shape[:2], -1)
-                if self._kept is not None:
+                local_NC = local_BUC.flatten(0, 1)
+                out = None if scratch_NK is None else scratch_NK[: len(local_NC)]
+                dist_NK = squared_distances(local_NC, self.words_KC, words_norm_K=self.words_norm_K, out=out)
+                dist_BUK = dist_NK.view(*local_BUC.shape[:2], -1)
+                if start + len(local_BUC) <= self.num_kept:
                     self._kept[start] = dist_BUK
-            yield images, dist_BUK
+                elif scratch_NK is None:
+                    scratch_NK = dist_NK
+                yield images, dist_BUK
+            else:
+                yield images, self._kept[start]
 
     def nearest(self) -> tuple[Tensor, Tensor]:
         """Return the squared distance to the nearest word and its number, both [B, U]."""
@@ -206,6 +227,28 @@ def balanced_log_codes(dist_BUK: Tensor, potential_K: Tensor, *, epsilon: Tensor
 
 
 # ------------------------------------------------------------------------------------------------- prediction and loss
+
+
+class _UnitRows(torch.autograd.Function):
+    """F.normalize(x, dim=1) whose backward pass reads a large matrix twice instead of eight times."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NC: Tensor) -> Tensor:
+        norm_N1 = torch.linalg.vector_norm(x_NC, dim=1, keepdim=True).clamp_(min=1e-12)
+        unit_NC = x_NC / norm_N1
+        ctx.save_for_backward(unit_NC, norm_N1)
+        return unit_NC
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        unit_NC, norm_N1 = ctx.saved_tensors
+        radial_N1 = torch.linalg.vecdot(grads[0], unit_NC)[:, None]
+        return torch.addcmul(grads[0], unit_NC, radial_N1, value=-1).div_(norm_N1)
+
+
+def unit_rows(x_NC: Tensor) -> Tensor:
+    """Scale every row to length 1."""
+    return cast(Tensor, _UnitRows.apply(x_NC))
 
 
 def bow_logits(features_NC: Tensor, weights_KC: Tensor, *, kappa: Tensor | float) -> Tensor:

@@ -36,8 +36,13 @@ class DynamicHead(nn.Module):
 
     def forward(self, words_KC: Tensor) -> Tensor:
         """Return one unit vector of prediction weights per word, [K, D]."""
-        hidden = F.relu(self.norm(self.fc1(F.normalize(words_KC, dim=1))), inplace=True)
-        return F.normalize(bow.at_least_float32(self.fc2(hidden)), dim=1)
+        words_KC = bow.unit_rows(words_KC)
+        # All words of the vocabulary pass through G in every step: the largest cost beside the encoders. The hidden units are
+        # taken in blocks, which batch norm allows, so that what belongs to a block stays near the processor.
+        weights_KD = self.fc2.bias.expand(len(words_KC), -1).contiguous()
+        for block in self._blocks():
+            hidden = F.linear(words_KC, self.fc1.weight[block], None if self.fc1.bias is None else self.fc1.bias[block])
+        return bow.unit_rows(bow.at_least_float32(weights_KD))
 
 
 class FixedHead(nn.Module):
@@ -220,7 +225,7 @@ def _refuse_small_map(method: Obow, *, level: Level, size: int) -> None:
     left = max(0, size - 2 * method.border)
     if left < needed:
         raise UserError(
-            f"The {level} map of the original view is {size}x{size}, method.border = {method.border} leaves {left}x{left} and the "
+            f"The {level} map of the original view is {size}x{size}, method.border = {method.border} leaves {left}x{left}, the "
             f"vocabulary needs {needed}x{needed}: lower method.border or raise views.original_size."
         )
 

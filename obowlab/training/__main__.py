@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+
+if __name__ == "__main__":  # until training listens to signals, which takes seconds of imports, Ctrl-C just ends the process
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import ctypes
+import traceback
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -16,18 +23,25 @@ from obowlab.training.loop import train
 from obowlab.training.progress import Reporter
 from obowlab.training.work import Interrupted, StopRequest, Work
 
+PR_SET_PDEATHSIG = 1
+
 
 def main(argv: list[str]) -> int:
     """Train and evaluate the run of a folder; return the exit code (0 done, 2 a mistake to mend, 128 + signal when stopped)."""
-    folder = RunFolder.open(Path(argv[0]))
-    machine = folder.machine
-    if machine.threads is not None:
-        torch.set_num_threads(machine.threads)
-    with StopRequest().listening() as stop, join(machine) as world, folder.lock() if world.is_main else nullcontext():
-        reporter = Reporter(folder.path / "log.txt" if world.is_main else None)
-        code = carry_out(Work(folder, machine=machine, world=world, reporter=reporter, stop=stop))
-        # torchrun would start a group again that ends with an error; the launcher reads the state instead.
-        return code if world.world_size == 1 else 0
+    stop_with_parent()
+    try:
+        folder = RunFolder.open(Path(argv[0]))
+        machine = folder.machine
+        if machine.threads is not None:
+            torch.set_num_threads(machine.threads)
+        with StopRequest().listening() as stop, join(machine) as world, folder.lock() if world.is_main else nullcontext():
+            reporter = Reporter(folder.path / "log.txt" if world.is_main else None)
+            code = carry_out(Work(folder, machine=machine, world=world, reporter=reporter, stop=stop))
+            # torchrun would start a group again that ends with an error; the launcher reads the state instead.
+            return code if world.world_size == 1 else 0
+    except UserError as error:  # before there was a run to file it in
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
 
 
 def carry_out(work: Work) -> int:
@@ -46,9 +60,18 @@ def carry_out(work: Work) -> int:
         ending = {"status": "failed", "message": str(error)}
         work.reporter.say(f"Error: {error}")
         code = 2
+    except Exception:
+        work.reporter.log(traceback.format_exc())
+        raise
     if work.world.is_main:
         work.folder.set_state(**ending)
     return code
+
+
+def stop_with_parent() -> None:
+    """Ask Linux for a SIGTERM when the parent dies: torchrun killed with -9 must not leave its workers behind."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 if __name__ == "__main__":

@@ -30,8 +30,13 @@ class Reporter:
         if self._log is None:
             return
         self._console.print(text, markup=False)
-        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-        self._log.flush()
+        self.log(text)
+
+    def log(self, text: str) -> None:
+        """Log one line with the time, without printing it."""
+        if self._log is not None:
+            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+            self._log.flush()
 
     @contextmanager
     def steps(self, *, done: int, total: int) -> Iterator[None]:
