@@ -345,3 +345,17 @@ def test_ffcv_names_a_damaged_record(root, tmp_path):
         file.truncate(int(split.pointers[20]) + 5)
     with pytest.raises(UserError, match=r"Record 20 of .*beyond the end of the file"):
         loader(split, backend="ffcv")
+
+
+@pytest.mark.ffcv
+@pytest.mark.photos
+def test_both_backends_give_the_same_bytes_of_photographs(photos_dir, tmp_path):
+    pytest.importorskip("ffcv", reason="ffcv is not installed")
+    prepare("photos", source=photos_dir / "photos200", data_root=tmp_path)
+    photos = open_split("photos", "train", data_root=tmp_path)
+    views = Views(num_crops=2, num_patches=5)
+    steps = [
+        list(loader(photos, views=views, batch_size=10, backend=backend, workers=1).batches(epoch=0, start_step=17))
+        for backend in ("ffcv", "torch")
+    ]
+    assert_same(*steps)

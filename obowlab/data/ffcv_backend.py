@@ -32,10 +32,11 @@ if numba.config.THREADING_LAYER == "default":  # type: ignore[attr-defined]
     numba.config.THREADING_LAYER = "workqueue"  # type: ignore[attr-defined]
 
 import ffcv._libffcv
+import ffcv.loader.loader
 from ffcv.fields.decoders import SimpleRGBImageDecoder
 from ffcv.loader import Loader, OrderOption
 from ffcv.loader.epoch_iterator import EpochIterator
-from ffcv.memory_managers import OSCacheManager
+from ffcv.memory_managers.os_cache import OSCacheContext, OSCacheManager
 from ffcv.pipeline.compiler import Compiler
 
 if TYPE_CHECKING:
@@ -70,9 +71,24 @@ _decompress.argtypes, _decompress.restype = [_pointer, _pointer, ctypes.c_ulong,
 _parallel_region = threading.Lock()
 """Held while compiled threads work: that layer must not be entered by two Python threads at once."""
 
-# Our operation reads the mapped file by itself. To compile its own reader, ffcv marks numba's one type of all byte arrays as
-# read-only: the second loader of a process would not compile, and numba would complain at exit.
-OSCacheManager.compile_reader = lambda manager: None
+
+class _MappedFile(OSCacheManager):  # type: ignore[misc]
+    """The mapped file alone, from which our operation reads by itself.
+
+    ffcv would add a set of file pages for every image (600 MB on ImageNet, per loader), and compile a reader, for which it
+    marks numba's one type of all byte arrays as read-only: the second loader of a process would not compile.
+    """
+
+    def __init__(self, reader: Any) -> None:
+        self.reader = reader
+        self.ptrs = self.sizes = np.zeros(0, np.uint64)
+        self.context = OSCacheContext(self)
+
+    def compile_reader(self) -> None:
+        """Compile nothing."""
+
+
+ffcv.loader.loader.OSCacheManager = _MappedFile
 
 
 class FfcvBackend:
@@ -217,9 +233,8 @@ class _Reader(EpochIterator):  # type: ignore[misc]
 
     def _cut(self, number: int, indices: Ints) -> list[Tensor]:
         geometry = self._cutter.geometry(indices, epoch=self._epoch)
-        kinds = [torch.empty((len(indices), count, side, side, 3), dtype=torch.uint8) for count, side in self._cutter.groups]
-        if torch.cuda.is_available():
-            kinds = [kind.pin_memory() for kind in kinds]
+        shapes = [(len(indices), count, side, side, 3) for count, side in self._cutter.groups]
+        kinds = [torch.empty(shape, dtype=torch.uint8, pin_memory=torch.cuda.is_available()) for shape in shapes]
         arrays: list[Pixels] = [kind.numpy() for kind in kinds]
         absent = [np.empty((len(indices), 0, 1, 1, 3), dtype=np.uint8)] * (3 - len(kinds))
         failed = np.zeros(len(indices), dtype=np.bool_)

@@ -161,9 +161,8 @@ def compare(split: Split, folder: Path, *, views: Views, seconds: float, cores: 
         for name, stream in streams.items():
             results[name].append(timed(stream(), batch_size=batch_size))
     base_rate, base_core = (statistics.median(values) for values in zip(*results["plain torchvision"], strict=True))
-    print(
-        f"\n{split.num_images * repeats} images x {ROUNDS} rounds, batch {batch_size}, {cores} cores; load average {os.getloadavg()[0]:.1f}"
-    )
+    images, load = split.num_images * repeats, os.getloadavg()[0]
+    print(f"\n{images} images x {ROUNDS} rounds, batch {batch_size}, {cores} cores; load average {load:.1f}")
     print(f"{'':42}{'images/s':>10}{'lowest':>9}{'highest':>9}{'x plain':>9}{'core-ms/image':>15}{'x plain':>9}")
     for name, values in results.items():
         rates, core = [rate for rate, _ in values], statistics.median(core for _, core in values)
@@ -226,7 +225,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--equivalence", action="store_true", help="compare colours instead of times")
     options = parser.parse_args()
-    torch.set_num_threads(options.cores)
+    torch.set_num_threads(1)  # the loaders have the cores; threads that wait in turns for a busy core would measure only that
     with tempfile.TemporaryDirectory() as root:
         prepare("bench", source=options.photos, data_root=Path(root))
         split = open_split("bench", "train", data_root=Path(root))
