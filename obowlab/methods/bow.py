@@ -80,7 +80,9 @@ class Distances:
     the batch.
     """
 
-    def __init__(self, local_BUC: Tensor, words_KC: Tensor, *, kept_elements: int = KEPT_ELEMENTS, chunk_elements: int = CHUNK_ELEMENTS):
+    def __init__(
+        self, local_BUC: Tensor, words_KC: Tensor, *, kept_elements: int = KEPT_ELEMENTS, chunk_elements: int = CHUNK_ELEMENTS
+    ):
         self.local_BUC = at_least_float32(local_BUC)
         self.words_KC = at_least_float32(words_KC)
         self.words_norm_K = self.words_KC.square().sum(1)
@@ -243,7 +245,8 @@ class _UnitRows(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         unit_NC, norm_N1 = ctx.saved_tensors
         radial_N1 = torch.linalg.vecdot(grads[0], unit_NC)[:, None]
-        return torch.addcmul(grads[0], unit_NC, radial_N1, value=-1).div_(norm_N1)
+        tangential_NC: Tensor = torch.addcmul(grads[0], unit_NC, radial_N1, value=-1)
+        return tangential_NC.div_(norm_N1)
 
 
 def unit_rows(x_NC: Tensor) -> Tensor:

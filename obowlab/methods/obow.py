@@ -36,13 +36,8 @@ class DynamicHead(nn.Module):
 
     def forward(self, words_KC: Tensor) -> Tensor:
         """Return one unit vector of prediction weights per word, [K, D]."""
-        words_KC = bow.unit_rows(words_KC)
-        # All words of the vocabulary pass through G in every step: the largest cost beside the encoders. The hidden units are
-        # taken in blocks, which batch norm allows, so that what belongs to a block stays near the processor.
-        weights_KD = self.fc2.bias.expand(len(words_KC), -1).contiguous()
-        for block in self._blocks():
-            hidden = F.linear(words_KC, self.fc1.weight[block], None if self.fc1.bias is None else self.fc1.bias[block])
-        return bow.unit_rows(bow.at_least_float32(weights_KD))
+        hidden = F.relu(self.norm(self.fc1(bow.unit_rows(words_KC))), inplace=True)
+        return bow.unit_rows(bow.at_least_float32(self.fc2(hidden)))
 
 
 class FixedHead(nn.Module):
@@ -144,48 +139,35 @@ class OBoW(nn.Module):
         """
         num_images = len(original)
         draws = draws.to(original.device)
-        # (1, 2) The student meets the crops; its predictions are made with the words as they are before this step.
+        # (2) The student meets its views, one pass per kind.
         features = {kind: self.student(images) for kind, images in views.items()}
-        weights = {level: head(vocabulary.words) for level, vocabulary, head in self._levels()}
         # (3) The teacher follows, before it looks.
         momentum = self._move_teacher(step)
         # (4) In train mode: its batch norms use the statistics of this batch.
         with torch.no_grad():
             maps, pooled = self.teacher.levels(original, self.method.levels)
-        # (5 - 9)
-        readings: dict[Level, Reading] = {}
+        features_ND = torch.cat(list(features.values()))
+        losses: dict[str, list[Tensor]] = {kind: [] for kind in features}
         metrics: dict[str, Tensor] = {}
         for index, (level, vocabulary, head) in enumerate(self._levels()):
             _refuse_small_map(self.method, level=level, size=min(maps[level].shape[-2:]))
-            age = vocabulary.mean_age(step=step)
+            metrics[f"word_age_{level}"] = vocabulary.mean_age(step=step)
+            # (1, 2) Predictions are made with the words as they are before (5 - 9) move them.
+            weights_KD = head(vocabulary.words)
             reading = vocabulary.read(maps[level], draws_B=draws[:, index], step=step, comm=self.comm)
-            readings[level] = reading
-            metrics[f"distance_{level}"] = reading.mean_nearest
+            log_prediction_NK = torch.log_softmax(bow.bow_logits(features_ND, weights_KD, kappa=head.kappa), dim=-1)
+            # (10) Mean over the views of a kind and over levels, sum over kinds.
+            parts = torch.split(log_prediction_NK, [len(each) for each in features.values()])
+            for kind, part_NK in zip(features, parts, strict=True):
+                part_BVK = part_NK.view(num_images, -1, self.method.num_words)
+                losses[kind].append(bow.cross_entropy(part_BVK, reading.targets))
+            metrics |= _level_metrics(level, reading, log_prediction_NK.detach())
             metrics[f"msd_{level}"] = vocabulary.msd.clone()
-            metrics[f"words_used_{level}"] = reading.words_used
-            metrics[f"word_age_{level}"] = age
             metrics[f"kappa_{level}"] = head.kappa.detach().clone()
-            metrics |= _target_metrics(reading.targets, level=level)
-        # (10) Mean over levels, mean over the views of a kind, sum over kinds.
-        loss = torch.zeros((), device=original.device)
-        prediction_entropies: dict[Level, list[Tensor]] = {level: [] for level in self.method.levels}
-        for kind, features_ND in features.items():
-            losses = []
-            for level, _, head in self._levels():
-                logits_NK = bow.bow_logits(features_ND, weights[level], kappa=head.kappa)
-                log_prediction_NK = torch.log_softmax(logits_NK, dim=-1)
-                losses.append(
-                    bow.cross_entropy(log_prediction_NK.view(num_images, -1, self.method.num_words), readings[level].targets)
-                )
-                with torch.no_grad():
-                    prediction_entropies[level].append(bow.entropy(log_prediction_NK.exp()))
-            metrics[f"loss_{kind}"] = torch.stack(losses).mean()
-            loss = loss + metrics[f"loss_{kind}"]
-        metrics["loss"] = loss
+        of_kind = {f"loss_{kind}": torch.stack(each).mean() for kind, each in losses.items()}
+        loss = torch.stack(list(of_kind.values())).sum()
         target_entropy = torch.stack([metrics[f"target_entropy_{level}"] for level in self.method.levels]).mean()
-        metrics["loss_kl"] = loss - len(views) * target_entropy
-        for level, entropies in prediction_entropies.items():
-            metrics[f"prediction_entropy_{level}"] = torch.cat(entropies).mean()
+        metrics |= of_kind | {"loss": loss, "loss_kl": loss - len(views) * target_entropy}
         metrics["teacher_momentum"] = torch.full((), momentum, device=original.device)
         if self.monitor is not None and labels is not None:
             logits = self.monitor(pooled)
@@ -230,10 +212,13 @@ def _refuse_small_map(method: Obow, *, level: Level, size: int) -> None:
         )
 
 
-def _target_metrics(target_BK: Tensor, *, level: Level) -> dict[str, Tensor]:
-    entropy_B = bow.entropy(target_BK)
+def _level_metrics(level: Level, reading: Reading, log_prediction_NK: Tensor) -> dict[str, Tensor]:
+    target_entropy_B = bow.entropy(reading.targets)
     return {
-        f"target_entropy_{level}": entropy_B.mean(),
-        f"perplexity_image_{level}": entropy_B.exp().mean(),
-        f"perplexity_batch_{level}": bow.perplexity(target_BK.mean(dim=0)),
+        f"distance_{level}": reading.mean_nearest,
+        f"words_used_{level}": reading.words_used,
+        f"target_entropy_{level}": target_entropy_B.mean(),
+        f"perplexity_image_{level}": target_entropy_B.exp().mean(),
+        f"perplexity_batch_{level}": bow.perplexity(reading.targets.mean(dim=0)),
+        f"prediction_entropy_{level}": bow.entropy(log_prediction_NK.exp()).mean(),
     }
