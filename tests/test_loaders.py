@@ -219,7 +219,7 @@ def test_batch_sizes_that_cannot_be(split):
 
 def test_backends_that_cannot_be(monkeypatch):
     assert resolve_backend("torch") == "torch"
-    with pytest.raises(UserError, match=r"machine\.loader must be auto, ffcv or torch, not 'dali'"):
+    with pytest.raises(UserError, match=r"--loader must be auto, ffcv or torch, not 'dali'"):
         resolve_backend("dali")
 
     def missing(name):
@@ -246,7 +246,7 @@ def test_a_killed_worker_is_an_error_and_no_wait(split):
     (worker,) = multiprocessing.active_children()
     os.kill(worker.pid, signal.SIGKILL)
     worker.join()
-    with pytest.raises(UserError, match=r"loader process was killed.*machine\.workers"):
+    with pytest.raises(UserError, match=r"loader process was killed.*lower --workers"):
         list(batches)
 
 

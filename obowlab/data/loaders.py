@@ -215,14 +215,14 @@ def resolve_backend(name: str) -> BackendName:
     if name == "torch":
         return "torch"
     if name not in ("auto", "ffcv"):
-        raise UserError(f"machine.loader must be auto, ffcv or torch, not '{name}'.")
+        raise UserError(f"--loader must be auto, ffcv or torch, not '{name}'.")
     try:
         with _torch_threads_kept():
             importlib.import_module("obowlab.data.ffcv_backend")
     except (ImportError, OSError) as error:
         if name == "ffcv":
             raise UserError(
-                f"machine.loader is ffcv, which cannot be imported ({error}): install obowlab[ffcv] or choose torch."
+                f"--loader is ffcv, which cannot be imported ({error}): install obowlab[ffcv] or choose torch."
             ) from None
         return "torch"
     return "ffcv"
@@ -313,6 +313,6 @@ def _next_item(stream: Iterator[list[Tensor] | str]) -> list[Tensor] | str | Non
     except RuntimeError as error:
         if str(error).startswith("DataLoader worker (pid"):
             raise UserError(
-                "A loader process was killed, most likely for want of memory or shared memory: lower machine.workers."
+                "A loader process was killed, most likely for want of memory or shared memory: lower --workers."
             ) from error
         raise
