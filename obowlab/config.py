@@ -225,7 +225,7 @@ class Machine(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     procs: Count = Field(1, description="processes, one per GPU on a GPU machine")
     workers: Annotated[int, Field(ge=0)] | None = Field(None, description="loader threads or processes per training process")
-    threads: Count | None = Field(None, description="CPU threads of one process; its share of the cores if absent")
+    threads: Count | None = Field(None, description="of one process; on the CPU 1 if absent, else a share of the cores")
     loader: Literal["auto", "ffcv", "torch"] = "auto"
     channels_last: bool = True
     compile: bool = False

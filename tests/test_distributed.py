@@ -54,12 +54,15 @@ def one_of_two(rank: int, file: str, method_config: Obow) -> None:
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{}, {"codes": "hard", "queue_vector": "global_average"}, {"vocabulary": "kmeans_replace", "kmeans_patience": 2}]
-    + [{"vocabulary": "kmeans_sinkhorn"}],
-    ids=["queue", "hard", "kmeans_replace", "kmeans_sinkhorn"],
-)
+VARIANTS: dict[str, dict[str, object]] = {
+    "queue": {},
+    "hard": {"codes": "hard", "queue_vector": "global_average"},
+    "kmeans_replace": {"vocabulary": "kmeans_replace", "kmeans_patience": 2},
+    "kmeans_sinkhorn": {"vocabulary": "kmeans_sinkhorn"},
+}
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
 def test_two_processes_do_the_same_mathematics(changes: dict[str, object], tmp_path: Path) -> None:
     method_config = METHOD.model_copy(update=changes)
     alone = train_in_float64(World(rank=0, world_size=1, device=torch.device("cpu")), method_config).state_dict()

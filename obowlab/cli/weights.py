@@ -26,8 +26,8 @@ def weights() -> None:
 def import_file(file: Path, out: Path | None, force: bool, dry_run: bool) -> None:
     """Turn a released checkpoint of the authors, or a torchvision file, into an encoder file.
 
-    Both of the authors' files are read: the full model and the feature extractor. Every key must fit; what has no place in an
-    encoder (heads, vocabulary, classifier) is listed.
+    Both of the authors' files are read: the full model and the feature extractor. Every key must fit; what has no place here is
+    listed. Teacher, heads and vocabulary of a full model are written beside the encoder.
     """
     target = out or file.with_suffix(".safetensors")
     if not file.is_file():
@@ -37,15 +37,17 @@ def import_file(file: Path, out: Path | None, force: bool, dry_run: bool) -> Non
     _refuse_present(target, force=force)
     if dry_run:
         return would(f"read {file} and write its encoder to {target}")
-    from obowlab.training.weights import Encoder, export, import_authors
+    from obowlab.training.weights import Encoder, export, import_authors, write_method
 
     imported = import_authors(file)
     backbone = imported.info.backbone
     click.echo(f"{file}: {imported.kind}, {backbone.arch}, {imported.info.weights_hash[:8]}.")
     if imported.unused:
-        click.echo(f"Not part of an encoder: {len(imported.unused)} keys, as {_some(list(imported.unused))}.")
+        click.echo(f"Left out: {len(imported.unused)} keys without a place here, as {_some(list(imported.unused))}.")
     written = export(Encoder(model=imported.encoder, info=imported.info, path=file), format="safetensors", path=target)
     click.echo(f"Wrote {written.path}; largest difference of a feature after reading it back: {written.max_difference:.3g}.")
+    if imported.method is not None:
+        click.echo(f"Wrote {write_method(imported, path=target)}: the whole model, with teacher, heads and vocabulary.")
     click.echo(f"Measure it with: obowlab eval {written.path} --dataset NAME")
     return None
 

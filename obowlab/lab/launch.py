@@ -345,12 +345,19 @@ def _check_gpus(machine: Machine) -> None:
 
 
 def _threads(machine: Machine) -> int:
-    """Return the CPU threads of one process: as set, as OMP_NUM_THREADS says, or its share of the cores."""
+    """Return the CPU threads of one process: as set, as OMP_NUM_THREADS says, or the default.
+
+    Beside a GPU that is the process's share of the cores. On the CPU it is 1: two threads that wait for each other within every
+    operation fall to a hundredth of their speed as soon as anything else runs on the machine, and with one thread the bits of a
+    result do not depend on the number of cores.
+    """
     if machine.threads is not None:
         return machine.threads
     inherited = os.environ.get("OMP_NUM_THREADS", "")
     if inherited.isdigit() and int(inherited) > 0:
         return int(inherited)
+    if machine.device == "cpu" or (machine.device == "auto" and count_gpus() == 0):
+        return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // machine.procs)
 

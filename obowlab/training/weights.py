@@ -272,17 +272,16 @@ def import_authors(path: Path) -> Imported:
     return Imported(encoder=encoder, info=info, kind=kind, method=method, unused=unused)
 
 
-def save_imported(imported: Imported, *, path: Path) -> tuple[Path, ...]:
-    """Write the encoder to `path` and, of a full model, the whole method beside it as `NAME.method.safetensors`.
+def write_method(imported: Imported, *, path: Path) -> Path:
+    """Write all that a full model holds (student, teacher, heads, vocabulary) and return the file.
 
-    Returns:
-        The files written.
+    Args:
+        imported: with a method.
+        path: of the encoder; the method goes beside it as `NAME.method.safetensors`.
     """
-    write_encoder(imported.encoder, path=path, info=imported.info)
-    if imported.method is None:
-        return (path,)
+    assert imported.method is not None
     beside = path.with_suffix(".method.safetensors")
     state = {name: tensor.detach().contiguous() for name, tensor in imported.method.state_dict().items()}
     metadata = {METADATA_KEY: imported.info.model_dump_json(), "method": imported.method.method.model_dump_json()}
     _write(beside, safetensors.torch.save(state, metadata=metadata))
-    return path, beside
+    return beside
