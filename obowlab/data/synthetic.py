@@ -168,8 +168,8 @@ _SHAPES = tuple(PARTS.values())
 _COMBINATIONS = (((0, 1, 3, 9), 1), ((0, 1, 5, 12), 1), ((0, 2, 5, 15), 2))
 """Parts of the first class of a family and the step to the next one, modulo 24. Found by search: few classes share two parts.
 
-Neighbouring parts resemble each other, and families put neighbours together, as fur goes with fur: with the parts shuffled the
-same network took three times as many steps.
+Neighbouring parts resemble each other, and families put neighbours together. It helps a short training: after 840 steps of 64
+images, one run each, 5-shot accuracy of 50 classes was 19 percent, and 8 with the parts shuffled (6 before training).
 """
 
 
