@@ -220,5 +220,5 @@ def _level_metrics(level: Level, reading: Reading, log_prediction_NK: Tensor) ->
         f"target_entropy_{level}": target_entropy_B.mean(),
         f"perplexity_image_{level}": target_entropy_B.exp().mean(),
         f"perplexity_batch_{level}": bow.perplexity(reading.targets.mean(dim=0)),
-        f"prediction_entropy_{level}": bow.entropy(log_prediction_NK.exp()).mean(),
+        f"prediction_entropy_{level}": bow.entropy_of_logs(log_prediction_NK).mean(),
     }
