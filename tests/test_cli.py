@@ -255,7 +255,7 @@ DRY = {
         "Would draw the synthetic",
         "Would continue run demo-s0-",
         "step 4 of 10",
-        "15 epochs of synthetic",
+        "12 epochs of synthetic",
         "fewshot, linear, knn",
         "mlflow.db",
     ],

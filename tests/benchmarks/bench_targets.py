@@ -77,7 +77,8 @@ def main() -> None:
         found[variant] = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
         print(f"{variant:16s} {found[variant]['mib']:8.1f} MiB  {found[variant]['seconds']:6.3f} s")
     for variant in ("at_once_in_place", "at_once"):
-        print(f"chunked / {variant}: memory {found['chunked']['mib'] / found[variant]['mib']:.3f}, time {found['chunked']['seconds'] / found[variant]['seconds']:.3f}")
+        memory, duration = (found["chunked"][key] / found[variant][key] for key in ("mib", "seconds"))
+        print(f"chunked / {variant}: memory {memory:.3f}, time {duration:.3f}")
 
 
 if __name__ == "__main__":
