@@ -106,6 +106,8 @@ def test_two_processes_equal_one(tmp_path: Path, data_root: Path, alone: RunFold
     # The first step agrees to rounding. Then single activations near zero fall on either side of a ReLU, and the runs drift
     # apart as any two float32 runs do; that the mathematics is the same is what the float64 test shows.
     assert losses[0][1] == pytest.approx(losses[0][0], rel=1e-6)
+    for name in ("words_used_conv4", "words_used_conv5", "perplexity_batch_conv5", "distance_conv4"):
+        assert pairs[0][1][1][name] == pytest.approx(pairs[0][0][1][name], rel=1e-4), name
     for one, two in losses:
         assert two == pytest.approx(one, rel=0.02)
 

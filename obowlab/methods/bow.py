@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-KEPT_ELEMENTS = 1 << 24
-"""So many distances of a batch (64 MiB) are kept for a second look; the rest is computed again."""
+KEPT_ELEMENTS = 3 << 23
+"""So many distances of a batch (96 MiB) are kept for a second look; the rest is computed again."""
 
 CHUNK_ELEMENTS = 1 << 22
 """So many distances (16 MiB) are made at a time, to stay in the cache; one image's are the least."""
@@ -232,7 +232,7 @@ def balanced_log_codes(dist_BUK: Tensor, potential_K: Tensor, *, epsilon: Tensor
 
 
 class _UnitRows(torch.autograd.Function):
-    """F.normalize(x, dim=1) whose backward pass reads a large matrix twice instead of eight times."""
+    """F.normalize(x, dim=1) with a backward pass in closed form: it goes over a large matrix twice instead of eight times."""
 
     @staticmethod
     def forward(ctx: Any, x_NC: Tensor) -> Tensor:
@@ -243,10 +243,10 @@ class _UnitRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        grad_NC = grads[0]
         unit_NC, norm_N1 = ctx.saved_tensors
-        radial_N1 = torch.linalg.vecdot(grads[0], unit_NC)[:, None]
-        tangential_NC: Tensor = torch.addcmul(grads[0], unit_NC, radial_N1, value=-1)
-        return tangential_NC.div_(norm_N1)
+        radial_N1 = torch.linalg.vecdot(grad_NC, unit_NC)[:, None]
+        return torch.addcmul(grad_NC, unit_NC, radial_N1, value=-1).div_(norm_N1)
 
 
 def unit_rows(x_NC: Tensor) -> Tensor:
@@ -270,6 +270,11 @@ def entropy(probability: Tensor) -> Tensor:
     """Return the entropy of the last dimension in nats; 0 log 0 is 0."""
     terms: Tensor = torch.special.entr(probability)
     return terms.sum(-1)
+
+
+def entropy_of_logs(log_probability: Tensor) -> Tensor:
+    """Return the entropy of the last dimension in nats, from finite logarithms."""
+    return -(log_probability.exp() * log_probability).sum(-1)
 
 
 def perplexity(probability: Tensor) -> Tensor:

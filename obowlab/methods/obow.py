@@ -161,7 +161,7 @@ class OBoW(nn.Module):
             for kind, part_NK in zip(features, parts, strict=True):
                 part_BVK = part_NK.view(num_images, -1, self.method.num_words)
                 losses[kind].append(bow.cross_entropy(part_BVK, reading.targets))
-            metrics |= _level_metrics(level, reading, log_prediction_NK.detach())
+            metrics |= _level_metrics(level, reading, log_prediction_NK.detach(), comm=self.comm)
             metrics[f"msd_{level}"] = vocabulary.msd.clone()
             metrics[f"kappa_{level}"] = head.kappa.detach().clone()
         of_kind = {f"loss_{kind}": torch.stack(each).mean() for kind, each in losses.items()}
@@ -212,13 +212,13 @@ def _refuse_small_map(method: Obow, *, level: Level, size: int) -> None:
         )
 
 
-def _level_metrics(level: Level, reading: Reading, log_prediction_NK: Tensor) -> dict[str, Tensor]:
+def _level_metrics(level: Level, reading: Reading, log_prediction_NK: Tensor, *, comm: Comm) -> dict[str, Tensor]:
     target_entropy_B = bow.entropy(reading.targets)
     return {
         f"distance_{level}": reading.mean_nearest,
         f"words_used_{level}": reading.words_used,
         f"target_entropy_{level}": target_entropy_B.mean(),
         f"perplexity_image_{level}": target_entropy_B.exp().mean(),
-        f"perplexity_batch_{level}": bow.perplexity(reading.targets.mean(dim=0)),
+        f"perplexity_batch_{level}": bow.perplexity(comm.mean(reading.targets.mean(dim=0))),
         f"prediction_entropy_{level}": bow.entropy_of_logs(log_prediction_NK).mean(),
     }

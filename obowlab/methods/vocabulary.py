@@ -28,7 +28,7 @@ class Reading:
     Attributes:
         targets: the BoW targets, [B, K], rows summing to 1.
         mean_nearest: mean squared distance to the nearest word over the locations of all processes, 0-dim.
-        words_used: percent of the words nearest to some location of this process, 0-dim.
+        words_used: percent of the words nearest to some location of the global batch, 0-dim.
     """
 
     targets: Tensor
@@ -75,10 +75,11 @@ class Vocabulary(nn.Module, ABC):
         nearest_dist_BU, nearest_BU = distances.nearest()
         mean_nearest = comm.mean(nearest_dist_BU.mean())
         self._update_msd(mean_nearest)
-        used_K = torch.zeros_like(self.inserted_at, dtype=torch.bool)
-        used_K[nearest_BU.flatten()] = True
+        used_K = torch.zeros_like(self.inserted_at, dtype=mean_nearest.dtype)
+        used_K[nearest_BU.flatten()] = 1.0
+        words_used = 100.0 * (comm.mean(used_K) > 0).to(used_K.dtype).mean()
         target_BK = self._read(map_BCHW, distances, nearest_BU, draws_B=draws_B, step=step, comm=comm)
-        return Reading(targets=target_BK, mean_nearest=mean_nearest, words_used=100.0 * used_K.to(target_BK.dtype).mean())
+        return Reading(targets=target_BK, mean_nearest=mean_nearest, words_used=words_used)
 
     def mean_age(self, *, step: int) -> Tensor:
         """Return the mean number of steps since the words were inserted, 0-dim."""
