@@ -237,7 +237,7 @@ class _UnitRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_NC: Tensor) -> Tensor:
         norm_N1 = torch.linalg.vector_norm(x_NC, dim=1, keepdim=True).clamp_(min=1e-12)
-        unit_NC = x_NC / norm_N1
+        unit_NC: Tensor = x_NC / norm_N1
         ctx.save_for_backward(unit_NC, norm_N1)
         return unit_NC
 
@@ -246,7 +246,8 @@ class _UnitRows(torch.autograd.Function):
         grad_NC = grads[0]
         unit_NC, norm_N1 = ctx.saved_tensors
         radial_N1 = torch.linalg.vecdot(grad_NC, unit_NC)[:, None]
-        return torch.addcmul(grad_NC, unit_NC, radial_N1, value=-1).div_(norm_N1)
+        tangential_NC: Tensor = torch.addcmul(grad_NC, unit_NC, radial_N1, value=-1)
+        return tangential_NC.div_(norm_N1)
 
 
 def unit_rows(x_NC: Tensor) -> Tensor:
