@@ -6,7 +6,9 @@ views, order and word sampling are functions of (seed, epoch, image index).
 
 from __future__ import annotations
 
+import io
 import os
+import pickle
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,9 +37,11 @@ class Checkpoint:
 def save(folder: Path, *, checkpoint: Checkpoint) -> None:
     """Write the checkpoint and keep the one before it; at no moment is there no valid file."""
     temporary = folder / f"{CURRENT}.tmp"
+    content = io.BytesIO()  # torch's own writer hides what the disk complains about
+    torch.save({"format": FORMAT, **vars(checkpoint)}, content)
     try:
         with temporary.open("wb") as file:
-            torch.save({"format": FORMAT, **vars(checkpoint)}, file)
+            file.write(content.getbuffer())
             file.flush()
             os.fsync(file.fileno())
         current = folder / CURRENT
@@ -81,7 +85,7 @@ def _read(path: Path, *, map_location: torch.device) -> Checkpoint | str:
         if damaged is not None:
             return f"{path} is damaged (record {damaged} does not match its checksum)."
         content = torch.load(path, map_location=map_location, weights_only=True)
-    except (OSError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError) as error:
+    except (OSError, zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         return f"{path} is damaged ({str(error).splitlines()[0]})."
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT or set(content) != set(Checkpoint.__annotations__):
         return f"{path} is not a checkpoint of this version of obowlab."

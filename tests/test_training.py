@@ -1,0 +1,117 @@
+"""What stops a run: a loss that is no number, other images, somebody else's checkpoint, a full disk."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from obowlab.config import Machine
+from obowlab.data.datasets import prepare
+from obowlab.errors import UserError
+from obowlab.track.folder import RunFolder
+from obowlab.training import checkpoint as checkpoints
+from obowlab.training.__main__ import main
+from tests.conftest import draw_photo
+from tests.runs import small_recipe
+
+CPU = torch.device("cpu")
+
+
+def run_here(folder: Path, *, data_root: Path, overrides: tuple[str, ...] = (), epochs: int = 1) -> tuple[int, RunFolder]:
+    """Carry a run out in this process; return its exit code and its folder."""
+    machine = Machine(data_root=data_root, runs_root=folder / "runs", device="cpu", loader="torch", workers=0)
+    loaded = small_recipe(folder, dataset="small", epochs=epochs, overrides=("evaluation.protocols=[]", *overrides))
+    run = RunFolder.create(loaded, seed=0, runs_root=machine.runs_root)
+    run.write_machine(machine)
+    return main([str(run.path)]), run
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(
+    tmp_path: Path, data_root: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code, run = run_here(tmp_path, data_root=data_root, overrides=("optimizer.learning_rate=1e30",), epochs=4)
+    assert code == 2
+    state = run.state
+    assert state.status == "failed"
+    assert "not finite at step" in state.message
+    assert "training images" in state.message
+    assert "optimizer.learning_rate" in state.message
+    assert f"Error: {state.message}" in capfd.readouterr().err
+    assert len(run.metrics()) < 4 * 7
+    assert "Traceback" not in (run.path / "log.txt").read_text()
+
+
+def test_other_images_are_refused_and_nothing_is_lost(tmp_path: Path, data_root: Path) -> None:
+    code, run = run_here(tmp_path, data_root=data_root)
+    assert code == 0
+    before = (run.path / "checkpoint.pt").read_bytes()
+    for label in range(2):
+        (tmp_path / "images" / "train" / f"class_{label}").mkdir(parents=True)
+        for number in range(8):
+            draw_photo(label * 8 + number, height=32, width=32).save(
+                tmp_path / "images" / "train" / f"class_{label}" / f"{number}.jpg"
+            )
+    prepare("small", source=tmp_path / "images", data_root=tmp_path / "other", workers=1)
+    run.set_state(status="interrupted")
+    code, run = run_here(tmp_path, data_root=tmp_path / "other")
+    assert code == 2
+    assert "not those that" in run.state.message
+    assert "--fresh" in run.state.message
+    assert (run.path / "checkpoint.pt").read_bytes() == before
+
+
+def some_checkpoint(fingerprint: str = "f") -> checkpoints.Checkpoint:
+    tensors = {"weight": torch.arange(1000.0)}
+    return checkpoints.Checkpoint(step=3, fingerprint=fingerprint, data_hash="d", method=tensors, optimizer={})
+
+
+def test_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    checkpoints.save(tmp_path, checkpoint=some_checkpoint("one"))
+    with pytest.raises(UserError, match="another recipe or seed"):
+        checkpoints.newest(tmp_path, fingerprint="other", map_location=CPU)
+
+
+@pytest.mark.parametrize("damage", ["cut", "flip", "empty", "text"])
+def test_damaged_checkpoint_gives_way_to_the_one_before(damage: str, tmp_path: Path) -> None:
+    checkpoints.save(tmp_path, checkpoint=some_checkpoint())
+    checkpoints.save(tmp_path, checkpoint=some_checkpoint())
+    path = tmp_path / checkpoints.CURRENT
+    content = bytearray(path.read_bytes())
+    middle = content.find(torch.arange(1000.0).numpy().tobytes()) + 2000
+    content[middle] ^= 1
+    path.write_bytes({"cut": content[: len(content) // 2], "flip": bytes(content), "empty": b"", "text": b"hello"}[damage])
+    found, complaints = checkpoints.newest(tmp_path, fingerprint="f", map_location=CPU)
+    assert found is not None
+    assert torch.equal(found.method["weight"], torch.arange(1000.0))
+    assert len(complaints) == 1
+    assert str(path) in complaints[0]
+
+
+def test_a_checkpoint_runs_no_code(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return os.system, (f"touch {tmp_path}/executed",)
+
+    torch.save({"format": 1, "step": Evil()}, tmp_path / checkpoints.CURRENT)
+    found, complaints = checkpoints.newest(tmp_path, fingerprint="f", map_location=CPU)
+    assert found is None
+    assert len(complaints) == 1
+    assert not (tmp_path / "executed").exists()
+
+
+def test_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints.save(tmp_path, checkpoint=some_checkpoint())
+    before = (tmp_path / checkpoints.CURRENT).read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="No space left"):
+        checkpoints.save(tmp_path, checkpoint=some_checkpoint())
+    assert (tmp_path / checkpoints.CURRENT).read_bytes() == before
+    assert not list(tmp_path.glob("*.tmp"))
