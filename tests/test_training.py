@@ -13,6 +13,7 @@ from obowlab.config import Machine
 from obowlab.data.datasets import prepare
 from obowlab.errors import UserError
 from obowlab.track.folder import RunFolder
+from obowlab.track.journal import MetricLog
 from obowlab.training import checkpoint as checkpoints
 from obowlab.training.__main__ import main
 from tests.conftest import draw_photo
@@ -115,3 +116,16 @@ def test_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest
         checkpoints.save(tmp_path, checkpoint=some_checkpoint())
     assert (tmp_path / checkpoints.CURRENT).read_bytes() == before
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_full_disk_in_the_middle_is_one_sentence(
+    tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def full(self: MetricLog, step: int, values: object) -> bool:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")
+
+    monkeypatch.setattr(MetricLog, "append", full)
+    code, run = run_here(tmp_path, data_root=data_root)
+    assert code == 2
+    assert "Error: Cannot use metrics.jsonl (No space left on device): mend that" in capfd.readouterr().err
+    assert run.state.status == "failed"

@@ -56,16 +56,26 @@ def carry_out(work: Work) -> int:
         ending = {"status": "interrupted", "message": "stopped by a signal; the same command goes on"}
         work.reporter.say("Stopped; the same command goes on from here.")
         code = 128 + interruption.signum
-    except UserError as error:
-        ending = {"status": "failed", "message": str(error)}
-        work.reporter.say(f"Error: {error}")
+    except (UserError, OSError) as error:
+        sentence = str(error) if isinstance(error, UserError) else unusable(error, folder=work.folder.path)
+        ending = {"status": "failed", "message": sentence}
+        work.reporter.say(f"Error: {sentence}")
         code = 2
     except Exception:
         work.reporter.log(traceback.format_exc())
         raise
     if work.world.is_main:
-        work.folder.set_state(**ending)
+        try:
+            work.folder.set_state(**ending)
+        except OSError as error:  # the disk that ended the run may refuse this as well; the launcher sees the exit code
+            print(f"Error: {unusable(error, folder=work.folder.path)}", file=sys.stderr)
+            return 2
     return code
+
+
+def unusable(error: OSError, *, folder: Path) -> str:
+    """Say in one sentence which file the operating system refused."""
+    return f"Cannot use {error.filename or folder} ({error.strerror or error}): mend that and run the command again."
 
 
 def stop_with_parent() -> None:
