@@ -68,6 +68,9 @@ def run(
         workers=workers,
         loader=loader,
     )
+    from obowlab.lab.launch import check_gpus, launch, plan
+
+    check_gpus(machine)
     run_id = run_id_of(loaded, seed=seed)
     path = machine.runs_root / run_id
     there = (path / "run.json").is_file()
@@ -82,8 +85,6 @@ def run(
             _say_if_pending(folder, machine)
             return 0
     check_data(loaded, machine=machine, dry_run=dry_run)
-    from obowlab.lab.launch import launch, plan
-
     if dry_run:
         _print_plan(loaded, plan=plan(loaded, seed=seed, machine=machine, fresh=resume is False), machine=machine)
         return 0

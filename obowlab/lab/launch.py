@@ -107,7 +107,7 @@ def plan(loaded: Loaded, *, seed: int, machine: Machine, fresh: bool, command: C
     Raises:
         UserError: as `launch`.
     """
-    _check_gpus(machine)
+    check_gpus(machine)
     run_id = run_id_of(loaded, seed=seed)
     path = machine.runs_root / run_id
     state = RunFolder.open(path).current_state() if (path / "run.json").is_file() else None
@@ -158,7 +158,7 @@ def launch(
     Raises:
         UserError: too few GPUs, another process trains this run, a tracking address MLflow cannot write to.
     """
-    _check_gpus(machine)
+    check_gpus(machine)
     machine = machine.model_copy(update={"threads": _threads(machine)})
     store_uri(machine.tracking_uri, runs_root=machine.runs_root)  # complains before anything is touched
     path = machine.runs_root / run_id_of(loaded, seed=seed)
@@ -332,7 +332,12 @@ def _conclude(folder: RunFolder, *, returncode: int, asked: list[int]) -> int:
 # ---------------------------------------------------------------------------------------------------------------- helpers
 
 
-def _check_gpus(machine: Machine) -> None:
+def check_gpus(machine: Machine) -> None:
+    """Refuse a machine that asks for more GPUs than there are.
+
+    Raises:
+        UserError: says how many there are.
+    """
     if machine.device == "cpu" or (machine.device == "auto" and machine.procs == 1):
         return
     there = count_gpus()

@@ -304,8 +304,9 @@ class RunFolder:
         return [parse_point(line) for line in read_lines(self.path / f"{name}.jsonl")]
 
     def results(self) -> list[dict[str, Any]]:
-        """Return every evaluation result, in the order of file names."""
-        return [json.loads(path.read_bytes()) for path in sorted((self.path / "results").glob("*.json"))]
+        """Return every evaluation result, the oldest first."""
+        results = [json.loads(path.read_bytes()) for path in sorted((self.path / "results").glob("*.json"))]
+        return sorted(results, key=lambda result: float(result.get("measured_at", 0.0)))
 
     def add_result(self, result: Mapping[str, Any]) -> Path:
         """Write one evaluation result; the same protocol, weights and data replace an earlier one.
@@ -315,7 +316,8 @@ class RunFolder:
         """
         identity = [result.get(key) for key in ("subject", "protocol", "version", "protocol_hash", "weights_hash", "data_hash")]
         name = f"{result['subject']}-{result['protocol']}-{canonical_hash(identity)[:8]}.json"
-        return self.write_artifact(f"results/{name}", json.dumps(result, indent=1, allow_nan=False))
+        dated = {**result, "measured_at": round(time.time(), 3)}
+        return self.write_artifact(f"results/{name}", json.dumps(dated, indent=1, allow_nan=False))
 
     @property
     def mirror_path(self) -> Path:
