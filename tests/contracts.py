@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from obowlab.config import Recipe, recipe_from_values
-from obowlab.methods import METHODS, OBoW, OneProcess, StepOutput
+from obowlab.methods import METHODS, Method, OneProcess, StepOutput
 
 NUM_IMAGES = 4
 NUM_CLASSES = 3
@@ -23,7 +23,7 @@ class MethodContract:
         values = {"method.name": request.param, "backbone.stem": "small", "backbone.width": 4}
         return recipe_from_values(values, sources=dict.fromkeys(values, "contracts.py"))
 
-    def build(self, recipe: Recipe, *, seed: int = 0) -> tuple[OBoW, torch.optim.SGD]:
+    def build(self, recipe: Recipe, *, seed: int = 0) -> tuple[Method, torch.optim.SGD]:
         method = METHODS[recipe.method.name](
             recipe.method, backbone=recipe.backbone, total_steps=10, seed=seed, num_classes=NUM_CLASSES, comm=OneProcess()
         )
@@ -36,7 +36,7 @@ class MethodContract:
         draws = torch.rand(NUM_IMAGES, num_draws, generator=generator, dtype=torch.float64)
         return original, views, draws, torch.randint(NUM_CLASSES, (NUM_IMAGES,), generator=generator)
 
-    def train(self, method: OBoW, optimizer: torch.optim.SGD, steps: range) -> StepOutput:
+    def train(self, method: Method, optimizer: torch.optim.SGD, steps: range) -> StepOutput:
         for step in steps:
             original, views, draws, labels = self.batch(step, method.num_draws)
             output = method(original, views, step=step, draws=draws, labels=labels)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from obowlab.config import Backbone, Machine, Obow
-from obowlab.methods import METHODS, OBoW
+from obowlab.methods import METHODS, Method
 from obowlab.track.folder import RunFolder
 from obowlab.training.distributed import World, parallelise, synchronise_batchnorm
 from tests.runs import complete, points, small_recipe, weights
@@ -19,7 +19,7 @@ BATCH = 8
 METHOD = Obow(levels=("conv4", "conv5"), num_words=20, border=0, msd_start="first_batch", teacher_momentum=0.9)
 
 
-def train_in_float64(world: World, method_config: Obow) -> OBoW:
+def train_in_float64(world: World, method_config: Obow) -> Method:
     """Do ten steps on this rank's share of fixed random images; in float64 rounding cannot hide a mistake."""
     method = METHODS[method_config.name](
         method_config,

@@ -5,7 +5,7 @@ import torch
 
 from obowlab.config import Backbone, Obow, Views
 from obowlab.errors import UserError
-from obowlab.methods import OBoW, OneProcess, build_backbone, check_views
+from obowlab.methods import OBoW, OneProcess, build_backbone
 from tests.contracts import MethodContract
 
 SMALL = Backbone(stem="small", width=4)
@@ -95,7 +95,7 @@ def test_bf16_encoders_leave_distances_and_loss_in_float32() -> None:
 def test_a_map_too_small_for_the_vocabulary_is_refused_in_one_sentence(original_size: int) -> None:
     views = Views(original_size=original_size, original_resize=40, crop_size=16)
     with pytest.raises(UserError, match=r"conv5.*method\.border.*views\.original_size") as early:
-        check_views(Obow(), backbone=SMALL, views=views)
+        OBoW.check_views(Obow(), backbone=SMALL, views=views)
     with pytest.raises(UserError) as late:
         step(build(), size=original_size)
     assert str(early.value) == str(late.value)
@@ -108,5 +108,5 @@ def test_a_map_too_small_for_the_vocabulary_is_refused_in_one_sentence(original_
 def test_small_maps_serve_the_other_choices(options: dict[str, Any]) -> None:
     views = Views(original_size=32, original_resize=40, crop_size=16)
     method = Obow(num_words=20, **options)
-    check_views(method, backbone=SMALL, views=views)
+    OBoW.check_views(method, backbone=SMALL, views=views)
     assert torch.isfinite(step(build(**options), size=32).loss)

@@ -14,7 +14,7 @@ from obowlab.config import Backbone, Level, Obow, Views
 from obowlab.errors import UserError
 from obowlab.methods import bow
 from obowlab.methods.backbones import ResNet, build_backbone, map_size
-from obowlab.methods.protocol import Comm, StepOutput
+from obowlab.methods.protocol import Comm, Method, StepOutput
 from obowlab.methods.schedules import teacher_momentum
 from obowlab.methods.vocabulary import VOCABULARIES, Reading, Vocabulary
 
@@ -68,7 +68,7 @@ class Monitor(nn.Module):
         return cast(Tensor, self.fc(self.norm(bow.at_least_float32(features_BD.detach()))))
 
 
-class OBoW(nn.Module):
+class OBoW(Method):
     """One call is one training step without its backward pass, in the order that SPEC pins.
 
     Attributes:
@@ -85,10 +85,7 @@ class OBoW(nn.Module):
         num_classes: int | None,
         comm: Comm,
     ):
-        super().__init__()
-        self.method = method
-        self.total_steps = total_steps
-        self.comm = comm
+        super().__init__(method, backbone=backbone, total_steps=total_steps, seed=seed, num_classes=num_classes, comm=comm)
         self.num_draws = len(method.levels)
         self.student = build_backbone(backbone, seed=seed)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
@@ -108,6 +105,16 @@ class OBoW(nn.Module):
                 }
             )
             self.monitor = Monitor(num_features=features, num_classes=num_classes) if num_classes is not None else None
+
+    @classmethod
+    def check_views(cls, method: Obow, *, backbone: Backbone, views: Views) -> None:
+        """Refuse feature maps that are too small for the vocabulary.
+
+        Raises:
+            UserError: the border leaves nothing, or less than the 3x3 that `local_average` averages.
+        """
+        for level in method.levels:
+            _refuse_small_map(method, level=level, size=map_size(backbone, level=level, image_size=views.original_size))
 
     @property
     def encoder(self) -> ResNet:
@@ -190,16 +197,6 @@ class OBoW(nn.Module):
         )
         torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()), 1.0 - alpha)
         return alpha
-
-
-def check_views(method: Obow, *, backbone: Backbone, views: Views) -> None:
-    """Refuse, before anything is loaded, feature maps that are too small for the vocabulary.
-
-    Raises:
-        UserError: the border leaves nothing, or less than the 3x3 that `local_average` averages.
-    """
-    for level in method.levels:
-        _refuse_small_map(method, level=level, size=map_size(backbone, level=level, image_size=views.original_size))
 
 
 def _refuse_small_map(method: Obow, *, level: Level, size: int) -> None:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from obowlab.config import Backbone, Obow, Views
+from obowlab.methods.backbones import ResNet
 
 
 class Comm(Protocol):
@@ -50,3 +55,64 @@ class StepOutput:
 
     loss: Tensor
     metrics: dict[str, Tensor]
+
+
+class Method(nn.Module, ABC):
+    """A way to learn an encoder: one call is one training step without its backward pass.
+
+    Whatever must survive a restart is a parameter or a persistent buffer; nothing random is drawn but the initial weights.
+
+    Attributes:
+        num_draws: uniforms a step needs per image.
+    """
+
+    num_draws: int
+
+    def __init__(
+        self, method: Obow, *, backbone: Backbone, total_steps: int, seed: int, num_classes: int | None, comm: Comm
+    ) -> None:
+        """Build with the initial weights of a seed.
+
+        Args:
+            method: the method's settings.
+            backbone: the network to learn.
+            total_steps: steps of the whole training, for schedules.
+            seed: of the initial weights.
+            num_classes: of the data set, for the online monitor; None for no monitor.
+            comm: the other processes of the run.
+        """
+        super().__init__()
+        self.method = method
+        self.total_steps = total_steps
+        self.comm = comm
+
+    @classmethod
+    def check_views(cls, method: Obow, *, backbone: Backbone, views: Views) -> None:
+        """Refuse, before anything is loaded, views that the method cannot work on.
+
+        Raises:
+            UserError: names the setting to change.
+        """
+
+    @property
+    @abstractmethod
+    def encoder(self) -> ResNet:
+        """The network this method is for."""
+
+    @abstractmethod
+    def param_groups(self, *, weight_decay: float) -> list[dict[str, Any]]:
+        """Return the optimiser's groups, the monitor's apart."""
+
+    @abstractmethod
+    def forward(
+        self, original: Tensor, views: Mapping[str, Tensor], *, step: int, draws: Tensor, labels: Tensor | None = None
+    ) -> StepOutput:
+        """Do one training step up to its loss.
+
+        Args:
+            original: the whole image, [B, 3, S, S].
+            views: kind of view (`crops`, `patches`) to the student's views, [B·V, 3, s, s], all views of an image together.
+            step: number of this step, from 0.
+            draws: uniforms in [0, 1), [B, num_draws].
+            labels: classes of the images, [B]; only a monitor sees them.
+        """

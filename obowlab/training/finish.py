@@ -6,7 +6,7 @@ import torch
 
 from obowlab.data.datasets import open_split
 from obowlab.evaluation import evaluate
-from obowlab.methods import OBoW, ResNet
+from obowlab.methods import Method, ResNet
 from obowlab.track.mirror import save_encoder_model
 from obowlab.training.loop import build
 from obowlab.training.weights import save_encoder
@@ -16,7 +16,7 @@ ENCODER_FILE = "encoder.safetensors"
 MODEL_FOLDER = "model"
 
 
-def finish(work: Work, *, method: OBoW) -> None:
+def finish(work: Work, *, method: Method) -> None:
     """Save and measure the encoder of a trained method; what is already there is not done again."""
     work.stop.act_at_once()
     folder, recipe = work.folder, work.recipe

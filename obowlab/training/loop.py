@@ -13,7 +13,7 @@ from obowlab.data.loaders import TrainLoader, train_loader
 from obowlab.data.photometric import render
 from obowlab.data.views import Stream, uniforms
 from obowlab.errors import UserError
-from obowlab.methods import METHODS, OBoW, check_views
+from obowlab.methods import METHODS, Method
 from obowlab.methods.schedules import learning_rate
 from obowlab.track import provenance
 from obowlab.training import checkpoint as checkpoints
@@ -24,7 +24,7 @@ SHOWN = ("loss", "perplexity_image_conv5", "monitor_accuracy")
 """Metrics beside the progress bar."""
 
 
-def train(work: Work) -> OBoW:
+def train(work: Work) -> Method:
     """Train a run from its newest checkpoint to its end and return the method.
 
     Raises:
@@ -149,11 +149,12 @@ def open_loader(work: Work, *, split: Split) -> TrainLoader:
     )
 
 
-def build(work: Work, *, split: Split, total_steps: int) -> OBoW:
+def build(work: Work, *, split: Split, total_steps: int) -> Method:
     """Build the recipe's method with the initial weights of the run's seed, on this process's device."""
     recipe = work.recipe
-    check_views(recipe.method, backbone=recipe.backbone, views=recipe.views)
-    method = METHODS[recipe.method.name](
+    kind = METHODS[recipe.method.name]
+    kind.check_views(recipe.method, backbone=recipe.backbone, views=recipe.views)
+    method = kind(
         recipe.method,
         backbone=recipe.backbone,
         total_steps=total_steps,
@@ -164,7 +165,7 @@ def build(work: Work, *, split: Split, total_steps: int) -> OBoW:
     return method.to(work.world.device)
 
 
-def resume(work: Work, *, method: OBoW, optimizer: torch.optim.Optimizer, data_hash: str) -> int:
+def resume(work: Work, *, method: Method, optimizer: torch.optim.Optimizer, data_hash: str) -> int:
     """Load the newest valid checkpoint of the run, if there is one, and return the step to go on from."""
     folder = work.folder
     found, complaints = checkpoints.newest(folder.path, fingerprint=folder.info.fingerprint, map_location=work.world.device)
@@ -206,7 +207,7 @@ def announce(work: Work, *, split: Split, loader: TrainLoader, step: int, total_
     folder.set_state(status="running", attempt=attempt, step=step, total_steps=total_steps, message="")
 
 
-def grad_norm(method: OBoW) -> float:
+def grad_norm(method: Method) -> float:
     """Return the Euclidean norm of all gradients of the last backward pass."""
     gradients = [parameter.grad for parameter in method.parameters() if parameter.grad is not None]
     return float(torch.nn.utils.get_total_norm(gradients))
