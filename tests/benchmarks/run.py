@@ -24,9 +24,8 @@ def photos(scratch: Path) -> Path | None:
         with tarfile.open(source) as archive:
             archive.extractall(scratch, filter="data")
         source = scratch
-    if not source.is_dir():
-        return None
-    return max(source.rglob("*.JPEG"), key=lambda path: len(path.parts)).parent.parent
+    first = next(source.rglob("*.JPEG"), None) if source.is_dir() else None
+    return first.parent.parent if first else None
 
 
 def bench(title: str, script: str, *arguments: str) -> int:
