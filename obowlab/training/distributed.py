@@ -105,7 +105,9 @@ def parallelise(method: nn.Module, *, world: World) -> nn.Module:
     if world.world_size == 1:
         return method
     ids = [world.device.index] if world.device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(method, device_ids=ids, broadcast_buffers=False)
+    parallel = nn.parallel.DistributedDataParallel(method, device_ids=ids)
+    parallel.broadcast_buffers = False  # as an argument it was renamed; the attribute is there in old and new torch
+    return parallel
 
 
 def synchronise_batchnorm(module: nn.Module, *, world: World) -> None:
