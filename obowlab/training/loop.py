@@ -184,7 +184,7 @@ def resume(work: Work, *, method: Method, optimizer: torch.optim.Optimizer, data
 
 
 def announce(work: Work, *, split: Split, loader: TrainLoader, step: int, total_steps: int) -> None:
-    """File the facts of this start of the run: code, software, machine, data."""
+    """Say what begins, and file the facts of this start of the run: code, software, machine, data."""
     folder, machine, world = work.folder, work.machine, work.world
     code = provenance.code()
     if code.diff:
@@ -203,6 +203,11 @@ def announce(work: Work, *, split: Split, loader: TrainLoader, step: int, total_
         "compile": machine.compile,
         "step": step,
     }
+    epochs, batch_size = work.recipe.training.epochs, work.recipe.training.batch_size
+    work.reporter.say(
+        f"Training {folder.run_id}: {epochs} epochs of {split.dataset}, {total_steps} steps of {batch_size} images, "
+        f"{world.world_size} process(es) on {world.device.type}, {loader.backend} loader."
+    )
     attempt = folder.append_attempt({**provenance.environment(), **facts})
     folder.set_state(status="running", attempt=attempt, step=step, total_steps=total_steps, message="")
 
