@@ -28,8 +28,8 @@ Count = Annotated[int, Field(ge=1)]
 Range = tuple[Annotated[float, Field(ge=0.0)], Annotated[float, Field(ge=0.0)]]
 Level = Literal["conv4", "conv5"]
 
-FINGERPRINT_VERSION = 1
-"""Raise it when the same recipe would no longer give the same weights (see CHANGELOG, *Numerics*)."""
+FINGERPRINT_VERSION = 2
+"""Raise it when the same recipe would no longer give the same weights, or a default changes (see CHANGELOG, *Numerics*)."""
 
 
 class Section(BaseModel):
@@ -210,10 +210,12 @@ class Recipe(Section):
     def fingerprint(self, *, seed: int) -> str:
         """Return the SHA-256 (hex) that identifies a run: the resolved recipe and the seed.
 
-        Title and evaluation are left out: they do not change the weights, and measuring again must not train again.
+        Title and evaluation are left out: they do not change the weights, and measuring again must not train again. So are
+        settings at their default: a run keeps its identity when a later version knows one more setting.
         """
-        resolved = self.model_dump(mode="json", exclude={"title", "evaluation"})
-        return canonical_hash({"version": FINGERPRINT_VERSION, "recipe": resolved, "seed": seed})
+        distinct = self.model_dump(mode="json", exclude={"title", "evaluation"}, exclude_defaults=True)
+        distinct["method"] = {"name": self.method.name, **distinct.get("method", {})}
+        return canonical_hash({"version": FINGERPRINT_VERSION, "recipe": distinct, "seed": seed})
 
 
 class Machine(Section):

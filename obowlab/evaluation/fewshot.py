@@ -204,15 +204,15 @@ def _distinct(draws: npt.NDArray[np.float64], population: int) -> Iterator[int]:
 # ------------------------------------------------------------------------------------------------------- classification
 
 
-def episode_accuracies(features: torch.Tensor, *, episodes: Episodes) -> torch.Tensor:
-    """Classify the test images of every episode and return its accuracy.
+def episode_answers(features: torch.Tensor, *, episodes: Episodes) -> torch.Tensor:
+    """Classify the test images of every episode and return how many answers are right.
 
     Args:
         features: float32 [N, c].
         episodes: E episodes of positions below N.
 
     Returns:
-        float64 [E], percent.
+        int64 [E], each of num_ways · num_queries answers.
     """
     num_episodes, num_ways, num_shots = episodes.train.shape
     gathered = num_ways * (num_shots + episodes.test.shape[2]) * features.shape[1]
@@ -220,14 +220,14 @@ def episode_accuracies(features: torch.Tensor, *, episodes: Episodes) -> torch.T
     train = torch.from_numpy(episodes.train).to(features.device)
     test = torch.from_numpy(episodes.test).to(features.device)
     truth = torch.arange(num_ways, device=features.device).repeat_interleave(episodes.test.shape[2])
-    accuracies = []
+    answers = []
     for start in range(0, num_episodes, chunk):
         shots = F.normalize(features[train[start : start + chunk]], dim=3)  # [e, W, n, c]
         prototypes = F.normalize(shots.mean(dim=2), dim=2)  # [e, W, c]
         queries = F.normalize(features[test[start : start + chunk]], dim=3)  # [e, W, q, c]
         cosines = queries.flatten(1, 2) @ prototypes.transpose(1, 2)  # [e, W * q, W]
-        accuracies.append((cosines.argmax(dim=2) == truth).double().mean(dim=1))
-    return 100 * torch.cat(accuracies).cpu()
+        answers.append((cosines.argmax(dim=2) == truth).sum(dim=1))
+    return torch.cat(answers).cpu()
 
 
 def few_shot(
@@ -264,6 +264,7 @@ def few_shot(
             episodes = authors_episodes(images_of, classes=classes.indices, config=config, num_shots=num_shots)
         else:
             episodes = counter_episodes(images_of, classes=classes.indices, config=config, num_shots=num_shots, seed=seed)
-        accuracies = episode_accuracies(features, episodes=episodes)
-        measurements.append(mean_with_interval(f"fewshot_{num_shots}shot", accuracies.tolist()))
+        answers = episode_answers(features, episodes=episodes)
+        questions = config.num_ways * config.num_queries
+        measurements.append(mean_with_interval(f"fewshot_{num_shots}shot", answers.tolist(), of=questions))
     return tuple(measurements)

@@ -53,4 +53,4 @@ def nearest_neighbours(
 ) -> tuple[Measurement, ...]:
     """Measure `knn_top1` in percent, with Wilson's interval over the M queries; arguments as in `neighbour_votes`."""
     predicted = neighbour_votes(queries, bank=bank, bank_labels=bank_labels, num_classes=num_classes, config=config)
-    return (proportion_with_interval("knn_top1", num_correct=int((predicted == labels).sum()), count=len(labels)),)
+    return (proportion_with_interval("knn_top1", (predicted == labels).int().tolist()),)

@@ -124,7 +124,7 @@ def linear_probe(
         `linear_top1` in percent, with Wilson's interval over the M images.
     """
     weight, bias = train_probe(views, labels=labels, num_classes=num_classes, config=config, seed=seed, report=report)
-    num_correct = 0
+    correct: list[int] = []
     for features, truth in zip(torch.split(test_features, 8192), torch.split(test_labels, 8192), strict=True):
-        num_correct += int((F.linear(features, weight, bias).argmax(dim=1) == truth).sum())
-    return (proportion_with_interval("linear_top1", num_correct=num_correct, count=len(test_labels)),)
+        correct += (F.linear(features, weight, bias).argmax(dim=1) == truth).int().tolist()
+    return (proportion_with_interval("linear_top1", correct),)

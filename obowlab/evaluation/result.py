@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from statistics import fmean, stdev
 from typing import Any
 
+from obowlab.track.samples import pack
+
 Z_95 = 1.959963984540054
 """Two-sided 95 % quantile of the normal distribution."""
 
@@ -21,12 +23,14 @@ class Measurement:
         value: percent.
         interval: half-width of the 95 % interval, in percent.
         count: number of independent observations behind it (episodes or images).
+        samples: the observations themselves, as `obowlab.track.samples` packs them, so that runs can be compared in pairs.
     """
 
     name: str
     value: float
     interval: float
     count: int
+    samples: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -66,23 +70,34 @@ class Result:
         return cls(**{**values, "measurements": measurements})
 
 
-def mean_with_interval(name: str, samples: Sequence[float]) -> Measurement:
-    """Return the mean of independent samples with the normal interval 1.96 · s / √n.
+def mean_with_interval(name: str, correct: Sequence[int], *, of: int) -> Measurement:
+    """Return the mean accuracy of independent episodes with the normal interval 1.96 · s / √n.
 
     Args:
         name: of the measurement.
-        samples: at least two values, for example the accuracy of every episode, in percent.
+        correct: right answers of every episode; at least two episodes.
+        of: questions of each episode.
     """
-    assert len(samples) >= 2, "an interval needs two samples"
+    assert len(correct) >= 2, "an interval needs two episodes"
+    accuracies = [100 * right / of for right in correct]
     return Measurement(
-        name=name, value=fmean(samples), interval=Z_95 * stdev(samples) / math.sqrt(len(samples)), count=len(samples)
+        name=name,
+        value=fmean(accuracies),
+        interval=Z_95 * stdev(accuracies) / math.sqrt(len(accuracies)),
+        count=len(accuracies),
+        samples=pack(correct, of=of),
     )
 
 
-def proportion_with_interval(name: str, *, num_correct: int, count: int) -> Measurement:
-    """Return an accuracy in percent with the half-width of Wilson's interval, which stays honest at 0 and 100 %."""
-    assert 0 <= num_correct <= count
+def proportion_with_interval(name: str, correct: Sequence[int]) -> Measurement:
+    """Return an accuracy in percent with the half-width of Wilson's interval, which stays honest at 0 and 100 %.
+
+    Args:
+        name: of the measurement.
+        correct: 1 for every image that was answered rightly, else 0; at least one image.
+    """
+    count = len(correct)
     assert count > 0
-    p = num_correct / count
+    p = sum(correct) / count
     half_width = Z_95 / (1 + Z_95**2 / count) * math.sqrt(p * (1 - p) / count + Z_95**2 / (4 * count**2))
-    return Measurement(name=name, value=100 * p, interval=100 * half_width, count=count)
+    return Measurement(name=name, value=100 * p, interval=100 * half_width, count=count, samples=pack(correct, of=1))
