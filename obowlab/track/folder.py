@@ -86,6 +86,7 @@ class State(BaseModel):
     pid: int | None = None
     host: str | None = None
     attempt: int = 0
+    trained_s: float | None = None
     updated_at: float = 0.0
 
 
@@ -318,6 +319,26 @@ class RunFolder:
         name = f"{result['subject']}-{result['protocol']}-{canonical_hash(identity)[:8]}.json"
         dated = {**result, "measured_at": round(time.time(), 3)}
         return self.write_artifact(f"results/{name}", json.dumps(dated, indent=1, allow_nan=False))
+
+    def trained_s(self) -> float | None:
+        """Return the seconds spent on training steps, all starts together; None when nothing was logged."""
+        state = self.state
+        if state.trained_s is not None:
+            return state.trained_s
+        total_s, last_step = 0.0, 0  # a run of an older version: the points tell, at the cost of reading them all
+        for point in self.metrics():
+            total_s += point.values.get("step_time_s", 0.0) * (point.step - last_step)
+            last_step = point.step
+        return round(total_s, 1) if last_step else None
+
+    def mlflow_run_id(self) -> str | None:
+        """Return the id of the MLflow run that mirrors this one, in the store it was sent to last; None when it never was."""
+        try:
+            stores = json.loads(self.mirror_path.read_bytes())["stores"]
+        except (FileNotFoundError, ValueError, KeyError):
+            return None
+        ids = [sent["run_id"] for sent in stores.values() if sent.get("run_id")]
+        return str(ids[-1]) if ids else None
 
     @property
     def mirror_path(self) -> Path:

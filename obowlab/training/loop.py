@@ -69,6 +69,7 @@ def train(work: Work) -> Method:
         metric_log = folder.metric_log()
         announce(work, split=split, loader=loader, step=step, total_steps=total_steps)
     last_save = last_log = time.monotonic()
+    trained_s = folder.trained_s() or 0.0
     last_logged_step = step
 
     with work.reporter.steps(done=step, total=total_steps):
@@ -111,11 +112,12 @@ def train(work: Work) -> Method:
                     now = time.monotonic()
                     step_time_s = (now - last_log) / (step - last_logged_step)
                     images_per_s = recipe.training.batch_size / step_time_s
+                    trained_s += now - last_log
                     last_log, last_logged_step = now, step
                     if world.is_main:
                         timing = {"images_per_s": images_per_s, "step_time_s": step_time_s, "data_wait_s": data_wait_s}
                         metric_log.append(step, values | timing)
-                        folder.set_state(status="running", step=step, total_steps=total_steps)
+                        folder.set_state(status="running", step=step, total_steps=total_steps, trained_s=round(trained_s, 1))
                     shown = {name: values[name] for name in SHOWN if name in values}
                     left_s = (total_steps - step) * step_time_s
                     work.reporter.step(done=step, total=total_steps, images_per_s=images_per_s, left_s=left_s, values=shown)
