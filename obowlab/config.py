@@ -186,10 +186,11 @@ class Knn(Section):
 
 
 class Evaluation(Section):
-    """What is measured once training is over; not part of a run's identity."""
+    """What is measured, during training and once it is over; not part of a run's identity."""
 
     protocols: tuple[Literal["fewshot", "linear", "knn"], ...] = ("fewshot", "linear", "knn")
     random_baseline: bool = Field(False, description="measure the untrained weights of the same seed as well")
+    every_epochs: Annotated[int, Field(ge=0)] = Field(0, description="few-shot during training, every n epochs; 0: never")
     fewshot: FewShot = FewShot()
     linear: Linear = Linear()
     knn: Knn = Knn()

@@ -109,9 +109,10 @@ def check_data(loaded: Loaded, *, machine: Machine, dry_run: bool) -> None:
             return would(f"draw the synthetic images into {folder}")
         click.echo(f"Drawing the synthetic images into {folder}, this once.")
     open_split(recipe.data.dataset, "train", data_root=machine.data_root)
-    if recipe.evaluation.protocols:
+    measured = {*recipe.evaluation.protocols, *(("fewshot",) if recipe.evaluation.every_epochs else ())}
+    if measured:
         split = open_split(recipe.data.dataset, "val", data_root=machine.data_root)
-        if "fewshot" in recipe.evaluation.protocols and recipe.evaluation.fewshot.classes != "all":
+        if "fewshot" in measured and recipe.evaluation.fewshot.classes != "all":
             from obowlab.evaluation.fewshot import class_list
 
             class_list(recipe.evaluation.fewshot.classes, class_names=split.class_names, folder=folder)
@@ -145,7 +146,7 @@ def _say_if_evaluation_differs(folder: RunFolder, loaded: Loaded) -> None:
     from obowlab.config import flatten
 
     before, now = flatten(folder.info.recipe.evaluation), flatten(loaded.recipe.evaluation)
-    changed = [f"evaluation.{key}" for key in now if before.get(key) != now[key]]
+    changed = [f"evaluation.{key}" for key in now if before.get(key) != now[key] and key != "every_epochs"]
     if changed:
         click.echo(
             f"Measured with other settings than the recipe has now ({', '.join(changed)}); "

@@ -23,7 +23,9 @@ BUNDLED = (
     "state.json",
     "attempts.jsonl",
     "metrics.jsonl",
+    "online.jsonl",
     "system.jsonl",
+    "labels.json",
     "results",
     "encoder.safetensors",
     "log.txt",
@@ -124,6 +126,7 @@ def show(run: str, runs_root: Path | None, machine_file: Path | None, as_json: b
         ("created", f"{moment(info.created_at)} by obowlab {info.version}"),
         ("attempts", str(len(folder.attempts()))),
         ("folder", str(folder.path)),
+        *((name.removeprefix("obowlab."), text) for name, text in folder.labels().items()),
     ]
     for name, text in facts:
         click.echo(f"{name:<9} {text}")

@@ -15,8 +15,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -33,6 +33,7 @@ CommandFactory = Callable[[Path, Machine], list[str]]
 
 NO_PROGRESS_VARIABLE = "OBOWLAB_NO_PROGRESS"
 TRASH = ".trash"
+TERMINAL = "terminal.txt"
 MIRROR_EVERY_S = 3.0
 SAMPLE_EVERY_S = 15.0
 MIRROR_TIMEOUT_S = 10.0
@@ -138,6 +139,9 @@ def launch(
     fresh: bool,
     progress: bool,
     command: CommandFactory = compute_command,
+    signals: StopSignals | None = None,
+    environment: Mapping[str, str] | None = None,
+    quiet: bool = False,
 ) -> int:
     """Carry out a run to its end, from wherever it stands, and return the exit code.
 
@@ -150,13 +154,17 @@ def launch(
         fresh: put an existing run folder aside (into RUNS_ROOT/.trash) and begin again.
         progress: whether the compute process shows its progress on the terminal.
         command: makes the command line of the compute process.
+        signals: lets another thread stop the run.
+        environment: variables for the compute process, `CUDA_VISIBLE_DEVICES` for instance.
+        quiet: put what the compute process prints into `terminal.txt` of the run folder; for several runs side by side.
 
     Returns:
         0 when the run is finished, 2 for a mistake the user can mend, 128 + signal when it was stopped or killed, else the
         compute process's own code or 1.
 
     Raises:
-        UserError: too few GPUs, another process trains this run, a tracking address MLflow cannot write to.
+        RunTakenError: another process trains this run.
+        UserError: too few GPUs, a tracking address MLflow cannot write to.
     """
     check_gpus(machine)
     machine = machine.model_copy(update={"threads": _threads(machine)})
@@ -169,7 +177,15 @@ def launch(
     code = 0
     if folder.state.status != "finished":
         with folder.lock() as lock:
-            code = _carry_out(folder, machine=machine, lock=lock, mirror=mirror, progress=progress, command=command)
+            code = _carry_out(
+                folder,
+                machine=machine,
+                mirror=mirror,
+                command=command(path, machine),
+                environment={**_environment(machine, lock=lock, progress=progress), **(environment or {})},
+                output=path / TERMINAL if quiet else None,
+                signals=signals or StopSignals(),
+            )
     _say_pending(mirror.sync(timeout_s=LAST_SYNC_TIMEOUT_S[code == 0]))
     return code
 
@@ -192,14 +208,22 @@ def put_aside(folder: RunFolder) -> Path:
 
 
 @dataclass
-class _Signals:
-    """Passes the first stopping signal on to the compute process and kills its whole family at the second."""
+class StopSignals:
+    """Passes the first stopping signal on to the compute process and kills its whole family at the second.
+
+    Attributes:
+        received: what came, in order.
+        reason: why the run is stopped, for its state; empty for a plain signal.
+        child: the compute process, once there is one.
+    """
 
     received: list[int] = field(default_factory=list)
+    reason: str = ""
     child: subprocess.Popen[bytes] | None = None
 
     @contextmanager
     def listening(self) -> Iterator[None]:
+        """Take the signals of this process for as long as the context lasts; in another thread than the main one, none."""
         if threading.current_thread() is not threading.main_thread():  # Python allows handlers in the main thread only
             yield
             return
@@ -215,6 +239,12 @@ class _Signals:
         if self.received and self.child is not None:
             self.child.send_signal(self.received[0])
 
+    def send(self, number: int, *, reason: str = "") -> None:
+        """Do as if this signal had come; for threads, which receive none."""
+        if not self.received:
+            self.reason = reason
+        self._receive(number, None)
+
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received.append(number)
         if self.child is None or self.child.returncode is not None:
@@ -227,13 +257,19 @@ class _Signals:
 
 
 def _carry_out(
-    folder: RunFolder, *, machine: Machine, lock: Lock, mirror: Mirror, progress: bool, command: CommandFactory
+    folder: RunFolder,
+    *,
+    machine: Machine,
+    mirror: Mirror,
+    command: list[str],
+    environment: Mapping[str, str],
+    output: Path | None,
+    signals: StopSignals,
 ) -> int:
     folder.write_machine(machine)
     folder.set_state(status="running", message="")
-    signals = _Signals()
     with signals.listening():
-        child = _start(command(folder.path, machine), machine=machine, lock=lock, progress=progress)
+        child = _start(command, environment=environment, output=output)
         signals.child = child
         signals.pass_on()
         watching = threading.Event()
@@ -246,10 +282,13 @@ def _carry_out(
         finally:
             watching.set()
     watcher.join(MIRROR_TIMEOUT_S + 1.0)
-    return _conclude(folder, returncode=returncode, asked=signals.received)
+    code = _conclude(folder, returncode=returncode, asked=signals.received, words=f"in {output}" if output else "on the terminal")
+    if signals.reason and folder.state.status == "interrupted":
+        folder.set_state(message=signals.reason)
+    return code
 
 
-def _start(command: list[str], *, machine: Machine, lock: Lock, progress: bool) -> subprocess.Popen[bytes]:
+def _environment(machine: Machine, *, lock: Lock, progress: bool) -> dict[str, str]:
     environment = {
         **os.environ,
         LOCK_TOKEN_VARIABLE: lock.token,
@@ -259,6 +298,10 @@ def _start(command: list[str], *, machine: Machine, lock: Lock, progress: bool) 
     }
     if not progress:
         environment[NO_PROGRESS_VARIABLE] = "1"
+    return environment
+
+
+def _start(command: list[str], *, environment: Mapping[str, str], output: Path | None) -> subprocess.Popen[bytes]:
     launcher = os.getpid()
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: little is safe between fork and exec
 
@@ -269,7 +312,10 @@ def _start(command: list[str], *, machine: Machine, lock: Lock, progress: bool) 
                 os.kill(os.getpid(), signal.SIGTERM)
 
     # A session of its own: Ctrl-C reaches the launcher alone, which passes it on once.
-    return subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=die_with_launcher)
+    with output.open("ab") if output is not None else nullcontext() as sink:
+        return subprocess.Popen(
+            command, env=environment, start_new_session=True, preexec_fn=die_with_launcher, stdout=sink, stderr=sink
+        )
 
 
 def _watch(folder: RunFolder, mirror: Mirror, pid: int, ended: threading.Event, *, gpus: bool) -> None:
@@ -300,7 +346,7 @@ def _sample(folder: RunFolder, sampler: SystemSampler, log: MetricLog) -> None:
         _say(f"Warning: the system metrics cannot be written to {log.path}: {error.strerror}.")
 
 
-def _conclude(folder: RunFolder, *, returncode: int, asked: list[int]) -> int:
+def _conclude(folder: RunFolder, *, returncode: int, asked: list[int], words: str) -> int:
     """Settle the state when the compute process could not, and return the launcher's exit code."""
     state = folder.state
     if state.status == "finished":
@@ -323,7 +369,7 @@ def _conclude(folder: RunFolder, *, returncode: int, asked: list[int]) -> int:
         hint = " (out of memory?)" if -returncode == signal.SIGKILL else ""
         message = f"the training process was killed by {name}{hint}; {goes_on}"
     else:
-        message = f"the training process ended with exit code {returncode} before it was done; its last words are on the terminal"
+        message = f"the training process ended with exit code {returncode} before it was done; its last words are {words}"
     folder.set_state(status="failed", message=message)
     _say(f"Run {folder.run_id} failed: {message}.")
     return _shell_code(returncode) or 1

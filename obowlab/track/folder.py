@@ -1,15 +1,14 @@
 """The run folder: the one record of a training run that everything else reads.
 
 A run lives in `RUNS_ROOT/RUN_ID`. Every file has one writer: `run.json` and `machine.json` the launcher, `state.json`,
-`metrics.jsonl`, `attempts.jsonl` and `results/` the process that trains or evaluates, `system.jsonl` and `mirror.json` the
-launcher's mirror. Whole files are written beside and renamed; line files are appended and survive `kill -9` up to the last
-complete line. Nothing here imports torch or mlflow.
+`metrics.jsonl`, `online.jsonl`, `attempts.jsonl` and `results/` the process that trains or evaluates, `system.jsonl` and
+`mirror.json` the launcher's mirror; only `labels.json` has several, who take turns. Whole files are written beside and
+renamed; line files are appended and survive `kill -9` up to the last complete line. Nothing here imports torch or mlflow.
 """
 
 from __future__ import annotations
 
 import difflib
-import errno
 import fcntl
 import json
 import os
@@ -30,15 +29,13 @@ from obowlab import __version__
 from obowlab.config import Loaded, Machine, Recipe, canonical_hash
 from obowlab.errors import UserError
 from obowlab.track.journal import MetricLog, Point, cut_torn_tail, parse_point, read_lines, write_atomic
+from obowlab.track.locks import HELD, HOLDER_BYTE, WORKER_BYTE, is_locked, read_holder, try_lock
 
 Status = Literal["created", "running", "interrupted", "failed", "finished"]
 
 LOCK_TOKEN_VARIABLE = "OBOWLAB_RUN_LOCK"
 """Set by a launcher that holds the lock for the processes it starts; see `RunFolder.lock`."""
 
-_HOLDER_BYTE, _WORKER_BYTE = 0, 1
-_HELD: set[str] = set()
-"""Run folders locked by this process. Such a lock is lost when the process closes the file anywhere: never open it again."""
 
 STALE_AFTER_S = 3600.0
 """A running state of another host is believed for so long after its last update, once nobody holds the lock."""
@@ -104,6 +101,10 @@ class Lock:
     """A held run lock; `token` goes to child processes as the environment variable `LOCK_TOKEN_VARIABLE`."""
 
     token: str
+
+
+class RunTakenError(UserError):
+    """Another process has the run; the sentence names it."""
 
 
 class RunFolder:
@@ -219,39 +220,40 @@ class RunFolder:
         stays taken when the launcher dies first. Forked loader processes hold nothing.
 
         Raises:
-            UserError: another process has it; names its process id and host. Or the file system knows no locks.
+            RunTakenError: another process has it; names its process id and host.
+            UserError: the file system knows no locks.
         """
         key = str(self.path.resolve())
-        if key in _HELD:
+        if key in HELD:
             raise self._taken(os.getpid())
         fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            holder = _read_holder(fd)
+            holder = read_holder(fd)
             token = os.environ.get(LOCK_TOKEN_VARIABLE)
             if token is not None and token == holder.get("token"):
-                if not _try_lock(fd, _WORKER_BYTE):
+                if not try_lock(fd, WORKER_BYTE):
                     raise self._taken(self.state.pid)
             else:
-                if not _try_lock(fd, _HOLDER_BYTE):
+                if not try_lock(fd, HOLDER_BYTE):
                     raise self._taken(holder.get("pid"))
-                if not _try_lock(fd, _WORKER_BYTE):  # its launcher was killed, it is still saving
+                if not try_lock(fd, WORKER_BYTE):  # its launcher was killed, it is still saving
                     raise self._taken(self.state.pid)
-                fcntl.lockf(fd, fcntl.LOCK_UN, 1, _WORKER_BYTE)
+                fcntl.lockf(fd, fcntl.LOCK_UN, 1, WORKER_BYTE)
                 token = secrets.token_hex(8)
                 content = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "token": token}).encode()
                 os.ftruncate(fd, 0)
                 os.pwrite(fd, content, 0)
-            _HELD.add(key)
+            HELD.add(key)
             try:
                 yield Lock(token=token)
             finally:
-                _HELD.discard(key)
+                HELD.discard(key)
         finally:
             os.close(fd)
 
-    def _taken(self, pid: int | None) -> UserError:
+    def _taken(self, pid: int | None) -> RunTakenError:
         host = self.state.host or socket.gethostname()
-        return UserError(f"Run '{self.run_id}' is being trained by process {pid} on {host}; wait for it or stop it first.")
+        return RunTakenError(f"Run '{self.run_id}' is being trained by process {pid} on {host}; wait for it or stop it first.")
 
     # ------------------------------------------------------------------------------------------------ records
 
@@ -297,7 +299,7 @@ class RunFolder:
         return path
 
     def metric_log(self, name: str = "metrics") -> MetricLog:
-        """Open `NAME.jsonl` for appending; `metrics` belongs to training, `system` to the launcher."""
+        """Open `NAME.jsonl` for appending; `metrics` and `online` belong to training, `system` to the launcher."""
         return MetricLog(self.path / f"{name}.jsonl")
 
     def metrics(self, name: str = "metrics") -> list[Point]:
@@ -339,6 +341,29 @@ class RunFolder:
             return None
         ids = [sent["run_id"] for sent in stores.values() if sent.get("run_id")]
         return str(ids[-1]) if ids else None
+    def labels(self) -> dict[str, str]:
+        """Return what studies and tables said about this run: MLflow tag name to text."""
+        try:
+            return dict(json.loads((self.path / "labels.json").read_bytes()))
+        except FileNotFoundError:
+            return {}
+        except ValueError:
+            raise UserError(f"{self.path / 'labels.json'} is damaged; remove it; only labels are lost.") from None
+
+    def add_labels(self, labels: Mapping[str, str]) -> None:
+        """Say which study or table this run belongs to; the mirror makes tags of it, also once the run is finished.
+
+        Other labels stay, a label of the same name is replaced; several processes may add at once.
+
+        Args:
+            labels: MLflow tag name, `obowlab.WORD...`, to text.
+        """
+        assert all(name.startswith("obowlab.") for name in labels), f"labels are called obowlab.NAME, not {list(labels)}"
+        with (self.path / "labels.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            before = self.labels()
+            if before | dict(labels) != before:
+                write_atomic(self.path / "labels.json", json.dumps(before | dict(labels), indent=1))
 
     @property
     def mirror_path(self) -> Path:
@@ -412,7 +437,7 @@ def _believable(state: State, path: Path) -> State:
         gone = state.pid is None or not _alive(state.pid)
     else:
         gone = time.time() - state.updated_at > STALE_AFTER_S
-    if gone and not _is_locked(path):
+    if gone and not is_locked(path):
         return state.model_copy(update={"status": "interrupted", "message": state.message or "its process is gone"})
     return state
 
@@ -425,41 +450,3 @@ def _alive(pid: int) -> bool:
     except PermissionError:
         return True
     return True
-
-
-def _is_locked(path: Path) -> bool:
-    if str(path.resolve()) in _HELD:
-        return True
-    try:
-        fd = os.open(path / "lock", os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.lockf(fd, fcntl.LOCK_SH | fcntl.LOCK_NB, 2, _HOLDER_BYTE)
-    except OSError:
-        return True
-    finally:
-        os.close(fd)
-    return False
-
-
-def _try_lock(fd: int, byte: int) -> bool:
-    for attempt in range(5):  # `_is_locked` of another process may hold it for an instant
-        try:
-            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
-            return True
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise UserError(
-                    f"The file system of the run store knows no locks ({error.strerror}); use another --runs-root."
-                ) from None
-            time.sleep(0.02 * (attempt + 1))
-    return False
-
-
-def _read_holder(fd: int) -> dict[str, Any]:
-    try:
-        holder = json.loads(os.pread(fd, 4096, 0))
-    except ValueError:
-        return {}
-    return holder if isinstance(holder, dict) else {}

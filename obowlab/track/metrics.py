@@ -18,7 +18,7 @@ class Metric:
         unit: empty for a plain number.
         direction: whether more or less is better, or neither.
         help: one sentence.
-        group: the part before the slash in MLflow.
+        group: the part before the slash in MLflow; what is measured during training goes to `online/` instead.
     """
 
     name: str
@@ -98,13 +98,18 @@ def lookup(name: str) -> Metric:
     raise KeyError(f"metric '{name}' is not described in track/metrics.py")
 
 
-def mlflow_name(name: str, *, subject: str | None = None) -> str:
-    """Return the name under which MLflow groups a metric: `train/NAME`, `eval/SUBJECT/NAME` or `system/NAME`.
+def mlflow_name(name: str, *, subject: str | None = None, online: bool = False) -> str:
+    """Return the name under which MLflow groups a metric: `train/`, `online/`, `system/` or `eval/SUBJECT/` and its own.
 
     Args:
         name: as logged.
-        subject: `student` or `random`; required for evaluation metrics, absent for the others.
+        subject: `student` or `random`; required for final evaluation metrics, absent for the others.
+        online: whether it was measured during training, always on the student.
     """
+    if online:
+        assert lookup(name).group == "eval" or name == "epoch", f"'{name}' is not measured during training"
+        assert subject is None, "during training only the student is measured"
+        return f"online/{name}"
     group = lookup(name).group
     assert (group == "eval") == (subject is not None), f"'{name}' and subject {subject!r} do not belong together"
     return f"eval/{subject}/{name}" if subject is not None else f"{group}/{name}"

@@ -21,10 +21,11 @@ STATUSES: dict[Status, str] = {
     "finished": "FINISHED",
 }
 ENDED = ("KILLED", "FAILED", "FINISHED")
-POINT_FILES = {"metrics": "train", "system": "system"}
+POINT_FILES = {"metrics": "train", "online": "online", "system": "system"}
 """Metric files and the group their metrics have in MLflow."""
 
 MODEL_FOLDER = "model"
+LONGEST_TAG = 5000
 LONGEST_LINE = 2**16
 """No line of a metric file is longer, in bytes."""
 
@@ -84,6 +85,7 @@ class Outbox:
         points = sum(len(point.values) for name in POINT_FILES for _, point in self.points(name, sent=sent))
         files = sum(self.is_new(path, sent=sent) for path in (*self.results(), *self.artifacts()))
         files += sum(name not in sent.files for name in self.documents())
+        files += sum(sent.tags.get(name) != text for name, text in self._labels().items())
         return points + files + (not sent.params) + (sent.status != self.status()) + self.model_is_new(sent)
 
     def status(self) -> str:
@@ -171,11 +173,15 @@ class Outbox:
             "mlflow.note.content": info.recipe.title,
             "mlflow.source.name": f"obowlab run {info.name} --seed {info.seed}",
             "mlflow.source.git.commit": facts.get("commit"),
+            **self._labels(),
         }
         for result in self.folder.results():
             place = self.place(result).replace("/", ".")
             tags[f"obowlab.eval.{place}.{result['protocol']}"] = f"version {result.get('version')}, {result['protocol_hash']}"
-        return {key: str(value)[:5000] for key, value in tags.items() if value not in (None, "")}
+        return {key: str(value)[:LONGEST_TAG] for key, value in tags.items() if value not in (None, "")}
+
+    def _labels(self) -> dict[str, str]:
+        return {name: text[:LONGEST_TAG] for name, text in self.folder.labels().items() if text}
 
     def _key(self, path: Path) -> str:
         return str(path.relative_to(self.folder.path))

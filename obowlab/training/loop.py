@@ -17,6 +17,7 @@ from obowlab.methods import METHODS, Method
 from obowlab.methods.schedules import learning_rate
 from obowlab.track import provenance
 from obowlab.training import checkpoint as checkpoints
+from obowlab.training import online
 from obowlab.training.distributed import parallelise, synchronise_batchnorm
 from obowlab.training.work import Interrupted, Work
 
@@ -75,6 +76,12 @@ def train(work: Work) -> Method:
     with work.reporter.steps(done=step, total=total_steps):
         while step < total_steps:
             epoch, start_step = divmod(step, steps_per_epoch)
+            if start_step == 0 and online.is_due(work, epoch=epoch):
+                save()
+                if world.is_main:
+                    last_log += online.measure(work, method=method, step=step, epoch=epoch)
+                world.wait()
+                last_save = time.monotonic()
             waiting_since = time.monotonic()
             for batch in loader.batches(epoch=epoch, start_step=start_step):
                 data_wait_s = time.monotonic() - waiting_since

@@ -51,6 +51,15 @@ class StopRequest:
         if self.signum:
             raise Interrupted(self.signum)
 
+    @contextmanager
+    def acting_at_once(self) -> Iterator[None]:
+        """Do as `act_at_once` does for as long as the context lasts."""
+        try:
+            self.act_at_once()
+            yield
+        finally:
+            self._at_once = False
+
 
 @dataclass(frozen=True)
 class Work:
