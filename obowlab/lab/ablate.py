@@ -7,7 +7,9 @@ two of them at once meet in the lock of each run. Every job is an `obowlab run` 
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -16,15 +18,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import IO, Any
 
-from obowlab.config import Loaded, Machine, override_text
-from obowlab.lab.launch import tied_to_parent
-from obowlab.lab.records import Record, Records, store_records
+from obowlab.config import Loaded, Machine
+from obowlab.lab.launch import tied_to_this_process
+from obowlab.lab.records import store_runs
 from obowlab.lab.tablefile import PlannedRow, PlannedTable
-from obowlab.track.folder import RunFolder, run_id_of
+from obowlab.track.folder import RunFolder, RunSummary, run_id_of
+from obowlab.track.locks import is_locked
 
 POLL_S = 1.0
 REPORT_EVERY_S = 60.0
@@ -82,7 +84,7 @@ def make_plan(tables: Sequence[PlannedTable], *, seeds: Sequence[int], rows: Map
     jobs: dict[str, Job] = {}
     for seed in seeds:
         for table in tables:
-            for row in table.rows:
+            for row in sorted(table.rows, key=lambda row: not row.is_base):  # what the others are compared with, first
                 if not wanted(row, table=table, rows=rows):
                     continue
                 place = f"{table.name}/{row.row.key}"
@@ -112,9 +114,14 @@ def wanted(row: PlannedRow, *, table: PlannedTable, rows: Mapping[str, Sequence[
 
 
 def _command(row: PlannedRow, *, seed: int, stage: int | None) -> tuple[str, ...]:
-    changes = [word for key, value in row.overrides.items() for word in ("--set", override_text(key, value))]
+    changes = [word for key, value in row.overrides.items() for word in ("--set", _override(key, value))]
     only = () if stage is None else ("--stage", str(stage))
     return ("run", row.base_recipe, *changes, "--seed", str(seed), *only)
+
+
+def _override(key: str, value: Any) -> str:
+    plain = isinstance(value, str) and re.fullmatch(r"[a-z]\w*", value) and value not in ("true", "false", "inf", "nan")
+    return f"{key}={value if plain else json.dumps(value)}"  # JSON's numbers, texts and lists are TOML's
 
 
 # ----------------------------------------------------------------------------------------------------------- carrying out
@@ -167,17 +174,17 @@ class Ablation:
         last_report = time.monotonic()
         with self._listening():
             while len(ended) < len(self.plan.jobs):
-                records = store_records(self.machine.runs_root, fingerprints={job.fingerprint for job in self.plan.jobs})
-                self._reap(ended, records)
+                runs = store_runs(self.machine.runs_root, fingerprints={job.fingerprint for job in self.plan.jobs})
+                self._reap(ended)
                 if self._asked:
                     if not self._children:
                         break
                 else:
-                    self._advance(ended, records, announced)
+                    self._advance(ended, runs, announced)
                 if len(ended) < len(self.plan.jobs):
                     if time.monotonic() - last_report >= REPORT_EVERY_S:
                         last_report = time.monotonic()
-                        self._report(ended, records)
+                        self._report(ended, runs)
                     time.sleep(POLL_S)
         return [ended.get(job.fingerprint, Outcome(job, "stopped")) for job in self.plan.jobs]
 
@@ -188,14 +195,14 @@ class Ablation:
 
     # ------------------------------------------------------------------------------------------------- one round
 
-    def _advance(self, ended: dict[str, Outcome], records: Records, announced: set[str]) -> None:
+    def _advance(self, ended: dict[str, Outcome], runs: Mapping[str, RunSummary], announced: set[str]) -> None:
         """File what is done, and start jobs while there are free slots."""
         for job in self.plan.jobs:
             key = job.fingerprint
             if key in ended or key in self._children:
                 continue
-            record = records.get(key)
-            if record is not None and record.status == "finished":
+            run = runs.get(key)
+            if run is not None and run.state.status == "finished":
                 ended[key] = Outcome(job, "finished")
                 continue
             if job.needs is not None and job.needs not in ended:
@@ -203,18 +210,18 @@ class Ablation:
             if job.needs is not None and ended[job.needs].status != "finished":
                 ended[key] = Outcome(job, "failed", "the stage before it failed")
                 continue
-            if record is not None and record.status == "running":
+            if run is not None and is_locked(run.path):
                 if key not in announced:
                     announced.add(key)
-                    self.say(f"{record.run_id} is being trained by another process; waiting for it.")
+                    self.say(f"{run.info.run_id} is being trained by another process; waiting for it.")
                 continue
             if len(self._children) < self.slots:
-                self._start(job, record)
+                self._start(job, run)
 
-    def _start(self, job: Job, record: Record | None) -> None:
+    def _start(self, job: Job, run: RunSummary | None) -> None:
         logs = self.machine.runs_root / LOGS
         logs.mkdir(parents=True, exist_ok=True)
-        run_id = record.run_id if record is not None else job.run_id
+        run_id = run.info.run_id if run is not None else job.run_id
         log = (logs / f"{run_id}.log").open("ab")
         slot = next(number for number in range(self.slots) if number not in {child.slot for child in self._children.values()})
         environment = dict(os.environ)
@@ -226,10 +233,10 @@ class Ablation:
             stderr=subprocess.STDOUT,
             env=environment,
             start_new_session=True,  # Ctrl-C reaches the ablation alone, which passes it on once
-            preexec_fn=tied_to_parent(),
+            preexec_fn=tied_to_this_process(),
         )
         self._children[job.fingerprint] = _Child(process, log, slot)
-        verb = "Continuing" if record is not None else "Training"
+        verb = "Continuing" if run is not None and run.state.step else "Training"
         self.say(f"{verb} {run_id} for {', '.join(job.places)}.")
 
     def _place(self) -> list[str]:
@@ -238,7 +245,7 @@ class Ablation:
         words += ["--device", "cuda" if self.gpus else machine.device]
         return words if machine.workers is None else [*words, "--workers", str(machine.workers)]
 
-    def _reap(self, ended: dict[str, Outcome], records: Records) -> None:
+    def _reap(self, ended: dict[str, Outcome]) -> None:
         """File the jobs whose process has ended."""
         for job in self.plan.jobs:
             child = self._children.get(job.fingerprint)
@@ -248,27 +255,25 @@ class Ablation:
             del self._children[job.fingerprint]
             if self._asked:
                 continue
-            code = child.process.returncode
-            record = store_records(self.machine.runs_root, fingerprints={job.fingerprint}).get(job.fingerprint)
-            status = record.status if record is not None else "missing"
-            if status == "finished":
+            run = store_runs(self.machine.runs_root, fingerprints={job.fingerprint}).get(job.fingerprint)
+            if run is not None and run.state.status == "finished":
                 ended[job.fingerprint] = Outcome(job, "finished")
                 self.say(f"{job.run_id} is finished ({len(ended)} of {len(self.plan.jobs)}).")
-            elif status != "running":  # another ablation may have been quicker to lock it: then it is waited for
-                message = (record.message if record is not None else "") or self._last_words(job)
-                ended[job.fingerprint] = Outcome(job, "failed", message or f"ended with exit code {code}")
+            elif run is None or not is_locked(run.path):  # another ablation may have been quicker to lock it
+                message = (run.state.message if run is not None else "") or self._last_words(job)
+                ended[job.fingerprint] = Outcome(job, "failed", message or f"ended with exit code {child.process.returncode}")
                 self.say(f"{job.run_id} failed: {ended[job.fingerprint].message}")
 
     def _last_words(self, job: Job) -> str:
         lines = (self.machine.runs_root / LOGS / f"{job.run_id}.log").read_text(encoding="utf-8", errors="replace").splitlines()
         return lines[-1].removeprefix("Error: ")[:300] if lines else ""
 
-    def _report(self, ended: Mapping[str, Outcome], records: Records) -> None:
+    def _report(self, ended: Mapping[str, Outcome], runs: Mapping[str, RunSummary]) -> None:
         parts = []
         for job in self.plan.jobs:
-            record = records.get(job.fingerprint)
-            if job.fingerprint in self._children and record is not None and record.total_steps:
-                parts.append(f"{record.run_id} {100 * record.step // record.total_steps} %")
+            run = runs.get(job.fingerprint)
+            if job.fingerprint in self._children and run is not None and run.state.total_steps:
+                parts.append(f"{run.info.run_id} {100 * run.state.step // run.state.total_steps} %")
         self.say(f"{len(ended)} of {len(self.plan.jobs)} done; training {', '.join(parts) or 'nothing yet'}.")
 
     # -------------------------------------------------------------------------------------------------- signals
@@ -291,13 +296,14 @@ class Ablation:
                 signal.signal(number, handler)
 
 
-def label_runs(plan: Plan, *, records: Records, runs_root: Path, scale: str) -> None:
+def label_runs(plan: Plan, *, runs: Mapping[str, RunSummary], scale: str) -> None:
     """Write into every run of a plan which rows it serves, for tags in MLflow."""
     for job in plan.jobs:
-        record = records.get(job.fingerprint)
-        if record is not None:
-            labels = {place.partition("/")[0]: place.partition("/")[2] for place in job.places}
-            RunFolder.open(runs_root / record.run_id).add_labels({**labels, "scale": scale})
+        run = runs.get(job.fingerprint)
+        if run is not None:
+            places = [place.split("/", maxsplit=1) for place in job.places]
+            labels = {f"obowlab.{table}": f"{row} (stage)" if job.is_stage else row for table, row in places}
+            RunFolder(run.path, run.info).add_labels({**labels, "obowlab.scale": scale})
 
 
 def _gpu(slot: int) -> str:

@@ -25,8 +25,8 @@ Matrix = npt.NDArray[np.float64]
 COMPARABLE = "paper"
 """The scale at which our numbers may be held against the paper's."""
 
-NOTICE = "At this scale values cannot be compared with the paper's; what can be compared is the direction of a row against the base row."
-ONE_SEED = "Rows with one seed: interval and verdict speak for the episodes (or images) alone; other seeds may differ by more."
+NOTICE = "At this scale values cannot be compared with the paper's; a row's direction against the base row can."
+ONE_SEED = "One seed: interval and verdict speak for the episodes (or images) alone; other seeds may differ by more."
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,7 @@ def load_table_at_paper(planned: PlannedTable) -> PlannedTable:
 
 def finished_seeds(planned: PlannedTable, *, records: Records) -> tuple[int, ...]:
     """Return the seeds of which some row has a run, ascending; (0,) when there are none."""
-    fingerprints = {
-        record.fingerprint: record.seed for record in records.values()
-    }
+    fingerprints = {record.fingerprint: record.seed for record in records.values()}
     seeds = {
         seed
         for row in planned.rows

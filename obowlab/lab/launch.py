@@ -302,20 +302,25 @@ def _environment(machine: Machine, *, lock: Lock, progress: bool) -> dict[str, s
 
 
 def _start(command: list[str], *, environment: Mapping[str, str], output: Path | None) -> subprocess.Popen[bytes]:
-    launcher = os.getpid()
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: little is safe between fork and exec
-
-    def die_with_launcher() -> None:
-        if libc is not None:
-            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-            if os.getppid() != launcher:  # it died before the line above
-                os.kill(os.getpid(), signal.SIGTERM)
-
     # A session of its own: Ctrl-C reaches the launcher alone, which passes it on once.
     with output.open("ab") if output is not None else nullcontext() as sink:
         return subprocess.Popen(
-            command, env=environment, start_new_session=True, preexec_fn=die_with_launcher, stdout=sink, stderr=sink
+            command, env=environment, start_new_session=True, preexec_fn=tied_to_this_process(), stdout=sink, stderr=sink
         )
+
+
+def tied_to_this_process() -> Callable[[], None]:
+    """Return what a child does between fork and exec so that Linux sends it a SIGTERM when this process dies."""
+    parent = os.getpid()
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: little is safe between fork and exec
+
+    def die_with_parent() -> None:
+        if libc is not None:
+            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+            if os.getppid() != parent:  # it died before the line above
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    return die_with_parent
 
 
 def _watch(folder: RunFolder, mirror: Mirror, pid: int, ended: threading.Event, *, gpus: bool) -> None:

@@ -17,7 +17,20 @@ from obowlab.errors import UserError
 from obowlab.track.folder import RunFolder, RunSummary, Status, list_runs
 from obowlab.track.journal import write_atomic
 
-FACTS = ("commit", "branch", "dirty", "dataset", "data_hash", "loader", "device", "procs", "threads", "python", "platform", "cpu_model")
+FACTS = (
+    "commit",
+    "branch",
+    "dirty",
+    "dataset",
+    "data_hash",
+    "loader",
+    "device",
+    "procs",
+    "threads",
+    "python",
+    "platform",
+    "cpu_model",
+)
 """Of the facts of a run's starts, those that say where its numbers come from."""
 
 

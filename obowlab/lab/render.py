@@ -13,6 +13,11 @@ MARKS = {"agrees": "✓", "disagrees": "✗", "indistinguishable": "≈"}
 LEGEND = "direction against the base row: ✓ as in the paper, ✗ the opposite, ≈ not distinguishable (paired test, 5 %)"
 NOT_COMPARABLE = "not comparable"
 HASH_DIGITS = 12
+CSV_COLUMNS = (
+    *("table", "scale", "row", "label", "recipe", "metric", "ours", "interval", "seeds", "random", "paper"),
+    *("against_paper", "against_base", "against_base_interval", "p", "verdict"),
+    *("run_ids", "fingerprints", "mlflow_run_ids", "commits", "data_hashes"),
+)
 
 
 def heading(table: Table) -> str:
@@ -62,7 +67,12 @@ def runs_overview(table: Table) -> tuple[list[str], list[list[str]]]:
     for row in table.rows:
         for run in row.runs:
             values = [_number(run.values.get(column.metric)) for column in table.columns]
-            origin = [run.mlflow_run_id or "", run.fingerprint[:HASH_DIGITS], commit_text(run), (run.data_hash or "")[:HASH_DIGITS]]
+            origin = [
+                run.mlflow_run_id or "",
+                run.fingerprint[:HASH_DIGITS],
+                commit_text(run),
+                (run.data_hash or "")[:HASH_DIGITS],
+            ]
             rows.append([row.key, str(run.seed), run.run_id, _status(run), *values, *origin])
     return [*columns, "data hash"], rows
 
@@ -84,7 +94,8 @@ def markdown(table: Table) -> str:
     lines = [
         f"# {heading(table)}",
         "",
-        "Percent; ± is the 95 % interval over seeds and episodes (or images). Direction: by a paired test on identical episodes and seeds.",
+        "Percent; ± is the 95 % interval over seeds and episodes (or images).",
+        "Direction against the base row: by a paired test on identical episodes (or images) and seeds, at 5 %.",
         "",
         *_markdown_table(columns, rows),
         "",
@@ -114,10 +125,7 @@ def as_csv(tables: Sequence[Table]) -> str:
     """Return tables as one CSV file, one line per row and metric."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(
-        "table scale row label recipe metric ours interval seeds random paper against_paper against_base against_base_interval "
-        "p verdict run_ids fingerprints mlflow_run_ids commits data_hashes".split()
-    )
+    writer.writerow(CSV_COLUMNS)
     for table in tables:
         for row in table.rows:
             done = [run for run in row.runs if run.status == "finished"]

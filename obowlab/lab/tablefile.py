@@ -26,7 +26,7 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 class AtScale(Section):
     """What a row has at one scale beside what it has everywhere."""
 
-    set: dict[str, Any] = {}
+    set: dict[str, Any] = Field({}, description="recipe key -> value")
     footnotes: tuple[str, ...] = ()
 
 
@@ -47,7 +47,7 @@ class TableFile(Section):
     """A table file."""
 
     title: str
-    base: str = Field(description="base recipe without the scale's prefix: vanilla, full, ...")
+    base: str = Field(description="base recipe without the scale's prefix (vanilla, full, ...), or a recipe file beside this one")
     primary: str = Field(description="the metric that decides a row's verdict")
     columns: dict[str, str] = Field(description="metric -> heading")
     footnotes: tuple[str, ...] = ()
@@ -105,7 +105,7 @@ def load_table(name: str | Path, *, scale: str) -> PlannedTable:
     path = name if isinstance(name, Path) else _find(name)
     file = _read(path)
     try:
-        rows = tuple(_plan(row, file=file, scale=scale) for row in file.row)
+        rows = tuple(_plan(row, file=file, folder=path.parent, scale=scale) for row in file.row)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     bases = [row.row.key for row in rows if row.is_base]
@@ -187,9 +187,9 @@ def _read(path: Path) -> TableFile:
     return file
 
 
-def _plan(row: TableRow, *, file: TableFile, scale: str) -> PlannedRow:
-    base = row.base or file.base
-    name = recipe_for(base, scale)
+def _plan(row: TableRow, *, file: TableFile, folder: Path, scale: str) -> PlannedRow:
+    name = _base_recipe(row.base or file.base, folder=folder, scale=scale)
+    table_base = _base_recipe(file.base, folder=folder, scale=scale)
     here = row.at.get(scale, AtScale())
     overrides = {**row.set, **here.set}
     try:
@@ -201,9 +201,14 @@ def _plan(row: TableRow, *, file: TableFile, scale: str) -> PlannedRow:
         loaded=loaded,
         base_recipe=name,
         overrides=overrides,
-        is_base=loaded.recipe.fingerprint(seed=0) == load_recipe(recipe_for(file.base, scale)).recipe.fingerprint(seed=0),
+        is_base=loaded.recipe.fingerprint(seed=0) == load_recipe(table_base).recipe.fingerprint(seed=0),
         footnotes=(*row.footnotes, *here.footnotes),
     )
+
+
+def _base_recipe(base: str, *, folder: Path, scale: str) -> str:
+    """Return the shipped recipe of a base word at a scale, or the path of a recipe file that is the same at every scale."""
+    return str(folder / base) if base.endswith(".toml") else recipe_for(base, scale)
 
 
 def _differences(recipe: Recipe, other: Recipe) -> dict[str, tuple[Any, Any]]:
@@ -217,7 +222,7 @@ def _differences(recipe: Recipe, other: Recipe) -> dict[str, tuple[Any, Any]]:
 
 def _complaint(error: ValidationError) -> str:
     """Say the first thing that is wrong with a table file in one sentence."""
-    first = error.errors()[0]
+    first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")  # a misspelt key is missing as well
     place = ".".join(str(part + 1) if isinstance(part, int) else part for part in first["loc"])
     if first["type"] == "extra_forbidden":
         model: Mapping[str, Any] = TableFile.model_fields

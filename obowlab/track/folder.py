@@ -341,6 +341,7 @@ class RunFolder:
             return None
         ids = [sent["run_id"] for sent in stores.values() if sent.get("run_id")]
         return str(ids[-1]) if ids else None
+
     def labels(self) -> dict[str, str]:
         """Return what studies and tables said about this run: MLflow tag name to text."""
         try:

@@ -1,0 +1,280 @@
+"""`obowlab ablate`: train what the rows of tables need, then show them; `obowlab table`: show them from the run store alone."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import click
+
+from obowlab.cli.options import PATH, dry_run_option, hardware, machine_from, machine_option, roots, runs_root_option, would
+from obowlab.cli.output import print_table
+from obowlab.errors import UserError
+
+if TYPE_CHECKING:
+    from obowlab.config import Machine
+    from obowlab.lab.ablate import Plan
+    from obowlab.lab.cost import CostBook
+    from obowlab.lab.records import Records
+    from obowlab.lab.table import Table
+    from obowlab.lab.tablefile import PlannedTable
+    from obowlab.track.folder import RunSummary
+
+Format = Literal["rich", "md", "json", "csv", "html"]
+FORMATS: tuple[Format, ...] = ("rich", "md", "json", "csv", "html")
+
+scale_option = click.option(
+    "--scale", default="paper", show_default=True, metavar="paper|tiny|demo", help="Which images and networks: see `config list`."
+)
+names_argument = click.argument("names", nargs=-1, required=True, metavar="TABLE...|all")
+
+
+@click.command()
+@names_argument
+@click.option("--rows", "row_words", multiple=True, metavar="KEY,...", help="Only these rows (and the base row); repeatable.")
+@click.option(
+    "--seeds", type=click.IntRange(min=1), default=1, show_default=True, metavar="N", help="Seeds 0 to N-1 of every row."
+)
+@scale_option
+@click.option("--gpus", type=click.IntRange(min=1), metavar="N", help="N trainings at a time, each on a GPU of its own.")
+@click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="Trainings at a time on the CPU. [default: one per core]")
+@click.option("--records", type=PATH, metavar="DIR", help="Write what the tables are made of (small JSON files) to a folder.")
+@hardware
+@roots
+@dry_run_option
+def ablate(
+    names: tuple[str, ...],
+    row_words: tuple[str, ...],
+    seeds: int,
+    scale: str,
+    gpus: int | None,
+    jobs: int | None,
+    records: Path | None,
+    device: str | None,
+    workers: int | None,
+    loader: str | None,
+    data_root: Path | None,
+    runs_root: Path | None,
+    machine_file: Path | None,
+    dry_run: bool,
+) -> int:
+    """Train what the rows of tables need and lack, then show the tables.
+
+    TABLE is a table of the paper (table1 to table5, table7), `all`, or a TOML file. Rows with the same recipe are trained once.
+    Killed and typed again, the command goes on; a row that fails does not stop the others.
+    """
+    from obowlab.lab.ablate import make_plan
+    from obowlab.lab.cost import CostBook
+    from obowlab.lab.launch import check_gpus
+    from obowlab.lab.records import store_runs
+    from obowlab.lab.tablefile import load_table, resolve_names
+
+    if gpus is not None and (jobs is not None or device not in (None, "cuda")):
+        raise UserError("--gpus N runs one training on each of N GPUs; leave --jobs and --device out.")
+    tables = [load_table(name, scale=scale) for name in resolve_names(names)]
+    rows = _rows(row_words, tables=tables)
+    machine = machine_from(
+        machine_file=machine_file,
+        data_root=data_root,
+        runs_root=runs_root,
+        device="cuda" if gpus is not None else device,
+        procs=gpus,
+        workers=workers,
+        loader=loader,
+    )
+    if not dry_run:
+        check_gpus(machine)
+    plan = make_plan(tables, seeds=range(seeds), rows=rows)
+    slots = gpus or jobs or _default_jobs(machine)
+    runs = store_runs(machine.runs_root)
+    book = CostBook(machine.model_copy(update={"procs": 1}), runs=runs.values())
+    if not dry_run and any(job.fingerprint not in runs for job in plan.jobs):
+        click.echo("Timing a few steps of the recipes that were never trained here.", err=True)
+        book.measure([job.loaded.recipe for job in plan.jobs])
+    _print_plan(plan, runs=runs, book=book, slots=slots, scale=scale)
+    if dry_run:
+        return 0
+    return _carry_out(plan, machine=machine.model_copy(update={"procs": 1}), slots=slots, gpus=gpus is not None, records=records)
+
+
+@click.command()
+@names_argument
+@scale_option
+@click.option("--seeds", type=click.IntRange(min=1), metavar="N", help="Seeds 0 to N-1. [default: those of which there are runs]")
+@click.option("--format", "form", type=click.Choice(FORMATS), default="rich", show_default=True, help="How to print.")
+@click.option("--runs", "with_runs", is_flag=True, help="With rich: print the run behind every number too.")
+@click.option("--records", type=PATH, metavar="DIR", help="Rebuild from the records of `ablate --records`, not from the store.")
+@click.option("--out", type=PATH, metavar="FILE", help="Write to a file.")
+@runs_root_option
+@machine_option
+@dry_run_option
+def table(
+    names: tuple[str, ...],
+    scale: str,
+    seeds: int | None,
+    form: Format,
+    with_runs: bool,
+    records: Path | None,
+    out: Path | None,
+    runs_root: Path | None,
+    machine_file: Path | None,
+    dry_run: bool,
+) -> None:
+    """Show tables of the paper beside what the run store has; trains nothing."""
+    from obowlab.lab.records import read_records
+    from obowlab.lab.tablefile import load_table, resolve_names
+
+    machine = machine_from(machine_file=machine_file, runs_root=runs_root)
+    tables = [load_table(name, scale=scale) for name in resolve_names(names)]
+    if out is not None and not out.absolute().parent.is_dir():
+        raise UserError(f"The folder of --out {out} does not exist.")
+    source = records or machine.runs_root
+    if dry_run:
+        return would(f"build {', '.join(planned.name for planned in tables)} at scale {scale} from {source}")
+    known = read_records(records) if records is not None else None
+    built = [build(planned, machine=machine, known=known, seeds=None if seeds is None else range(seeds)) for planned in tables]
+    if out is not None:
+        _write(out, text_of(built, form=form))
+    elif form == "rich":
+        for each in built:
+            show(each, with_runs=with_runs)
+    else:
+        click.echo(text_of(built, form=form), nl=False)
+    return None
+
+
+def build(planned: PlannedTable, *, machine: Machine, known: Records | None, seeds: Sequence[int] | None) -> Table:
+    """Build a table from given records, or from those of the run store that its rows need."""
+    from obowlab.lab.collect import build_table, finished_seeds
+    from obowlab.lab.records import store_records, store_runs
+
+    if known is None:
+        candidates = sorted({run.info.seed for run in store_runs(machine.runs_root).values()} | set(seeds or ()))
+        wanted = {row.loaded.recipe.fingerprint(seed=seed) for row in planned.rows for seed in candidates}
+        known = store_records(machine.runs_root, fingerprints=wanted)
+    return build_table(planned, seeds=seeds if seeds is not None else finished_seeds(planned, records=known), records=known)
+
+
+def text_of(tables: Sequence[Table], *, form: Format) -> str:
+    """Return tables as text in a format."""
+    from obowlab.lab import render
+
+    if form == "json":
+        return render.as_json(tables)
+    if form == "csv":
+        return render.as_csv(tables)
+    return "\n".join(render.markdown(each) for each in tables)
+
+
+def show(table: Table, *, with_runs: bool = False) -> None:
+    """Print a table on the terminal."""
+    from obowlab.lab import render
+
+    columns, rows = render.overview(table)
+    numbers = [column for column in columns if column not in ("row", "direction")]
+    print_table(columns, rows, title=render.heading(table), right=numbers)
+    for line in (render.LEGEND, *render.remarks(table)):
+        click.echo(line)
+    if with_runs:
+        click.echo()
+        print_table(*render.runs_overview(table))
+    click.echo()
+
+
+# -------------------------------------------------------------------------------------------------------------- helpers
+
+
+def _rows(words: Sequence[str], *, tables: Sequence[PlannedTable]) -> dict[str, list[str]]:
+    """Return the rows wanted of every table: `KEY` in whichever table has it, or `TABLE/KEY`; empty for all rows."""
+    from obowlab.config import nearest
+
+    wanted: dict[str, list[str]] = {}
+    known = {table.name: [row.row.key for row in table.rows] for table in tables}
+    for word in (part for text in words for part in text.split(",") if part):
+        table, slash, key = word.rpartition("/")
+        found = [name for name, keys in known.items() if key in keys and (not slash or name == table)]
+        if not found:
+            raise UserError(
+                f"No table here has a row '{word}' (--rows).{nearest(key, [k for keys in known.values() for k in keys])}"
+            )
+        for name in found:
+            wanted.setdefault(name, []).append(key)
+    return wanted
+
+
+def _default_jobs(machine: Machine) -> int:
+    import os
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // (machine.threads or 1))
+
+
+def _print_plan(plan: Plan, *, runs: Mapping[str, RunSummary], book: CostBook, slots: int, scale: str) -> None:
+    from obowlab.lab.cost import duration
+
+    lines, left_s, unknown, counts = [], 0.0, 0, dict.fromkeys(("done", "running", "missing"), 0)
+    for job in plan.jobs:
+        run = runs.get(job.fingerprint)
+        status = str(run.state.status) if run is not None else "missing"
+        counts[{"finished": "done", "running": "running"}.get(status, "missing")] += 1
+        cost = book.cost(job.loaded.recipe)
+        share = 1.0
+        if run is not None and run.state.total_steps:
+            status = f"{status} {100 * run.state.step // run.state.total_steps} %" if status != "finished" else status
+            share -= run.state.step / run.state.total_steps
+        if cost.seconds is not None:
+            left_s += share * cost.seconds
+        elif share:
+            unknown += 1
+        time_text = f"{duration(cost.seconds)} ({cost.source})" if cost.seconds is not None else "unknown"
+        places = [f"{place} (stage)" if job.is_stage else place for place in job.places]
+        run_id = run.info.run_id if run is not None else job.run_id
+        lines.append((run_id, status, str(cost.steps or "?"), time_text, ", ".join(places)))
+    print_table(("run", "status", "steps", "training", "rows"), lines, right=("steps",))
+    stages = sum(job.is_stage for job in plan.jobs)
+    trainings = len(plan.jobs) - stages
+    rows = len({place for job in plan.jobs if not job.is_stage for place in job.places})
+    staged = f" and {stages} stages before them" if stages else ""
+    click.echo(
+        f"{rows} rows at scale {scale}, {len(plan.seeds)} seed(s): {trainings} trainings{staged}; "
+        f"{counts['done']} done, {counts['running']} running, {counts['missing']} missing."
+    )
+    rest = f", and {unknown} of unknown cost (timed when the command runs)" if unknown else ""
+    click.echo(f"Expected: {duration(left_s)} of training left{rest}; {slots} at a time: {duration(left_s / slots)}.")
+
+
+def _carry_out(plan: Plan, *, machine: Machine, slots: int, gpus: bool, records: Path | None) -> int:
+    from obowlab.cli.run import check_data
+    from obowlab.lab.ablate import Ablation, label_runs
+    from obowlab.lab.records import store_records, store_runs, write_records
+
+    for loaded in {job.loaded.recipe.data.dataset: job.loaded for job in plan.jobs}.values():
+        check_data(loaded, machine=machine, dry_run=False)
+    ablation = Ablation(plan, machine=machine, slots=slots, gpus=gpus, say=lambda line: click.echo(line, err=True))
+    outcomes = ablation.carry_out()
+    label_runs(plan, runs=store_runs(machine.runs_root), scale=plan.tables[0].scale)
+    known = store_records(machine.runs_root, fingerprints={job.fingerprint for job in plan.jobs})
+    if records is not None:
+        click.echo(f"Wrote {write_records(known.values(), folder=records)} records to {records}.", err=True)
+    click.echo()
+    for planned in plan.tables:
+        show(build(planned, machine=machine, known=known, seeds=plan.seeds))
+    failed = [outcome for outcome in outcomes if outcome.status == "failed"]
+    for outcome in failed:
+        click.echo(f"{outcome.job.run_id} failed: {outcome.message}", err=True)
+    if ablation.asked_to_stop:
+        click.echo("Stopped; the same command goes on.", err=True)
+        return 128 + ablation.asked_to_stop
+    return int(bool(failed))
+
+
+def _write(path: Path, text: str) -> None:
+    from obowlab.track.journal import write_atomic
+
+    try:
+        write_atomic(path, text)
+    except OSError as error:
+        raise UserError(f"Cannot write --out {path}: {error.strerror}.") from None
+    click.echo(f"Wrote {path}.", file=sys.stderr)

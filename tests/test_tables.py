@@ -1,0 +1,300 @@
+"""The shipped tables, what they plan, and the table that run records make."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from obowlab.config import load_recipe
+from obowlab.errors import UserError
+from obowlab.lab import render
+from obowlab.lab.ablate import make_plan, shown_command
+from obowlab.lab.collect import NOTICE, ONE_SEED, build_table, finished_seeds
+from obowlab.lab.records import Record, read_records, write_records
+from obowlab.lab.scales import SCALES
+from obowlab.lab.tablefile import PlannedTable, load_table, resolve_names, table_files
+from obowlab.track.samples import pack
+
+ONE_TO_FIVE = ["table1", "table2", "table3", "table4", "table5"]
+EPISODES = 40
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("name", table_files())
+def test_every_row_is_expressible_at_every_scale(name: str, scale: str) -> None:
+    table = load_table(name, scale=scale)
+    assert table.base.row.paper.keys() == table.file.columns.keys()
+    for row in table.rows:
+        assert row.row.paper.keys() == table.file.columns.keys(), "the paper gives every cell of these tables"
+        assert row.loaded.recipe.evaluation.protocols
+        # Sizes of views live in the base.
+        assert not [key for key in row.row.set if key.endswith("_size")]
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_thirty_rows_are_twenty_four_trainings(scale: str) -> None:
+    def trainings(names: list[str]) -> int:
+        plan = make_plan([load_table(name, scale=scale) for name in names], seeds=[0], rows={})
+        return sum(not job.is_stage for job in plan.jobs)
+
+    plan = make_plan([load_table(name, scale=scale) for name in ONE_TO_FIVE], seeds=[0], rows={})
+    assert plan.num_rows == 30
+    assert trainings(ONE_TO_FIVE) == 24
+    assert trainings([*ONE_TO_FIVE, "table7"]) == 26
+    vanilla = next(job for job in plan.jobs if job.places[0] == "table1/queue_local_average")
+    assert {place.split("/")[0] for place in vanilla.places} == set(ONE_TO_FIVE)
+    assert sum("table4/multi_scale_two_crops_patches" in job.places for job in plan.jobs) == 1
+
+
+def test_bownet_is_three_stages_of_which_two_rows_share_the_first() -> None:
+    plan = make_plan([load_table("table5", scale="paper")], seeds=[0, 1], rows={})
+    stages = [job for job in plan.jobs if job.is_stage and job.seed == 0]
+    assert len(stages) == 3
+    shared = [job for job in stages if len(job.places) == 2]
+    assert [job.loaded.recipe.method.name for job in shared] == ["rotnet"]
+    rounds = {job.fingerprint: job for job in plan.jobs}
+    last = next(job for job in plan.jobs if job.places == ("table5/bownet",) and not job.is_stage)
+    first_round = rounds[last.needs or ""]
+    assert first_round.needs == shared[0].fingerprint
+    order = [job.fingerprint for job in plan.jobs]
+    assert order.index(shared[0].fingerprint) < order.index(first_round.fingerprint) < order.index(last.fingerprint)
+    rows = load_table("table5", scale="paper").rows
+    assert [sum(stage.recipe.training.epochs for stage in row.loaded.stages()) for row in rows] == [200, 200, 80, 80]
+
+
+def test_the_base_row_comes_along_and_other_rows_do_not() -> None:
+    tables = [load_table("table2", scale="demo"), load_table("table3", scale="demo")]
+    plan = make_plan(tables, seeds=[0], rows={"table3": ["hard_dynamic"]})
+    assert [job.places for job in plan.jobs] == [("table2/annealed", "table3/soft_dynamic"), ("table3/hard_dynamic",)]
+
+
+def test_a_jobs_command_makes_the_very_run() -> None:
+    from obowlab.config import parse_override
+
+    for job in make_plan([load_table(name, scale="tiny") for name in ONE_TO_FIVE], seeds=[1], rows={}).jobs:
+        words = list(job.command)
+        assert words[0] == "run"
+        overrides = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
+        assert all(parse_override(text) for text in overrides)
+        loaded = load_recipe(words[1], overrides=overrides)
+        stage = int(words[words.index("--stage") + 1]) if "--stage" in words else len(loaded.stages())
+        assert loaded.stages()[stage - 1].recipe.fingerprint(seed=1) == job.fingerprint, shown_command(job)
+
+
+def test_names_of_tables() -> None:
+    assert resolve_names(["table3", "all", "table3"]) == ["table3", "table1", "table2", "table4", "table5", "table7"]
+    with pytest.raises(UserError, match="Did you mean 'table2'"):
+        resolve_names(["tabel2"])
+
+
+VALID = """
+title = "T"
+base = "vanilla"
+primary = "knn_top1"
+[columns]
+knn_top1 = "k-NN"
+[[row]]
+key = "base"
+label = "base"
+paper = { knn_top1 = 1 }
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (("title =", "titel ="), r"unknown key 'titel'.*'title'"),
+        (("label =", "lable ="), r"unknown key 'row\.1\.lable'.*'label'"),
+        (('primary = "knn_top1"', 'primary = "linear_top1"'), "not among the columns"),
+        (("knn_top1", "knn_top"), "'knn_top' is not a metric.*knn_top1"),
+        (('base = "vanilla"', 'base = "vanila"'), "vanilla"),
+        (('key = "base"', 'key = "a/b"'), "row.1.key"),
+        (('label = "base"', 'label = "base"\nset = { "method.kapa" = 3 }'), r"row 'base'.*method\.kappa"),
+        (('label = "base"', 'label = "base"\nset = { "method.kappa" = 3.0 }'), "no row is the base recipe 'vanilla'"),
+        (('label = "base"', 'label = "base"\nat.tinny.set = {}'), "scale 'tinny'.*tiny"),
+        (("[[row]]", '[[row]]\nkey = "base"\nlabel = "x"\n[[row]]'), "two rows have the key 'base'"),
+        (("title", "= title"), "not valid TOML"),
+    ],
+)
+def test_a_mistake_in_a_table_file_is_one_sentence(change: tuple[str, str], complaint: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(VALID)
+    assert load_table(str(path), scale="tiny").base.row.paper == {"knn_top1": 1.0}
+    path.write_text(VALID.replace(*change))
+    with pytest.raises(UserError, match=complaint) as error:
+        load_table(str(path), scale="tiny")
+    assert "mine.toml" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+# ------------------------------------------------------------------------------------------------------------- collecting
+
+
+def record(row: Any, *, seed: int, value: float, spread: int = 2, basis: str = "p", **changes: Any) -> Record:
+    """Return a finished run of a row whose every metric has the mean `value`, over episodes that all runs share."""
+    fingerprint = row.loaded.recipe.fingerprint(seed=seed)
+    rng = np.random.default_rng(0)
+    correct = (round(value) + rng.integers(-spread, spread + 1, EPISODES) if spread else np.full(EPISODES, round(value))).tolist()
+    names = ["fewshot_1shot", "fewshot_5shot", "linear_top1"]
+    result = {
+        "subject": "student",
+        "protocol": "fewshot",
+        "protocol_hash": basis,
+        "data_hash": "d",
+        "details": {"dataset": row.loaded.recipe.data.dataset},
+        "measurements": [
+            {"name": name, "value": float(np.mean(correct)), "interval": 1.0, "count": EPISODES, "samples": pack(correct, of=100)}
+            for name in names
+        ],
+    }
+    values = {
+        "run_id": f"{row.row.key}-s{seed}",
+        "name": row.loaded.name,
+        "seed": seed,
+        "fingerprint": fingerprint,
+        "recipe": row.loaded.recipe.model_dump(mode="json"),
+        "version": "0",
+        "status": "finished",
+        "step": 10,
+        "total_steps": 10,
+        "message": "",
+        "facts": {"commit": "c" * 40, "dirty": False, "data_hash": "d" * 64},
+        "results": [result],
+        "mlflow_run_id": "m" * 32,
+        "trained_s": 5.0,
+    }
+    return Record.model_validate({**values, **changes})
+
+
+def records_of(*records: Record) -> dict[str, Record]:
+    return {each.fingerprint: each for each in records}
+
+
+@pytest.fixture
+def table3() -> PlannedTable:
+    return load_table("table3", scale="tiny")
+
+
+def test_verdicts_follow_the_papers_direction(table3: PlannedTable) -> None:
+    base, hard, fixed = table3.rows
+    values = {base.row.key: 40, hard.row.key: 45, fixed.row.key: 2}
+    records = records_of(*(record(row, seed=seed, value=values[row.row.key] + seed) for row in table3.rows for seed in range(3)))
+    table = build_table(table3, seeds=range(3), records=records)
+    assert [row.verdict for row in table.rows] == [None, "disagrees", "agrees"]
+    cell = table.rows[1].cells[1]
+    assert cell.ours is not None
+    assert (round(cell.ours.value), cell.ours.seeds) == (46, 3)
+    assert cell.against_base is not None
+    assert cell.against_base.value == pytest.approx(5.0)
+    assert cell.against_base.interval == pytest.approx(0.0, abs=1e-9), "paired: what episodes and seeds share cancels"
+    assert cell.against_paper is None, "not at this scale"
+    assert not table.comparable
+    assert table.footnotes[0] == NOTICE
+
+
+def test_a_difference_within_the_noise_is_indistinguishable(table3: PlannedTable) -> None:
+    base, hard, _ = table3.rows
+    ours = [record(hard, seed=seed, value=40 + drift) for seed, drift in enumerate((3, -2, 0))]
+    records = records_of(*(record(base, seed=seed, value=40) for seed in range(3)), *ours)
+    assert build_table(table3, seeds=range(3), records=records).rows[1].verdict == "indistinguishable"
+
+
+def test_only_seeds_that_both_rows_have_are_compared(table3: PlannedTable) -> None:
+    base, hard, fixed = table3.rows
+    records = records_of(
+        record(base, seed=0, value=40),
+        record(base, seed=1, value=60),
+        record(hard, seed=0, value=41),
+        record(fixed, seed=2, value=9),
+    )
+    table = build_table(table3, seeds=range(3), records=records)
+    against = table.rows[1].cells[0].against_base
+    assert against is not None
+    assert (against.value, against.seeds) == (pytest.approx(1.0), 1)
+    assert ONE_SEED in [table.footnotes[number - 1] for number in table.rows[1].notes]
+    assert ONE_SEED not in [table.footnotes[number - 1] for number in table.rows[0].notes]
+    assert table.rows[2].cells[0].against_base is None
+    assert table.rows[2].verdict is None
+    assert finished_seeds(table3, records=records) == (0, 1, 2)
+
+
+def test_other_protocols_and_unfinished_runs_are_not_compared(table3: PlannedTable) -> None:
+    base, hard, fixed = table3.rows
+    records = records_of(
+        record(base, seed=0, value=40),
+        record(hard, seed=0, value=50, basis="another"),
+        record(fixed, seed=0, value=2, status="failed", message="The loss is not finite."),
+    )
+    table = build_table(table3, seeds=[0], records=records)
+    assert "another protocol" in table.rows[1].cells[0].problem
+    assert table.rows[1].verdict is None
+    assert table.rows[2].cells[0].ours is None
+    assert "soft_fixed, seed 0: failed: The loss is not finite." in render.remarks(table)
+
+
+def test_at_the_papers_scale_the_difference_to_the_paper_is_shown() -> None:
+    planned = load_table("table3", scale="paper")
+    table = build_table(planned, seeds=[0], records=records_of(record(planned.rows[0], seed=0, value=44, spread=0)))
+    assert table.comparable
+    assert table.rows[0].cells[0].against_paper == pytest.approx(44 - 42.11)
+    assert NOTICE not in table.footnotes
+
+
+def test_what_a_small_scale_changes_beside_the_row_is_said() -> None:
+    planned = load_table("table1", scale="tiny")
+    table = build_table(planned, seeds=[0], records={})
+    notes = {row.key: " ".join(table.footnotes[number - 1] for number in row.notes) for row in table.rows}
+    assert "training.epochs 7 (base row 18)" in notes["full_local_average"]
+    assert "method.levels" not in notes["full_local_average"]
+    assert "At this scale the row differs" not in notes["queue_local"]
+
+
+def test_the_same_records_give_the_same_bytes(table3: PlannedTable, tmp_path: Path) -> None:
+    made = [record(row, seed=seed, value=30 + seed) for row in table3.rows for seed in range(2)]
+    before = records_of(*made)
+    assert write_records(reversed(made), folder=tmp_path) == 6
+    after = read_records(tmp_path)
+    tables = [build_table(table3, seeds=range(2), records=records) for records in (before, after)]
+    for form in (render.as_json, render.as_csv):
+        assert form([tables[0]]) == form([tables[1]])
+    assert render.markdown(tables[0]) == render.markdown(tables[1])
+    first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    write_records(made, folder=tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == first
+
+
+def test_damaged_records_are_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no folder of records"):
+        read_records(tmp_path / "absent")
+    (tmp_path / "x.json").write_text("{")
+    with pytest.raises(UserError, match=r"x\.json is not a run record"):
+        read_records(tmp_path)
+
+
+def test_every_format_holds_every_number_and_where_it_comes_from(table3: PlannedTable) -> None:
+    made = [record(row, seed=0, value=value) for row, value in zip(table3.rows, (40, 45, 2), strict=True)]
+    table = build_table(table3, seeds=[0], records=records_of(*made))
+    text = render.markdown(table)
+    for run in made:
+        for origin in (run.run_id, run.mlflow_run_id, run.fingerprint[:12], "c" * 12, "d" * 12):
+            assert origin is not None
+            assert origin in text
+    assert "not comparable" in text
+    for row in table.rows:
+        for cell in row.cells:
+            assert cell.ours is not None
+            assert f"{cell.ours.value:.2f} ± {cell.ours.interval:.2f}" in text
+            assert f"{cell.paper:.2f}" in text
+    lines = list(csv.DictReader(io.StringIO(render.as_csv([table]))))
+    assert len(lines) == 9
+    assert float(lines[0]["ours"]) == pytest.approx(table.rows[0].cells[0].ours.value, rel=1e-5)  # type: ignore[union-attr]
+    assert lines[3]["run_ids"] == "hard_dynamic-s0"
+    assert json.loads(render.as_json([table]))[0]["rows"][1]["cells"][0]["verdict"] == "disagrees"
+    columns, rows = render.overview(table)
+    assert all(len(line) == len(columns) for line in rows)
