@@ -185,6 +185,7 @@ def test_fingerprint_is_of_everything_that_changes_weights_and_of_nothing_else()
         "title": "Another",
         "data.dataset": "other",
         "data.images_per_class": 3,
+        "views.crop_extent": "whole",
         "backbone.arch": "resnet50",
         "backbone.stem": "imagenet",
         "method.levels": ["conv4"],
@@ -303,3 +304,136 @@ def test_nearest_proposes_lists_or_stays_silent() -> None:
     assert nearest("xyz", ["full", "demo"]) == " Known: full, demo."
     assert nearest("xyz", []) == ""
     assert nearest("xyz", [f"recipe{i}" for i in range(30)]) == ""
+
+
+# --------------------------------------------------------------------------------------------------- methods and stages
+
+CHAIN = """
+title = "Chain"
+[method]
+name = "bownet"
+num_words = 64
+[views]
+crop_extent = "whole"
+cutmix_probability = 1.0
+[training]
+epochs = 8
+[teacher.training]
+epochs = 6
+[teacher.teacher.method]
+name = "rotnet"
+[teacher.teacher.views]
+cutmix_probability = 0.0
+"""
+
+
+def test_a_teacher_is_a_sparse_change_of_its_own_student(tmp_path: Path) -> None:
+    path = write(tmp_path, "chain", CHAIN)
+    loaded = load_recipe(path, overrides=["views.crop_size=100", "teacher.teacher.training.epochs=4"])
+    stages = loaded.stages()
+    assert [stage.name for stage in stages] == ["chain-stage1", "chain-stage2", "chain"]
+    assert [stage.recipe.title for stage in stages] == ["Chain (stage 1 of 3)", "Chain (stage 2 of 3)", "Chain"]
+    assert [stage.recipe.method.name for stage in stages] == ["rotnet", "bownet", "bownet"]
+    assert [stage.recipe.training.epochs for stage in stages] == [4, 6, 8]
+    assert [stage.recipe.views.cutmix_probability for stage in stages] == [0.0, 1.0, 1.0]
+    assert {stage.recipe.views.crop_size for stage in stages} == {100}, "given once, it reaches every stage"
+    assert {stage.sources["views.crop_size"] for stage in stages} == {"--set views.crop_size=100"}
+    assert stages[0].sources["training.epochs"] == "--set teacher.teacher.training.epochs=4"
+    assert stages[1].sources["training.epochs"] == "chain.toml"
+    assert "optimizer.momentum" not in stages[0].sources
+    assert [len(stage.stages()) for stage in stages] == [1, 2, 3]
+
+
+def test_a_stage_has_the_identity_it_would_have_alone(tmp_path: Path) -> None:
+    first, second, last = load_recipe(write(tmp_path, "chain", CHAIN)).stages()
+    alone = load_recipe(
+        write(tmp_path, "alone", '[method]\nname = "rotnet"\n[views]\ncrop_extent = "whole"\n[training]\nepochs = 6\n')
+    )
+    assert alone.recipe.fingerprint(seed=3) == first.recipe.fingerprint(seed=3)
+    prints = {stage.recipe.fingerprint(seed=3) for stage in (first, second, last)}
+    assert len(prints) == 3
+
+
+@pytest.mark.parametrize(
+    ("override", "same"),
+    [
+        ("teacher.title=Other", True),
+        ("teacher.evaluation.protocols=[]", True),
+        ("teacher.teacher.evaluation.linear.epochs=3", True),
+        ("teacher.teacher.training.epochs=5", False),
+        ("teacher.method.num_words=65", False),
+    ],
+)
+def test_identity_covers_the_stages_before_but_not_their_measurement(override: str, same: bool, tmp_path: Path) -> None:
+    path = write(tmp_path, "chain", CHAIN)
+    changed = load_recipe(path, overrides=[override]).recipe
+    assert changed != load_recipe(path).recipe
+    assert (changed.fingerprint(seed=0) == load_recipe(path).recipe.fingerprint(seed=0)) == same
+
+
+def test_flat_settings_of_a_chain_are_sparse_and_rebuild_it(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, "chain", CHAIN)).recipe
+    values = flatten(recipe)
+    assert {key: value for key, value in values.items() if key.startswith("teacher.")} == {
+        "teacher.training.epochs": 6,
+        "teacher.teacher.method.name": "rotnet",
+        "teacher.teacher.views.cutmix_probability": 0.0,
+    }
+    titled = recipe.model_copy(update={"title": "Chain"})
+    assert recipe_from_values(flatten(titled), sources=dict.fromkeys(values, "test")) == titled
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+
+
+@pytest.mark.parametrize("how", ["file", "override", "changes"])
+def test_another_method_drops_the_settings_and_stages_of_the_one_before(how: str, tmp_path: Path) -> None:
+    base = write(tmp_path, "base", CHAIN)
+    new = {"method.name": "obow", "method.kappa": 7.0, "views.cutmix_probability": 0.5}
+    if how == "file":
+        loaded = load_recipe(write(tmp_path, "top", 'extends = "base"\nmethod = {name = "obow", kappa = 7.0}\n'))
+    elif how == "override":
+        loaded = load_recipe(base, overrides=["method.kappa=7.0", "method.name=obow"])
+    else:
+        loaded = load_recipe(base, changes=new)
+        assert loaded.sources["method.kappa"] == "changes"
+        assert loaded.recipe.views.cutmix_probability == 0.5
+    assert loaded.recipe.method == Obow(kappa=7.0)
+    assert loaded.recipe.teacher is None
+    assert not any(key.startswith("teacher.") or key == "method.num_words" for key in loaded.sources)
+
+
+def test_another_method_of_a_teacher_drops_its_settings(tmp_path: Path) -> None:
+    write(tmp_path, "base", CHAIN.replace('name = "rotnet"', 'name = "moco"\nqueue_size = 32'))
+    top = write(tmp_path, "top", 'extends = "base"\n[teacher.teacher.method]\nname = "rotnet"\n')
+    assert load_recipe(top).stages()[0].recipe.method.name == "rotnet"
+
+
+def test_overrides_lie_over_changes(tmp_path: Path) -> None:
+    loaded = load_recipe("demo", changes={"training.epochs": 3, "method.kappa": 2.0}, overrides=["training.epochs=4"])
+    assert (loaded.recipe.training.epochs, loaded.recipe.method.kappa) == (4, 2.0)
+    assert loaded.sources["training.epochs"] == "--set training.epochs=4"
+    with pytest.raises(UserError, match=r"Unknown key 'training\.epoch' \(changes\)\. Did you mean 'training\.epochs'"):
+        load_recipe("demo", changes={"training.epoch": 3})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[method]\nname = "mocco"\n', r"'method\.name' \(bad\.toml\): there is no method 'mocco'\. Did you mean 'moco'\?"),
+        ("[method]\nname = 3\n", r"'method\.name' \(bad\.toml\): there is no method 3\."),
+        ('[method]\nname = "moco"\ntemprature = 1.0\n', r"'method\.temprature' .*'method\.temperature'"),
+        ('[method]\nname = "moco"\ntemperature = 0.0\n', r"'method\.temperature' \(bad\.toml\): .*greater than 0, not 0\.0"),
+        ('[method]\nname = "moco"\nkappa = 1.0\n', r"Unknown key 'method\.kappa'"),
+        ('[method]\nname = "bownet"\n', r"'method\.name' \(bad\.toml\): .*bownet, which needs a stage before it"),
+        ("[teacher.training]\nepochs = 3\n", r"'method\.name' \(default\): \[teacher\] describes a stage before this one"),
+        (CHAIN + "batch_sice = 3\n", r"Unknown key 'teacher\.teacher\.views\.batch_sice' \(bad\.toml\)\."),
+        (CHAIN + "crop_size = 0\n", r"'teacher\.teacher\.views\.crop_size' \(bad\.toml\): .*not 0"),
+        (CHAIN.replace("= 8", "= 0"), r"'training\.epochs' \(bad\.toml\): .*not 0"),
+        (CHAIN + "[teacher.backbone]\nwidth = 3\n", r"teacher\.backbone must be the same"),
+        ("[views]\nnum_crops = 0\nnum_patches = 1\ncutmix_probability = 0.5\n", r"'views' \(bad\.toml\): cutmix_probability"),
+        ("[views]\nwhole_scale = [0.5, 2.0]\n", r"whole_scale are fractions"),
+    ],
+)
+def test_bad_methods_and_stages_are_refused_in_one_sentence(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        load_recipe(write(tmp_path, "bad", text))
+    assert "\n" not in str(caught.value)

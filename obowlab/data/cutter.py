@@ -50,7 +50,7 @@ class Cutter:
         """Return number and side of the views of each kind, in the order of the geometry: original, crops, patch source."""
         groups = [(1, self.views.original_size)]
         if self.seed is not None and self.views.num_crops:
-            groups.append((self.views.num_crops, self.views.crop_size))
+            groups.append((self.views.num_crops, self.views.cut_size))
         if self.seed is not None and self.views.num_patches:
             groups.append((1, self.views.patch_source_size))
         return tuple(groups)

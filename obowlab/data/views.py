@@ -176,7 +176,7 @@ def geometry(views: Views, *, seed: int, epoch: int, indices: Ints, heights: Int
         widths: Widths of the images in pixels, [N].
     """
     centre = centre_geometry(views, heights=heights, widths=widths)
-    lanes = [(Stream.CROPS, lane, views.crop_scale, views.crop_size) for lane in range(views.num_crops)]
+    lanes = [(Stream.CROPS, lane, views.cut_scale, views.cut_size) for lane in range(views.num_crops)]
     if views.num_patches:
         lanes.append((Stream.PATCH_SOURCE, 0, views.patch_scale, views.patch_source_size))
     boxes = [centre.boxes[:, 0]]

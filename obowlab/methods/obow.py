@@ -68,7 +68,7 @@ class Monitor(nn.Module):
         return cast(Tensor, self.fc(self.norm(bow.at_least_float32(features_BD.detach()))))
 
 
-class OBoW(Method):
+class OBoW(Method[Obow]):
     """One call is one training step without its backward pass, in the order that SPEC pins.
 
     Attributes:

@@ -5,16 +5,25 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 from torch import Tensor, nn
 
-from obowlab.config import Backbone, Obow, Views
+from obowlab.config import Backbone, Section, Views
 from obowlab.methods.backbones import ResNet
+
+
+SettingsT = TypeVar("SettingsT", bound=Section)
+"""The settings of one method: `config.Obow` and its likes."""
 
 
 class Comm(Protocol):
     """Talk between the processes of a run; every process makes the same calls in the same order."""
+
+    @property
+    def rank(self) -> int:
+        """Which of them this is, from 0."""
+        ...
 
     @property
     def world_size(self) -> int:
@@ -33,6 +42,7 @@ class Comm(Protocol):
 class OneProcess:
     """The Comm of a run with a single process."""
 
+    rank: int = 0
     world_size: int = 1
 
     def gather(self, x: Tensor) -> Tensor:
@@ -57,7 +67,7 @@ class StepOutput:
     metrics: dict[str, Tensor]
 
 
-class Method(nn.Module, ABC):
+class Method(nn.Module, ABC, Generic[SettingsT]):
     """A way to learn an encoder: one call is one training step without its backward pass.
 
     Whatever must survive a restart is a parameter or a persistent buffer; nothing random is drawn but the initial weights.
@@ -69,7 +79,7 @@ class Method(nn.Module, ABC):
     num_draws: int
 
     def __init__(
-        self, method: Obow, *, backbone: Backbone, total_steps: int, seed: int, num_classes: int | None, comm: Comm
+        self, method: SettingsT, *, backbone: Backbone, total_steps: int, seed: int, num_classes: int | None, comm: Comm
     ) -> None:
         """Build with the initial weights of a seed.
 
@@ -87,7 +97,7 @@ class Method(nn.Module, ABC):
         self.comm = comm
 
     @classmethod
-    def check_views(cls, method: Obow, *, backbone: Backbone, views: Views) -> None:
+    def check_views(cls, method: SettingsT, *, backbone: Backbone, views: Views) -> None:
         """Refuse, before anything is loaded, views that the method cannot work on.
 
         Raises:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from obowlab.data.datasets import open_split
@@ -16,7 +18,7 @@ ENCODER_FILE = "encoder.safetensors"
 MODEL_FOLDER = "model"
 
 
-def finish(work: Work, *, method: Method) -> None:
+def finish(work: Work, *, method: Method[Any]) -> None:
     """Save and measure the encoder of a trained method; what is already there is not done again."""
     work.stop.act_at_once()
     folder, recipe = work.folder, work.recipe

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import signal
 import time
+from typing import Any
 
 import torch
 
@@ -25,7 +26,7 @@ SHOWN = ("loss", "perplexity_image_conv5", "monitor_accuracy")
 """Metrics beside the progress bar."""
 
 
-def train(work: Work) -> Method:
+def train(work: Work) -> Method[Any]:
     """Train a run from its newest checkpoint to its end and return the method.
 
     Raises:
@@ -158,7 +159,7 @@ def open_loader(work: Work, *, split: Split) -> TrainLoader:
     )
 
 
-def build(work: Work, *, split: Split, total_steps: int) -> Method:
+def build(work: Work, *, split: Split, total_steps: int) -> Method[Any]:
     """Build the recipe's method with the initial weights of the run's seed, on this process's device."""
     recipe = work.recipe
     kind = METHODS[recipe.method.name]
@@ -174,7 +175,7 @@ def build(work: Work, *, split: Split, total_steps: int) -> Method:
     return method.to(work.world.device)
 
 
-def resume(work: Work, *, method: Method, optimizer: torch.optim.Optimizer, data_hash: str) -> int:
+def resume(work: Work, *, method: Method[Any], optimizer: torch.optim.Optimizer, data_hash: str) -> int:
     """Load the newest valid checkpoint of the run, if there is one, and return the step to go on from."""
     folder = work.folder
     found, complaints = checkpoints.newest(folder.path, fingerprint=folder.info.fingerprint, map_location=work.world.device)
@@ -221,7 +222,7 @@ def announce(work: Work, *, split: Split, loader: TrainLoader, step: int, total_
     folder.set_state(status="running", attempt=attempt, step=step, total_steps=total_steps, message="")
 
 
-def grad_norm(method: Method) -> float:
+def grad_norm(method: Method[Any]) -> float:
     """Return the Euclidean norm of all gradients of the last backward pass."""
     gradients = [parameter.grad for parameter in method.parameters() if parameter.grad is not None]
     return float(torch.nn.utils.get_total_norm(gradients))

@@ -1,0 +1,73 @@
+"""Recipe and Machine: everything that changes a result, and everything that must not.
+
+A `Recipe` (`recipe`, `methods`) is read from TOML (`experiments/NAME.toml`, with `extends`) and sparse overrides (`files`). A
+`Machine` (`machine`) says where and with what a run is carried out; no field of it may change a result beyond the order of float
+sums.
+"""
+
+from obowlab.config.base import Count, Fraction, Level, Positive, Range, Section, canonical_hash
+from obowlab.config.checking import nearest, set_by
+from obowlab.config.files import (
+    Loaded,
+    flatten,
+    layer,
+    load_recipe,
+    parse_override,
+    project_root,
+    recipe_files,
+    recipe_from_values,
+)
+from obowlab.config.machine import Machine, load_machine
+from obowlab.config.methods import METHOD_SECTIONS, Bownet, MethodSection, Moco, Obow, Rotnet
+from obowlab.config.recipe import (
+    FINGERPRINT_VERSION,
+    Backbone,
+    Data,
+    Evaluation,
+    FewShot,
+    Knn,
+    Linear,
+    Optimizer,
+    Recipe,
+    Training,
+    Views,
+)
+
+__all__ = [
+    "FINGERPRINT_VERSION",
+    "METHOD_SECTIONS",
+    "Backbone",
+    "Bownet",
+    "Count",
+    "Data",
+    "Evaluation",
+    "FewShot",
+    "Fraction",
+    "Knn",
+    "Level",
+    "Linear",
+    "Loaded",
+    "Machine",
+    "MethodSection",
+    "Moco",
+    "Obow",
+    "Optimizer",
+    "Positive",
+    "Range",
+    "Recipe",
+    "Rotnet",
+    "Section",
+    "Training",
+    "Views",
+    "canonical_hash",
+    "flatten",
+    "layer",
+    "load_machine",
+    "load_recipe",
+    "nearest",
+    "parse_override",
+    "project_root",
+    "recipe_files",
+    "recipe_from_values",
+    "set_by",
+]

@@ -1,0 +1,133 @@
+"""Flat dotted keys in, one sentence about the first thing that is wrong out."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from obowlab.config.base import Section, SectionT
+from obowlab.errors import UserError
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """Return ` Did you mean 'x'?` for the closest known word; else a list of all if it is short, or nothing."""
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    if not close:  # 'kapa' should find 'method.kappa'
+        tails = {name.rsplit(".", 1)[-1]: name for name in known}
+        close = [tails[tail] for tail in difflib.get_close_matches(word.rsplit(".", 1)[-1], list(tails), n=1, cutoff=0.5)]
+    if close:
+        return f" Did you mean '{close[0]}'?"
+    return f" Known: {', '.join(known)}." if 0 < len(known) <= 20 else ""
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return a TOML file's content.
+
+    Raises:
+        UserError: there is no such file, or it is not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"Cannot read {path}: {error.strerror}.") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid TOML: {error}.") from None
+
+
+def flat_pairs(document: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every value of nested tables under its dotted key."""
+    for key, value in document.items():
+        if isinstance(value, Mapping):
+            yield from flat_pairs(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def nest(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the nested tables of dotted keys."""
+    document: dict[str, Any] = {}
+    for key, value in values.items():
+        *groups, leaf = key.split(".")
+        place = document
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[leaf] = value
+    return document
+
+
+def known_keys(model: type[Section], prefix: str = "") -> Iterator[str]:
+    """Yield the dotted key of every setting; a field that may hold one of several sections yields itself."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from known_keys(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}"
+
+
+def check_keys(values: Iterable[str], *, known: Sequence[str], sources: Mapping[str, str], prefix: str = "") -> None:
+    """Refuse the first key that is not known and name the nearest that is.
+
+    Args:
+        values: keys.
+        known: keys that there are.
+        sources: who set what, under the full keys.
+        prefix: stands before every key in `sources` and in the complaint.
+
+    Raises:
+        UserError: an unknown key.
+    """
+    for key in values:
+        if key not in known:
+            name, source = set_by(f"{prefix}{key}", sources=sources)
+            hint = nearest(name, [f"{prefix}{one}" for one in known]) or " `obowlab config show full` lists every key."
+            raise UserError(f"Unknown key '{name}' ({source}).{hint}")
+
+
+def set_by(key: str, *, sources: Mapping[str, str]) -> tuple[str, str]:
+    """Return the key that set a value, and the file or option it stands in; a stage inherits from the one after it."""
+    name = key
+    while name not in sources and name.startswith("teacher."):
+        name = name.removeprefix("teacher.")
+    return (name, sources[name]) if name in sources else (key, "default")
+
+
+def validate(model: type[SectionT], document: Mapping[str, Any], *, sources: Mapping[str, str], prefix: str = "") -> SectionT:
+    """Make a model of nested settings.
+
+    Args:
+        model: the model.
+        document: nested settings, JSON values.
+        sources: who set what, under the full keys.
+        prefix: stands before every key in `sources` and in the complaint.
+
+    Raises:
+        UserError: the first complaint, with the key and who set it.
+    """
+    # JSON mode: strict about types, yet a TOML array may fill a tuple.
+    try:
+        return model.model_validate_json(json.dumps(document, default=str))
+    except ValidationError as error:
+        first = error.errors()[0]
+        parts = [str(part) for part in first["loc"] if not isinstance(part, int)]
+        if len(parts) > 1 and parts[0] == "method":
+            del parts[1]  # pydantic names the member of the union
+        key = prefix + ".".join(parts)
+        reason = re.sub(r"^Value error, ", "", first["msg"])
+        if isinstance(first["input"], Mapping):  # settings that do not fit together: find who set those the reason names
+            words = set(re.findall(r"[\w.]+", reason))
+            group = f"{key}." if parts else prefix
+            named = [name for name in sources if name.startswith(group) and words & {name[len(group) :], name.rsplit(".", 1)[-1]}]
+            named.sort(key=lambda name: not sources[name].startswith("--"))  # an option before a file
+            source = sources[named[0]] if named else "default"
+            complaint = f"'{key if parts else prefix + 'method.name'}' ({source}): {reason}."
+        else:
+            key, source = set_by(key, sources=sources)
+            complaint = f"'{key}' ({source}): {reason}, not {first['input']!r:.60}."
+        raise UserError(complaint) from None

@@ -1,0 +1,97 @@
+"""Settings of the methods: one model each, chosen by `method.name`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from obowlab.config.base import Count, Fraction, Level, Positive, Section
+
+
+class Obow(Section):
+    """The method of the paper (SPEC section 1)."""
+
+    name: Literal["obow"] = "obow"
+    levels: tuple[Level, ...] = ("conv5",)
+    num_words: Annotated[int, Field(ge=2)] = 8192
+    border: Annotated[int, Field(ge=0)] = Field(1, description="pixels dropped around the teacher's feature maps")
+    codes: Literal["soft", "hard"] = "soft"
+    pooling: Literal["max", "mean"] = "max"
+    delta_base: Positive = 0.1
+    msd_start: Literal["authors", "first_batch"] = Field("authors", description="authors: mean squared distance starts at 0.5")
+    msd_momentum: Fraction = 0.99
+    vocabulary: Literal["queue", "kmeans_replace", "kmeans_sinkhorn"] = "queue"
+    queue_vector: Literal["local", "global_average", "local_average"] = "local_average"
+    kmeans_momentum: Fraction = 0.99
+    kmeans_patience: Count = Field(1000, description="steps without use after which a word is replaced")
+    sinkhorn_epsilon: Positive = Field(0.05, description="in units of the mean distance of the batch")
+    sinkhorn_iterations: Count = 3
+    head: Literal["dynamic", "fixed"] = "dynamic"
+    head_batchnorm: bool = Field(True, description="the authors' code has it, the paper does not mention it")
+    kappa: Positive = 5.0
+    learn_kappa: bool = False
+    teacher_momentum: Fraction = 0.99
+    teacher_momentum_schedule: Literal["cosine", "constant"] = "cosine"
+
+    @model_validator(mode="after")
+    def _levels_known_once(self) -> Obow:
+        if not self.levels or len(set(self.levels)) != len(self.levels):
+            raise ValueError("levels must name conv4, conv5 or both, each once")
+        return self
+
+
+class Bownet(Section):
+    """BoWNet: the bag of visual words of a frozen teacher, over a vocabulary made once by k-means (paper, Table 5).
+
+    The teacher is the encoder of the stage before (the recipe's `teacher`). What the paper leaves open (points and iterations
+    of k-means) is said beside each value.
+    """
+
+    name: Literal["bownet"] = "bownet"
+    level: Level = Field("conv5", description="of the teacher's map that the words are made of")
+    num_words: Annotated[int, Field(ge=2)] = 8192
+    border: Annotated[int, Field(ge=0)] = Field(1, description="pixels dropped around the teacher's feature maps")
+    pooling: Literal["max", "mean"] = "max"
+    kmeans_points: Count = Field(64, description="local features per word that k-means is given; the paper does not say")
+    kmeans_iterations: Count = Field(25, description="the paper does not say")
+
+
+class Rotnet(Section):
+    """RotNet: by how many quarter turns is a view rotated? Nothing to set."""
+
+    name: Literal["rotnet"] = "rotnet"
+
+
+class Moco(Section):
+    """MoCo v2 (paper, Table 7): the last crop of an image is the key, every other view a query."""
+
+    name: Literal["moco"] = "moco"
+    queue_size: Annotated[int, Field(ge=2)] = Field(65536, description="keys of earlier images, the negatives")
+    projection_size: Count = Field(128, description="length of queries and keys")
+    temperature: Positive = 0.2
+    teacher_momentum: Fraction = Field(0.999, description="of the encoder of the keys; constant")
+    batchnorm_splits: Count = Field(8, description="equal parts of the global batch that are normalised apart, as on 8 GPUs")
+
+
+MethodSection = Obow | Bownet | Rotnet | Moco
+
+METHOD_SECTIONS: dict[str, type[MethodSection]] = {"obow": Obow, "bownet": Bownet, "rotnet": Rotnet, "moco": Moco}
+"""Settings of every method by the name in `method.name`."""
+
+DEFAULT_METHOD = "obow"
+
+
+def _name_of(value: object) -> str:
+    name = value.get("name", DEFAULT_METHOD) if isinstance(value, dict) else getattr(value, "name", "")
+    return str(name)
+
+
+AnyMethod = Annotated[
+    Annotated[Obow, Tag("obow")]
+    | Annotated[Bownet, Tag("bownet")]
+    | Annotated[Rotnet, Tag("rotnet")]
+    | Annotated[Moco, Tag("moco")],
+    Discriminator(_name_of),
+]
+"""One of them; without a name it is OBoW."""

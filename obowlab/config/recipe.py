@@ -1,0 +1,202 @@
+"""The recipe: everything that changes a result.
+
+Every model here is a section of a TOML file (`files`); the settings of the methods are in `methods`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from obowlab.config.base import Count, Fraction, Positive, Range, Section, canonical_hash
+from obowlab.config.methods import AnyMethod, Obow
+
+FINGERPRINT_VERSION = 2
+"""Raise it when the same recipe would no longer give the same weights, or a default changes (see CHANGELOG, *Numerics*)."""
+
+
+class Data(Section):
+    """Which images are trained on."""
+
+    dataset: str = Field("imagenet", pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    images_per_class: Count | None = Field(None, description="first n of every class in sorted order; all if absent or 'all'")
+
+    @field_validator("images_per_class", mode="before")
+    @classmethod
+    def _all(cls, value: object) -> object:
+        return None if value == "all" else value  # TOML has no null, and `extends` must be able to undo a number
+
+
+class Views(Section):
+    """Sizes in pixels and probabilities of the views cut from one image (SPEC section 2, paper appendix G)."""
+
+    original_size: Count = 224
+    original_resize: Count = 256
+    num_crops: Annotated[int, Field(ge=0)] = 1
+    crop_extent: Literal["part", "whole"] = Field(
+        "part", description="part: crops of crop_size and crop_scale; whole: of original_size and whole_scale (Table 4's 1x224)"
+    )
+    crop_size: Count = 160
+    crop_scale: Range = (0.08, 0.6)
+    whole_scale: Range = Field((0.08, 1.0), description="torchvision's default; the paper does not say")
+    num_patches: Annotated[int, Field(ge=0, le=9)] = 0
+    patch_size: Count = 96
+    patch_source_size: Count = 256
+    patch_scale: Range = (0.6, 1.0)
+    patch_jitter: Annotated[int, Field(ge=0)] = 24
+    flip_probability: Fraction = 0.5
+    jitter_probability: Fraction = 0.8
+    brightness: Fraction = 0.4
+    contrast: Fraction = 0.4
+    saturation: Fraction = 0.4
+    hue: Annotated[float, Field(ge=0.0, le=0.5)] = 0.1
+    grayscale_probability: Fraction = 0.2
+    blur_probability: Fraction = 0.5
+    blur_sigma: Range = (0.1, 2.0)
+    cutmix_probability: Fraction = Field(0.0, description="that a crop has a rectangle of its batch neighbour's pasted in")
+    cutmix_alpha: Positive = Field(1.0, description="of Beta(alpha, alpha), the crop's own share; the paper does not say")
+
+    @property
+    def cut_size(self) -> int:
+        """Side of a crop in pixels."""
+        return self.crop_size if self.crop_extent == "part" else self.original_size
+
+    @property
+    def cut_scale(self) -> tuple[float, float]:
+        """Smallest and largest area of a crop as a fraction of the image's."""
+        return self.crop_scale if self.crop_extent == "part" else self.whole_scale
+
+    @model_validator(mode="after")
+    def _fits(self) -> Views:
+        if self.num_crops + self.num_patches == 0:
+            raise ValueError("num_crops and num_patches are both 0: the student would see nothing")
+        if self.original_resize < self.original_size:
+            raise ValueError("original_resize must be at least original_size")
+        if self.num_patches and self.patch_size + self.patch_jitter > self.patch_source_size:
+            raise ValueError("patch_size + patch_jitter must fit into patch_source_size")
+        if self.cutmix_probability and not self.num_crops:
+            raise ValueError("cutmix_probability is above 0, but num_crops is 0 and patches are never mixed")
+        for name in ("crop_scale", "whole_scale", "patch_scale", "blur_sigma"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"{name} must be [low, high] with low <= high")
+        for name in ("crop_scale", "whole_scale", "patch_scale"):
+            low, high = getattr(self, name)
+            if low <= 0 or high > 1:
+                raise ValueError(f"{name} are fractions of the image's area, in (0, 1]")
+        return self
+
+
+class Backbone(Section):
+    """The ResNet that student and teacher share."""
+
+    arch: Literal["resnet18", "resnet34", "resnet50"] = "resnet18"
+    stem: Literal["imagenet", "small"] = Field("imagenet", description="small: one 3x3 convolution and no max-pooling")
+    width: Count = Field(64, description="channels of the first stage; torchvision's is 64")
+
+
+class Optimizer(Section):
+    """SGD and its learning rate (SPEC section 3)."""
+
+    learning_rate: Positive = 0.05
+    end_learning_rate: Annotated[float, Field(ge=0.0)] = 0.0
+    warmup_epochs: Annotated[float, Field(ge=0.0)] = 0.0
+    cosine_per: Literal["step", "epoch"] = Field("step", description="epoch: the authors' stepwise cosine")
+    momentum: Fraction = 0.9
+    weight_decay: Annotated[float, Field(ge=0.0)] = 5e-4
+
+
+class Training(Section):
+    """How long and in what precision."""
+
+    epochs: Count = 80
+    batch_size: Annotated[int, Field(ge=2)] = Field(128, description="images per step over all processes")
+    precision: Literal["float32", "bfloat16"] = "float32"
+    monitor: bool = Field(False, description="online linear classifier on detached teacher features")
+
+
+class FewShot(Section):
+    """Prototype classification of frozen features (SPEC section 4)."""
+
+    classes: str = Field("all", description="all, or a key of DATA_ROOT/DATASET/lowshot_classes.json, or a file of class names")
+    num_ways: Annotated[int, Field(ge=2)] = 50
+    shots: tuple[Count, ...] = (1, 5)
+    num_queries: Count = 1
+    num_episodes: Annotated[int, Field(ge=2)] = 200
+    sampler: Literal["authors", "counter"] = Field("authors", description="authors: Python's random.Random(0), as their code")
+
+
+class Linear(Section):
+    """Linear classifier on cached features of the centre crop and its flip (SPEC section 4)."""
+
+    epochs: Count = 50
+    batch_size: Count = 256
+    learning_rate: Positive = 10.0
+    schedule: Literal["steps", "cosine"] = Field("steps", description="steps: divided by 10 at intervals; cosine: to 0, per step")
+    decay_every: Count = Field(15, description="epochs between divisions of the learning rate by 10; unused by cosine")
+    momentum: Fraction = 0.9
+    weight_decay: Annotated[float, Field(ge=0.0)] = 2e-6
+
+
+class Knn(Section):
+    """Cosine-weighted vote of the nearest training images."""
+
+    num_neighbours: Count = 20
+    temperature: Positive = 0.07
+
+
+class Evaluation(Section):
+    """What is measured, during training and once it is over; not part of a run's identity."""
+
+    protocols: tuple[Literal["fewshot", "linear", "knn"], ...] = ("fewshot", "linear", "knn")
+    random_baseline: bool = Field(False, description="measure the untrained weights of the same seed as well")
+    every_epochs: Annotated[int, Field(ge=0)] = Field(0, description="few-shot during training, every n epochs; 0: never")
+    fewshot: FewShot = FewShot()
+    linear: Linear = Linear()
+    knn: Knn = Knn()
+
+
+class Recipe(Section):
+    """Everything that changes a result.
+
+    Attributes:
+        teacher: the recipe of the stage before, whose encoder the method starts from; None for a method that needs none.
+    """
+
+    title: str = ""
+    data: Data = Data()
+    views: Views = Views()
+    backbone: Backbone = Backbone()
+    method: AnyMethod = Obow()
+    optimizer: Optimizer = Optimizer()
+    training: Training = Training()
+    evaluation: Evaluation = Evaluation()
+    teacher: Recipe | None = None
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> Recipe:
+        needs_teacher = self.method.name == "bownet"
+        if needs_teacher and self.teacher is None:
+            raise ValueError("method.name is bownet, which needs a stage before it: say under [teacher] how that is trained")
+        if self.teacher is not None and not needs_teacher:
+            raise ValueError(f"[teacher] describes a stage before this one, but method.name {self.method.name} uses none")
+        if self.teacher is not None and self.teacher.backbone != self.backbone:
+            raise ValueError("teacher.backbone must be the same as backbone")
+        return self
+
+    def fingerprint(self, *, seed: int) -> str:
+        """Return the SHA-256 (hex) that identifies a run: the resolved recipe and the seed.
+
+        Title and evaluation are left out: they do not change the weights, and measuring again must not train again. So are
+        settings at their default: a run keeps its identity when a later version knows one more setting.
+        """
+        return canonical_hash({"version": FINGERPRINT_VERSION, "recipe": self._distinct(), "seed": seed})
+
+    def _distinct(self) -> dict[str, Any]:
+        """Return what identifies the recipe, the stages before it included."""
+        distinct = self.model_dump(mode="json", exclude={"title", "evaluation", "teacher"}, exclude_defaults=True)
+        distinct["method"] = {"name": self.method.name, **distinct.get("method", {})}
+        if self.teacher is not None:
+            distinct["teacher"] = self.teacher._distinct()
+        return distinct
