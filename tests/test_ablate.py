@@ -130,7 +130,17 @@ def test_the_plan_knows_what_is_there(tmp_path: Path, data_root: Path, capsys: p
 
     table = write_table(tmp_path / "t")
     assert len(make_plan([load_table(str(table), scale="demo")], seeds=range(2), rows={}).jobs) == 4
-    words = ["ablate", str(table), "--seeds", "2", "--dry-run", "--data-root", str(data_root), "--runs-root", str(tmp_path / "runs")]
+    words = [
+        "ablate",
+        str(table),
+        "--seeds",
+        "2",
+        "--dry-run",
+        "--data-root",
+        str(data_root),
+        "--runs-root",
+        str(tmp_path / "runs"),
+    ]
     assert main(words) == 0
     out = capsys.readouterr().out
     assert "2 rows at scale paper, 2 seed(s): 4 trainings; 0 done, 0 running, 4 missing." in out

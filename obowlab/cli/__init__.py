@@ -18,8 +18,8 @@ from obowlab.errors import UserError
 COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("obowlab.cli.run:run", "Pretrain a recipe, then evaluate the encoder; the same command again continues."),
     "eval": ("obowlab.cli.eval:evaluate", "Measure the encoder of a run or of a weights file."),
-    "ablate": ("obowlab.cli.ablate:ablate", "Train what the rows of the paper's tables need, then show them."),
-    "table": ("obowlab.cli.ablate:table", "Show the paper's tables beside what was trained."),
+    "ablate": ("obowlab.cli.ablate:ablate", "Train what the rows of tables need and lack, then show the tables."),
+    "table": ("obowlab.cli.ablate:table", "Show tables of the paper beside what the run store has; trains nothing."),
     "data": ("obowlab.cli.data:data", "Prepare, verify and list data sets."),
     "config": ("obowlab.cli.config:config", "List, show and compare recipes."),
     "runs": ("obowlab.cli.runs:runs", "List, show, sync and export runs."),

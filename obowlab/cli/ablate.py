@@ -92,7 +92,9 @@ def ablate(
     book = CostBook(machine.model_copy(update={"procs": 1}), runs=runs.values())
     if not dry_run and any(job.fingerprint not in runs for job in plan.jobs):
         click.echo("Timing a few steps of the recipes that were never trained here.", err=True)
-        book.measure([job.loaded.recipe for job in plan.jobs])
+        problem = book.measure([job.loaded.recipe for job in plan.jobs])
+        if problem:
+            click.echo(f"Warning: not every recipe could be timed ({problem}).", err=True)
     _print_plan(plan, runs=runs, book=book, slots=slots, scale=scale)
     if dry_run:
         return 0

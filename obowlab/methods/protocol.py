@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from obowlab.config import Backbone, Section, Views
 from obowlab.methods.backbones import ResNet
 
-
 SettingsT = TypeVar("SettingsT", bound=Section)
 """The settings of one method: `config.Obow` and its likes."""
 

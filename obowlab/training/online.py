@@ -9,6 +9,7 @@ import tempfile
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 from obowlab.evaluation import evaluate
 from obowlab.methods import Method
@@ -27,7 +28,7 @@ def is_due(work: Work, *, epoch: int) -> bool:
     return every > 0 and 0 < epoch < work.recipe.training.epochs and epoch % every == 0
 
 
-def measure(work: Work, *, method: Method, step: int, epoch: int) -> float:
+def measure(work: Work, *, method: Method[Any], step: int, epoch: int) -> float:
     """Measure the student, append the result to `online.jsonl` and return the seconds it took; for the main process.
 
     A point that is there already is not measured again: a resumed run has the same weights there. With one process a signal
@@ -52,7 +53,7 @@ def measure(work: Work, *, method: Method, step: int, epoch: int) -> float:
     return time.monotonic() - started
 
 
-def few_shot(work: Work, *, method: Method) -> dict[str, float]:
+def few_shot(work: Work, *, method: Method[Any]) -> dict[str, float]:
     """Return the student's accuracy in percent by metric name."""
     alone = work.world.world_size == 1
     # These weights are gone with the next step, so their features are not kept with those of finished encoders.
