@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from obowlab.lab.records import Records
     from obowlab.lab.table import Table
     from obowlab.lab.tablefile import PlannedTable
-    from obowlab.track.folder import RunSummary
+    from obowlab.track.folder import RunFolder, RunSummary
 
 Format = Literal["rich", "md", "json", "csv", "html"]
+MIRROR_TIMEOUT_S = 60.0
 FORMATS: tuple[Format, ...] = ("rich", "md", "json", "csv", "html")
 
 scale_option = click.option(
@@ -249,14 +250,14 @@ def _print_plan(plan: Plan, *, runs: Mapping[str, RunSummary], book: CostBook, s
 
 def _carry_out(plan: Plan, *, machine: Machine, slots: int, gpus: bool, records: Path | None) -> int:
     from obowlab.cli.run import check_data
-    from obowlab.lab.ablate import Ablation, label_runs
-    from obowlab.lab.records import store_records, store_runs, write_records
+    from obowlab.lab.ablate import Ablation
+    from obowlab.lab.records import store_records, write_records
 
     for loaded in {job.loaded.recipe.data.dataset: job.loaded for job in plan.jobs}.values():
         check_data(loaded, machine=machine, dry_run=False)
     ablation = Ablation(plan, machine=machine, slots=slots, gpus=gpus, say=lambda line: click.echo(line, err=True))
     outcomes = ablation.carry_out()
-    label_runs(plan, runs=store_runs(machine.runs_root), scale=plan.tables[0].scale)
+    _sync_labels(ablation.labelled, machine=machine)
     known = store_records(machine.runs_root, fingerprints={job.fingerprint for job in plan.jobs})
     if records is not None:
         click.echo(f"Wrote {write_records(known.values(), folder=records)} records to {records}.", err=True)
@@ -270,6 +271,17 @@ def _carry_out(plan: Plan, *, machine: Machine, slots: int, gpus: bool, records:
         click.echo("Stopped; the same command goes on.", err=True)
         return 128 + ablation.asked_to_stop
     return int(bool(failed))
+
+
+def _sync_labels(folders: Sequence[RunFolder], *, machine: Machine) -> None:
+    """Send the labels that a run got after its own mirror was done; a store that does not answer gets them with the next sync."""
+    from obowlab.track.mirror import Mirror
+
+    for folder in folders:
+        report = Mirror(folder, tracking_uri=machine.tracking_uri).sync(timeout_s=MIRROR_TIMEOUT_S)
+        if report.error is not None:
+            click.echo(f"Warning: MLflow lacks tags of these runs ({report.error}); `obowlab runs sync` sends them.", err=True)
+            return
 
 
 def _write(path: Path, text: str) -> None:

@@ -153,6 +153,7 @@ class Ablation:
         slots: jobs at a time.
         gpus: whether every slot is a GPU.
         say: prints one line.
+        labelled: runs that learnt by this ablation which rows they serve, in the order of finding.
     """
 
     plan: Plan
@@ -160,6 +161,8 @@ class Ablation:
     slots: int
     gpus: bool
     say: Callable[[str], None]
+    labelled: list[RunFolder] = field(default_factory=list)
+    _seen: set[str] = field(default_factory=set)
     _children: dict[str, _Child] = field(default_factory=dict)
     _asked: int = 0
 
@@ -175,6 +178,7 @@ class Ablation:
         with self._listening():
             while len(ended) < len(self.plan.jobs):
                 runs = store_runs(self.machine.runs_root, fingerprints={job.fingerprint for job in self.plan.jobs})
+                self._label(runs)
                 self._reap(ended)
                 if self._asked:
                     if not self._children:
@@ -186,6 +190,7 @@ class Ablation:
                         last_report = time.monotonic()
                         self._report(ended, runs)
                     time.sleep(POLL_S)
+            self._label(store_runs(self.machine.runs_root, fingerprints={job.fingerprint for job in self.plan.jobs}))
         return [ended.get(job.fingerprint, Outcome(job, "stopped")) for job in self.plan.jobs]
 
     @property
@@ -245,6 +250,19 @@ class Ablation:
         words += ["--device", "cuda" if self.gpus else machine.device]
         return words if machine.workers is None else [*words, "--workers", str(machine.workers)]
 
+    def _label(self, runs: Mapping[str, RunSummary]) -> None:
+        """Write into every run, once it is there, which rows it serves; its own mirror makes tags of it in MLflow."""
+        for job in self.plan.jobs:
+            run = runs.get(job.fingerprint)
+            if run is None or job.fingerprint in self._seen:
+                continue
+            self._seen.add(job.fingerprint)
+            places = [place.split("/", maxsplit=1) for place in job.places]
+            labels = {f"obowlab.{table}": f"{row} (stage)" if job.is_stage else row for table, row in places}
+            folder = RunFolder(run.path, run.info)
+            if folder.add_labels({**labels, "obowlab.scale": self.plan.tables[0].scale}):
+                self.labelled.append(folder)
+
     def _reap(self, ended: dict[str, Outcome]) -> None:
         """File the jobs whose process has ended."""
         for job in self.plan.jobs:
@@ -294,16 +312,6 @@ class Ablation:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def label_runs(plan: Plan, *, runs: Mapping[str, RunSummary], scale: str) -> None:
-    """Write into every run of a plan which rows it serves, for tags in MLflow."""
-    for job in plan.jobs:
-        run = runs.get(job.fingerprint)
-        if run is not None:
-            places = [place.split("/", maxsplit=1) for place in job.places]
-            labels = {f"obowlab.{table}": f"{row} (stage)" if job.is_stage else row for table, row in places}
-            RunFolder(run.path, run.info).add_labels({**labels, "obowlab.scale": scale})
 
 
 def _gpu(slot: int) -> str:

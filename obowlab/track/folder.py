@@ -351,20 +351,25 @@ class RunFolder:
         except ValueError:
             raise UserError(f"{self.path / 'labels.json'} is damaged; remove it; only labels are lost.") from None
 
-    def add_labels(self, labels: Mapping[str, str]) -> None:
+    def add_labels(self, labels: Mapping[str, str]) -> bool:
         """Say which study or table this run belongs to; the mirror makes tags of it, also once the run is finished.
 
         Other labels stay, a label of the same name is replaced; several processes may add at once.
 
         Args:
             labels: MLflow tag name, `obowlab.WORD...`, to text.
+
+        Returns:
+            Whether anything was new.
         """
         assert all(name.startswith("obowlab.") for name in labels), f"labels are called obowlab.NAME, not {list(labels)}"
         with (self.path / "labels.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             before = self.labels()
-            if before | dict(labels) != before:
-                write_atomic(self.path / "labels.json", json.dumps(before | dict(labels), indent=1))
+            if before | dict(labels) == before:
+                return False
+            write_atomic(self.path / "labels.json", json.dumps(before | dict(labels), indent=1))
+        return True
 
     @property
     def mirror_path(self) -> Path:
