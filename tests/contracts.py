@@ -3,16 +3,37 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from obowlab.config import Recipe, recipe_from_values
-from obowlab.methods import METHODS, Method, OneProcess, StepOutput
+from obowlab.methods import METHODS, Method, OneProcess, Preparation, StepOutput, build_backbone
 
 NUM_IMAGES = 4
 NUM_CLASSES = 3
+VALUES: dict[str, dict[str, object]] = {
+    "bownet": {"teacher.method.name": "rotnet", "method.num_words": 30, "method.kmeans_points": 4},
+    "moco": {"method.batchnorm_splits": 2, "method.queue_size": 10},
+}
+"""What the methods need that cannot train four small images with their default settings."""
+
+
+def small_preparation(recipe: Recipe, *, num_images: int = 12, size: int = 40) -> Preparation:
+    """Return random images and draws, and a teacher that nobody trained."""
+    generator = torch.Generator().manual_seed(100)
+    images = torch.randn(num_images, 3, size, size, generator=generator)
+    draws = torch.rand(2, num_images, 200, generator=generator, dtype=torch.float64)
+    return Preparation(
+        teacher=None if recipe.teacher is None else build_backbone(recipe.backbone, seed=7).eval(),
+        num_images=num_images,
+        originals=lambda numbers: iter(images[numbers].split(5)),
+        uniforms=lambda numbers, count, lane: draws[lane][numbers, :count],
+        seed=0,
+        report=lambda line: None,
+    )
 
 
 class MethodContract:
@@ -20,14 +41,16 @@ class MethodContract:
 
     @pytest.fixture(params=sorted(METHODS))
     def recipe(self, request: pytest.FixtureRequest) -> Recipe:
-        values = {"method.name": request.param, "backbone.stem": "small", "backbone.width": 4}
+        values = {"method.name": request.param, "backbone.stem": "small", "backbone.width": 4, **VALUES.get(request.param, {})}
         return recipe_from_values(values, sources=dict.fromkeys(values, "contracts.py"))
 
-    def build(self, recipe: Recipe, *, seed: int = 0) -> tuple[Method, torch.optim.SGD]:
+    def build(self, recipe: Recipe, *, seed: int = 0, prepared: bool = True) -> tuple[Method[Any], torch.optim.SGD]:
         method = METHODS[recipe.method.name](
             recipe.method, backbone=recipe.backbone, total_steps=10, seed=seed, num_classes=NUM_CLASSES, comm=OneProcess()
         )
-        return method, torch.optim.SGD(method.param_groups(weight_decay=1e-4), lr=0.05, momentum=0.9)
+        if prepared:
+            method.prepare(small_preparation(recipe))
+        return method.train(), torch.optim.SGD(method.param_groups(weight_decay=1e-4), lr=0.05, momentum=0.9)
 
     def batch(self, step: int, num_draws: int) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
         generator = torch.Generator().manual_seed(step)
@@ -36,7 +59,7 @@ class MethodContract:
         draws = torch.rand(NUM_IMAGES, num_draws, generator=generator, dtype=torch.float64)
         return original, views, draws, torch.randint(NUM_CLASSES, (NUM_IMAGES,), generator=generator)
 
-    def train(self, method: Method, optimizer: torch.optim.SGD, steps: range) -> StepOutput:
+    def train(self, method: Method[Any], optimizer: torch.optim.SGD, steps: range) -> StepOutput:
         for step in steps:
             original, views, draws, labels = self.batch(step, method.num_draws)
             output = method(original, views, step=step, draws=draws, labels=labels)
@@ -82,7 +105,7 @@ class MethodContract:
     def test_its_state_is_all_it_remembers(self, recipe: Recipe) -> None:
         method, optimizer = self.build(recipe)
         self.train(method, optimizer, range(3))
-        resumed, resumed_optimizer = self.build(recipe, seed=1)
+        resumed, resumed_optimizer = self.build(recipe, seed=1, prepared=False)
         resumed.load_state_dict(method.state_dict(), strict=True)
         # Copied: an optimiser shares the tensors it is given.
         resumed_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
@@ -99,6 +122,17 @@ class MethodContract:
         second, other = self.build(recipe)[0].state_dict(), self.build(recipe, seed=5)[0].state_dict()
         assert all(torch.equal(value, second[name]) for name, value in first.items())
         assert any(not torch.equal(value, other[name]) for name, value in first.items())
+
+    def test_preparing_is_a_function_of_its_arguments(self, recipe: Recipe) -> None:
+        first, second = self.build(recipe, prepared=False)[0], self.build(recipe, prepared=False)[0]
+        before = copy.deepcopy(first.state_dict())
+        anything = first.prepare(small_preparation(recipe))
+        torch.manual_seed(3)
+        assert second.prepare(small_preparation(recipe)) == anything
+        after, again = first.state_dict(), second.state_dict()
+        assert all(torch.equal(value, again[name]) for name, value in after.items())
+        assert anything == any(not torch.equal(value, before[name]) for name, value in after.items())
+        assert before.keys() == after.keys()
 
     def test_the_encoder_gives_one_vector_per_image(self, recipe: Recipe) -> None:
         encoder = self.build(recipe)[0].encoder

@@ -168,6 +168,11 @@ def train_loader(
     """
     if batch_size % world_size:
         raise UserError(f"training.batch_size ({batch_size}) must be a multiple of the number of processes ({world_size}).")
+    if views.cutmix_probability and batch_size // world_size % 2:
+        raise UserError(
+            f"cutmix mixes pairs of images, but training.batch_size ({batch_size}) over {world_size} process(es) gives each an "
+            f"odd share: make training.batch_size a multiple of {2 * world_size}, or change --procs."
+        )
     if len(subset) < batch_size:
         raise UserError(f"training.batch_size ({batch_size}) is larger than the training set ({len(subset)} images).")
     return TrainLoader(

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from obowlab.config import Views
-from obowlab.data.views import Bools, Colour, Floats, colour, flips, patch_positions
+from obowlab.data.views import Bools, Colour, Floats, colour, cutmix_boxes, flips, patch_positions
 
 if TYPE_CHECKING:
     from obowlab.data.loaders import Batch
@@ -49,16 +49,23 @@ class ViewTensors:
         original: [B, 3, S, S].
         crops: [B * num_crops, 3, s, s], all crops of image 0 first; None without crops.
         patches: [B * num_patches, 3, p, p], all patches of image 0 first; None without patches.
+        crop_shares: fraction of every crop's pixels that are its own image's, [B * num_crops]; the others are those of the
+            image's neighbour (0 and 1, 2 and 3, ...). None without cutmix.
     """
 
     original: Tensor
     crops: Tensor | None
     patches: Tensor | None
+    crop_shares: Tensor | None = None
 
     def student_views(self) -> dict[str, Tensor]:
         """Return the views the student sees, by kind."""
         kinds = {"crops": self.crops, "patches": self.patches}
         return {kind: images for kind, images in kinds.items() if images is not None}
+
+    def shares(self) -> dict[str, Tensor] | None:
+        """Return the own share of every view of the kinds that are mixed; None when nothing is."""
+        return None if self.crop_shares is None else {"crops": self.crop_shares}
 
 
 def render(batch: Batch, views: Views, *, seed: int, device: torch.device) -> ViewTensors:
@@ -72,7 +79,7 @@ def render(batch: Batch, views: Views, *, seed: int, device: torch.device) -> Vi
     """
     mirrored = flips(views, seed=seed, epoch=batch.epoch, indices=batch.indices)
     params = colour(views, seed=seed, epoch=batch.epoch, indices=batch.indices)
-    crops = patches = None
+    crops = patches = crop_shares = None
     # The blur is a matrix product: autocast would do it in bfloat16.
     with torch.autocast(device.type, enabled=False), torch.no_grad():
         original = batch.original.to(device, non_blocking=True)
@@ -85,11 +92,14 @@ def render(batch: Batch, views: Views, *, seed: int, device: torch.device) -> Vi
                 params.of_views(slice(0, count)),
                 mirrored[:, 1 : 1 + count].reshape(-1),
             )
+            if views.cutmix_probability:
+                boxes = cutmix_boxes(views, seed=seed, epoch=batch.epoch, indices=batch.indices)
+                crops, crop_shares = cutmix(crops, torch.from_numpy(boxes).to(device))
         if batch.patch_source is not None:
             source = coloured(batch.patch_source.to(device, non_blocking=True), params.of_views(slice(-1, None)), mirrored[:, -1])
             corners = patch_positions(views, seed=seed, epoch=batch.epoch, indices=batch.indices)
             patches = cut_patches(source, torch.from_numpy(corners).to(device), size=views.patch_size)
-    return ViewTensors(original=original, crops=crops, patches=patches)
+    return ViewTensors(original=original, crops=crops, patches=patches, crop_shares=crop_shares)
 
 
 def normalise(images: Tensor, *, device: torch.device) -> Tensor:
@@ -133,6 +143,29 @@ def cut_patches(source: Tensor, corners: Tensor, *, size: int) -> Tensor:
     top, left = corners.reshape(-1, 2).unbind(-1)
     squares = source.permute(0, 2, 3, 1).unfold(1, size, 1).unfold(2, size, 1)  # a view: [N, tops, lefts, C, size, size]
     return squares.permute(0, 1, 2, 4, 5, 3)[image, top, left].permute(0, 3, 1, 2)
+
+
+def cutmix(crops: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """Paste a rectangle of the same crop of the neighbouring image into every crop; neighbours are images 0 and 1, 2 and 3, ...
+
+    Args:
+        crops: [B * V, C, s, s], all crops of image 0 first; B even.
+        boxes: top, left, bottom, right of the rectangles, [B, V, 4]; empty where nothing is pasted.
+
+    Returns:
+        The mixed crops in channels_last memory, and the fraction of pixels each kept, [B * V].
+    """
+    count, num_views = boxes.shape[:2]
+    assert count % 2 == 0, "neighbours come in pairs"
+    side = crops.shape[-1]
+    top, left, bottom, right = boxes.reshape(-1, 4, 1).unbind(1)
+    place = torch.arange(side, device=crops.device)
+    rows, columns = (top <= place) & (place < bottom), (left <= place) & (place < right)
+    pasted = rows[:, None, :, None] & columns[:, None, None, :]
+    neighbours = crops.view(count // 2, 2, num_views, *crops.shape[1:]).flip(1).view_as(crops)
+    mixed = torch.where(pasted, neighbours, crops).contiguous(memory_format=torch.channels_last)
+    area = (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+    return mixed, 1.0 - area.flatten().to(crops.dtype) / side**2
 
 
 # ------------------------------------------------------------------------------------------------------------- operations

@@ -39,6 +39,7 @@ class Stream(IntEnum):
     WORDS = 7
     CUTMIX = 8
     EPISODES = 9
+    VOCABULARY = 10
 
 
 MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
@@ -279,6 +280,31 @@ def colour(views: Views, *, seed: int, epoch: int, indices: Ints) -> Colour:
         grayscale=u[..., 6] < views.grayscale_probability,
         sigma=np.where(blurred, low + u[..., 8] * (high - low), 0.0),
     )
+
+
+def cutmix_boxes(views: Views, *, seed: int, epoch: int, indices: Ints) -> Ints:
+    """Return the rectangles of the crops that cutmix gives away, [N, num_crops, 4]: top, left, bottom, right; empty for none.
+
+    As in the released code of CutMix (Yun et al., ICCV 2019, section 3.1): the rectangle has the crop's shape and the area
+    1 - lambda before it is clipped, lambda follows Beta(alpha, alpha), and its centre is uniform over the pixels.
+    """
+    side = views.cut_size
+    u = np.stack(
+        [
+            uniforms(seed=seed, epoch=epoch, indices=indices, stream=Stream.CUTMIX, count=4, lane=lane)
+            for lane in range(views.num_crops)
+        ],
+        axis=1,
+    )
+    share = u[..., 1]
+    if views.cutmix_alpha != 1.0:  # Beta(1, 1) is uniform
+        from scipy.special import betaincinv
+
+        share = betaincinv(views.cutmix_alpha, views.cutmix_alpha, share)
+    half = (side * np.sqrt(1.0 - share)).astype(np.int64)[..., None] // 2
+    centre = (u[..., 2:] * side).astype(np.int64)
+    boxes = np.concatenate((centre - half, centre + half), axis=-1).clip(0, side)
+    return np.where((u[..., :1] < views.cutmix_probability), boxes, 0)
 
 
 def patch_positions(views: Views, *, seed: int, epoch: int, indices: Ints) -> Ints:

@@ -3,10 +3,26 @@
 from typing import Any
 
 from obowlab.methods.backbones import ResNet, build_backbone
+from obowlab.methods.bownet import BoWNet
+from obowlab.methods.moco import MoCo
 from obowlab.methods.obow import OBoW
-from obowlab.methods.protocol import Comm, Method, OneProcess, StepOutput
+from obowlab.methods.protocol import Comm, Method, OneProcess, Preparation, StepOutput
+from obowlab.methods.rotnet import RotNet
 
-METHODS: dict[str, type[Method[Any]]] = {"obow": OBoW}
+METHODS: dict[str, type[Method[Any]]] = {"obow": OBoW, "bownet": BoWNet, "rotnet": RotNet, "moco": MoCo}
 """Every method by the name in `method.name`."""
 
-__all__ = ["METHODS", "Comm", "Method", "OBoW", "OneProcess", "ResNet", "StepOutput", "build_backbone"]
+__all__ = [
+    "METHODS",
+    "BoWNet",
+    "Comm",
+    "Method",
+    "MoCo",
+    "OBoW",
+    "OneProcess",
+    "Preparation",
+    "ResNet",
+    "RotNet",
+    "StepOutput",
+    "build_backbone",
+]

@@ -267,6 +267,36 @@ def cross_entropy(log_prediction_BVK: Tensor, target_BK: Tensor) -> Tensor:
     return -(log_prediction_BVK.mean(dim=1) * target_BK).sum(dim=1).mean()
 
 
+def mixed_cross_entropy(log_prediction_BVK: Tensor, target_BVK: Tensor) -> Tensor:
+    """Return eq. 2 averaged over images and views that have targets of their own."""
+    return -(log_prediction_BVK * target_BVK).sum(dim=-1).mean()
+
+
+def prediction_loss(log_prediction_BVK: Tensor, target_BK: Tensor, *, share_BV: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the loss of one kind of views, and the entropy of its targets, below which no prediction gets it.
+
+    Args:
+        log_prediction_BVK: logarithms of the predicted BoW.
+        target_BK: the BoW targets of the images.
+        share_BV: fraction of every view that is its own image's, the rest being its neighbour's; None: all of it.
+    """
+    if share_BV is None:
+        return cross_entropy(log_prediction_BVK, target_BK), entropy(target_BK).mean()
+    target_BVK = mixed_targets(target_BK, share_BV)
+    return mixed_cross_entropy(log_prediction_BVK, target_BVK), entropy(target_BVK).mean()
+
+
+def neighbours(x: Tensor) -> Tensor:
+    """Swap rows 0 and 1, 2 and 3, ...: the images whose crops cutmix mixes."""
+    return x.view(-1, 2, *x.shape[1:]).flip(1).view_as(x)
+
+
+def mixed_targets(target_BK: Tensor, share_BV: Tensor) -> Tensor:
+    """Return the target of every view of which its own image has `share` and the neighbouring image the rest, [B, V, K]."""
+    own_BVK = share_BV[..., None].to(target_BK.dtype) * target_BK[:, None]
+    return own_BVK + (1.0 - share_BV)[..., None].to(target_BK.dtype) * neighbours(target_BK)[:, None]
+
+
 def entropy(probability: Tensor) -> Tensor:
     """Return the entropy of the last dimension in nats; 0 log 0 is 0."""
     terms: Tensor = torch.special.entr(probability)

@@ -4,68 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from obowlab.config import Backbone, Level, Obow, Views
 from obowlab.errors import UserError
 from obowlab.methods import bow
 from obowlab.methods.backbones import ResNet, build_backbone, map_size
+from obowlab.methods.heads import DynamicHead, FixedHead
+from obowlab.methods.monitor import Monitor
 from obowlab.methods.protocol import Comm, Method, StepOutput
 from obowlab.methods.schedules import teacher_momentum
-from obowlab.methods.vocabulary import VOCABULARIES, Reading, Vocabulary
-
-
-class DynamicHead(nn.Module):
-    """G of eq. 5: an MLP that turns the current words into the weights that predict them.
-
-    L2-normalise, Linear, BatchNorm1d (the authors' code has it, the paper does not mention it), ReLU, Linear, L2-normalise.
-    Its batch norm sees the same words on every process and must stay unsynchronised.
-    """
-
-    def __init__(self, method: Obow, *, num_channels: int, num_features: int):
-        super().__init__()
-        hidden = 2 * num_features
-        self.fc1 = nn.Linear(num_channels, hidden, bias=not method.head_batchnorm)
-        self.norm = nn.BatchNorm1d(hidden) if method.head_batchnorm else nn.Identity()
-        self.fc2 = nn.Linear(hidden, num_features)
-        self.kappa = nn.Parameter(torch.tensor(method.kappa), requires_grad=method.learn_kappa)
-
-    def forward(self, words_KC: Tensor) -> Tensor:
-        """Return one unit vector of prediction weights per word, [K, D]."""
-        hidden = F.relu(self.norm(self.fc1(bow.unit_rows(words_KC))), inplace=True)
-        return bow.unit_rows(bow.at_least_float32(self.fc2(hidden)))
-
-
-class FixedHead(nn.Module):
-    """The linear layer of eq. 1, without kappa and bias: a weight vector per slot of the vocabulary, whatever word is in it."""
-
-    kappa: Tensor
-
-    def __init__(self, method: Obow, *, num_features: int):
-        super().__init__()
-        self.fc = nn.Linear(num_features, method.num_words, bias=False)
-        self.register_buffer("kappa", torch.tensor(1.0), persistent=False)
-
-    def forward(self, words_KC: Tensor) -> Tensor:
-        """Return the weights, [K, D]; the words do not matter."""
-        return self.fc.weight
-
-
-class Monitor(nn.Module):
-    """A linear classifier on detached teacher features: how linearly separable the classes are, while training goes on."""
-
-    def __init__(self, *, num_features: int, num_classes: int):
-        super().__init__()
-        self.norm = nn.BatchNorm1d(num_features, affine=False)
-        self.fc = nn.Linear(num_features, num_classes)
-
-    def forward(self, features_BD: Tensor) -> Tensor:
-        """Return the logits of the classes."""
-        return cast(Tensor, self.fc(self.norm(bow.at_least_float32(features_BD.detach()))))
+from obowlab.methods.vocabulary import VOCABULARIES, Vocabulary, level_metrics
 
 
 class OBoW(Method[Obow]):
@@ -100,7 +52,7 @@ class OBoW(Method[Obow]):
                 {
                     level: DynamicHead(method, num_channels=channels[level], num_features=features)
                     if method.head == "dynamic"
-                    else FixedHead(method, num_features=features)
+                    else FixedHead(num_words=method.num_words, num_features=features)
                     for level in method.levels
                 }
             )
@@ -121,16 +73,15 @@ class OBoW(Method[Obow]):
         """The network this method is for: the student."""
         return self.student
 
-    def param_groups(self, *, weight_decay: float) -> list[dict[str, Any]]:
-        """Return the optimiser's groups: student and heads, then the monitor if there is one."""
-        learnt = [p for part in (self.student, self.heads) for p in part.parameters() if p.requires_grad]
-        groups: list[dict[str, Any]] = [{"name": "method", "params": learnt, "weight_decay": weight_decay}]
-        if self.monitor is not None:
-            groups.append({"name": "monitor", "params": list(self.monitor.parameters()), "weight_decay": weight_decay})
-        return groups
-
     def forward(
-        self, original: Tensor, views: Mapping[str, Tensor], *, step: int, draws: Tensor, labels: Tensor | None = None
+        self,
+        original: Tensor,
+        views: Mapping[str, Tensor],
+        *,
+        step: int,
+        draws: Tensor,
+        labels: Tensor | None = None,
+        shares: Mapping[str, Tensor] | None = None,
     ) -> StepOutput:
         """Do one training step up to its loss; teacher and vocabularies move on.
 
@@ -140,6 +91,7 @@ class OBoW(Method[Obow]):
             step: number of this step, from 0.
             draws: uniforms in [0, 1), [B, num_draws].
             labels: classes of the images, [B]; only the monitor sees them.
+            shares: kind of view to the fraction of every view that is its own image's, [B·V]; see `Method.forward`.
 
         Raises:
             UserError: a cropped feature map is too small for the vocabulary.
@@ -155,6 +107,7 @@ class OBoW(Method[Obow]):
             maps, pooled = self.teacher.levels(original, self.method.levels)
         features_ND = torch.cat(list(features.values()))
         losses: dict[str, list[Tensor]] = {kind: [] for kind in features}
+        floors: dict[str, list[Tensor]] = {kind: [] for kind in features}
         metrics: dict[str, Tensor] = {}
         for index, (level, vocabulary, head) in enumerate(self._levels()):
             _refuse_small_map(self.method, level=level, size=min(maps[level].shape[-2:]))
@@ -167,22 +120,19 @@ class OBoW(Method[Obow]):
             parts = torch.split(log_prediction_NK, [len(each) for each in features.values()])
             for kind, part_NK in zip(features, parts, strict=True):
                 part_BVK = part_NK.view(num_images, -1, self.method.num_words)
-                losses[kind].append(bow.cross_entropy(part_BVK, reading.targets))
-            metrics |= _level_metrics(level, reading, log_prediction_NK.detach(), comm=self.comm)
+                share_BV = shares[kind].view(num_images, -1) if shares is not None and kind in shares else None
+                loss, floor = bow.prediction_loss(part_BVK, reading.targets, share_BV=share_BV)
+                losses[kind].append(loss)
+                floors[kind].append(floor)
+            metrics |= level_metrics(level, reading, log_prediction_NK.detach(), comm=self.comm)
             metrics[f"msd_{level}"] = vocabulary.msd.clone()
             metrics[f"kappa_{level}"] = head.kappa.detach().clone()
         of_kind = {f"loss_{kind}": torch.stack(each).mean() for kind, each in losses.items()}
         loss = torch.stack(list(of_kind.values())).sum()
-        target_entropy = torch.stack([metrics[f"target_entropy_{level}"] for level in self.method.levels]).mean()
-        metrics |= of_kind | {"loss": loss, "loss_kl": loss - len(views) * target_entropy}
+        floor = torch.stack([torch.stack(each).mean() for each in floors.values()]).sum()
+        metrics |= of_kind | {"loss_kl": loss - floor}
         metrics["teacher_momentum"] = torch.full((), momentum, device=original.device)
-        if self.monitor is not None and labels is not None:
-            logits = self.monitor(pooled)
-            monitor_loss = F.cross_entropy(logits, labels)
-            metrics["monitor_loss"] = monitor_loss
-            metrics["monitor_accuracy"] = 100.0 * (logits.argmax(dim=1) == labels).float().mean()
-            loss = loss + monitor_loss
-        return StepOutput(loss=loss, metrics={name: value.detach() for name, value in metrics.items()})
+        return self._output(loss, metrics, features=pooled, labels=labels)
 
     def _levels(self) -> Iterator[tuple[Level, Vocabulary, DynamicHead | FixedHead]]:
         for level in self.method.levels:
@@ -207,15 +157,3 @@ def _refuse_small_map(method: Obow, *, level: Level, size: int) -> None:
             f"The {level} map of the original view is {size}x{size}, method.border = {method.border} leaves {left}x{left}, the "
             f"vocabulary needs {needed}x{needed}: lower method.border or raise views.original_size."
         )
-
-
-def _level_metrics(level: Level, reading: Reading, log_prediction_NK: Tensor, *, comm: Comm) -> dict[str, Tensor]:
-    target_entropy_B = bow.entropy(reading.targets)
-    return {
-        f"distance_{level}": reading.mean_nearest,
-        f"words_used_{level}": reading.words_used,
-        f"target_entropy_{level}": target_entropy_B.mean(),
-        f"perplexity_image_{level}": target_entropy_B.exp().mean(),
-        f"perplexity_batch_{level}": bow.perplexity(comm.mean(reading.targets.mean(dim=0))),
-        f"prediction_entropy_{level}": bow.entropy_of_logs(log_prediction_NK).mean(),
-    }

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from torch import Tensor, nn
 
 from obowlab.config import Backbone, Section, Views
+from obowlab.errors import UserError
 from obowlab.methods.backbones import ResNet
+from obowlab.methods.monitor import Monitor
 
 SettingsT = TypeVar("SettingsT", bound=Section)
 """The settings of one method: `config.Obow` and its likes."""
@@ -66,6 +68,28 @@ class StepOutput:
     metrics: dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Preparation:
+    """What a method may use before its first step.
+
+    Attributes:
+        teacher: the encoder of the stage before; None when the recipe has none.
+        num_images: how many training images there are.
+        originals: the normalised original views, unflipped, of the training images with these numbers (int64, [N]), in
+            batches and in order, on the method's device.
+        uniforms: `uniforms(numbers, count, lane)` draws numbers in [0, 1) for training images, float64 [N, count].
+        seed: of the run.
+        report: takes a line of progress.
+    """
+
+    teacher: ResNet | None
+    num_images: int
+    originals: Callable[[Tensor], Iterator[Tensor]]
+    uniforms: Callable[[Tensor, int, int], Tensor]
+    seed: int
+    report: Callable[[str], None]
+
+
 class Method(nn.Module, ABC, Generic[SettingsT]):
     """A way to learn an encoder: one call is one training step without its backward pass.
 
@@ -73,9 +97,11 @@ class Method(nn.Module, ABC, Generic[SettingsT]):
 
     Attributes:
         num_draws: uniforms a step needs per image.
+        monitor: the online linear classifier, or None.
     """
 
     num_draws: int
+    monitor: Monitor | None
 
     def __init__(
         self, method: SettingsT, *, backbone: Backbone, total_steps: int, seed: int, num_classes: int | None, comm: Comm
@@ -103,18 +129,50 @@ class Method(nn.Module, ABC, Generic[SettingsT]):
             UserError: names the setting to change.
         """
 
+    @classmethod
+    def check_shares(cls, method: SettingsT, *, batch_size: int, world_size: int) -> None:
+        """Refuse, before anything is loaded, a batch or a number of processes that the method cannot share out.
+
+        Raises:
+            UserError: names the setting to change.
+        """
+
+    def prepare(self, preparation: Preparation) -> bool:
+        """Do once what must be done before the first step, and return whether there was anything to do.
+
+        What it makes is kept in parameters or persistent buffers: a run that goes on does not prepare again. Every process
+        calls it and ends with the same state.
+
+        Raises:
+            UserError: the training images are not enough, or the teacher does not fit.
+        """
+        return False
+
     @property
     @abstractmethod
     def encoder(self) -> ResNet:
         """The network this method is for."""
 
-    @abstractmethod
     def param_groups(self, *, weight_decay: float) -> list[dict[str, Any]]:
-        """Return the optimiser's groups, the monitor's apart."""
+        """Return the optimiser's groups: all that is learnt, then the monitor if there is one."""
+        of_monitor = [] if self.monitor is None else list(self.monitor.parameters())
+        apart = {id(parameter) for parameter in of_monitor}
+        learnt = [p for p in self.parameters() if p.requires_grad and id(p) not in apart]
+        groups: list[dict[str, Any]] = [{"name": "method", "params": learnt, "weight_decay": weight_decay}]
+        if of_monitor:
+            groups.append({"name": "monitor", "params": of_monitor, "weight_decay": weight_decay})
+        return groups
 
     @abstractmethod
     def forward(
-        self, original: Tensor, views: Mapping[str, Tensor], *, step: int, draws: Tensor, labels: Tensor | None = None
+        self,
+        original: Tensor,
+        views: Mapping[str, Tensor],
+        *,
+        step: int,
+        draws: Tensor,
+        labels: Tensor | None = None,
+        shares: Mapping[str, Tensor] | None = None,
     ) -> StepOutput:
         """Do one training step up to its loss.
 
@@ -124,4 +182,25 @@ class Method(nn.Module, ABC, Generic[SettingsT]):
             step: number of this step, from 0.
             draws: uniforms in [0, 1), [B, num_draws].
             labels: classes of the images, [B]; only a monitor sees them.
+            shares: for kinds that cutmix mixed, the fraction of every view that is its own image's, [B·V]; the rest is the
+                neighbouring image's (0 and 1, 2 and 3, ...). None when nothing is mixed.
         """
+
+    def _output(self, loss: Tensor, metrics: dict[str, Tensor], *, features: Tensor, labels: Tensor | None) -> StepOutput:
+        """Add the monitor's loss on these features, [N, D], and detach the metrics."""
+        metrics = metrics | {"loss": loss}
+        if self.monitor is not None and labels is not None:
+            judgement = self.monitor.judge(features, labels)
+            metrics |= judgement
+            loss = loss + judgement["monitor_loss"]
+        return StepOutput(loss=loss, metrics={name: value.detach() for name, value in metrics.items()})
+
+
+def refuse_cutmix(name: str, *, views: Views) -> None:
+    """Refuse mixed crops for a method that has no target to mix.
+
+    Raises:
+        UserError: names the setting to change.
+    """
+    if views.cutmix_probability:
+        raise UserError(f"{name} has no targets that cutmix could mix: set views.cutmix_probability to 0.0.")

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from obowlab.config import Obow
+from obowlab.config import Level, Obow
 from obowlab.methods import bow
 from obowlab.methods.protocol import Comm
 
@@ -209,6 +209,19 @@ class SinkhornKMeans(KMeans):
         self._follow(counts_K, sums_KC, moves_K=self.last_used >= 0, step=step)
         self._replace_dead(map_BCHW, draws_B=draws_B, step=step, comm=comm)
         return torch.cat(targets)
+
+
+def level_metrics(level: Level, reading: Reading, log_prediction_NK: Tensor, *, comm: Comm) -> dict[str, Tensor]:
+    """Return what a step says about one level: its words, its targets and the student's prediction of them."""
+    target_entropy_B = bow.entropy(reading.targets)
+    return {
+        f"distance_{level}": reading.mean_nearest,
+        f"words_used_{level}": reading.words_used,
+        f"target_entropy_{level}": target_entropy_B.mean(),
+        f"perplexity_image_{level}": target_entropy_B.exp().mean(),
+        f"perplexity_batch_{level}": bow.perplexity(comm.mean(reading.targets.mean(dim=0))),
+        f"prediction_entropy_{level}": bow.entropy_of_logs(log_prediction_NK).mean(),
+    }
 
 
 VOCABULARIES: dict[str, type[Vocabulary]] = {

@@ -29,10 +29,13 @@ class Metric:
 
 
 _TRAINING = (
-    Metric("loss", "nats", "min", "What is minimised: the student's views summed per level, and the monitor's loss."),
+    Metric("loss", "nats", "min", "What the method minimises: summed over the kinds of views; the monitor's loss is not in it."),
     Metric("loss_kl", "nats", "min", "The part of the loss a student could still win: loss minus the targets' entropy."),
-    Metric("loss_crops", "nats", "min", "Cross-entropy of the crops' predictions with the BoW targets."),
-    Metric("loss_patches", "nats", "min", "Cross-entropy of the patches' predictions with the BoW targets."),
+    Metric("loss_crops", "nats", "min", "The crops' part of the loss: cross-entropy with BoW targets, rotations or keys."),
+    Metric("loss_patches", "nats", "min", "The patches' part of the loss: cross-entropy with BoW targets, rotations or keys."),
+    Metric("rotation_accuracy", "%", "max", "RotNet: rotated views whose rotation is recognised."),
+    Metric("contrast_accuracy", "%", "max", "MoCo: queries that are nearer to their own key than to any in the queue."),
+    Metric("queue_age", "steps", "none", "MoCo: mean steps since a key was put into the queue."),
     Metric("learning_rate", "", "none", "Learning rate of this step."),
     Metric("teacher_momentum", "", "none", "Momentum of the teacher's moving average at this step."),
     Metric("grad_norm", "", "none", "Euclidean norm of the gradient over all student parameters."),

@@ -20,6 +20,7 @@ PACKAGES = (
     "pillow",
     "mlflow",
     "optuna",
+    "faiss-cpu",
     "ffcv",
     "numba",
     "scikit-learn",

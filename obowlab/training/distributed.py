@@ -113,12 +113,13 @@ def parallelise(method: nn.Module, *, world: World) -> nn.Module:
 def synchronise_batchnorm(module: nn.Module, *, world: World) -> None:
     """Let every BatchNorm2d of the module, in place, use the statistics of the global batch.
 
-    BatchNorm1d is left alone: the prediction head's sees the same words on every rank.
+    BatchNorm1d is left alone: the prediction head's sees the same words on every rank. So are subclasses of BatchNorm2d, which
+    have their own idea of a batch.
     """
     if world.world_size == 1:
         return
     for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm2d):
+        if type(child) is nn.BatchNorm2d:
             if world.device.type == "cuda":
                 setattr(module, name, nn.SyncBatchNorm.convert_sync_batchnorm(child))  # type: ignore[no-untyped-call]
             else:

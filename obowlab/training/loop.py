@@ -20,9 +20,10 @@ from obowlab.track import provenance
 from obowlab.training import checkpoint as checkpoints
 from obowlab.training import online
 from obowlab.training.distributed import parallelise, synchronise_batchnorm
+from obowlab.training.preparation import Teacher, find_teacher, prepare
 from obowlab.training.work import Interrupted, Work
 
-SHOWN = ("loss", "perplexity_image_conv5", "monitor_accuracy")
+SHOWN = ("loss", "perplexity_image_conv5", "rotation_accuracy", "contrast_accuracy", "monitor_accuracy")
 """Metrics beside the progress bar."""
 
 
@@ -39,6 +40,7 @@ def train(work: Work) -> Method[Any]:
     steps_per_epoch = loader.steps_per_epoch
     total_steps = recipe.training.epochs * steps_per_epoch
 
+    teacher = find_teacher(work)
     method = build(work, split=split, total_steps=total_steps)
     synchronise_batchnorm(method, world=world)
     if machine.channels_last:
@@ -50,8 +52,8 @@ def train(work: Work) -> Method[Any]:
         lr=recipe.optimizer.learning_rate,
         momentum=recipe.optimizer.momentum,
     )
-    step = resume(work, method=method, optimizer=optimizer, data_hash=split.content_hash)
-    parallel = parallelise(method, world=world).train()
+    resumed = resume(work, method=method, optimizer=optimizer, data_hash=split.content_hash)
+    step = resumed or 0
 
     def save() -> None:
         if world.is_main:
@@ -69,7 +71,10 @@ def train(work: Work) -> Method[Any]:
     log_every = max(1, math.ceil(total_steps / machine.log_points))
     if world.is_main:
         metric_log = folder.metric_log()
-        announce(work, split=split, loader=loader, step=step, total_steps=total_steps)
+        announce(work, split=split, loader=loader, teacher=teacher, step=step, total_steps=total_steps)
+    if resumed is None and prepare(work, method=method, teacher=teacher, split=split):
+        save()
+    parallel = parallelise(method, world=world).train()
     last_save = last_log = time.monotonic()
     trained_s = folder.trained_s() or 0.0
     last_logged_step = step
@@ -101,6 +106,7 @@ def train(work: Work) -> Method[Any]:
                         step=step,
                         draws=torch.from_numpy(draws).to(world.device),
                         labels=batch.labels.to(world.device),
+                        shares=views.shares(),
                     )
                 optimizer.zero_grad(set_to_none=True)
                 output.loss.backward()
@@ -164,6 +170,7 @@ def build(work: Work, *, split: Split, total_steps: int) -> Method[Any]:
     recipe = work.recipe
     kind = METHODS[recipe.method.name]
     kind.check_views(recipe.method, backbone=recipe.backbone, views=recipe.views)
+    kind.check_shares(recipe.method, batch_size=recipe.training.batch_size, world_size=work.world.world_size)
     method = kind(
         recipe.method,
         backbone=recipe.backbone,
@@ -175,14 +182,14 @@ def build(work: Work, *, split: Split, total_steps: int) -> Method[Any]:
     return method.to(work.world.device)
 
 
-def resume(work: Work, *, method: Method[Any], optimizer: torch.optim.Optimizer, data_hash: str) -> int:
-    """Load the newest valid checkpoint of the run, if there is one, and return the step to go on from."""
+def resume(work: Work, *, method: Method[Any], optimizer: torch.optim.Optimizer, data_hash: str) -> int | None:
+    """Load the newest valid checkpoint of the run and return the step to go on from; None when there is no checkpoint."""
     folder = work.folder
     found, complaints = checkpoints.newest(folder.path, fingerprint=folder.info.fingerprint, map_location=work.world.device)
     for complaint in complaints:
         work.reporter.say(f"Warning: {complaint} Going on from the one before.")
     if found is None:
-        return 0
+        return None
     if found.data_hash != data_hash:
         raise UserError(
             f"The training images are not those that {folder.run_id} began with (content hash {data_hash[:12]}, "
@@ -193,7 +200,7 @@ def resume(work: Work, *, method: Method[Any], optimizer: torch.optim.Optimizer,
     return step
 
 
-def announce(work: Work, *, split: Split, loader: TrainLoader, step: int, total_steps: int) -> None:
+def announce(work: Work, *, split: Split, loader: TrainLoader, teacher: Teacher | None, step: int, total_steps: int) -> None:
     """Say what begins, and file the facts of this start of the run: code, software, machine, data."""
     folder, machine, world = work.folder, work.machine, work.world
     code = provenance.code()
@@ -213,10 +220,13 @@ def announce(work: Work, *, split: Split, loader: TrainLoader, step: int, total_
         "compile": machine.compile,
         "step": step,
     }
+    if teacher is not None:
+        facts |= {"teacher_run": teacher.run_id, "teacher_weights": teacher.weights_hash}
     epochs, batch_size = work.recipe.training.epochs, work.recipe.training.batch_size
     work.reporter.say(
         f"Training {folder.run_id}: {epochs} epochs of {split.dataset}, {total_steps} steps of {batch_size} images, "
         f"{world.world_size} process(es) on {world.device.type}, {loader.backend} loader."
+        + (f" Teacher: {teacher.run_id}." if teacher is not None else "")
     )
     attempt = folder.append_attempt({**provenance.environment(), **facts})
     folder.set_state(status="running", attempt=attempt, step=step, total_steps=total_steps, message="")

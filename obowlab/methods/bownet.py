@@ -1,0 +1,199 @@
+"""BoWNet: a student predicts the bag of visual words of a frozen teacher, over words made once by k-means (SPEC, baselines)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from obowlab.config import Backbone, Bownet, Views
+from obowlab.errors import UserError
+from obowlab.methods import bow
+from obowlab.methods.backbones import ResNet, build_backbone, map_size
+from obowlab.methods.heads import FixedHead
+from obowlab.methods.kmeans import kmeans
+from obowlab.methods.monitor import Monitor
+from obowlab.methods.protocol import Comm, Method, Preparation, StepOutput
+from obowlab.methods.vocabulary import Reading, level_metrics
+
+REPORT_EVERY = 50
+"""Batches of images between two lines of progress."""
+
+
+class BoWNet(Method[Bownet]):
+    """Hard codes, max pooling, L1, a linear layer with one weight vector per word, cross-entropy.
+
+    Teacher and words are fixed before the first step (`prepare`); both belong to the method's state.
+    """
+
+    num_draws = 0
+    words: Tensor
+
+    def __init__(
+        self, method: Bownet, *, backbone: Backbone, total_steps: int, seed: int, num_classes: int | None, comm: Comm
+    ) -> None:
+        super().__init__(method, backbone=backbone, total_steps=total_steps, seed=seed, num_classes=num_classes, comm=comm)
+        self.student = build_backbone(backbone, seed=seed)
+        self.teacher = build_backbone(backbone, seed=seed).requires_grad_(False).eval()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed + 1)  # the student's weights are a function of the seed alone: see build_backbone
+            features = self.student.num_features
+            self.head = FixedHead(num_words=method.num_words, num_features=features)
+            self.register_buffer("words", torch.zeros(method.num_words, self.student.level_channels[method.level]))
+            self.monitor = Monitor(num_features=features, num_classes=num_classes) if num_classes is not None else None
+
+    @classmethod
+    def check_views(cls, method: Bownet, *, backbone: Backbone, views: Views) -> None:
+        """Refuse feature maps of which the border leaves nothing.
+
+        Raises:
+            UserError: says how large the map is.
+        """
+        _refuse_small_map(method, size=map_size(backbone, level=method.level, image_size=views.original_size))
+
+    @property
+    def encoder(self) -> ResNet:
+        """The network this method is for: the student."""
+        return self.student
+
+    def train(self, mode: bool = True) -> BoWNet:
+        """Set the mode of everything but the teacher, which keeps the batch-norm statistics it was trained with."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    # ------------------------------------------------------------------------------------------------- before training
+
+    @torch.no_grad()
+    def prepare(self, preparation: Preparation) -> bool:
+        """Take over the teacher and make the words from its maps of training images.
+
+        Raises:
+            UserError: the images have fewer local features than there shall be words.
+        """
+        assert preparation.teacher is not None, "the recipe sees to it"
+        self.teacher.load_state_dict(preparation.teacher.state_dict(), strict=True)
+        self.teacher.eval()
+        points_NC = self._local_features(preparation)
+        if len(points_NC) < self.method.num_words:
+            raise UserError(
+                f"The {preparation.num_images} training images have {len(points_NC)} local features in all, too few for "
+                f"{self.method.num_words} words: lower method.num_words or method.border, or train on more images."
+            )
+        preparation.report(f"k-means: {self.method.num_words} words from {len(points_NC)} local features of {self.method.level}.")
+        words_KC = kmeans(
+            points_NC,
+            num_words=self.method.num_words,
+            iterations=self.method.kmeans_iterations,
+            seed=preparation.seed,
+            report=preparation.report,
+        )
+        # Every process did the same work on the same points; the first one's word counts.
+        shared = self.comm.gather(words_KC.to(self.words))
+        self.words.copy_(shared[: self.method.num_words])
+        return True
+
+    def _local_features(self, preparation: Preparation) -> Tensor:
+        """Return the teacher's vectors at drawn locations of drawn images, [N, C], the same on every process."""
+        numbers, locations = self._draw_locations(preparation)
+        share = math.ceil(len(numbers) / self.comm.world_size)
+        padded = torch.arange(share * self.comm.world_size).clamp(max=len(numbers) - 1)  # every process gathers equally much
+        mine = padded[self.comm.rank * share : (self.comm.rank + 1) * share]
+        found: list[Tensor] = []
+        done = 0
+        for images in preparation.originals(numbers[mine]):
+            local_BUC = self._local(images)
+            chosen = locations[mine[done : done + len(images)]].to(local_BUC.device)
+            found.append(local_BUC.gather(1, chosen[..., None].expand(-1, -1, local_BUC.shape[2])))
+            done += len(images)
+            if len(found) % REPORT_EVERY == 0 or done == len(mine):
+                preparation.report(f"Vocabulary: looked at {done} of {len(mine)} images.")
+        return self.comm.gather(torch.cat(found))[: len(numbers)].flatten(0, 1)
+
+    def _draw_locations(self, preparation: Preparation) -> tuple[Tensor, Tensor]:
+        """Return which images are looked at, [N], and at which locations of each, [N, L]: as few of each as will do."""
+        numbers = torch.arange(preparation.num_images)
+        order = preparation.uniforms(numbers, 1, 0)[:, 0].argsort(stable=True)
+        num_locations = self._local(next(preparation.originals(order[:1]))).shape[1]
+        wanted = self.method.kmeans_points * self.method.num_words
+        per_image = min(num_locations, math.ceil(wanted / preparation.num_images))
+        chosen = order[: math.ceil(wanted / per_image)]
+        return chosen, preparation.uniforms(chosen, num_locations, 1).argsort(dim=1, stable=True)[:, :per_image]
+
+    # ---------------------------------------------------------------------------------------------------------- a step
+
+    def forward(
+        self,
+        original: Tensor,
+        views: Mapping[str, Tensor],
+        *,
+        step: int,
+        draws: Tensor,
+        labels: Tensor | None = None,
+        shares: Mapping[str, Tensor] | None = None,
+    ) -> StepOutput:
+        """Do one training step up to its loss; for the arguments see `Method.forward`.
+
+        The monitor sees the student's features of all views, each with the class of the image that most of it shows.
+        """
+        num_images, level = len(original), self.method.level
+        with torch.no_grad():
+            reading = self._read(original)
+        features = {kind: self.student(images).view(num_images, -1, self.student.num_features) for kind, images in views.items()}
+        losses: dict[str, Tensor] = {}
+        floors: list[Tensor] = []
+        log_predictions: list[Tensor] = []
+        view_labels: list[Tensor] = []
+        for kind, features_BVD in features.items():
+            logits = bow.bow_logits(features_BVD.flatten(0, 1), self.head(self.words), kappa=self.head.kappa)
+            log_prediction_NK = torch.log_softmax(logits, dim=-1)
+            share_BV = shares[kind].view(num_images, -1) if shares is not None and kind in shares else None
+            part_BVK = log_prediction_NK.view(num_images, -1, self.method.num_words)
+            losses[f"loss_{kind}"], floor = bow.prediction_loss(part_BVK, reading.targets, share_BV=share_BV)
+            floors.append(floor)
+            log_predictions.append(log_prediction_NK.detach())
+            if labels is not None:
+                shown_BV = labels[:, None].expand(-1, features_BVD.shape[1])
+                view_labels.append(
+                    shown_BV if share_BV is None else torch.where(share_BV < 0.5, bow.neighbours(labels)[:, None], shown_BV)
+                )
+        loss = torch.stack(list(losses.values())).sum()
+        metrics = {**losses, "loss_kl": loss - torch.stack(floors).sum()}
+        metrics |= level_metrics(level, reading, torch.cat(log_predictions), comm=self.comm)
+        return self._output(
+            loss,
+            metrics,
+            features=torch.cat(list(features.values()), dim=1).flatten(0, 1),
+            labels=torch.cat(view_labels, dim=1).flatten() if view_labels else None,
+        )
+
+    def _read(self, original: Tensor) -> Reading:
+        """Make the BoW targets of a batch: hard codes, pooled, L1."""
+        distances = bow.Distances(self._local(original), self.words)
+        nearest_dist_BU, nearest_BU = distances.nearest()
+        used_K = torch.zeros_like(self.words[:, 0])
+        used_K[nearest_BU.flatten()] = 1.0
+        return Reading(
+            targets=bow.hard_bow(
+                nearest_BU, num_words=self.method.num_words, pooling=self.method.pooling, dtype=self.words.dtype
+            ),
+            mean_nearest=self.comm.mean(nearest_dist_BU.mean()),
+            words_used=100.0 * (self.comm.mean(used_K) > 0).to(used_K.dtype).mean(),
+        )
+
+    def _local(self, images: Tensor) -> Tensor:
+        """Return the teacher's vectors at the locations of its border-cropped maps, [B, U, C]."""
+        map_BCHW = self.teacher.levels(images, (self.method.level,))[0][self.method.level]
+        _refuse_small_map(self.method, size=min(map_BCHW.shape[-2:]))
+        map_BCHW = bow.at_least_float32(bow.crop_border(map_BCHW, border=self.method.border))
+        return map_BCHW.flatten(2).transpose(1, 2).contiguous()
+
+
+def _refuse_small_map(method: Bownet, *, size: int) -> None:
+    if size - 2 * method.border < 1:
+        raise UserError(
+            f"The {method.level} map of the original view is {size}x{size}, of which method.border = {method.border} leaves "
+            "nothing: lower method.border or raise views.original_size."
+        )

@@ -1,0 +1,186 @@
+"""MoCo v2: tell the key of the same image from the keys of earlier ones (SPEC, baselines).
+
+He et al., "Momentum contrast for unsupervised visual representation learning", CVPR 2020; Chen et al., "Improved baselines with
+momentum contrastive learning", 2020.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from obowlab.config import Backbone, Moco, Views
+from obowlab.errors import UserError
+from obowlab.methods import bow
+from obowlab.methods.backbones import ResNet, build_backbone
+from obowlab.methods.monitor import Monitor
+from obowlab.methods.protocol import Comm, Method, StepOutput, refuse_cutmix
+from obowlab.methods.splitnorm import split_batchnorm
+
+
+class Projection(nn.Module):
+    """The MLP of MoCo v2, features -> features -> projection, whose output has length 1."""
+
+    def __init__(self, *, num_features: int, size: int):
+        super().__init__()
+        self.fc1 = nn.Linear(num_features, num_features)
+        self.fc2 = nn.Linear(num_features, size)
+
+    def forward(self, features_ND: Tensor) -> Tensor:
+        """Return unit vectors, [N, size], in float32 at least."""
+        hidden = F.relu(self.fc1(features_ND), inplace=True)
+        return F.normalize(bow.at_least_float32(self.fc2(hidden)), dim=1)
+
+
+class MoCo(Method[Moco]):
+    """A student encodes queries, a slowly following teacher keys; a queue holds the keys of earlier batches.
+
+    The last crop of an image is its key, every other view a query of its own. Batch-norm sees the global batch in groups, and
+    the keys are shuffled over them, so that no group tells which query a key belongs to.
+
+    Attributes:
+        num_draws: uniforms a step needs per image: the key's place in the shuffled batch.
+    """
+
+    num_draws = 1
+    queue: Tensor
+    pointer: Tensor
+    inserted_at: Tensor
+
+    def __init__(
+        self, method: Moco, *, backbone: Backbone, total_steps: int, seed: int, num_classes: int | None, comm: Comm
+    ) -> None:
+        super().__init__(method, backbone=backbone, total_steps=total_steps, seed=seed, num_classes=num_classes, comm=comm)
+        num_groups = method.batchnorm_splits // comm.world_size
+        self.student = build_backbone(backbone, seed=seed)
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False)
+        for encoder in (self.student, self.teacher):
+            split_batchnorm(encoder, num_groups=num_groups, comm=comm)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed + 1)  # the student's weights are a function of the seed alone: see build_backbone
+            features = self.student.num_features
+            self.projection = Projection(num_features=features, size=method.projection_size)
+            self.teacher_projection = copy.deepcopy(self.projection).requires_grad_(False)
+            self.register_buffer("queue", F.normalize(torch.randn(method.queue_size, method.projection_size), dim=1))
+            self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
+            self.register_buffer("inserted_at", torch.zeros(method.queue_size, dtype=torch.int64))
+            self.monitor = Monitor(num_features=features, num_classes=num_classes) if num_classes is not None else None
+
+    @classmethod
+    def check_views(cls, method: Moco, *, backbone: Backbone, views: Views) -> None:
+        """Refuse mixed crops, and views of which none is left to be a query.
+
+        Raises:
+            UserError: cutmix is on, there is no crop to be the key, or nothing but the key.
+        """
+        refuse_cutmix("MoCo", views=views)
+        if views.num_crops == 0 or views.num_crops + views.num_patches < 2:
+            raise UserError(
+                f"MoCo needs one crop as the key and another view as the query, but views.num_crops is {views.num_crops} and "
+                f"views.num_patches {views.num_patches}: set views.num_crops to 2."
+            )
+
+    @classmethod
+    def check_shares(cls, method: Moco, *, batch_size: int, world_size: int) -> None:
+        """Refuse groups of batch-norm that are not equally large, lie across processes, or hold a single image.
+
+        Raises:
+            UserError: names the setting to change.
+        """
+        splits = method.batchnorm_splits
+        if batch_size % splits or batch_size < 2 * splits:
+            raise UserError(
+                f"method.batchnorm_splits ({splits}) must divide training.batch_size ({batch_size}) into groups of two images "
+                "or more: change either."
+            )
+        if splits % world_size:
+            raise UserError(
+                f"method.batchnorm_splits ({splits}) must be a multiple of the number of processes ({world_size}): change "
+                "--procs or --gpus, or the setting, which makes another run."
+            )
+
+    @property
+    def encoder(self) -> ResNet:
+        """The network this method is for: the student."""
+        return self.student
+
+    def forward(
+        self,
+        original: Tensor,
+        views: Mapping[str, Tensor],
+        *,
+        step: int,
+        draws: Tensor,
+        labels: Tensor | None = None,
+        shares: Mapping[str, Tensor] | None = None,
+    ) -> StepOutput:
+        """Do one training step up to its loss; teacher and queue move on.
+
+        The loss is the mean over the views of a kind and the sum over kinds. The original view plays no part. The monitor
+        sees the teacher's features of the keys. For the arguments see `Method.forward`.
+        """
+        num_images = len(original)
+        crops = views["crops"].view(num_images, -1, *views["crops"].shape[1:])
+        queries = {kind: images for kind, images in views.items() if kind != "crops"}
+        if crops.shape[1] > 1:
+            queries = {"crops": crops[:, :-1].flatten(0, 1), **queries}
+        queue_KC = self.queue.clone()  # the backward pass needs the keys that new ones are about to replace
+        query_of_kind = {kind: self.projection(self.student(images)) for kind, images in queries.items()}
+        with torch.no_grad():
+            self._move_teacher()
+            features_ND, keys_NC = self._keys(crops[:, -1], draws=draws)
+        mine = slice(self.comm.rank * num_images, (self.comm.rank + 1) * num_images)
+        metrics: dict[str, Tensor] = {"queue_age": step - self.inserted_at.to(self.queue.dtype).mean()}
+        hits: list[Tensor] = []
+        losses: list[Tensor] = []
+        for kind, query_NC in query_of_kind.items():
+            key_NC = keys_NC[mine].repeat_interleave(len(query_NC) // num_images, dim=0)
+            logits = contrast_logits(query_NC, key_NC, queue_KC, temperature=self.method.temperature)
+            losses.append(F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.int64)))
+            hits.append(logits.detach().argmax(dim=1) == 0)
+            metrics[f"loss_{kind}"] = losses[-1]
+        with torch.no_grad():
+            self._enqueue(keys_NC, step=step)
+        metrics["contrast_accuracy"] = 100.0 * torch.cat(hits).float().mean()
+        metrics["teacher_momentum"] = torch.full((), self.method.teacher_momentum, device=original.device)
+        return self._output(torch.stack(losses).sum(), metrics, features=features_ND[mine], labels=labels)
+
+    def _move_teacher(self) -> None:
+        """Move the teacher's parameters towards the student's; its batch-norm statistics are its own."""
+        followers: list[Tensor] = [*self.teacher.parameters(), *self.teacher_projection.parameters()]
+        leaders: list[Tensor] = [*self.student.parameters(), *self.projection.parameters()]
+        torch._foreach_lerp_(followers, leaders, 1.0 - self.method.teacher_momentum)
+
+    def _keys(self, images: Tensor, *, draws: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the teacher's features and keys of the global batch, in its order, [N, D] and [N, C].
+
+        The images are encoded in the order of their draws, each process its part of it.
+        """
+        order = self.comm.gather(draws[:, 0].to(images.device)).argsort(stable=True)
+        share = len(images)
+        mine = order[self.comm.rank * share : (self.comm.rank + 1) * share]
+        shuffled = self.comm.gather(images)[mine]
+        if images.is_contiguous(memory_format=torch.channels_last):
+            shuffled = shuffled.contiguous(memory_format=torch.channels_last)
+        encoded_ND = self.comm.gather(self.teacher(shuffled))
+        features_ND = torch.empty_like(encoded_ND)
+        features_ND[order] = encoded_ND
+        return features_ND, cast(Tensor, self.teacher_projection(features_ND))
+
+    def _enqueue(self, keys_NC: Tensor, *, step: int) -> None:
+        slots = bow.queue_slots(self.pointer, num_vectors=len(keys_NC), num_words=len(self.queue))
+        self.queue.index_copy_(0, slots, keys_NC[-len(slots) :])
+        self.inserted_at.index_fill_(0, slots, step)
+        self.pointer.add_(len(keys_NC)).remainder_(len(self.queue))
+
+
+def contrast_logits(query_NC: Tensor, key_NC: Tensor, queue_KC: Tensor, *, temperature: float) -> Tensor:
+    """Return the similarities of queries to their own key (column 0) and to the queue, over the temperature, [N, 1 + K]."""
+    with bow.full_precision(query_NC.device):
+        own_N1 = (query_NC * key_NC).sum(dim=1, keepdim=True)
+        return torch.cat((own_N1, query_NC @ queue_KC.T), dim=1) / temperature

@@ -1,0 +1,87 @@
+"""RotNet: by how many quarter turns was this view rotated? (Gidaris, Singh, Komodakis, ICLR 2018; SPEC, baselines)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from obowlab.config import Backbone, Rotnet, Views
+from obowlab.methods import bow
+from obowlab.methods.backbones import ResNet, build_backbone
+from obowlab.methods.monitor import Monitor
+from obowlab.methods.protocol import Comm, Method, StepOutput, refuse_cutmix
+
+NUM_ROTATIONS = 4
+
+
+def rotations(images: Tensor) -> Tensor:
+    """Return every image [N, C, s, s] turned anticlockwise by 0, 1, 2 and 3 quarters, one after the other, [N·4, C, s, s]."""
+    turned = [torch.rot90(images, quarters, dims=(2, 3)) for quarters in range(NUM_ROTATIONS)]
+    memory = torch.channels_last if images.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+    return torch.stack(turned, dim=1).flatten(0, 1).contiguous(memory_format=memory)
+
+
+class RotNet(Method[Rotnet]):
+    """Every view of every kind in its four rotations, and a linear classifier of the rotation on the pooled feature."""
+
+    num_draws = 0
+
+    def __init__(
+        self, method: Rotnet, *, backbone: Backbone, total_steps: int, seed: int, num_classes: int | None, comm: Comm
+    ) -> None:
+        super().__init__(method, backbone=backbone, total_steps=total_steps, seed=seed, num_classes=num_classes, comm=comm)
+        self.student = build_backbone(backbone, seed=seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed + 1)  # the student's weights are a function of the seed alone: see build_backbone
+            features = self.student.num_features
+            self.head = nn.Linear(features, NUM_ROTATIONS)
+            self.monitor = Monitor(num_features=features, num_classes=num_classes) if num_classes is not None else None
+
+    @classmethod
+    def check_views(cls, method: Rotnet, *, backbone: Backbone, views: Views) -> None:
+        """Refuse mixed crops.
+
+        Raises:
+            UserError: cutmix is on.
+        """
+        refuse_cutmix("RotNet", views=views)
+
+    @property
+    def encoder(self) -> ResNet:
+        """The network this method is for."""
+        return self.student
+
+    def forward(
+        self,
+        original: Tensor,
+        views: Mapping[str, Tensor],
+        *,
+        step: int,
+        draws: Tensor,
+        labels: Tensor | None = None,
+        shares: Mapping[str, Tensor] | None = None,
+    ) -> StepOutput:
+        """Do one training step up to its loss: mean over the rotated views of a kind, sum over kinds.
+
+        The monitor sees the unrotated views. For the arguments see `Method.forward`.
+        """
+        num_images = len(original)
+        losses: dict[str, Tensor] = {}
+        hits: list[Tensor] = []
+        upright: list[Tensor] = []
+        for kind, images in views.items():
+            features_ND = self.student(rotations(images))
+            logits = bow.at_least_float32(self.head(features_ND))
+            turns = torch.arange(NUM_ROTATIONS, device=logits.device).repeat(len(images))
+            losses[f"loss_{kind}"] = F.cross_entropy(logits, turns)
+            hits.append(logits.argmax(dim=1) == turns)
+            upright.append(features_ND[::NUM_ROTATIONS].view(num_images, -1, features_ND.shape[1]))
+        features_BVD = torch.cat(upright, dim=1)
+        metrics = {**losses, "rotation_accuracy": 100.0 * torch.cat(hits).float().mean()}
+        view_labels = None if labels is None else labels.repeat_interleave(features_BVD.shape[1])
+        return self._output(
+            torch.stack(list(losses.values())).sum(), metrics, features=features_BVD.flatten(0, 1), labels=view_labels
+        )
