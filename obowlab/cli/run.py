@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 @hardware
 @roots
 @click.option("--no-progress", is_flag=True, help="Print no progress; the run's log.txt has it.")
+@click.option("--stage", type=click.IntRange(min=1), metavar="K", help="Stop after stage K of a recipe with several.")
 @dry_run_option
 def run(
     name: str,
@@ -44,15 +45,18 @@ def run(
     runs_root: Path | None,
     machine_file: Path | None,
     no_progress: bool,
+    stage: int | None,
     dry_run: bool,
 ) -> int:
     """Pretrain a recipe, then evaluate the encoder; the same command again continues.
 
     NAME is a recipe (`obowlab config list`) or a TOML file. The run is identified by the resolved recipe and the seed: typed
     again, the command continues an unfinished run, and prints the results of a finished one.
+
+    A recipe with a [teacher] has several stages, each a run of its own; those before the last are trained first where they are
+    missing. --fresh begins the last one again.
     """
     from obowlab.config import load_recipe
-    from obowlab.track.folder import RunFolder, run_id_of
 
     if gpus is not None:
         if device not in (None, "cuda") or procs not in (None, gpus):
@@ -69,29 +73,62 @@ def run(
         loader=loader,
     )
     from obowlab.lab.launch import check_gpus, launch, plan
+    from obowlab.track.folder import RunFolder, run_id_of
+    from obowlab.track.lineage import stages_of
 
     check_gpus(machine)
-    run_id = run_id_of(loaded, seed=seed)
-    path = machine.runs_root / run_id
-    there = (path / "run.json").is_file()
-    if resume and not there:
+    stages = stages_of(loaded, seed=seed, runs_root=machine.runs_root)
+    if stage is not None and stage > len(stages):
+        raise UserError(f"Recipe '{loaded.name}' has {len(stages)} stage{'s' * (len(stages) > 1)}, not {stage}: lower --stage.")
+    chosen = stages[:stage]
+    folders = [_folder(each, seed=seed, machine=machine) for each in chosen]
+    if resume and not any(folders):
+        run_id = run_id_of(chosen[-1], seed=seed)
         raise UserError(f"There is no run '{run_id}' in {machine.runs_root} to resume; `obowlab runs list` shows what is there.")
-    if there and resume is not False:
-        folder = RunFolder.open(path)
-        if folder.current_state().status == "finished":
-            click.echo(f"Run {run_id} is finished; --fresh would train it again.")
-            _say_if_evaluation_differs(folder, loaded)
-            print_results(folder)
-            _say_if_pending(folder, machine)
-            return 0
-    check_data(loaded, machine=machine, dry_run=dry_run)
-    if dry_run:
-        _print_plan(loaded, plan=plan(loaded, seed=seed, machine=machine, fresh=resume is False), machine=machine)
-        return 0
-    code = launch(loaded, seed=seed, machine=machine, fresh=resume is False, progress=not no_progress)
-    if code == 0:
-        print_results(RunFolder.open(path))
-    return code
+    fresh = resume is False
+    due = [
+        each for each, folder in zip(chosen, folders, strict=True) if not _is_finished(folder) or (fresh and each is chosen[-1])
+    ]
+    different = [each for number, each in enumerate(due) if each.recipe.data not in [one.recipe.data for one in due[:number]]]
+    for each in different:
+        check_data(each, machine=machine, dry_run=dry_run)
+    for number, each in enumerate(chosen, start=1):
+        if len(stages) > 1:
+            click.echo(f"Stage {number} of {len(stages)}: {each.recipe.title}")
+        folder = folders[number - 1]
+        last = number == len(chosen)
+        if folder is not None and each not in due:
+            _say_finished(folder, each, machine=machine, last=last)
+        elif dry_run:
+            _print_plan(each, plan=plan(each, seed=seed, machine=machine, fresh=fresh and last), machine=machine)
+        elif code := launch(each, seed=seed, machine=machine, fresh=fresh and last, progress=not no_progress):
+            return code
+        else:
+            print_results(RunFolder.open(machine.runs_root / run_id_of(each, seed=seed)))
+    return 0
+
+
+def _folder(loaded: Loaded, *, seed: int, machine: Machine) -> RunFolder | None:
+    """Return the folder of a run; None when there is none yet."""
+    from obowlab.track.folder import RunFolder, run_id_of
+
+    path = machine.runs_root / run_id_of(loaded, seed=seed)
+    return RunFolder.open(path) if (path / "run.json").is_file() else None
+
+
+def _is_finished(folder: RunFolder | None) -> bool:
+    return folder is not None and folder.current_state().status == "finished"
+
+
+def _say_finished(folder: RunFolder, loaded: Loaded, *, machine: Machine, last: bool) -> None:
+    """Say that there is nothing to train, and of the last stage how it was measured."""
+    if not last:
+        click.echo(f"Run {folder.run_id} is finished.")
+        return
+    click.echo(f"Run {folder.run_id} is finished; --fresh would train it again.")
+    _say_if_evaluation_differs(folder, loaded)
+    print_results(folder)
+    _say_if_pending(folder, machine)
 
 
 def check_data(loaded: Loaded, *, machine: Machine, dry_run: bool) -> None:
