@@ -244,8 +244,27 @@ def _print_plan(plan: Plan, *, runs: Mapping[str, RunSummary], book: CostBook, s
         f"{rows} rows at scale {scale}, {len(plan.seeds)} seed(s): {trainings} trainings{staged}; "
         f"{counts['done']} done, {counts['running']} running, {counts['missing']} missing."
     )
-    rest = f", and {unknown} of unknown cost (timed when the command runs)" if unknown else ""
-    click.echo(f"Expected: {duration(left_s)} of training left{rest}; {slots} at a time: {duration(left_s / slots)}.")
+    for line in _shares(plan):
+        click.echo(line)
+    if left_s or not unknown:
+        click.echo(f"Expected: {duration(left_s)} of training left; {slots} at a time: {duration(left_s / slots)}.")
+    if unknown:
+        click.echo(f"{unknown} of them were never timed here; a few steps of each are when the command runs.")
+
+
+def _shares(plan: Plan) -> list[str]:
+    """Return a line per table: its rows, and how many trainings it needs beside those of the tables before it."""
+    lines, before = [], 0
+    seen: set[str] = set()
+    for table in plan.tables:
+        mine = {job.fingerprint for job in plan.jobs if any(place.startswith(f"{table.name}/") for place in job.places)}
+        trainings = {job.fingerprint for job in plan.jobs if not job.is_stage} & mine
+        rows = {place for job in plan.jobs if not job.is_stage for place in job.places if place.startswith(f"{table.name}/")}
+        shared = f", {len(trainings & seen)} of its trainings shared with the tables before" if trainings & seen else ""
+        seen |= trainings
+        lines.append(f"  {table.name}: {len(rows)} rows, {len(seen) - before} trainings{' more' if before else ''}{shared}")
+        before = len(seen)
+    return lines
 
 
 def _carry_out(plan: Plan, *, machine: Machine, slots: int, gpus: bool, records: Path | None) -> int:
