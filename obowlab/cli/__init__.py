@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "eval": ("obowlab.cli.eval:evaluate", "Measure the encoder of a run or of a weights file."),
     "ablate": ("obowlab.cli.ablate:ablate", "Train what the rows of tables need and lack, then show the tables."),
     "table": ("obowlab.cli.ablate:table", "Show tables of the paper beside what the run store has; trains nothing."),
+    "words": ("obowlab.cli.words:words", "Show the visual words of a run: the patches that each of them stands for."),
     "data": ("obowlab.cli.data:data", "Prepare, verify and list data sets."),
     "config": ("obowlab.cli.config:config", "List, show and compare recipes."),
     "runs": ("obowlab.cli.runs:runs", "List, show, sync and export runs."),

@@ -27,6 +27,7 @@ BUNDLED = (
     "system.jsonl",
     "labels.json",
     "results",
+    "words",
     "encoder.safetensors",
     "log.txt",
     "dirty.diff",

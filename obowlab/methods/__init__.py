@@ -6,7 +6,7 @@ from obowlab.methods.backbones import ResNet, build_backbone
 from obowlab.methods.bownet import BoWNet
 from obowlab.methods.moco import MoCo
 from obowlab.methods.obow import OBoW
-from obowlab.methods.protocol import Comm, Method, OneProcess, Preparation, StepOutput
+from obowlab.methods.protocol import Comm, LevelWords, Method, OneProcess, Preparation, StepOutput, VisualWords
 from obowlab.methods.rotnet import RotNet
 
 METHODS: dict[str, type[Method[Any]]] = {"obow": OBoW, "bownet": BoWNet, "rotnet": RotNet, "moco": MoCo}
@@ -16,6 +16,7 @@ __all__ = [
     "METHODS",
     "BoWNet",
     "Comm",
+    "LevelWords",
     "Method",
     "MoCo",
     "OBoW",
@@ -24,5 +25,6 @@ __all__ = [
     "ResNet",
     "RotNet",
     "StepOutput",
+    "VisualWords",
     "build_backbone",
 ]

@@ -15,7 +15,7 @@ from obowlab.methods import bow
 from obowlab.methods.backbones import ResNet, build_backbone, map_size
 from obowlab.methods.heads import DynamicHead, FixedHead
 from obowlab.methods.monitor import Monitor
-from obowlab.methods.protocol import Comm, Method, StepOutput
+from obowlab.methods.protocol import Comm, LevelWords, Method, StepOutput, VisualWords
 from obowlab.methods.schedules import teacher_momentum
 from obowlab.methods.vocabulary import VOCABULARIES, Vocabulary, level_metrics
 
@@ -72,6 +72,19 @@ class OBoW(Method[Obow]):
     def encoder(self) -> ResNet:
         """The network this method is for: the student."""
         return self.student
+
+    def visual_words(self) -> VisualWords:
+        """Return the words of every level; delta is that of soft codes, also where training used hard ones."""
+        levels = {
+            level: LevelWords(
+                vectors=vocabulary.words,
+                delta=self.method.delta_base * vocabulary.msd,
+                border=self.method.border,
+                inserted_at=vocabulary.inserted_at,
+            )
+            for level, vocabulary, _ in self._levels()
+        }
+        return VisualWords(teacher=self.teacher, levels=levels)
 
     def forward(
         self,

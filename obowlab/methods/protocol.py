@@ -9,7 +9,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from torch import Tensor, nn
 
-from obowlab.config import Backbone, Section, Views
+from obowlab.config import Backbone, Level, Section, Views
 from obowlab.errors import UserError
 from obowlab.methods.backbones import ResNet
 from obowlab.methods.monitor import Monitor
@@ -90,6 +90,36 @@ class Preparation:
     report: Callable[[str], None]
 
 
+@dataclass(frozen=True)
+class LevelWords:
+    """The vocabulary of one level as it stands, and how a map of that level is read with it.
+
+    Attributes:
+        vectors: the words, [K, C].
+        delta: temperature of the soft codes (eq. 4), squared distance, 0-dim, at least 0.
+        border: pixels dropped around the map.
+        inserted_at: step at which each word came into the vocabulary, int64 [K].
+    """
+
+    vectors: Tensor
+    delta: Tensor
+    border: int
+    inserted_at: Tensor
+
+
+@dataclass(frozen=True)
+class VisualWords:
+    """The words a method describes images with, and the network whose maps it describes.
+
+    Attributes:
+        teacher: the network.
+        levels: its levels that have a vocabulary, in the recipe's order.
+    """
+
+    teacher: ResNet
+    levels: Mapping[Level, LevelWords]
+
+
 class Method(nn.Module, ABC, Generic[SettingsT]):
     """A way to learn an encoder: one call is one training step without its backward pass.
 
@@ -152,6 +182,10 @@ class Method(nn.Module, ABC, Generic[SettingsT]):
     @abstractmethod
     def encoder(self) -> ResNet:
         """The network this method is for."""
+
+    def visual_words(self) -> VisualWords | None:
+        """Return the words as they stand, sharing memory with the method; None when it describes images without words."""
+        return None
 
     def param_groups(self, *, weight_decay: float) -> list[dict[str, Any]]:
         """Return the optimiser's groups: all that is learnt, then the monitor if there is one."""

@@ -1,4 +1,4 @@
-"""Files that outlive their writer: lines that are appended, whole files that are replaced.
+"""Files that outlive their writer: lines that are appended, whole files and folders that are replaced.
 
 A line file survives `kill -9` of its writer up to the last complete line; a replaced file is the old one or the new one.
 """
@@ -9,8 +9,10 @@ import json
 import math
 import os
 import secrets
+import shutil
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -108,6 +110,27 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def folder_written(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `path`; when the block ends well it takes that place, replacing a folder that is there.
+
+    A block that is left by an error or by Ctrl-C leaves what was there before, and nothing else.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    before = beside.with_name(f"{beside.name}.before")
+    beside.mkdir(parents=True)
+    try:
+        yield beside
+        if path.exists():
+            path.rename(before)
+        beside.rename(path)
+    finally:
+        if before.exists() and not path.exists():
+            before.rename(path)
+        for rest in (beside, before):
+            shutil.rmtree(rest, ignore_errors=True)
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -164,7 +164,8 @@ class Mirror:
         for path in outbox.artifacts():
             if outbox.is_new(path, sent=sent):
                 _in_time(end)
-                client.log_artifact(_id(sent), str(path))
+                folder = path.parent.relative_to(self.folder.path).as_posix()
+                client.log_artifact(_id(sent), str(path), None if folder == "." else folder)
                 outbox.mark(path, sent=sent)
                 self._done(sent)
         if outbox.model_is_new(sent):

@@ -26,6 +26,9 @@ POINT_FILES = {"metrics": "train", "online": "online", "system": "system"}
 
 MODEL_FOLDER = "model"
 LONGEST_TAG = 5000
+WORDS_FOLDER = "words"
+"""Where `obowlab words` puts the gallery of a run's visual words."""
+
 LONGEST_LINE = 2**16
 """No line of a metric file is longer, in bytes."""
 
@@ -118,9 +121,10 @@ class Outbox:
         return sorted((self.folder.path / "results").glob("*.json"))
 
     def artifacts(self) -> list[Path]:
-        """Return the files to keep beside the numbers; the log only once it is complete."""
+        """Return the files to keep beside the numbers: the log only once it is complete, a page after what it shows."""
         names = ["run.json", "machine.json", "attempts.jsonl", "dirty.diff", *(["log.txt"] if self.status() in ENDED else [])]
-        return [self.folder.path / name for name in names if (self.folder.path / name).exists()]
+        gallery = sorted((self.folder.path / WORDS_FOLDER).glob("*.*"), key=lambda path: (path.suffix == ".html", path.name))
+        return [*(self.folder.path / name for name in names if (self.folder.path / name).exists()), *gallery]
 
     def documents(self) -> dict[str, str]:
         """Return texts to keep as artifacts that are no files of the run folder, by name."""
@@ -138,8 +142,11 @@ class Outbox:
         return finished and sent.model_version is None
 
     def is_new(self, path: Path, *, sent: Sent) -> bool:
-        """Return whether the store lacks this file or has an older one."""
-        return sent.files.get(self._key(path)) != _stamp(path)
+        """Return whether the store lacks this file or has an older one; one that was just replaced by none counts as sent."""
+        try:
+            return sent.files.get(self._key(path)) != _stamp(path)
+        except FileNotFoundError:
+            return False
 
     def mark(self, path: Path, *, sent: Sent) -> None:
         """Note that the store has this file."""

@@ -18,6 +18,8 @@ import torch
 from torch import nn
 
 from obowlab.errors import UserError
+from obowlab.methods import METHODS, Method, OneProcess
+from obowlab.track.folder import RunFolder
 
 FORMAT = 1
 CURRENT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
@@ -97,3 +99,38 @@ def restore(checkpoint: Checkpoint, *, method: nn.Module, optimizer: torch.optim
     method.load_state_dict(checkpoint.method, strict=True)
     optimizer.load_state_dict(checkpoint.optimizer)
     return checkpoint.step
+
+
+def open_method(run: RunFolder, *, map_location: torch.device) -> tuple[Method, int, list[str]]:
+    """Return the method of a run as its newest valid checkpoint left it, the number of updates done, and complaints (`newest`).
+
+    For looking at: nothing but the run folder is read, and the schedules do not know how long training lasts.
+
+    Raises:
+        UserError: the run has no usable checkpoint, or one of another version of obowlab.
+    """
+    recipe, name = run.info.recipe, run.info.name
+    found, complaints = newest(run.path, fingerprint=run.info.fingerprint, map_location=map_location)
+    if found is None:
+        reason = " ".join(complaints) or f"There is no {CURRENT} in {run.path}."
+        raise UserError(
+            f"{reason} Run '{run.run_id}' can be looked into only with its checkpoint: train it with `obowlab run {name}`, or "
+            "bring it along with `obowlab runs export --checkpoint`."
+        )
+    classes = found.method.get("monitor.fc.bias")  # of the data set, which need not be here
+    method = METHODS[recipe.method.name](
+        recipe.method,
+        backbone=recipe.backbone,
+        total_steps=max(1, found.step),
+        seed=run.info.seed,
+        num_classes=None if classes is None else len(classes),
+        comm=OneProcess(),
+    )
+    try:
+        method.load_state_dict(found.method, strict=True)
+    except RuntimeError:
+        raise UserError(
+            f"The checkpoint of run '{run.run_id}' was written by obowlab {run.info.version} and does not fit this version; "
+            "install that one."
+        ) from None
+    return method.to(map_location), found.step, complaints

@@ -1,0 +1,210 @@
+"""`obowlab words`: what the visual words of a run look like (the paper's figures 5 and 6)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import click
+
+from obowlab.cli.options import PATH, dry_run_option, hardware, json_flag, machine_from, roots, would
+from obowlab.cli.output import print_table
+from obowlab.errors import UserError
+
+if TYPE_CHECKING:
+    from obowlab.config import Level, Machine
+    from obowlab.methods import VisualWords
+    from obowlab.track.folder import RunFolder
+
+LEVELS = ("conv4", "conv5")
+SPLITS = ("train", "val")
+MIRROR_TIMEOUT_S = 60.0
+
+
+@click.command()
+@click.argument("run")
+@click.option("--level", "levels", type=click.Choice(LEVELS), multiple=True, help="Level; repeatable. [default: all of the run]")
+@click.option("--dataset", help="Another prepared data set than the run's.")
+@click.option("--split", type=click.Choice(SPLITS), default="train", show_default=True, help="Which of its images.")
+@click.option(
+    "--per-word", type=click.IntRange(min=1, max=32), default=8, show_default=True, metavar="N", help="Patches of each word."
+)
+@click.option("--out", type=PATH, metavar="DIR", help="Folder to write, kept apart from the run. [default: words/ of the run]")
+@json_flag
+@hardware
+@roots
+@dry_run_option
+def words(
+    run: str,
+    levels: tuple[str, ...],
+    dataset: str | None,
+    split: str,
+    per_word: int,
+    out: Path | None,
+    as_json: bool,
+    device: str | None,
+    workers: int | None,
+    loader: str | None,
+    data_root: Path | None,
+    runs_root: Path | None,
+    machine_file: Path | None,
+    dry_run: bool,
+) -> None:
+    """Show the visual words of a run: the patches that each of them stands for.
+
+    For every word of the run's checkpoint the image patches with the highest assignment score are found, at most one per image,
+    and written as a gallery, index.html, with the facts in words.json. In the run's own folder it is mirrored to MLflow as
+    well. RUN is a run id, the beginning of one, or a run folder.
+    """
+    from obowlab.track.folder import RunFolder
+    from obowlab.track.outbox import WORDS_FOLDER
+
+    machine = machine_from(
+        machine_file=machine_file, data_root=data_root, runs_root=runs_root, device=device, workers=workers, loader=loader
+    )
+    folder = RunFolder.find(run, runs_root=machine.runs_root)
+    target = (out or folder.path / WORDS_FOLDER).absolute()
+    _refuse_target(target)
+    facts = _show(
+        folder,
+        machine=machine,
+        levels=levels,
+        dataset=dataset or folder.info.recipe.data.dataset,
+        split=split,
+        per_word=per_word,
+        target=target,
+        dry_run=dry_run,
+    )
+    if facts is None:
+        return
+    _print(facts, target=target, as_json=as_json)
+    if out is None:
+        _mirror(folder, machine=machine)
+
+
+def _refuse_target(target: Path) -> None:
+    """Refuse to replace anything but an empty folder or an earlier gallery."""
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{target} is a file; choose another --out.")
+    if target.is_dir() and any(target.iterdir()) and not (target / "words.json").is_file():
+        raise UserError(f"{target} holds other things than a gallery of words; choose another --out.")
+
+
+def _show(
+    folder: RunFolder,
+    *,
+    machine: Machine,
+    levels: tuple[str, ...],
+    dataset: str,
+    split: str,
+    per_word: int,
+    target: Path,
+    dry_run: bool,
+) -> dict[str, Any] | None:
+    """Find the patches and write the gallery; in a dry run say what would be done and return None."""
+    import torch
+
+    from obowlab.data.datasets import open_split
+    from obowlab.evaluation.words import show_words
+    from obowlab.lab.gallery import render_words
+    from obowlab.track.journal import folder_written
+    from obowlab.training.checkpoint import open_method
+    from obowlab.training.distributed import join
+
+    def report(line: str) -> None:
+        click.echo(line, err=True)
+
+    if machine.threads is not None:
+        torch.set_num_threads(machine.threads)
+    with join(machine.model_copy(update={"procs": 1})) as world:
+        method, step, complaints = open_method(folder, map_location=world.device)
+        for complaint in complaints:
+            report(f"Warning: {complaint} Using the checkpoint before it.")
+        found = method.visual_words()
+        if found is None:
+            raise UserError(
+                f"Run '{folder.run_id}' has no visual words: its method, {folder.info.recipe.method.name}, learns without them."
+            )
+        chosen = _levels(found, asked=levels, run_id=folder.run_id)
+        if dry_run:
+            if dataset != "synthetic" or (machine.data_root / dataset).is_dir():  # synthetic images would be drawn first
+                open_split(dataset, split, data_root=machine.data_root)
+            would(
+                f"find the {per_word} best patches of every word of {', '.join(chosen)} of {folder.run_id} in {dataset}/{split}"
+            )
+            would(f"write them to {target}")
+            return None
+        info = folder.info
+        about = {"run_id": info.run_id, "title": info.recipe.title, "version": info.version}
+        try:
+            with folder_written(target) as beside:
+                facts = show_words(
+                    found,
+                    recipe=info.recipe,
+                    machine=machine,
+                    levels=chosen,
+                    dataset=dataset,
+                    split=split,
+                    per_word=per_word,
+                    step=step,
+                    device=world.device,
+                    folder=beside,
+                    about=about,
+                    report=report,
+                )
+                (beside / "index.html").write_text(render_words(facts), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"Cannot write {target} (--out): {error.strerror or error}.") from None
+        return facts
+
+
+def _levels(found: VisualWords, *, asked: tuple[str, ...], run_id: str) -> tuple[Level, ...]:
+    """Return the levels to show, in the recipe's order.
+
+    Raises:
+        UserError: the run has no words of a level that was asked for.
+    """
+    there = tuple(found.levels)
+    for level in asked:
+        if level not in there:
+            raise UserError(f"Run '{run_id}' has no words of {level}; choose --level from {', '.join(there)}.")
+    return tuple(level for level in there if not asked or level in asked)
+
+
+def _print(facts: dict[str, Any], *, target: Path, as_json: bool) -> None:
+    """Print the facts of every level: a table, or all but the single words as JSON."""
+    if as_json:
+        levels = {
+            name: {key: value for key, value in level.items() if key not in ("words", "sheets")}
+            for name, level in facts["levels"].items()
+        }
+        click.echo(json.dumps({"folder": str(target), **facts, "levels": levels}, indent=1))
+        return
+    columns = ("level", "words", "used", "coherence", "of other words", "patch")
+    lines = [
+        (
+            name,
+            str(level["num_words"]),
+            f"{100 * level['used'] / level['num_words']:.1f} %",
+            _number(level["coherence"]),
+            _number(level["coherence_of_others"]),
+            f"{level['patch_side']} of {facts['view']['size']} px",
+        )
+        for name, level in facts["levels"].items()
+    ]
+    print_table(columns, lines, right=columns[1:])
+    click.echo(f"Open {(target / 'index.html').as_uri()}")
+
+
+def _number(value: Any) -> str:
+    return "–" if value is None else f"{cast(float, value):.2f}"
+
+
+def _mirror(folder: RunFolder, *, machine: Machine) -> None:
+    """Send the gallery on; a store that does not answer gets it with the next sync."""
+    from obowlab.track.mirror import Mirror
+
+    report = Mirror(folder, tracking_uri=machine.tracking_uri).sync(timeout_s=MIRROR_TIMEOUT_S)
+    if report.error is not None:
+        click.echo(f"MLflow does not have it yet: {report.error}; `obowlab runs sync` sends it.", err=True)
