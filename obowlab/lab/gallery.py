@@ -33,15 +33,11 @@ def _level(level: Mapping[str, Any]) -> dict[str, Any]:
             None if word["coherence"] is None else round(word["coherence"], 4),
             round(word["score"], 4),
             word["age"],
+            word["places"],
             word["sheet"],
             word["row"],
         )
         for word in level["words"]
     ]
-    kept = ("num_words", "used", "num_locations", "map", "border", "delta", "patch_side", "coherence", "coherence_of_others")
-    return {
-        **{key: level[key] for key in kept},
-        "words_per_sheet": level["words_per_sheet"],
-        "sheets": level["sheets"],
-        "words": words,
-    }
+    kept = ("num_words", "used", "delta", "distance", "patch_side", "coherence", "coherence_of_others", "words_per_sheet")
+    return {**{key: level[key] for key in (*kept, "sheets")}, "words": words}
