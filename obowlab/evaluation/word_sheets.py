@@ -32,12 +32,12 @@ does is mostly near its centre.)
 """
 
 TILE = 64
-"""Side of a patch as it is stored, in pixels: a multiple of 16, so that JPEG's blocks end where patches do."""
+"""Side of a patch as it is stored, in pixels: a multiple of 8, so that JPEG's blocks end where patches do."""
 
 WORDS_PER_SHEET = 32
 """Rows of a sheet: 512 x 2048 pixels with eight patches, 4 MB in a browser; 8192 words are 256 files."""
 
-JPEG_QUALITY = 88
+JPEG_QUALITY = 85
 
 
 def draw_level(
@@ -78,7 +78,7 @@ def draw_level(
     ages_K = step - read_with.inserted_at.cpu().numpy()
     described: list[dict[str, Any]] = []
     sheets: list[str] = []
-    alike = _Likeness()
+    alike = Likeness()
     last = time.monotonic()
     wanted = images_KP[order_K].reshape(-1)
     with frozen(words.teacher):
@@ -170,7 +170,7 @@ def draw_sheet(pixels: npt.NDArray[np.uint8], corners_NP2: Ints, *, side: int, p
         patch = Image.fromarray(pixels[number, top : top + side, left : left + side])
         row, column = divmod(number, per_word)
         sheet.paste(patch.resize((TILE, TILE), finest), (column * TILE, row * TILE))
-    sheet.save(path, quality=JPEG_QUALITY)
+    sheet.save(path, quality=JPEG_QUALITY, subsampling=0)  # halved colours would run over into the neighbour
 
 
 def _features(words: VisualWords, level: Level, images: Tensor, places: Tensor) -> Tensor:
@@ -180,7 +180,7 @@ def _features(words: VisualWords, level: Level, images: Tensor, places: Tensor) 
     return bow.at_least_float32(picked)
 
 
-class _Likeness:
+class Likeness:
     """Mean cosine similarities of features: within the words, and for comparison between patches of different words.
 
     Only sums of unit vectors are kept: the squared length of a sum is the sum over all pairs. A feature of length 0 resembles
@@ -205,16 +205,15 @@ class _Likeness:
         sum_NC = unit_NPC.sum(dim=1)
         per_word = unit_NPC.shape[1]
         squared_N = sum_NC.square().sum(dim=1)
-        if per_word == 1:
-            return [None] * len(unit_NPC)
-        pairs = per_word * (per_word - 1)
-        coherence_N = (squared_N - unit_NPC.square().sum(dim=(1, 2))) / pairs
         used = used.to(sum_NC.device)
-        self._within += coherence_N[used].tolist()
         self._sum_C = sum_NC[used].sum(dim=0) + (0.0 if self._sum_C is None else self._sum_C)
         self._sums_squared += float(squared_N[used].sum())
         self._num_patches += per_word * int(used.sum())
         self._num_pairs_within += per_word**2 * int(used.sum())
+        if per_word == 1:
+            return [None] * len(unit_NPC)
+        coherence_N = (squared_N - unit_NPC.square().sum(dim=(1, 2))) / (per_word * (per_word - 1))
+        self._within += coherence_N[used].tolist()
         return list(coherence_N.tolist())
 
     def median(self) -> float | None:
