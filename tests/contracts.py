@@ -115,6 +115,22 @@ class MethodContract:
         state = resumed.state_dict()
         assert all(torch.equal(value, state[name]) for name, value in method.state_dict().items())
 
+    def test_its_visual_words_are_of_its_teachers_levels(self, recipe: Recipe) -> None:
+        method, optimizer = self.build(recipe)
+        self.train(method, optimizer, range(2))
+        words = method.visual_words()
+        if words is None:
+            return
+        maps, _ = words.teacher.levels(self.batch(0, method.num_draws)[0], tuple(words.levels))
+        assert words.levels
+        for level, each in words.levels.items():
+            assert each.vectors.shape == (len(each.vectors), maps[level].shape[1]), level
+            assert min(maps[level].shape[2:]) > 2 * each.border, level
+            assert each.delta.shape == (), level
+            assert float(each.delta) >= 0, level
+            assert each.inserted_at.shape == (len(each.vectors),), level
+            assert not each.inserted_at.is_floating_point(), level
+
     def test_a_seed_decides_the_start(self, recipe: Recipe) -> None:
         torch.manual_seed(1)
         first = self.build(recipe)[0].state_dict()

@@ -15,8 +15,10 @@ from obowlab import __version__
 from obowlab.cli import COMMANDS, cli, options
 from obowlab.cli import eval as eval_module
 from obowlab.cli import weights as weights_module
+from obowlab.cli import words as words_module
 from obowlab.cli.output import print_table
-from obowlab.config import Evaluation, Machine
+from obowlab.config import Evaluation, Level, Machine
+from obowlab.data.sources import SPLITS
 from obowlab.track.folder import RunFolder
 from tests.command_line import Obowlab, contents, empty_workplace, finished_run
 
@@ -111,7 +113,7 @@ def test_every_command_has_a_dry_run_and_help_for_every_option() -> None:
         return 1
 
     commands = [cli.get_command(click.Context(cli), name) for name in COMMANDS]
-    assert sum(check(command) for command in commands if command is not None) == 18
+    assert sum(check(command) for command in commands if command is not None) == 19
 
 
 def test_choices_are_those_of_the_code_they_stand_for() -> None:
@@ -121,6 +123,8 @@ def test_choices_are_those_of_the_code_they_stand_for() -> None:
     assert get_args(Machine.model_fields["loader"].annotation) == options.LOADERS
     assert Evaluation().protocols == eval_module.PROTOCOLS
     assert get_args(Format) == weights_module.FORMATS
+    assert get_args(Level) == words_module.LEVELS
+    assert SPLITS == words_module.SPLITS
 
 
 def test_version(obowlab: Obowlab) -> None:

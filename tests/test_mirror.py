@@ -141,6 +141,28 @@ def test_a_run_and_all_its_facts_arrive_in_the_local_store(root: Path) -> None:
     assert (idle.sent, idle.pending) == (0, 0)
 
 
+def test_a_gallery_of_words_follows_the_run(root: Path) -> None:
+    folder = create(root)
+    train(folder, 1)
+    folder.set_state(status="finished")
+    mirror = Mirror(folder)
+    assert mirror.sync(timeout_s=60).pending == 0
+    folder.write_artifact("words/index.html", "page")
+    folder.write_artifact("words/words.json", "{}")
+    folder.write_artifact("words/conv5-000.jpg", b"sheet")
+    assert mirror.pending() == 3
+    report = Mirror(folder).sync(timeout_s=60)  # as `runs sync` does later
+    assert (report.error, report.sent, report.pending) == (None, 3, 0)
+    run_id = the_run(mirror.uri).info.run_id
+    names = {item.path for item in client_of(mirror.uri).list_artifacts(run_id, "words")}
+    assert names == {"words/index.html", "words/words.json", "words/conv5-000.jpg"}
+    folder.write_artifact("words/conv5-000.jpg", b"another sheet")
+    assert Mirror(folder).sync(timeout_s=60).sent == 1
+    sent = Path(client_of(mirror.uri).download_artifacts(run_id, "words/conv5-000.jpg"))
+    assert sent.read_bytes() == b"another sheet"
+    assert Mirror(folder).sync(timeout_s=60).sent == 0
+
+
 @pytest.mark.parametrize(("status", "shown"), [("interrupted", "KILLED"), ("failed", "FAILED")])
 def test_endings_and_resumption_show_in_the_status(root: Path, status: str, shown: str) -> None:
     folder = create(root)

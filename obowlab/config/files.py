@@ -22,7 +22,10 @@ TEACHER = "teacher."
 
 
 def project_root() -> Path:
-    """Return the folder that holds `experiments/` and `ablations/`: the checkout, or the copy inside an installed wheel."""
+    """Return the folder that holds `experiments/`, `ablations/` and `dashboards/`.
+
+    It is the checkout, or the copy inside an installed wheel.
+    """
     package = Path(__file__).resolve().parents[1]
     bundled = package / "_project"
     return bundled if bundled.is_dir() else package.parent

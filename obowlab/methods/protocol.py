@@ -96,7 +96,8 @@ class LevelWords:
 
     Attributes:
         vectors: the words, [K, C].
-        delta: temperature of the soft codes (eq. 4), squared distance, 0-dim, at least 0.
+        delta: temperature of the soft codes (eq. 4), a squared distance, 0-dim. At 0 codes are one-hot, and of equal codes the
+            nearer location counts for more: for vocabularies without a temperature.
         border: pixels dropped around the map.
         inserted_at: step at which each word came into the vocabulary, int64 [K].
     """
