@@ -101,7 +101,7 @@ def restore(checkpoint: Checkpoint, *, method: nn.Module, optimizer: torch.optim
     return checkpoint.step
 
 
-def open_method(run: RunFolder, *, map_location: torch.device) -> tuple[Method, int, list[str]]:
+def open_method(run: RunFolder, *, map_location: torch.device) -> tuple[Method[Any], int, list[str]]:
     """Return the method of a run as its newest valid checkpoint left it, the number of updates done, and complaints (`newest`).
 
     For looking at: nothing but the run folder is read, and the schedules do not know how long training lasts.
