@@ -150,11 +150,12 @@ def test_runs_list_and_show(obowlab: Obowlab, finished: RunFolder) -> None:
 
 def test_exported_run_is_a_run_elsewhere(obowlab: Obowlab, finished: RunFolder, workplace: Path) -> None:
     finished.write_artifact("mirror.json", "{}")
+    finished.write_artifact("words/index.html", "page")
     assert obowlab("runs", "export", "demo")[0] == 0
     with tarfile.open(workplace / f"{finished.run_id}.tar.gz") as bundle:
         names = {Path(name).name for name in bundle.getnames()}
         bundle.extractall(workplace / "other", filter="data")
-    assert {"run.json", "metrics.jsonl", "encoder.safetensors", "results"} <= names
+    assert {"run.json", "metrics.jsonl", "encoder.safetensors", "results", "index.html"} <= names
     assert not {"checkpoint.pt", "mirror.json", "machine.json", "lock"} & names
     code, out, _ = obowlab("runs", "show", finished.run_id, "--runs-root", "other")
     assert code == 0

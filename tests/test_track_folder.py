@@ -16,6 +16,7 @@ from obowlab.config import Loaded, Machine, Recipe
 from obowlab.errors import UserError
 from obowlab.track import METRICS, MetricLog, RunFolder, list_runs, lookup, provenance
 from obowlab.track.folder import LOCK_TOKEN_VARIABLE
+from obowlab.track.journal import folder_written
 from obowlab.track.metrics import mlflow_name
 
 
@@ -289,3 +290,26 @@ def test_track_imports_fast_and_light() -> None:
     child = run_python(code)
     assert child.communicate()[0].strip() == "[]"
     assert time.perf_counter() - started < 2.0
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    place = tmp_path / "deep" / "out"
+    for content in ("first", "second"):
+        with folder_written(place) as beside:
+            assert beside.parent == place.parent
+            (beside / content).write_text(content)
+        assert [path.name for path in place.iterdir()] == [content]
+
+    def give_up(problem: type[BaseException]) -> None:
+        with folder_written(place) as beside:
+            (beside / "half").write_text("half")
+            raise problem
+
+    for problem in (KeyboardInterrupt, OSError, ValueError):
+        with pytest.raises(problem):
+            give_up(problem)
+        assert [path.name for path in place.iterdir()] == ["second"]
+    with pytest.raises(FileNotFoundError), folder_written(place) as beside:
+        beside.rename(tmp_path / "gone")  # so that it cannot take its place
+    assert [path.name for path in place.iterdir()] == ["second"], "what was put aside is put back"
+    assert [path.name for path in place.parent.iterdir()] == ["out"]

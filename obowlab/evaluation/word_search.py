@@ -153,5 +153,7 @@ def find_patches(
             if time.monotonic() - last > REPORT_EVERY_S:
                 last = time.monotonic()
                 rate = done / (last - started)
-                report(f"{done}/{len(indices)} images · {rate:.0f} img/s · {(len(indices) - done) / rate / 60:.0f} min left")
+                left_s = (len(indices) - done) / rate
+                left = f"{left_s / 60:.0f} min" if left_s >= 100 else f"{left_s:.0f} s"
+                report(f"{done}/{len(indices)} images · {rate:.0f} img/s · {left} left")
     return tops, sizes
