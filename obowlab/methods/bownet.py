@@ -15,7 +15,7 @@ from obowlab.methods.backbones import ResNet, build_backbone, map_size
 from obowlab.methods.heads import FixedHead
 from obowlab.methods.kmeans import kmeans
 from obowlab.methods.monitor import Monitor
-from obowlab.methods.protocol import Comm, Method, Preparation, StepOutput
+from obowlab.methods.protocol import Comm, LevelWords, Method, Preparation, StepOutput, VisualWords
 from obowlab.methods.vocabulary import Reading, level_metrics
 
 REPORT_EVERY = 50
@@ -57,6 +57,16 @@ class BoWNet(Method[Bownet]):
     def encoder(self) -> ResNet:
         """The network this method is for: the student."""
         return self.student
+
+    def visual_words(self) -> VisualWords:
+        """Return the words, as old as the training, with the hard codes (delta 0) that they are used with."""
+        words = LevelWords(
+            vectors=self.words,
+            delta=self.words.new_zeros(()),
+            border=self.method.border,
+            inserted_at=torch.zeros(len(self.words), dtype=torch.int64, device=self.words.device),
+        )
+        return VisualWords(teacher=self.teacher, levels={self.method.level: words})
 
     def train(self, mode: bool = True) -> BoWNet:
         """Set the mode of everything but the teacher, which keeps the batch-norm statistics it was trained with."""
