@@ -29,9 +29,9 @@ def _level(level: Mapping[str, Any]) -> dict[str, Any]:
     words = [
         (
             word["number"],
-            round(word["use"], 5),
+            float(f"{word['use']:.4g}"),
             None if word["coherence"] is None else round(word["coherence"], 4),
-            round(word["score"], 4),
+            float(f"{word['score']:.4g}"),
             word["age"],
             word["places"],
             word["sheet"],
