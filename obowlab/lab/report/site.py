@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from obowlab.lab.report.curves import Curve
 from obowlab.lab.report.health import Finding
@@ -163,26 +163,7 @@ class Site:
     studies: tuple[Study, ...] = ()
     problems: tuple[str, ...] = ()
 
-    def run(self, run_id: str) -> Run | None:
-        """Return the run of this name; None when the store has none."""
-        return self.by_id.get(run_id)
-
-    @property
+    @cached_property
     def by_id(self) -> Mapping[str, Run]:
         """Every run by its name."""
         return {run.run_id: run for run in self.runs}
-
-
-def elapsed(attempts: list[dict[str, Any]], times: list[float]) -> float | None:
-    """Return the seconds of training over all starts: from each start to the last point logged before the next one.
-
-    Args:
-        attempts: one per start, with its `time` in seconds since 1970.
-        times: of every logged point, ascending, in seconds since 1970.
-    """
-    starts = [float(attempt["time"]) for attempt in attempts if "time" in attempt]
-    total = 0.0
-    for start, following in zip(starts, [*starts[1:], float("inf")], strict=True):
-        during = [time for time in times if start <= time < following]
-        total += during[-1] - start if during else 0.0
-    return total if times and starts else None
