@@ -8,6 +8,7 @@ Pure functions from numbers to text. Colours come from the page's style sheet (c
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -20,8 +21,10 @@ LEFT, TOP, BOTTOM, MARGIN = 50.0, 28.0, 40.0, 12.0
 LETTER = 6.1
 """Mean width of a letter of the 11-unit labels, a little generous."""
 
-LONGEST_LABEL = 18
-LABEL_GAP = 13.0
+LABEL_WIDTH, LABEL_ROWS = 19, 2
+"""Letters in one row of a line's name, and rows; what is longer ends in an ellipsis and is whole in the tooltip."""
+
+ROW_HEIGHT = 12.0
 NUM_COLOURS = 8
 
 
@@ -106,8 +109,8 @@ def line_chart(lines: Sequence[Line], *, title: str, x: Axis, y: Axis) -> str:
     """
     assert lines
     assert all(len(line.x) == len(line.y) > 0 for line in lines)
-    named = [_short(line.label) for line in lines]
-    right = MARGIN + (max(map(len, named)) * LETTER + 6 if len(lines) > 1 else 0)
+    named = [_rows(line.label) for line in lines]
+    right = MARGIN + (max(len(row) for rows in named for row in rows) * LETTER if len(lines) > 1 else 0)
     across = span([v for line in lines for v in line.x], x, padded=False)
     up = span([v for line in lines for v in (*line.y, *line.low, *line.high)], y, padded=True)
     place_x = scale(across, (LEFT, WIDTH - right), log=x.log)
@@ -142,22 +145,26 @@ def line_chart(lines: Sequence[Line], *, title: str, x: Axis, y: Axis) -> str:
 def _end_labels(
     lines: Sequence[Line],
     *,
-    named: Sequence[str],
+    named: Sequence[Sequence[str]],
     classes: Sequence[str],
     place_x: Callable[[float], float],
     place_y: Callable[[float], float],
 ) -> list[str]:
     """Write every line's name beside its last point, pushed apart where they would overlap, with a leader to the point."""
     ends = [place_y(line.y[-1]) for line in lines]
-    heights = spread(ends, gap=LABEL_GAP, low=TOP + 4, high=HEIGHT - BOTTOM)
+    gap = ROW_HEIGHT * max(map(len, named)) + 1
+    heights = spread(ends, gap=gap, low=TOP + 4, high=HEIGHT - BOTTOM)
     column = max(place_x(line.x[-1]) for line in lines)
     parts = []
-    for line, text, name, end, height in zip(lines, named, classes, ends, heights, strict=True):
+    for line, rows, name, end, height in zip(lines, named, classes, ends, heights, strict=True):
         start = place_x(line.x[-1])
         if abs(end - height) > 2 or column - start > 2:
             parts.append(f'<path class="leader" d="M{start:.1f},{end:.1f}L{column + 4:.1f},{height:.1f}"/>')
-        whole = tooltip(line.label) if text != line.label else ""
-        parts.append(f'<text class="name {name}" x="{column + 6:.1f}" y="{height + 3.5:.1f}">{escape(text)}{whole}</text>')
+        top = height + 3.5 - ROW_HEIGHT * (len(rows) - 1) / 2
+        spans = "".join(
+            f'<tspan x="{column + 6:.1f}" y="{top + i * ROW_HEIGHT:.1f}">{escape(row)}</tspan>' for i, row in enumerate(rows)
+        )
+        parts.append(f'<text class="name {name}">{spans}{tooltip(line.label)}</text>')
     return parts
 
 
@@ -308,7 +315,7 @@ def axes(
     """Return both axes with their ticks and labels, and horizontal grid lines."""
     left, right, base = place_x(across[0]), place_x(across[1]), HEIGHT - BOTTOM
     parts = []
-    for tick in log_ticks(*up) if y.log else ticks(*up, count=4):
+    for tick in log_ticks(*up) if y.log else ticks(*up, count=5):
         height = place_y(tick)
         parts.append(f'<path class="grid" d="M{left:.1f},{height:.1f}H{right:.1f}"/>')
         parts.append(f'<text class="tick" x="{left - 6:.1f}" y="{height + 3.5:.1f}" text-anchor="end">{number(tick)}</text>')
@@ -341,7 +348,12 @@ def _stairs(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return stairs
 
 
-def _short(text: str, longest: int = LONGEST_LABEL) -> str:
+def _rows(label: str) -> list[str]:
+    """Break a name into rows for the end of its line."""
+    return textwrap.wrap(label, LABEL_WIDTH, max_lines=LABEL_ROWS, placeholder="…") or ["–"]
+
+
+def _short(text: str, longest: int) -> str:
     return text if len(text) <= longest else text[: longest - 1].rstrip() + "…"
 
 

@@ -15,7 +15,7 @@ from obowlab.lab.chart import BOTTOM, HEIGHT, LEFT, MARGIN, TOP, WIDTH, Axis, ax
 CIVIDIS = ("#00224e", "#2a3f6d", "#575d6d", "#7d7c78", "#a59c74", "#d2c060", "#fee838")
 """Seven steps of the cividis map, which people with and without colour blindness read alike."""
 
-GRID = 28
+GRID = 40
 """Cells of the map along each side."""
 
 
@@ -74,7 +74,7 @@ def parameter_map(spots: Sequence[Spot], *, title: str, x: Axis, y: Axis, value:
         if spot.mark == "paper":
             parts.append(f'<path class="spot" fill="{fill}" d="M{a:.1f},{b - 7:.1f}l7,7l-7,7l-7,-7Z">{said}</path>')
         else:
-            parts.append(f'<circle class="spot" fill="{fill}" cx="{a:.1f}" cy="{b:.1f}" r="4.2">{said}</circle>')
+            parts.append(f'<circle class="spot" fill="{fill}" cx="{a:.1f}" cy="{b:.1f}" r="4.5">{said}</circle>')
         if spot.mark == "best":
             parts.append(f'<circle class="ring" cx="{a:.1f}" cy="{b:.1f}" r="8.5"/>')
     if values:

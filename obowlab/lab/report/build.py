@@ -73,9 +73,7 @@ def refuse_foreign(out: Path) -> None:
 def _write(site: Site, *, folder: Path) -> int:
     pages = _pages(site)
     templates = project_root() / TEMPLATES
-    environment = Environment(
-        loader=FileSystemLoader(templates), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment = Environment(loader=FileSystemLoader(templates), autoescape=True, undefined=StrictUndefined, lstrip_blocks=True)
     environment.filters.update(
         {
             "estimate": estimate_text,
@@ -94,10 +92,8 @@ def _write(site: Site, *, folder: Path) -> int:
         path = folder / page.path
         path.parent.mkdir(parents=True, exist_ok=True)
         up = "../" * page.path.count("/")
-        path.write_text(
-            environment.get_template(page.template).render(up=up, here=page.path, title=page.title, **page.values()),
-            encoding="utf-8",
-        )
+        text = environment.get_template(page.template).render(up=up, here=page.path, title=page.title, **page.values())
+        path.write_text(re.sub(r"\n\s*\n", "\n", text), encoding="utf-8")  # the lines of template statements are empty
     for name in ASSETS:
         shutil.copyfile(templates / name, folder / name)
     for run in site.runs:
@@ -147,7 +143,7 @@ def _table_page(table: Table, *, site: Site) -> _Page:
         ]
         return {"table": table, "difference": figures.table_figure(table), "curves": curves}
 
-    name = f"{table.name.capitalize()}, {table.scale}"
+    name = f"{re.sub(r'^table(?=[0-9])', 'Table ', table.name)}, {table.scale}"
     return _Page(table_path(table), "table.html", name, values, menu=name)
 
 

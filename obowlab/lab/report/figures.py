@@ -29,7 +29,10 @@ TITLES = {
     "word_age": "Mean age of the words",
     "distance": "Distance to the nearest word",
 }
-LOGARITHMIC = ("distance",)
+LOGARITHMIC = ("distance", "perplexity_image")
+
+FLAT = 0.02
+"""Curves of a vocabulary whose later half moves by less than this share of its highest value are left out."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,8 @@ def curve_figures(groups: Sequence[Group], *, metrics: Sequence[str], heading: s
     names = {name for group in groups for run in group.runs for name in run.curves}
     for name in sorted((n for n in names if base_name(n) in metrics), key=lambda n: (metrics.index(base_name(n)), n)):
         lines = [line for group in groups if (line := _line(group, metric=name)) is not None]
+        if not lines or (base_name(name) in VOCABULARY and is_flat(lines)):
+            continue
         base, others = [line for line in lines if line.base][:1], [line for line in lines if not line.base]
         parts = [others[i : i + LINES_PER_CHART] for i in range(0, len(others), LINES_PER_CHART)] or [[]]
         for number, part in enumerate(parts, start=1):
@@ -115,6 +120,8 @@ def run_figures(run: Run, *, metrics: Sequence[str]) -> list[Figure]:
             Line(label, curve.epoch, curve.mean, *_band(curve), band="lowest and highest value logged")
             for label, curve in sorted(by_name[key])
         ]
+        if base_name(key) in VOCABULARY and is_flat(lines):
+            continue
         levels = ", ".join(level for level, _ in sorted(by_name[key]) if level != key) if len(lines) == 1 else ""
         title = ", ".join(text for text in (title_of(key), levels) if text)
         figures.append(Figure(title, line_chart(lines, title=title, x=Axis("epochs", low=0.0), y=_axis(key, lines))))
@@ -167,6 +174,12 @@ def study_figures(study: Study) -> list[Figure]:
     return figures
 
 
+def is_flat(lines: Sequence[Line]) -> bool:
+    """Return whether nothing happens in the later half of any line, all lines taken together; short lines are never flat."""
+    later = [value for line in lines for value in line.y[len(line.y) // 2 :]]
+    return min(len(line.y) for line in lines) >= 20 and max(later) - min(later) <= FLAT * max(abs(value) for value in later)
+
+
 def title_of(metric: str) -> str:
     """Return a metric's name for people."""
     key, level = _without_level(metric)
@@ -198,7 +211,7 @@ def _line(group: Group, *, metric: str) -> Line | None:
     if not mean.epoch:
         return None
     count = len(curves)
-    label = group.label if count == 1 else f"{group.label}, {count} seeds"
+    label = group.label if count == 1 else f"{group.label} ×{count}"
     if count == 1:
         return Line(label, mean.epoch, mean.mean, base=group.base)
     return Line(label, mean.epoch, mean.mean, mean.low, mean.high, band=f"range of {count} seeds", base=group.base)

@@ -51,6 +51,7 @@ class Rule:
     """What is looked at, and what is healthy and what is not, for the reader of a report."""
 
     label: str
+    trouble: str
     healthy: str
     warning: str
 
@@ -58,33 +59,39 @@ class Rule:
 RULES = {
     "distinct": Rule(
         "Images differ",
+        "images look alike",
         "One image's bag holds far fewer words than the whole batch's: bags tell images apart.",
-        f"An image's perplexity above {ALIKE:.0%} of the batch's: all bags look alike and there is nothing to predict. "
+        f"An image's perplexity above {100 * ALIKE:.0f} % of the batch's: all bags look alike and there is nothing to predict. "
         "Soft codes start so when delta_base is large; it should pass within the first epochs.",
     ),
     "bag": Rule(
         "A bag of several words",
+        "a bag is one word",
         "An image is described by several words; between ten and a few dozen is usual.",
         f"Perplexity per image below {ONE_WORD} words: the bag has become a single label.",
     ),
     "breadth": Rule(
         "Many words in use",
+        "few words in use",
         "The batch as a whole speaks with a large part of the vocabulary, and that part does not shrink.",
-        f"Perplexity of the batch, or words used, below {FEW_WORDS:.0%} of the vocabulary: a few words stand for everything.",
+        f"Perplexity of the batch, or words used, below {100 * FEW_WORDS:.0f} % of the vocabulary: few words for everything.",
     ),
     "spread": Rule(
         "Features keep apart",
+        "features collapse",
         "The distance to the nearest word follows the scale of the features: it may rise and fall, and stays well above 0.",
-        f"Below {COLLAPSED:.0%} of its highest value: the teacher gives nearly the same feature everywhere.",
+        f"Below {100 * COLLAPSED:.0f} % of its highest value: the teacher gives nearly the same feature everywhere.",
     ),
     "fresh": Rule(
         "Words are renewed",
+        "words are stale",
         "A queue of K words that takes B images a step is turned over every K / B steps; its words are half as old on average. "
         "Words of k-means are replaced only when unused, and may grow old.",
         f"Words of a queue older than {STALE:g} turnovers: it is not being refilled.",
     ),
     "finite": Rule(
         "Numbers are finite",
+        "numbers are not finite",
         "Every logged value is a number.",
         "Values that are not finite: the run has diverged, or is about to.",
     ),
@@ -119,13 +126,13 @@ def judge(curves: Mapping[str, Curve], *, recipe: Mapping[str, Any]) -> tuple[Fi
             add("bag", image >= ONE_WORD, f"{image:.1f} words per image")
         if whole is not None and num_words:
             share = whole / num_words
-            breadth = f"{whole:.0f} of {num_words} words per batch ({share:.0%})"
+            breadth = f"{whole:.0f} of {num_words} words per batch ({100 * share:.0f} %)"
             breadth += f", {used:.0f} % nearest to some location" if used is not None else ""
             add("breadth", share >= FEW_WORDS and (used is None or used >= 100 * FEW_WORDS), breadth)
         if (distance := curves.get(f"distance{suffix}")) is not None:
             now, highest = tail("distance"), max(distance.high)
             assert now is not None
-            add("spread", now > COLLAPSED * highest, f"{now:.3g}, at most {highest:.3g} during training")
+            add("spread", now > COLLAPSED * highest, f"squared distance {now:.3g}, at most {highest:.3g} during training")
         age = tail("word_age")
         if age is not None and num_words and batch and method.get("vocabulary") == "queue":
             turnover = num_words / batch
