@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -47,14 +48,22 @@ PREVIEWED = 8
 """Pictures of a gallery that are shown where it is linked."""
 
 
-def gather(runs_root: Path, *, tables: Sequence[Table]) -> Site:
+@dataclass(frozen=True)
+class Tables:
+    """The tables of some scales, and what is wrong with those that could not be read."""
+
+    tables: tuple[Table, ...] = ()
+    problems: tuple[str, ...] = ()
+
+
+def gather(runs_root: Path, *, tables: Tables) -> Site:
     """Read everything a report shows; writes nothing.
 
     Args:
         runs_root: the run store.
         tables: as `tables_at` builds them.
     """
-    runs, problems, newest = [], [], 0.0
+    runs, problems, newest = [], list(tables.problems), 0.0
     for summary in list_runs(runs_root):
         newest = max(newest, summary.info.created_at, summary.state.updated_at)
         try:
@@ -64,32 +73,35 @@ def gather(runs_root: Path, *, tables: Sequence[Table]) -> Site:
     return Site(
         as_of=moment(newest) if newest else "",
         version=__version__,
-        tables=tuple(tables),
+        tables=tables.tables,
         runs=tuple(runs),
         studies=read_studies(runs_root),
         problems=tuple(problems),
     )
 
 
-def tables_at(scales: Iterable[str], *, runs_root: Path) -> tuple[Table, ...]:
+def tables_at(scales: Iterable[str], *, runs_root: Path) -> Tables:
     """Return every shipped table at some scales, of the runs there are.
 
     Args:
         scales: names; when there are none, every scale at which the store has a run of some table.
         runs_root: the run store.
-
-    Raises:
-        UserError: a table file or scale is not valid.
     """
-    asked = list(scales)
-    records = store_records(runs_root)
-    tables = []
+    asked, records = list(scales), store_records(runs_root)
+    tables: list[Table] = []
+    problems: list[str] = []
     for scale in asked or SCALES:
+        found, wrong = [], []
         for name in table_files():
-            planned = load_table(name, scale=scale)
-            tables.append(build_table(planned, seeds=finished_seeds(planned, records=records), records=records))
-    used = {table.scale for table in tables if any(run.status != "missing" for row in table.rows for run in row.runs)}
-    return tuple(table for table in tables if asked or table.scale in used)
+            try:
+                planned = load_table(name, scale=scale)
+                found.append(build_table(planned, seeds=finished_seeds(planned, records=records), records=records))
+            except UserError as error:
+                wrong.append(f"{name} at scale {scale} cannot be shown: {error}")
+        if asked or any(run.status != "missing" for table in found for row in table.rows for run in row.runs):
+            tables += found
+            problems += wrong
+    return Tables(tuple(tables), tuple(problems))
 
 
 def read_run(summary: RunSummary) -> Run:
