@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pydantic_core
+
+from obowlab.track.journal import read_all, write_atomic
+
+METRIC_FILES = ("metrics.jsonl", "online.jsonl")
+CACHE_VERSION = 1
+"""Raise it when the same metrics would give other curves."""
+
+EDGES = ("epoch", "mean", "low", "high")
 
 NUM_BINS = 100
 """At most so many points of a line are drawn, and twice as many of its band."""
@@ -45,6 +54,36 @@ class Curve:
     omitted: int = 0
 
 
+def read_run_curves(folder: Path, *, epochs: float, cache: Path) -> dict[str, Curve]:
+    """Read the drawn metrics of a run, those measured during training included, or what an earlier call kept of them.
+
+    A store has hundreds of megabytes of metrics, nearly all of runs that no longer change: what is drawn of one is kept in a
+    small file, which counts as long as size and time of the metric files are the same.
+
+    Args:
+        folder: of the run.
+        epochs: of the whole training.
+        cache: the small file; its folder need not exist. Where it cannot be written the metrics are read again next time.
+    """
+    files = [folder / name for name in METRIC_FILES]
+    stamps = [f"{path.stat().st_size}-{path.stat().st_mtime_ns}" if path.exists() else "" for path in files]
+    stamp = f"{CACHE_VERSION} {epochs:g} {' '.join(stamps)}"
+    try:
+        kept = pydantic_core.from_json(cache.read_bytes())
+        if kept["stamp"] == stamp:
+            return {
+                name: Curve(**{**curve, **{edge: tuple(curve[edge]) for edge in EDGES}}) for name, curve in kept["curves"].items()
+            }
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # there is none, or it is damaged: the metric files are the truth
+    curves = {name: curve for path in files for name, curve in read_curves(path, epochs=epochs).items()}
+    content = pydantic_core.to_json({"stamp": stamp, "curves": {name: vars(curve) for name, curve in curves.items()}})
+    with suppress(OSError):
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(cache, content)
+    return curves
+
+
 def read_curves(path: Path, *, epochs: float) -> dict[str, Curve]:
     """Read the drawn metrics of one metric file; an absent file has none.
 
@@ -54,17 +93,18 @@ def read_curves(path: Path, *, epochs: float) -> dict[str, Curve]:
         path: `metrics.jsonl` or `online.jsonl`.
         epochs: of the whole training: runs of equal length are cut into the same parts, so that seeds can be averaged.
     """
-    points = _parse(path)
+    points = read_all(path)
+    logged: list[Mapping[str, Any]] = [point["metrics"] for point in points]
+    names = sorted(name for name in set().union(*logged) if DRAWN.fullmatch(name))
+    epoch = [metrics.get("epoch") for metrics in logged]
+    by_epoch = None not in epoch
+    places = np.array(epoch if by_epoch else [point["step"] for point in points], dtype=np.float64)
+    end = max([epochs if by_epoch else 1.0, *places[-1:].tolist()])
     curves = {}
-    names = sorted({name for point in points for name in point["metrics"] if DRAWN.fullmatch(name)})
-    places = np.array([point["metrics"].get("epoch", point["step"]) for point in points], dtype=np.float64)
-    end = (
-        max([epochs, *places.tolist()]) if all("epoch" in point["metrics"] for point in points) else max([1.0, *places.tolist()])
-    )
     for name in names:
-        values = np.array([point["metrics"].get(name, np.nan) for point in points], dtype=np.float64)
-        there = np.array([name in point["metrics"] for point in points])
-        curve = reduce(places[there], values[there], end=end)
+        found = [metrics.get(name) for metrics in logged]
+        there = np.array([value is not None for value in found])
+        curve = reduce(places[there], np.array(found, dtype=np.float64)[there], end=end)  # None becomes NaN, "inf" infinite
         if curve is not None:
             curves[name] = curve
     return curves
@@ -132,22 +172,3 @@ def with_point(curve: Curve, *, epoch: float, value: float) -> Curve:
         last=value,
         omitted=curve.omitted,
     )
-
-
-def _parse(path: Path) -> list[Mapping[str, Any]]:
-    """Return every complete line; parsed at once, for line by line takes four times as long and a store has hundreds of files."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return []
-    whole = content[: content.rfind(b"\n") + 1].rstrip(b"\n")
-    try:
-        lines: list[Mapping[str, Any]] = pydantic_core.from_json(b"[" + whole.replace(b"\n", b",") + b"]")
-    except ValueError:  # a crash of the machine can leave half a line or zeros; the run cuts them off when it goes on
-        lines = []
-        for line in whole.split(b"\n"):
-            try:
-                lines.append(pydantic_core.from_json(line))
-            except ValueError:
-                break
-    return lines

@@ -17,7 +17,7 @@ from obowlab.config.checking import flat_pairs
 from obowlab.errors import UserError
 from obowlab.lab.collect import build_table, finished_seeds
 from obowlab.lab.records import store_records
-from obowlab.lab.report.curves import Curve, read_curves, with_point
+from obowlab.lab.report.curves import Curve, read_run_curves, with_point
 from obowlab.lab.report.health import judge
 from obowlab.lab.report.site import Gallery, Measured, Run, Setting, Site
 from obowlab.lab.report.studies import read_studies
@@ -44,6 +44,9 @@ MACHINE_FACTS = {
 }
 """Fact of an attempt -> its name in a report."""
 
+CACHE = ".curves"
+"""Folder of the run store for what was drawn of each run."""
+
 PREVIEWED = 8
 """Pictures of a gallery that are shown where it is linked."""
 
@@ -57,7 +60,7 @@ class Tables:
 
 
 def gather(runs_root: Path, *, tables: Tables) -> Site:
-    """Read everything a report shows; writes nothing.
+    """Read everything a report shows; writes nothing but `CACHE`.
 
     Args:
         runs_root: the run store.
@@ -115,10 +118,8 @@ def read_run(summary: RunSummary) -> Run:
     settings, base = compare(settings_of(info), name=info.name, sources=info.sources)
     epochs = int(info.recipe_values.get("training", {}).get("epochs", 1))
     measured = tabulate(results, dataset=str(info.recipe_values.get("data", {}).get("dataset", "")))
-    curves = {
-        **read_curves(summary.path / "metrics.jsonl", epochs=epochs),
-        **_online(summary.path / "online.jsonl", epochs=epochs, measured=measured),
-    }
+    cache = summary.path.parent / CACHE / f"{info.run_id}.json"
+    curves = _with_results(read_run_curves(summary.path, epochs=epochs, cache=cache), epochs=epochs, measured=measured)
     changed = [s for s in settings if s.shipped is not None and not NOT_TRAINED_WITH.match(s.key)]
     trained = {key: value for key, value in info.recipe_values.items() if key not in ("title", "evaluation")}
     return Run(
@@ -243,10 +244,9 @@ def _shipped(name: str) -> tuple[Mapping[str, Any], str]:
     return flatten(Recipe()), "the defaults of this version, which has no such recipe"
 
 
-def _online(path: Path, *, epochs: int, measured: Sequence[Measured]) -> dict[str, Curve]:
-    """Return the results during training, each with the final one at its end."""
+def _with_results(curves: Mapping[str, Curve], *, epochs: int, measured: Sequence[Measured]) -> dict[str, Curve]:
+    """Return the curves, those of results during training with the final result at their end."""
     final = {m.metric: m.student[0] for m in reversed(measured) if m.student is not None}
-    curves = read_curves(path, epochs=epochs)
     return {
         name: with_point(curve, epoch=float(epochs), value=final[name]) if name in final and curve.epoch[-1] < epochs else curve
         for name, curve in curves.items()
