@@ -258,12 +258,16 @@ def interval_chart(intervals: Sequence[Interval], *, title: str, x: Axis) -> str
 
 
 def number(value: float) -> str:
-    """Return a number of at most four digits for people: `0.05`, `1200`, `−3.25`, `1.2e−05`."""
+    """Return a number of at most four digits for people: `0.05`, `1200`, `−3.25`, `1.2e−5`."""
     if value == 0:
         return "0"
-    size = abs(value)
-    text = f"{size:.4g}" if 1e-3 <= size < 1e5 else f"{size:.2e}".replace("e+0", "e").replace("e-0", "e-").replace("e+", "e")
-    return ("−" if value < 0 else "") + text.replace("e-", "e−")
+    size = float(f"{abs(value):.4g}")
+    if 1e-3 <= size < 1e5:
+        text = f"{size:.10f}".rstrip("0").rstrip(".")
+    else:
+        mantissa, _, power = f"{size:.2e}".partition("e")
+        text = f"{mantissa.rstrip('0').rstrip('.')}e{int(power)}"
+    return text.replace("-", "−") if value > 0 else f"−{text.replace('-', '−')}"
 
 
 def ticks(low: float, high: float, *, count: int) -> list[float]:
