@@ -51,7 +51,8 @@ def report(
         return would(f"send it to {shown_uri(store_uri(machine.tracking_uri, runs_root=machine.runs_root))}")
     site = gather(machine.runs_root, tables=tables_at(scales, runs_root=machine.runs_root))
     pages = build_site(site, out=out)
-    click.echo(f"{pages} pages on {len(site.runs)} runs, {len(site.tables)} tables and {len(site.studies)} studies: {index}")
+    counts = [_counted(len(site.runs), "run", "runs"), _counted(len(site.tables), "table", "tables")]
+    click.echo(f"{pages} pages on {', '.join(counts)} and {_counted(len(site.studies), 'study', 'studies')}: {index}")
     for problem in site.problems:
         click.echo(f"Warning: {problem}", err=True)
     if opened:
@@ -67,3 +68,7 @@ def report(
     if published.warning is not None:
         click.echo(f"Warning: {published.warning}", err=True)
     return None
+
+
+def _counted(count: int, one: str, many: str) -> str:
+    return f"{count} {one if count == 1 else many}"
