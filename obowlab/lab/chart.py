@@ -36,7 +36,7 @@ class Axis:
         label: what is measured, with its unit.
         log: whether equal distances are equal ratios; all values must be positive then.
         low: where it begins, when that should not follow from the data.
-        high: where it ends, likewise.
+        high: where it ends, likewise; what is higher is drawn there.
     """
 
     label: str
@@ -114,7 +114,11 @@ def line_chart(lines: Sequence[Line], *, title: str, x: Axis, y: Axis) -> str:
     across = span([v for line in lines for v in line.x], x, padded=False)
     up = span([v for line in lines for v in (*line.y, *line.low, *line.high)], y, padded=True)
     place_x = scale(across, (LEFT, WIDTH - right), log=x.log)
-    place_y = scale(up, (HEIGHT - BOTTOM, TOP), log=y.log)
+    onto = scale(up, (HEIGHT - BOTTOM, TOP), log=y.log)
+
+    def place_y(value: float) -> float:
+        return onto(min(value, up[1]))
+
     parts = [*axes(x, y, across=across, up=up, place_x=place_x, place_y=place_y)]
     classes = _colours(lines)
     for line, name in zip(lines, classes, strict=True):

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -84,15 +85,19 @@ def _write(site: Site, *, folder: Path) -> int:
             "svg": Markup,
             "page_of": page_of_run,
             "anchor": anchor,
+            "table_path": table_path,
+            "table_name": table_name,
         }
     )
     environment.globals.update({"MARKS": MARKS, "LEGEND": LEGEND, "RULES": RULES, "site": site, "figures": figures})
-    environment.globals["menu"] = [(page.path, page.menu) for page in pages if page.menu]
+    environment.globals["menu"] = _menu(pages)
     for page in pages:
         path = folder / page.path
         path.parent.mkdir(parents=True, exist_ok=True)
         up = "../" * page.path.count("/")
-        text = environment.get_template(page.template).render(up=up, here=page.path, title=page.title, **page.values())
+        text = environment.get_template(page.template).render(
+            up=up, path=page.path, section=page.section, title=page.title, **page.values()
+        )
         path.write_text(re.sub(r"\n\s*\n", "\n", text), encoding="utf-8")  # the lines of template statements are empty
     for name in ASSETS:
         shutil.copyfile(templates / name, folder / name)
@@ -103,34 +108,47 @@ def _write(site: Site, *, folder: Path) -> int:
     return len(pages)
 
 
+@dataclass(frozen=True)
 class _Page:
-    """One page: where it goes, its template, and the values it needs, made when it is written."""
+    """One page.
 
-    def __init__(self, path: str, template: str, title: str, values: Callable[[], dict[str, Any]], *, menu: str = "") -> None:
-        self.path = path
-        self.template = template
-        self.title = title
-        self.values = values
-        self.menu = menu
+    Attributes:
+        path: in the site's folder.
+        template: what it is made of.
+        title: in the browser's tab.
+        values: makes what the template needs, when the page is written.
+        section: entry of the menu that it belongs to.
+    """
+
+    path: str
+    template: str
+    title: str
+    values: Callable[[], dict[str, Any]]
+    section: str
 
 
 def _pages(site: Site) -> list[_Page]:
     recipes = figures.families(site.runs)
     galleries = [run for run in site.runs if run.gallery is not None]
-    pages = [_Page("index.html", "index.html", "Overview", lambda: {"galleries": galleries, "newest": NEWEST}, menu="Overview")]
-    for table in site.tables:
-        pages.append(_table_page(table, site=site))
+    pages = [_Page("index.html", "index.html", "Overview", lambda: {"galleries": galleries, "newest": NEWEST}, "Overview")]
+    pages += [_table_page(table, site=site) for table in site.tables]
     if site.runs:
-        pages.append(_Page("curves.html", "curves.html", "Training curves", lambda: _curves(recipes), menu="Curves"))
-        pages.append(
-            _Page("vocabulary.html", "vocabulary.html", "Vocabulary", lambda: _vocabulary(site, recipes), menu="Vocabulary")
-        )
-    for study in site.studies:
-        pages.append(_study_page(study))
+        pages.append(_Page("curves.html", "curves.html", "Training curves", lambda: _curves(recipes), "Curves"))
+        pages.append(_Page("vocabulary.html", "vocabulary.html", "Vocabulary", lambda: _vocabulary(site, recipes), "Vocabulary"))
+    pages += [_study_page(study) for study in site.studies]
     if galleries:
-        pages.append(_Page("words.html", "words.html", "Visual words", lambda: {"galleries": galleries}, menu="Words"))
-    pages.append(_Page("runs.html", "runs.html", "Runs", dict, menu="Runs"))
+        pages.append(_Page("words.html", "words.html", "Visual words", lambda: {"galleries": galleries}, "Words"))
+    pages.append(_Page("runs.html", "runs.html", "Runs", dict, "Runs"))
     return pages + [_run_page(run) for run in site.runs]
+
+
+def _menu(pages: list[_Page]) -> dict[str, str]:
+    """Return the entries of the menu and where they lead: a section of several pages to its part of the overview."""
+    menu: dict[str, str] = {}
+    for page in pages:
+        several = page.section in ("Tables", "Studies")
+        menu.setdefault(page.section, f"index.html#{page.section.lower()}" if several else page.path)
+    return menu
 
 
 def _table_page(table: Table, *, site: Site) -> _Page:
@@ -143,19 +161,14 @@ def _table_page(table: Table, *, site: Site) -> _Page:
         ]
         return {"table": table, "difference": figures.table_figure(table), "curves": curves}
 
-    name = f"{re.sub(r'^table(?=[0-9])', 'Table ', table.name)}, {table.scale}"
-    return _Page(table_path(table), "table.html", name, values, menu=name)
+    return _Page(table_path(table), "table.html", f"{table_name(table)}, {table.scale}", values, "Tables")
 
 
 def _study_page(study: Study) -> _Page:
-    path = f"study-{anchor(study.name)}.html"
-    return _Page(
-        path,
-        "study.html",
-        f"Study {study.name}",
-        lambda: {"study": study, "plots": figures.study_figures(study)},
-        menu=study.name,
-    )
+    def values() -> dict[str, Any]:
+        return {"study": study, "plots": figures.study_figures(study)}
+
+    return _Page(f"study-{anchor(study.name)}.html", "study.html", f"Study {study.name}", values, "Studies")
 
 
 def _run_page(run: Run) -> _Page:
@@ -167,7 +180,7 @@ def _run_page(run: Run) -> _Page:
             "gallery": gallery_of(run) if run.gallery is not None else "",
         }
 
-    return _Page(page_of_run(run.run_id), "run.html", run.run_id, values)
+    return _Page(page_of_run(run.run_id), "run.html", run.run_id, values, "Runs")
 
 
 def _curves(recipes: dict[str, tuple[figures.Group, ...]]) -> dict[str, Any]:
@@ -187,6 +200,11 @@ def _vocabulary(site: Site, recipes: dict[str, tuple[figures.Group, ...]]) -> di
 def table_path(table: Table) -> str:
     """Return the page of a table."""
     return f"{anchor(table.name)}-{anchor(table.scale)}.html"
+
+
+def table_name(table: Table) -> str:
+    """Return `Table 3` for `table3`; other names as they are."""
+    return re.sub(r"^table(?=[0-9])", "Table ", table.name)
 
 
 def page_of_run(run_id: str) -> str:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from obowlab.lab.chart import Axis, Bar, Interval, Line, bar_chart, interval_chart, line_chart
+from obowlab.lab.chart import Axis, Bar, Interval, Line, bar_chart, interval_chart, line_chart, number
 from obowlab.lab.parameter_map import Spot, parameter_map
 from obowlab.lab.report.curves import Curve, over_seeds
 from obowlab.lab.report.gather import unit_of
@@ -30,6 +30,9 @@ TITLES = {
     "distance": "Distance to the nearest word",
 }
 LOGARITHMIC = ("distance", "perplexity_image")
+
+START = 25
+"""The first one of so many parts of a training does not decide where the axis of the loss ends."""
 
 FLAT = 0.02
 """Curves of a vocabulary whose later half moves by less than this share of its highest value are left out."""
@@ -98,12 +101,12 @@ def curve_figures(groups: Sequence[Group], *, metrics: Sequence[str], heading: s
             continue
         base, others = [line for line in lines if line.base][:1], [line for line in lines if not line.base]
         parts = [others[i : i + LINES_PER_CHART] for i in range(0, len(others), LINES_PER_CHART)] or [[]]
-        for number, part in enumerate(parts, start=1):
-            count = f"part {number} of {len(parts)}" if len(parts) > 1 else ""
+        for place, part in enumerate(parts, start=1):
+            count = f"part {place} of {len(parts)}" if len(parts) > 1 else ""
             title = ", ".join(text for text in (title_of(name), heading, count) if text)
-            figures.append(
-                Figure(title, line_chart([*base, *part], title=title, x=Axis("epochs", low=0.0), y=_axis(name, lines)))
-            )
+            axis, caption = _axis(name, [*base, *part])
+            drawn = line_chart([*base, *part], title=title, x=Axis("epochs", low=0.0), y=axis)
+            figures.append(Figure(title, drawn, caption))
     return figures
 
 
@@ -124,7 +127,8 @@ def run_figures(run: Run, *, metrics: Sequence[str]) -> list[Figure]:
             continue
         levels = ", ".join(level for level, _ in sorted(by_name[key]) if level != key) if len(lines) == 1 else ""
         title = ", ".join(text for text in (title_of(key), levels) if text)
-        figures.append(Figure(title, line_chart(lines, title=title, x=Axis("epochs", low=0.0), y=_axis(key, lines))))
+        axis, caption = _axis(key, lines)
+        figures.append(Figure(title, line_chart(lines, title=title, x=Axis("epochs", low=0.0), y=axis), caption))
     return figures
 
 
@@ -221,12 +225,24 @@ def _band(curve: Curve) -> tuple[Sequence[float], Sequence[float]]:
     return (curve.low, curve.high) if curve.low != curve.high else ((), ())
 
 
-def _axis(metric: str, lines: Sequence[Line]) -> Axis:
+def _axis(metric: str, lines: Sequence[Line]) -> tuple[Axis, str]:
+    """Return the axis of a metric's values, and a sentence when the first steps are cut off because they hide all others."""
     key, _ = _without_level(metric)
     unit = unit_of(metric) or unit_of(f"{metric}_conv5")
     log = key in LOGARITHMIC and all(v > 0 for line in lines for v in (*line.y, *line.low))
     kind = "squared distance" if key == "distance" else ""
-    return Axis((unit or kind) + (", logarithmic" if log else ""), log=log)
+    label = (unit or kind) + (", logarithmic" if log else "")
+    if key != "loss":
+        return Axis(label, log=log), ""
+    later = [value for line in lines for values in (line.y, line.high) for value in values[len(values) // START :]]
+    highest, low = (
+        max(value for line in lines for value in (*line.y, *line.high)),
+        min(v for line in lines for v in (*line.y, *line.low)),
+    )
+    cut = max(later) + 0.25 * (max(later) - low)
+    if highest <= cut:
+        return Axis(label), ""
+    return Axis(label, high=cut), f"The first steps are higher, up to {number(highest)}, and are drawn at the upper edge."
 
 
 def _without_level(metric: str) -> tuple[str, str]:

@@ -47,8 +47,7 @@ MACHINE_FACTS = {
 CACHE = ".curves"
 """Folder of the run store for what was drawn of each run."""
 
-PREVIEWED = 8
-"""Pictures of a gallery that are shown where it is linked."""
+PICTURES = (".jpg", ".png", ".webp")
 
 
 @dataclass(frozen=True)
@@ -209,11 +208,13 @@ def tabulate(results: Iterable[Mapping[str, Any]], *, dataset: str) -> tuple[Mea
 
 
 def find_gallery(folder: Path) -> Gallery | None:
-    """Return a run's gallery of visual words with a few of its pictures; None when there is none."""
+    """Return a run's gallery of visual words, with the first sheet of each level (`conv5-000.jpg`); None when there is none."""
     if not (folder / "index.html").is_file():
         return None
-    pictures = sorted(p for p in folder.rglob("*") if p.suffix in (".png", ".jpg", ".webp"))
-    return Gallery(folder=folder, preview=tuple(p.relative_to(folder).as_posix() for p in pictures[:PREVIEWED]))
+    first: dict[str, str] = {}
+    for path in sorted(path for path in folder.iterdir() if path.suffix in PICTURES):
+        first.setdefault(path.stem.rpartition("-")[0], path.name)
+    return Gallery(folder=folder, preview=tuple(first.values()))
 
 
 def unit_of(metric: str) -> str:

@@ -59,7 +59,7 @@ class Gallery:
 
     Attributes:
         folder: holds `index.html` and its pictures; copied into the site.
-        preview: paths of a few pictures, relative to the folder.
+        preview: names of a few of its pictures.
     """
 
     folder: Path
