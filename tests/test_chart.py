@@ -62,6 +62,14 @@ def test_logarithmic_axis_makes_equal_ratios_equal_distances() -> None:
     assert heights[0] - heights[1] == pytest.approx(heights[1] - heights[2], abs=0.2)
 
 
+def test_values_beyond_a_named_end_are_drawn_at_it_and_told_truly() -> None:
+    axis = Axis("y", low=1.0, high=3.0)
+    root = parsed(line_chart([Line("a", [0, 1, 2, 3], [9.0, 3.0, 1.0, -4.0])], title="t", x=Axis("x"), y=axis))
+    (line,) = marks(root, "path", "line")
+    assert [b for _, b in points(line)] == [chart.TOP, chart.TOP, chart.HEIGHT - chart.BOTTOM, chart.HEIGHT - chart.BOTTOM]
+    assert "from −4 to 9" in (line.findtext(f"{SVG}title") or "")
+
+
 def test_steps_turn_at_right_angles_and_single_points_are_dots() -> None:
     root = parsed(line_chart([Line("best", [0, 1, 2], [1.0, 1.0, 3.0], kind="steps")], title="t", x=Axis("x"), y=Axis("y")))
     corners = points(marks(root, "path", "line")[0])

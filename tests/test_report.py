@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 from obowlab.errors import UserError
 from obowlab.lab.report import build, figures
 from obowlab.lab.report.build import build_site
+from obowlab.lab.report.curves import Curve
 from obowlab.lab.report.gather import Tables, gather
 from obowlab.lab.report.send import pack
 from obowlab.lab.report.site import Site
@@ -198,6 +200,19 @@ def test_flat_curves_are_told_in_words(store: Site, site: Path) -> None:
     assert "Mean age of the words, conv5" not in titles
     assert "Distance to the nearest word, conv5" in titles
     assert "3.5 steps old on average" in Page(site / "vocabulary.html").text
+
+
+def test_first_steps_do_not_hide_the_rest_of_the_loss(store: Site) -> None:
+    run = store.runs[0]
+    epochs = tuple(i / 10 for i in range(100))
+    start = Curve(epochs, (40.0, *(5.0 - i / 100 for i in range(99))), (0.5, *(5.0,) * 99), (60.0, *(5.0,) * 99), last=4.0)
+    (loss,) = figures.run_figures(replace(run, curves={"loss": start}), metrics=figures.TRAINING)
+    assert "from 0.5 to 60" in loss.caption
+    assert ">5<" in loss.svg
+    assert ">20<" not in loss.svg
+    calm = replace(start, mean=(5.1, *start.mean[1:]), low=(), high=())
+    (loss,) = figures.run_figures(replace(run, curves={"loss": calm}), metrics=figures.TRAINING)
+    assert loss.caption == ""
 
 
 def test_a_table_with_one_difference_gets_no_chart(store: Site) -> None:

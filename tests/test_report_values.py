@@ -211,7 +211,7 @@ def test_run_is_read_with_its_provenance(tmp_path: Path) -> None:
     assert run.versions == {"obowlab": folder.info.version, "torch": "2.14.1"}
     assert run.value("fewshot_5shot") == (13.5, 0.5)
     assert run.gallery is not None
-    assert run.gallery.preview == ("conv5-0.png", "conv5-1.png")
+    assert run.gallery.preview == ("conv5-0.png",)
     online = run.curves["fewshot_5shot"]
     assert (online.epoch[-1], online.mean) == (float(run.epochs), (7.0, 8.0, 9.0, 13.5))
     assert run.warnings == ()

@@ -35,8 +35,8 @@ class Axis:
     Attributes:
         label: what is measured, with its unit.
         log: whether equal distances are equal ratios; all values must be positive then.
-        low: where it begins, when that should not follow from the data.
-        high: where it ends, likewise; what is higher is drawn there.
+        low: where it begins, when that should not follow from the data; values beyond an end are drawn at it.
+        high: where it ends, likewise.
     """
 
     label: str
@@ -117,7 +117,7 @@ def line_chart(lines: Sequence[Line], *, title: str, x: Axis, y: Axis) -> str:
     onto = scale(up, (HEIGHT - BOTTOM, TOP), log=y.log)
 
     def place_y(value: float) -> float:
-        return onto(min(value, up[1]))
+        return onto(min(max(value, up[0]), up[1]))
 
     parts = [*axes(x, y, across=across, up=up, place_x=place_x, place_y=place_y)]
     classes = _colours(lines)

@@ -234,15 +234,15 @@ def _axis(metric: str, lines: Sequence[Line]) -> tuple[Axis, str]:
     label = (unit or kind) + (", logarithmic" if log else "")
     if key != "loss":
         return Axis(label, log=log), ""
-    later = [value for line in lines for values in (line.y, line.high) for value in values[len(values) // START :]]
-    highest, low = (
-        max(value for line in lines for value in (*line.y, *line.high)),
-        min(v for line in lines for v in (*line.y, *line.low)),
-    )
-    cut = max(later) + 0.25 * (max(later) - low)
-    if highest <= cut:
+    edges = [values for line in lines for values in (line.y, line.low, line.high) if values]
+    later = [value for values in edges for value in values[len(values) // START :]]
+    low, high = min(map(min, edges)), max(map(max, edges))
+    room = 0.25 * (max(later) - min(later))
+    bottom, top = max(low, min(later) - room), min(high, max(later) + room)
+    if (bottom, top) == (low, high):
         return Axis(label), ""
-    return Axis(label, high=cut), f"The first steps are higher, up to {number(highest)}, and are drawn at the upper edge."
+    said = f"The first steps, from {number(low)} to {number(high)}, are drawn at the edge where they lie beyond it."
+    return Axis(label, low=bottom, high=top), said
 
 
 def _without_level(metric: str) -> tuple[str, str]:
