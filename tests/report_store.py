@@ -79,23 +79,43 @@ def add_study(runs_root: Path, *, name: str = "kappa-delta", run_id: str = "", t
     trials = [
         {
             "number": i,
-            "state": "pruned" if i == 5 else "complete",
+            "status": "pruned" if i == 5 else "completed",
             "params": {"method.kappa": 4.0 + i, "method.delta_base": 0.01 * 2 ** (i % 4)},
-            "value": None if i == 5 else 10.0 + (i * 7) % 5,
-            "interval": 0.5,
-            "intermediate": {"10": 4.0, "20": 6.0},
-            "run_ids": [run_id] if i == 0 and run_id else [],
+            "value": 4.0 if i == 5 else 10.0 + (i * 7) % 5,
+            "interval": None if i == 5 else 0.5,
+            "is_paper": i == 1,
+            "resumed": int(i == 2),
+            "repeat_of": None,
+            "message": "behind the median" if i == 5 else "",
+            "runs": [{"run_id": run_id, "seed": 0, "status": "finished"}] if i == 0 and run_id else [],
         }
         for i in range(8)
     ]
     content = {
+        "format": 1,
         "name": name,
         "title": title,
+        "recipe": "demo",
         "metric": "fewshot_5shot",
-        "direction": "maximize",
+        "unit": "%",
+        "direction": "max",
+        "seeds": [0],
+        "budget": 8,
+        "parameters": [
+            {
+                "key": "method.delta_base",
+                "kind": "float",
+                "low": 0.01,
+                "high": 0.1,
+                "log": True,
+                "paper": 0.02,
+                "importance": 0.3,
+            },
+            {"key": "method.kappa", "kind": "float", "low": 4, "high": 12, "log": False, "paper": 5.0, "importance": 0.7},
+        ],
         "trials": trials,
-        "importances": {"method.kappa": 0.7, "method.delta_base": 0.3},
-        "paper": {"method.kappa": 5.0, "method.delta_base": 0.02},
+        "best": 2,
+        "best_against_paper": {"value": 2.0, "interval": 0.6, "seeds": 1, "p": 0.01},
     }
     path = runs_root / ".studies" / "kappa-delta" / "study.json"
     path.parent.mkdir(parents=True, exist_ok=True)

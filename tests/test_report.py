@@ -168,8 +168,11 @@ def test_run_page_says_where_a_result_comes_from(site: Path, store: Site) -> Non
 
 def test_study_page_shows_best_paper_and_every_trial(site: Path) -> None:
     page = Page(site / "study-kappa-delta.html")
-    assert "7 of 8 trials complete" in page.text
-    assert "The paper’s point reached 12.00 ± 0.50" in page.text
+    assert "7 of 8 trials completed, 8 wanted" in page.text
+    assert (
+        "The paper’s point reached 12.00 ± 0.50 % here. Best minus paper, on the same episodes or images: +2.00 ± 0.60."
+        in page.text
+    )
     assert page.tags.count("svg") == 3
 
 

@@ -159,30 +159,30 @@ def test_age_is_no_trouble_for_means_and_odd_numbers_are() -> None:
 # ---------------------------------------------------------------------------------------------------------------- studies
 
 
-def test_study_file_is_read_and_ranked(tmp_path: Path) -> None:
+def test_study_file_is_read(tmp_path: Path) -> None:
     add_study(tmp_path, run_id="demo-s0-1")
     (study,) = read_studies(tmp_path)
-    assert [trial.value for trial in study.complete] == sorted((t.value for t in study.complete), reverse=True)  # type: ignore[type-var]
     assert len(study.trials) == 8
-    assert len(study.complete) == 7
-    assert study.params == ("method.kappa", "method.delta_base")
-    assert [trial.number for trial in study.trials if study.is_paper(trial)] == [1]
-    assert study.trials[0].run_ids == ("demo-s0-1",)
-    assert study.trials[0].intermediate == ((10.0, 4.0), (20.0, 6.0))
+    assert [trial.number for trial in study.completed] == [0, 1, 2, 3, 4, 6, 7]
+    assert study.trials[5].reached is None
+    assert [parameter.key for parameter in study.ranked] == ["method.kappa", "method.delta_base"]
+    assert study.best_trial is study.trials[2]
+    assert study.paper_trial is study.trials[1]
+    assert [run.run_id for run in study.trials[0].runs] == ["demo-s0-1"]
 
 
 def test_sparse_and_damaged_study_files_do_not_stop_a_report(tmp_path: Path) -> None:
     path = add_study(tmp_path)
     path.write_text(
-        '{"trials": [{"number": 0, "state": "FAIL"}, {"number": 1, "state": "COMPLETE", "value": 2}], "direction": "MINIMIZE"}'
+        '{"name": "x", "trials": [{"number": 0, "status": "failed"}, {"number": 1, "status": "completed", "value": 2}]}'
     )
     (study,) = read_studies(tmp_path)
-    assert (study.name, study.direction, [t.state for t in study.trials]) == ("kappa-delta", "minimize", ["failed", "complete"])
-    for text in ("{", "[]", '{"trials": [{}]}', '{"trials": [{"number": 1, "value": "x"}]}', '{"trials": 3}'):
+    assert (study.name, study.best_trial, study.paper_trial, len(study.completed)) == ("x", None, None, 1)
+    for text in ("{", "[]", '{"name": "x", "trials": [{}]}', '{"name": "x", "trials": [{"number": 1, "value": "x"}]}'):
         path.write_text(text)
         (study,) = read_studies(tmp_path)
-        assert "cannot be read" in study.problem, text
-        assert study.trials == ()
+        assert study.name == "kappa-delta"
+        assert "cannot be read" in study.problems[0], text
 
 
 # ------------------------------------------------------------------------------------------------------------------- runs

@@ -15,6 +15,8 @@ from obowlab.lab.chart import BOTTOM, HEIGHT, LEFT, MARGIN, TOP, WIDTH, Axis, ax
 CIVIDIS = ("#00224e", "#2a3f6d", "#575d6d", "#7d7c78", "#a59c74", "#d2c060", "#fee838")
 """Seven steps of the cividis map, which people with and without colour blindness read alike."""
 
+Mark = Literal["trial", "best", "paper"]
+
 GRID = 40
 """Cells of the map along each side."""
 
@@ -35,7 +37,7 @@ class Spot:
     y: float
     value: float | None
     label: str
-    mark: Literal["trial", "best", "paper"] = "trial"
+    mark: Mark = "trial"
 
 
 def parameter_map(spots: Sequence[Spot], *, title: str, x: Axis, y: Axis, value: str) -> str:

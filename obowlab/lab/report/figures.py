@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from obowlab.lab.chart import Axis, Bar, Interval, Line, bar_chart, interval_chart, line_chart, number
-from obowlab.lab.parameter_map import Spot, parameter_map
+from obowlab.lab.parameter_map import Mark, Spot, parameter_map
 from obowlab.lab.report.curves import Curve, over_seeds
 from obowlab.lab.report.gather import unit_of
 from obowlab.lab.report.site import Run, Site
-from obowlab.lab.report.studies import Study
+from obowlab.lab.report.studies import Parameter, Study
 from obowlab.lab.table import Row, Table
 
 LINES_PER_CHART = 6
@@ -153,26 +153,22 @@ def table_figure(table: Table) -> Figure | None:
 
 
 def study_figures(study: Study) -> list[Figure]:
-    """Draw a study: the plane of its two most important parameters, its history, the parameters' importance."""
+    """Draw a study: the plane of its two most important numbers, its history, the parameters' importance."""
+    value = ", ".join(text for text in (study.metric or "value", study.unit) if text)
+    numeric = [parameter for parameter in study.ranked if _is_searched_number(study, parameter.key)]
     figures = []
-    numeric = [
-        name
-        for name in study.params
-        if all(_is_number(trial.params[name]) for trial in study.trials if name in trial.params)
-        and len({trial.params[name] for trial in study.trials if name in trial.params}) > 1
-    ]
-    value = f"{study.metric.removeprefix('student.') or 'value'}, {unit_of(study.metric) or 'value'}".removesuffix(", value")
-    if study.complete and len(numeric) >= 2:
+    if study.completed and len(numeric) >= 2:
         figures.append(_map(study, x=numeric[0], y=numeric[1], value=value))
-    elif study.complete and len(numeric) == 1:
-        pairs = sorted((float(trial.params[numeric[0]]), trial.value or 0.0) for trial in study.complete)
+    elif study.completed and len(numeric) == 1:
+        key = numeric[0].key
+        pairs = sorted((float(trial.params[key]), trial.reached or 0.0) for trial in study.completed)
         line = Line("trials", [a for a, _ in pairs], [b for _, b in pairs], kind="points")
-        title = f"{value} over {numeric[0]}"
-        figures.append(Figure(title, line_chart([line], title=title, x=_param_axis(numeric[0], line.x), y=Axis(value))))
-    if len(study.complete) >= 2:
+        title = f"{value} over {key}"
+        figures.append(Figure(title, line_chart([line], title=title, x=_param_axis(numeric[0]), y=Axis(value))))
+    if len(study.completed) >= 2:
         figures.append(_history(study, value=value))
-    if len(study.importances) >= 2:
-        bars = [Bar(name, 100 * share) for name, share in sorted(study.importances.items(), key=lambda item: (-item[1], item[0]))]
+    bars = [Bar(parameter.key, 100 * parameter.importance) for parameter in study.ranked if parameter.importance is not None]
+    if len(bars) >= 2:
         caption = "Share of the variation between trials that a parameter explains; with few trials a rough figure."
         figures.append(Figure("Importance", bar_chart(bars, title="Importance of the parameters", unit="%"), caption))
     return figures
@@ -250,42 +246,41 @@ def _without_level(metric: str) -> tuple[str, str]:
     return (found[1], found[2]) if found else (metric, "")
 
 
-def _map(study: Study, *, x: str, y: str, value: str) -> Figure:
-    best = study.complete[0]
+def _map(study: Study, *, x: Parameter, y: Parameter, value: str) -> Figure:
     spots = []
     for trial in study.trials:
-        if x in trial.params and y in trial.params:
-            mark = "paper" if study.is_paper(trial) else "best" if trial is best else "trial"
+        if x.key in trial.params and y.key in trial.params:
+            mark: Mark = "paper" if trial.is_paper else "best" if trial.number == study.best else "trial"
             label = f"trial {trial.number}" + (" (the paper's point)" if mark == "paper" else "")
-            done = trial.value if trial.state == "complete" else None
-            spots.append(Spot(float(trial.params[x]), float(trial.params[y]), done, label, mark))  # type: ignore[arg-type]
-    title = f"{value} over {x} and {y}"
+            spots.append(Spot(float(trial.params[x.key]), float(trial.params[y.key]), trial.reached, label, mark))
+    title = f"{value} over {x.key} and {y.key}"
     caption = (
-        "Circles are trials, the ringed one is the best, a diamond is the paper's point, a cross was stopped or failed. "
+        "Circles are trials, the ringed one is the best, a diamond is the paper's point, a cross has no final value. "
         "Colours between them are interpolated (inverse distance) and only guide the eye."
     )
-    axes = _param_axis(x, [spot.x for spot in spots]), _param_axis(y, [spot.y for spot in spots])
-    return Figure(title, parameter_map(spots, title=title, x=axes[0], y=axes[1], value=value), caption)
+    drawn = parameter_map(spots, title=title, x=_param_axis(x), y=_param_axis(y), value=value)
+    return Figure(title, drawn, caption)
 
 
 def _history(study: Study, *, value: str) -> Figure:
-    done = sorted(study.complete, key=lambda trial: trial.number)
-    numbers = [float(trial.number) for trial in done]
-    values = [trial.value or 0.0 for trial in done]
-    better = max if study.direction == "maximize" else min
+    numbers = [float(trial.number) for trial in study.completed]
+    values = [trial.reached or 0.0 for trial in study.completed]
+    better = min if study.direction == "min" else max
     best = [better(values[: i + 1]) for i in range(len(values))]
     lines = [Line("trials", numbers, values, kind="points"), Line("best so far", numbers, best, kind="steps")]
     return Figure("History", line_chart(lines, title="Values in the order of the trials", x=Axis("trial"), y=Axis(value)))
 
 
-def _param_axis(name: str, values: Sequence[float]) -> Axis:
-    """Return an axis that is logarithmic when a parameter spans a factor of eight or more."""
-    log = min(values) > 0 and max(values) / min(values) >= 8
-    return Axis(name.removeprefix("method.") + (", logarithmic" if log else ""), log=log)
+def _param_axis(parameter: Parameter) -> Axis:
+    name = parameter.key.removeprefix("method.")
+    return Axis(f"{name}, logarithmic" if parameter.log else name, log=parameter.log)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _is_searched_number(study: Study, key: str) -> bool:
+    """Return whether a parameter has numbers that are not all the same."""
+    values = [trial.params[key] for trial in study.trials if key in trial.params]
+    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+    return numbers and len(set(values)) > 1
 
 
 def counts(runs: Iterable[Run]) -> Mapping[str, int]:

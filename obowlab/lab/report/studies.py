@@ -2,81 +2,131 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
 STUDIES = ".studies"
 FILE = "study.json"
-STATES = {"fail": "failed"}
-"""Words of the tuning library that are not ours."""
 
 
-@dataclass(frozen=True)
-class Trial:
+class Part(BaseModel):
+    """Reads what it knows of a file that says more, and is content with less."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class StudyRun(Part):
+    """The run behind one seed of a trial."""
+
+    run_id: str
+    seed: int = 0
+
+
+class Trial(Part):
     """One point that was tried.
 
     Attributes:
         number: from 0.
-        state: `complete`, `pruned`, `failed`, `running` or `waiting`, in small letters.
+        status: `completed`, `pruned`, `failed`, `running`, `stopped` or `waiting`.
         params: dotted key to value.
-        value: what was reached, in the study's unit; None when nothing was.
+        value: what was reached; of a trial that is not completed, the last result during training.
         interval: half-width of its 95 % interval; None when unknown.
-        intermediate: (step, value) during training.
-        run_ids: of the runs that make it.
+        is_paper: whether it is the paper's point.
+        resumed: how many times it was gone on with.
+        repeat_of: the earlier trial, or `finished runs`, whose value it has; None when it was trained itself.
+        message: why it was stopped or failed.
+        runs: one per seed.
     """
 
     number: int
-    state: str
-    params: Mapping[str, Any]
-    value: float | None
-    interval: float | None
-    intermediate: tuple[tuple[float, float], ...]
-    run_ids: tuple[str, ...]
+    status: str = ""
+    params: dict[str, Any] = {}
+    value: float | None = None
+    interval: float | None = None
+    is_paper: bool = False
+    resumed: int = 0
+    repeat_of: int | str | None = None
+    message: str = ""
+    runs: tuple[StudyRun, ...] = ()
+
+    @property
+    def reached(self) -> float | None:
+        """The final value; None while there is none."""
+        return self.value if self.status == "completed" else None
 
 
-@dataclass(frozen=True)
-class Study:
+class Parameter(Part):
+    """One searched setting: its dotted key, whether by its logarithm, the paper's value, its share of the variance, 0 to 1."""
+
+    key: str
+    log: bool = False
+    paper: Any = None
+    importance: float | None = None
+
+
+class Difference(Part):
+    """A paired difference with the half-width of its 95 % interval."""
+
+    value: float
+    interval: float
+
+
+class Study(Part):
     """All that a report shows of a study.
 
     Attributes:
-        name: of the study and its folder.
+        name: of the study.
         title: what it looks for.
+        recipe: base recipe.
+        overrides: what all trials change of it.
         metric: what is optimised; empty when the file does not say.
-        direction: `maximize` or `minimize`.
+        unit: of its values.
+        direction: `max` or `min`.
+        seeds: of every trial.
+        budget: completed trials wanted; None when unknown.
+        parameters: the search space.
         trials: by number.
-        importances: dotted key to its share of the variance, 0 to 1; empty when too few trials are complete.
-        paper: dotted key to the paper's value.
-        problem: one sentence when the file could not be read; everything else is empty then.
+        best: number of the best trial; None while there is none.
+        best_against_paper: best minus the paper's point on the same episodes or images; None when either is missing.
+        problems: sentences on what is not comparable, or that the file cannot be read.
     """
 
     name: str
     title: str = ""
+    recipe: str = ""
+    overrides: tuple[str, ...] = ()
     metric: str = ""
-    direction: str = "maximize"
+    unit: str = ""
+    direction: str = "max"
+    seeds: tuple[int, ...] = ()
+    budget: int | None = None
+    parameters: tuple[Parameter, ...] = ()
     trials: tuple[Trial, ...] = ()
-    importances: Mapping[str, float] = field(default_factory=dict)
-    paper: Mapping[str, Any] = field(default_factory=dict)
-    problem: str = ""
+    best: int | None = None
+    best_against_paper: Difference | None = None
+    problems: tuple[str, ...] = ()
 
     @property
-    def complete(self) -> tuple[Trial, ...]:
-        """The trials that reached a value, the best first."""
-        done = [trial for trial in self.trials if trial.state == "complete" and trial.value is not None]
-        sign = -1.0 if self.direction == "maximize" else 1.0
-        return tuple(sorted(done, key=lambda trial: (sign * (trial.value or 0.0), trial.number)))
+    def completed(self) -> tuple[Trial, ...]:
+        """The trials that reached a value."""
+        return tuple(trial for trial in self.trials if trial.reached is not None)
 
     @property
-    def params(self) -> tuple[str, ...]:
-        """Every parameter, the most important first."""
-        names = {name for trial in self.trials for name in trial.params}
-        return tuple(sorted(names, key=lambda name: (-self.importances.get(name, 0.0), name)))
+    def best_trial(self) -> Trial | None:
+        """The best trial; None while there is none."""
+        return next((trial for trial in self.completed if trial.number == self.best), None)
 
-    def is_paper(self, trial: Trial) -> bool:
-        """Return whether a trial is the paper's point."""
-        return bool(self.paper) and all(trial.params.get(name) == value for name, value in self.paper.items())
+    @property
+    def paper_trial(self) -> Trial | None:
+        """The paper's own point, measured here; None while it is not."""
+        return next((trial for trial in self.completed if trial.is_paper), None)
+
+    @property
+    def ranked(self) -> tuple[Parameter, ...]:
+        """The parameters, the most important first."""
+        return tuple(sorted(self.parameters, key=lambda parameter: (-(parameter.importance or 0.0), parameter.key)))
 
 
 def read_studies(runs_root: Path) -> tuple[Study, ...]:
@@ -88,38 +138,10 @@ def read_study(path: Path) -> Study:
     """Read one study's file."""
     name = path.parent.name
     try:
-        return _study(json.loads(path.read_bytes()), name=name)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        return Study(name=name, problem=f"{STUDIES}/{name}/{FILE} cannot be read ({error}).")
-
-
-def _study(content: Mapping[str, Any], *, name: str) -> Study:
-    trials = tuple(_trial(trial) for trial in content.get("trials", ()))
-    return Study(
-        name=str(content.get("name", name)),
-        title=str(content.get("title") or ""),
-        metric=str(content.get("metric") or ""),
-        direction=str(content.get("direction") or "maximize").lower(),
-        trials=tuple(sorted(trials, key=lambda trial: trial.number)),
-        importances={str(key): float(value) for key, value in (content.get("importances") or {}).items()},
-        paper=dict(content.get("paper") or {}),
-    )
-
-
-def _trial(content: Mapping[str, Any]) -> Trial:
-    points = content.get("intermediate") or {}
-    pairs = points.items() if isinstance(points, Mapping) else points
-    state = str(content.get("state", "")).lower()
-    return Trial(
-        number=int(content["number"]),
-        state=STATES.get(state, state),
-        params=dict(content.get("params") or {}),
-        value=_number(content.get("value")),
-        interval=_number(content.get("interval")),
-        intermediate=tuple((float(step), float(value)) for step, value in pairs),
-        run_ids=tuple(map(str, content.get("run_ids") or ())),
-    )
-
-
-def _number(value: Any) -> float | None:
-    return None if value is None else float(value)
+        return Study.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        return Study(name=name, problems=(f"{STUDIES}/{name}/{FILE} cannot be read: {where or 'it'}: {first['msg']}.",))
+    except OSError as error:
+        return Study(name=name, problems=(f"{STUDIES}/{name}/{FILE} cannot be read: {error.strerror}.",))
