@@ -24,8 +24,9 @@ def add_run(
     status: str = "finished",
     message: str = "",
     points: int = 150,
+    alike: bool = False,
 ) -> RunFolder:
-    """Make a run of `demo` with its curves; a finished one with results."""
+    """Make a run of `demo` with its curves; a finished one with results, one whose images look alike with a warning."""
     folder = RunFolder.create(load_recipe("demo", overrides=overrides), seed=seed, runs_root=runs_root)
     facts = {
         "commit": "c0ffee" * 6 + "c0ff",
@@ -45,10 +46,10 @@ def add_run(
                     "epoch": epoch,
                     "loss": 4 + 3 * math.exp(-epoch) + 0.1 * math.sin(i + seed),
                     "perplexity_image_conv5": 20 + 200 * math.exp(-epoch),
-                    "perplexity_batch_conv5": 150 + seed,
+                    "perplexity_batch_conv5": 30 if alike else 150 + seed,
                     "words_used_conv5": 60 + 5 * math.sin(i),
                     "word_age_conv5": 3.5,
-                    "distance_conv5": 30 - 20 * math.exp(-epoch),
+                    "distance_conv5": 30 - 20 * math.exp(-epoch) + 2 * math.sin(i),
                 },
                 time_s=STARTED + i,
             )

@@ -32,12 +32,13 @@ HOSTILE = "<script>alert('x')</script>\"&<img src=x onerror=alert(1)>"
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Site:
-    """A store with two seeds of one recipe, a variant that is running and one that failed, a study, a gallery and a table."""
+    """A store with two seeds of one recipe, a variant, one that failed and one that stopped, a study, a gallery and tables."""
     root = tmp_path_factory.mktemp("store")
     base = [add_run(root, seed=seed) for seed in (0, 1)]
     hard = add_run(root, overrides=("method.codes=hard",))
     add_run(root, overrides=("method.kappa=500",), status="failed", message="the loss is not finite at step 31", points=3)
-    add_run(root, overrides=("method.kappa=9",), status="interrupted", points=40)
+    many = ("method.kappa=9", "training.epochs=30", "optimizer.learning_rate=0.0123456", "data.images_per_class=45")
+    add_run(root, overrides=many, status="interrupted", points=40, alike=True)
     add_gallery(base[0])
     add_study(root, run_id=base[0].run_id)
     return gather(root, tables=Tables((make_table(base, [hard]), make_table(base, [hard], comparable=True))))
@@ -177,10 +178,15 @@ def test_study_page_shows_best_paper_and_every_trial(site: Path) -> None:
 
 
 def test_curves_have_a_band_for_seeds_and_a_line_for_each_variant(store: Site) -> None:
-    groups = figures.families(store.runs)["demo"]
+    family = figures.families(store.runs)["demo"]
+    groups = family.groups
+    assert family.shared == ""
     assert [(group.label, len(group.runs), group.base) for group in groups] == [
-        ("demo", 2, True), ("method.codes=hard", 1, False), ("method.kappa=500.0", 1, False), ("method.kappa=9.0", 1, False),
-    ]  # fmt: skip
+        ("demo", 2, True),
+        ("images_per_class=45, kappa=9.0, learning_rate=0.0123456, epochs=30", 1, False),
+        ("codes=hard", 1, False),
+        ("kappa=500.0", 1, False),
+    ]
     (loss, shots) = figures.curve_figures(groups, metrics=figures.TRAINING)
     assert (loss.title, shots.title) == ("Loss", "5-shot during training")
     assert loss.svg.count('class="line') == 4
@@ -188,6 +194,14 @@ def test_curves_have_a_band_for_seeds_and_a_line_for_each_variant(store: Site) -
     assert "range of 2 seeds" in loss.svg
     longest = max(loss.svg.split('d="'), key=len)
     assert longest.count("L") <= 2 * 100
+
+
+def test_lines_are_named_after_what_parts_them(tmp_path: Path) -> None:
+    for kappa in (3, 7):
+        add_run(tmp_path, overrides=("training.epochs=7", f"method.kappa={kappa}"), points=5)
+    family = figures.families(gather(tmp_path, tables=Tables()).runs)["demo"]
+    assert family.shared == "training.epochs=7"
+    assert [group.label for group in family.groups] == ["kappa=3.0", "kappa=7.0"]
 
 
 def test_many_rows_are_parted_into_charts_each_with_the_base(store: Site) -> None:

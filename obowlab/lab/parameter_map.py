@@ -62,9 +62,9 @@ def parameter_map(spots: Sequence[Spot], *, title: str, x: Axis, y: Axis, value:
     values = [v for _, _, v in known]
     low, high = (min(values), max(values)) if values else (0.0, 0.0)
     hull = convex_hull([(a, b) for a, b, _ in known])
+    parts += axes(x, y, across=across, up=up, place_x=place_x, place_y=place_y)
     if len(known) >= 4 and len(hull) >= 3 and high > low:
         parts += _cells(known, hull=hull, low=low, high=high, right=right)
-    parts += axes(x, y, across=across, up=up, place_x=place_x, place_y=place_y)
     for spot in sorted(spots, key=lambda s: (s.value is not None, s.mark != "trial")):
         a, b = place_x(spot.x), place_y(spot.y)
         reached = f"{number(spot.value)}" if spot.value is not None else "no value"

@@ -15,6 +15,7 @@ from markupsafe import Markup
 
 from obowlab.config import project_root
 from obowlab.errors import UserError
+from obowlab.lab.chart import number
 from obowlab.lab.render import LEGEND, MARKS
 from obowlab.lab.report import figures
 from obowlab.lab.report.health import RULES
@@ -85,6 +86,7 @@ def _write(site: Site, *, folder: Path) -> int:
             "svg": Markup,
             "page_of": page_of_run,
             "anchor": anchor,
+            "setting": setting_text,
             "table_path": table_path,
             "table_name": table_name,
         }
@@ -183,13 +185,13 @@ def _run_page(run: Run) -> _Page:
     return _Page(page_of_run(run.run_id), "run.html", run.run_id, values, "Runs")
 
 
-def _curves(recipes: dict[str, tuple[figures.Group, ...]]) -> dict[str, Any]:
-    drawn = {name: figures.curve_figures(groups, metrics=figures.TRAINING) for name, groups in recipes.items()}
+def _curves(recipes: dict[str, figures.Family]) -> dict[str, Any]:
+    drawn = {name: figures.curve_figures(family.groups, metrics=figures.TRAINING) for name, family in recipes.items()}
     return {"recipes": recipes, "drawn": drawn}
 
 
-def _vocabulary(site: Site, recipes: dict[str, tuple[figures.Group, ...]]) -> dict[str, Any]:
-    drawn = {name: figures.curve_figures(groups, metrics=figures.VOCABULARY) for name, groups in recipes.items()}
+def _vocabulary(site: Site, recipes: dict[str, figures.Family]) -> dict[str, Any]:
+    drawn = {name: figures.curve_figures(family.groups, metrics=figures.VOCABULARY) for name, family in recipes.items()}
     judged = [run for run in site.runs if run.findings]
     return {"drawn": {name: found for name, found in drawn.items() if found}, "judged": judged}
 
@@ -245,6 +247,11 @@ def duration_text(seconds: float | None) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def setting_text(value: Any) -> str:
+    """Return a searched value for people: numbers to four digits; the run's page has the whole number."""
+    return number(value) if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
 
 
 def short_hash(value: str | None) -> str:

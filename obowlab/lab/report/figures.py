@@ -62,15 +62,36 @@ class Group:
     base: bool = False
 
 
-def families(runs: Iterable[Run]) -> dict[str, tuple[Group, ...]]:
-    """Return the runs of every recipe name in groups that differ in more than their seed; the unchanged recipe is the base."""
+@dataclass(frozen=True)
+class Family:
+    """All runs of one recipe name.
+
+    Attributes:
+        shared: what all of them change of the recipe, `key=value, ...`; empty when some run changes nothing of that.
+        groups: which differ in more than their seed; the unchanged recipe is the base.
+    """
+
+    shared: str
+    groups: tuple[Group, ...]
+
+
+def families(runs: Iterable[Run]) -> dict[str, Family]:
+    """Return the runs by the name of their recipe, each line named after what parts it from the others."""
     found: dict[str, dict[str, list[Run]]] = {}
     for run in sorted(runs, key=lambda run: (run.recipe, run.variant, run.seed)):
         found.setdefault(run.recipe, {}).setdefault(run.family, []).append(run)
-    return {
-        recipe: tuple(Group(group[0].variant or recipe, tuple(group), base=not group[0].variant) for group in groups.values())
-        for recipe, groups in found.items()
-    }
+    result = {}
+    for recipe, members in found.items():
+        lists = list(members.values())
+        shared = set(lists[0][0].changes.items()).intersection(*(group[0].changes.items() for group in lists))
+        if len(lists) == 1:
+            shared = set()  # its line is named after them
+        groups = []
+        for group in lists:
+            own = [f"{key.rpartition('.')[2]}={value}" for key, value in group[0].changes.items() if (key, value) not in shared]
+            groups.append(Group(", ".join(own) or recipe, tuple(group), base=not group[0].changes))
+        result[recipe] = Family(", ".join(f"{key}={value}" for key, value in sorted(shared)), tuple(groups))
+    return result
 
 
 def groups_of(table: Table, *, site: Site) -> dict[str, tuple[Group, ...]]:
@@ -167,7 +188,11 @@ def study_figures(study: Study) -> list[Figure]:
         figures.append(Figure(title, line_chart([line], title=title, x=_param_axis(numeric[0]), y=Axis(value))))
     if len(study.completed) >= 2:
         figures.append(_history(study, value=value))
-    bars = [Bar(parameter.key, 100 * parameter.importance) for parameter in study.ranked if parameter.importance is not None]
+    bars = [
+        Bar(parameter.key, float(round(100 * parameter.importance)))
+        for parameter in study.ranked
+        if parameter.importance is not None
+    ]
     if len(bars) >= 2:
         caption = "Share of the variation between trials that a parameter explains; with few trials a rough figure."
         figures.append(Figure("Importance", bar_chart(bars, title="Importance of the parameters", unit="%"), caption))

@@ -126,7 +126,7 @@ def read_run(summary: RunSummary) -> Run:
         recipe=info.name,
         title=str(info.recipe_values.get("title", "")),
         seed=info.seed,
-        variant=", ".join(f"{setting.key}={setting.value}" for setting in changed),
+        changes={setting.key: setting.value for setting in changed},
         family=canonical_hash([info.name, trained]),
         status=state.status,
         message=state.message,

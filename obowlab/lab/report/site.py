@@ -75,7 +75,7 @@ class Run:
         recipe: name of its recipe.
         title: of its recipe.
         seed: of weights and data.
-        variant: what differs from the recipe of that name, `key=value, ...`; empty when nothing does.
+        changes: what differs from the recipe of that name and makes another training, dotted key to value.
         family: the same for all seeds of one recipe.
         status: as of the report.
         message: why it stopped or failed.
@@ -104,7 +104,7 @@ class Run:
     recipe: str
     title: str
     seed: int
-    variant: str
+    changes: Mapping[str, str]
     family: str
     status: Status
     message: str
@@ -127,6 +127,11 @@ class Run:
     curves: Mapping[str, Curve] = field(default_factory=dict)
     findings: tuple[Finding, ...] = ()
     gallery: Gallery | None = None
+
+    @property
+    def variant(self) -> str:
+        """What differs from the recipe, `key=value, ...`; empty when nothing does."""
+        return ", ".join(f"{key}={value}" for key, value in self.changes.items())
 
     @property
     def label(self) -> str:
