@@ -183,9 +183,9 @@ def test_curves_have_a_band_for_seeds_and_a_line_for_each_variant(store: Site) -
     assert family.shared == ""
     assert [(group.label, len(group.runs), group.base) for group in groups] == [
         ("demo", 2, True),
-        ("images_per_class=45, kappa=9.0, learning_rate=0.0123456, epochs=30", 1, False),
+        ("images_per_class=45, kappa=9, learning_rate=0.01235, epochs=30", 1, False),
         ("codes=hard", 1, False),
-        ("kappa=500.0", 1, False),
+        ("kappa=500", 1, False),
     ]
     (loss, shots) = figures.curve_figures(groups, metrics=figures.TRAINING)
     assert (loss.title, shots.title) == ("Loss", "5-shot during training")
@@ -201,7 +201,7 @@ def test_lines_are_named_after_what_parts_them(tmp_path: Path) -> None:
         add_run(tmp_path, overrides=("training.epochs=7", f"method.kappa={kappa}"), points=5)
     family = figures.families(gather(tmp_path, tables=Tables()).runs)["demo"]
     assert family.shared == "training.epochs=7"
-    assert [group.label for group in family.groups] == ["kappa=3.0", "kappa=7.0"]
+    assert [group.label for group in family.groups] == ["kappa=3", "kappa=7"]
 
 
 def test_many_rows_are_parted_into_charts_each_with_the_base(store: Site) -> None:

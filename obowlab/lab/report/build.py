@@ -29,7 +29,7 @@ MARKER = ".obowlab-report"
 """Lies in every report: only a folder that has it, or an empty one, is replaced."""
 
 NEWEST = 8
-"""Runs that the overview lists."""
+"""Runs that the overview lists, and warnings."""
 
 
 def build_site(site: Site, *, out: Path) -> int:

@@ -126,7 +126,7 @@ def read_run(summary: RunSummary) -> Run:
         recipe=info.name,
         title=str(info.recipe_values.get("title", "")),
         seed=info.seed,
-        changes={setting.key: setting.value for setting in changed},
+        changes={setting.key: brief(setting.value) for setting in changed},
         family=canonical_hash([info.name, trained]),
         status=state.status,
         message=state.message,
@@ -230,6 +230,14 @@ def as_text(value: Any) -> str:
     if isinstance(value, str) and re.fullmatch(r"[A-Za-z_][\w.-]*", value):
         return value
     return "all" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def brief(value: str) -> str:
+    """Return a setting for a label: numbers to four digits, anything else as it is."""
+    try:
+        return f"{float(value):.4g}"
+    except ValueError:
+        return value
 
 
 def moment(timestamp: float) -> str:
