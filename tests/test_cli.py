@@ -113,7 +113,7 @@ def test_every_command_has_a_dry_run_and_help_for_every_option() -> None:
         return 1
 
     commands = [cli.get_command(click.Context(cli), name) for name in COMMANDS]
-    assert sum(check(command) for command in commands if command is not None) == 19
+    assert sum(check(command) for command in commands if command is not None) == 20
 
 
 def test_choices_are_those_of_the_code_they_stand_for() -> None:
@@ -197,6 +197,8 @@ BAD = {
     "weights export nothing --out x --format onnx": "'onnx' is not one of",
     "ui --port 0": "--port",
     "ui": "There are no runs",
+    "report --scale huge": "'huge' is not one of 'paper', 'tiny', 'demo'",
+    "report --out /": "is not a report; choose another --out",
     "doctor --jason": "Did you mean '--json'?",
 }
 
@@ -278,6 +280,7 @@ DRY = {
     "runs export RUN": ["Would write run.json, state.json", "demo-s0-"],
     "weights import FILE": ["Would read weights.pth and write its encoder to weights.safetensors"],
     "weights export RUN --out out.pth": ["Would write the encoder of", "as torchvision"],
+    "report": ["Would write a report of the runs in", "index.html", "Would send it to sqlite:///"],
     "doctor": ["Would import torch"],
     "ui": ["Would serve sqlite:///"],
 }

@@ -25,6 +25,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "config": ("obowlab.cli.config:config", "List, show and compare recipes."),
     "runs": ("obowlab.cli.runs:runs", "List, show, sync and export runs."),
     "weights": ("obowlab.cli.weights:weights", "Import and export encoder weights."),
+    "report": (
+        "obowlab.cli.report:report",
+        "Write tables, curves, vocabulary health, studies and provenance as a static site.",
+    ),
     "doctor": ("obowlab.cli.doctor:doctor", "Check this machine and say how to mend what is missing."),
     "ui": ("obowlab.cli.ui:ui", "Browse the runs in MLflow on this machine."),
 }

@@ -28,7 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from obowlab import __version__
 from obowlab.config import Loaded, Machine, Recipe, canonical_hash
 from obowlab.errors import UserError
-from obowlab.track.journal import MetricLog, Point, cut_torn_tail, parse_point, read_lines, write_atomic
+from obowlab.track.journal import MetricLog, Point, cut_torn_tail, parse_point, read_all, read_lines, write_atomic
 from obowlab.track.locks import HELD, HOLDER_BYTE, WORKER_BYTE, is_locked, read_holder, try_lock
 
 Status = Literal["created", "running", "interrupted", "failed", "finished"]
@@ -328,7 +328,7 @@ class RunFolder:
         if state.trained_s is not None:
             return state.trained_s
         total_s, last_step = 0.0, 0  # a run of an older version: the points tell, at the cost of reading them all
-        for point in self.metrics():
+        for point in map(parse_point, read_all(self.path / "metrics.jsonl")):
             total_s += point.values.get("step_time_s", 0.0) * (point.step - last_step)
             last_step = point.step
         return round(total_s, 1) if last_step else None

@@ -11,7 +11,6 @@ from __future__ import annotations
 import fcntl
 import json
 import math
-import os
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -25,7 +24,7 @@ from obowlab.errors import UserError
 from obowlab.track.folder import RunFolder
 from obowlab.track.model import save_encoder_model
 from obowlab.track.outbox import ENDED, MODEL_FOLDER, POINT_FILES, Outbox, Sent
-from obowlab.track.store import REQUEST_TIMEOUT_S, artifact_location, connect, no_patience, prepare_store, shown_uri, store_uri
+from obowlab.track.store import REQUEST_TIMEOUT_S, connect, experiment_id, no_patience, prepare_store, shown_uri, store_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -33,7 +32,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Mirror", "SyncReport", "save_encoder_model"]
 
-EXPERIMENT = "obowlab"
 METRICS_PER_REQUEST = 1000
 PARAMS_PER_REQUEST = 100
 WAITS_S = (0.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
@@ -191,7 +189,7 @@ class Mirror:
                 )
         info, started = self.folder.info, str(self.folder.info.created_at)
         sent.forget()  # the first time, or another database answers under this address
-        experiment = self._experiment(client)
+        experiment = experiment_id(client, uri=self.uri, runs_root=self.runs_root)
         found = client.search_runs([experiment], filter_string=f"tags.`obowlab.run_id` = '{info.run_id}'")
         same = [run.info.run_id for run in found if run.data.tags.get("obowlab.created_at") == started]
         if same:
@@ -208,27 +206,6 @@ class Mirror:
             if run.info.run_id not in same:  # the same recipe and seed, thrown away with --fresh
                 client.set_tag(run.info.run_id, "obowlab.superseded_by", sent.run_id)
         self._done(sent)
-
-    def _experiment(self, client: MlflowClient) -> str:
-        from mlflow.exceptions import MlflowException
-
-        name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
-        experiment = client.get_experiment_by_name(name)
-        if experiment is None:
-            try:
-                return str(
-                    client.create_experiment(name, artifact_location=artifact_location(self.uri, runs_root=self.runs_root))
-                )
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                    raise
-                experiment = client.get_experiment_by_name(name)  # another launcher was first
-                assert experiment is not None
-        if experiment.lifecycle_stage != "active":
-            raise UserError(
-                f"The MLflow experiment '{name}' was deleted; restore it there or set MLFLOW_EXPERIMENT_NAME to another."
-            )
-        return str(experiment.experiment_id)
 
     def _send_params(self, client: MlflowClient, sent: Sent) -> None:
         if sent.params:

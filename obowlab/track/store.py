@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 DATABASE = "mlflow.db"
 ARTIFACTS = "mlartifacts"
+EXPERIMENT = "obowlab"
 REQUEST_TIMEOUT_S = 8.0
 _SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql")
 
@@ -95,6 +96,34 @@ def connect(uri: str) -> MlflowClient:
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def experiment_id(client: MlflowClient, *, uri: str, runs_root: Path) -> str:
+    """Return the id of the experiment that everything of obowlab belongs to, creating it when it is not there yet.
+
+    Args:
+        client: of the store.
+        uri: of the store.
+        runs_root: where runs are kept, and artifacts of a store without its own place for them.
+
+    Raises:
+        UserError: it was deleted.
+    """
+    from mlflow.exceptions import MlflowException
+
+    name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        try:
+            return str(client.create_experiment(name, artifact_location=artifact_location(uri, runs_root=runs_root)))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+            experiment = client.get_experiment_by_name(name)  # another launcher was first
+            assert experiment is not None
+    if experiment.lifecycle_stage != "active":
+        raise UserError(f"The MLflow experiment '{name}' was deleted; restore it there or set MLFLOW_EXPERIMENT_NAME to another.")
+    return str(experiment.experiment_id)
 
 
 def no_patience(*, request_s: float = REQUEST_TIMEOUT_S) -> None:

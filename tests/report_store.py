@@ -1,0 +1,183 @@
+"""A small run store with everything a report shows, and a table over it; names may be as hostile as one likes."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from PIL import Image
+
+from obowlab.config import load_recipe
+from obowlab.lab.table import Cell, Column, Estimate, Row, RunRef, Table
+from obowlab.track.folder import RunFolder
+from tests.command_line import result
+
+STARTED = 1_795_000_000.0
+
+
+def add_run(
+    runs_root: Path,
+    *,
+    seed: int = 0,
+    overrides: tuple[str, ...] = (),
+    status: str = "finished",
+    message: str = "",
+    points: int = 150,
+    alike: bool = False,
+) -> RunFolder:
+    """Make a run of `demo` with its curves; a finished one with results, one whose images look alike with a warning."""
+    folder = RunFolder.create(load_recipe("demo", overrides=overrides), seed=seed, runs_root=runs_root)
+    facts = {
+        "commit": "c0ffee" * 6 + "c0ff",
+        "dirty": seed == 1,
+        "data_hash": "da7a" * 16,
+        "host": "here",
+        "versions": {"torch": "2.14.1"},
+    }
+    folder.append_attempt(facts)
+    epochs = folder.info.recipe.training.epochs
+    with folder.metric_log() as log:
+        for i in range(1, points + 1):
+            epoch = epochs * i / 150
+            log.append(
+                10 * i,
+                {
+                    "epoch": epoch,
+                    "loss": 4 + 3 * math.exp(-epoch) + 0.1 * math.sin(i + seed),
+                    "perplexity_image_conv5": 20 + 200 * math.exp(-epoch),
+                    "perplexity_batch_conv5": 30 if alike else 150 + seed,
+                    "words_used_conv5": 60 + 5 * math.sin(i),
+                    "word_age_conv5": 3.5,
+                    "distance_conv5": 30 - 20 * math.exp(-epoch) + 2 * math.sin(i),
+                },
+                time_s=STARTED + i,
+            )
+    with folder.metric_log("online") as log:
+        for epoch in range(1, 4):
+            log.append(100 * epoch, {"epoch": epoch, "fewshot_5shot": 5.0 + epoch + seed}, time_s=STARTED + 100 * epoch)
+    if status == "finished":
+        for protocol, value in (("fewshot", 12.5 + seed), ("linear", 30.0)):
+            folder.add_result(result(protocol, "student", value))
+            folder.add_result(result(protocol, "random", 6.0))
+    folder.set_state(status=status, step=10 * points, total_steps=1500, message=message, trained_s=75.0)
+    return folder
+
+
+def add_gallery(folder: RunFolder, *, text: str = "words") -> None:
+    """Put a gallery of visual words into a run, as `obowlab words` would."""
+    place = folder.path / "words"
+    place.mkdir()
+    (place / "index.html").write_text(
+        f"<!doctype html><html lang='en'><title>words</title><link rel='icon' href='data:,'><p>{text}</p></html>"
+    )
+    for i in range(2):
+        Image.new("RGB", (16, 8), (80 * i, 120, 90)).save(place / f"conv5-{i}.png")
+
+
+def add_study(runs_root: Path, *, name: str = "kappa-delta", run_id: str = "", title: str = "") -> Path:
+    """Write the file of a study of two parameters with one pruned trial."""
+    trials = [
+        {
+            "number": i,
+            "status": "pruned" if i == 5 else "completed",
+            "params": {"method.kappa": 4.0 + i, "method.delta_base": 0.01 * 2 ** (i % 4)},
+            "value": 4.0 if i == 5 else 10.0 + (i * 7) % 5,
+            "interval": None if i == 5 else 0.5,
+            "is_paper": i == 1,
+            "resumed": int(i == 2),
+            "repeat_of": None,
+            "message": "behind the median" if i == 5 else "",
+            "runs": [{"run_id": run_id, "seed": 0, "status": "finished"}] if i == 0 and run_id else [],
+        }
+        for i in range(8)
+    ]
+    content = {
+        "format": 1,
+        "name": name,
+        "title": title,
+        "recipe": "demo",
+        "metric": "fewshot_5shot",
+        "unit": "%",
+        "direction": "max",
+        "seeds": [0],
+        "budget": 8,
+        "parameters": [
+            {
+                "key": "method.delta_base",
+                "kind": "float",
+                "low": 0.01,
+                "high": 0.1,
+                "log": True,
+                "paper": 0.02,
+                "importance": 0.3,
+            },
+            {"key": "method.kappa", "kind": "float", "low": 4, "high": 12, "log": False, "paper": 5.0, "importance": 0.7},
+        ],
+        "trials": trials,
+        "best": 2,
+        "best_against_paper": {"value": 2.0, "interval": 0.6, "seeds": 1, "p": 0.01},
+    }
+    path = runs_root / ".studies" / "kappa-delta" / "study.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+    return path
+
+
+def make_table(base: list[RunFolder], changed: list[RunFolder], *, label: str = "hard codes", comparable: bool = False) -> Table:
+    """Return a table of two rows over runs, and a row whose runs are missing and failed."""
+    rows = (
+        _row("base", "base row", base, ours=Estimate(13.0, 0.8, 2), against=None, paper=62.44, is_base=True),
+        _row("hard", label, changed, ours=Estimate(12.0, 0.7, 1), against=Estimate(-1.0, 0.4, 1, 0.01), paper=60.0),
+        _row("lost", "lost row", [], ours=None, against=None, paper=None, message=f"the loss is not finite; {label}"),
+    )
+    return Table(
+        name="table3",
+        title=f"Table 3: {label}",
+        scale="paper" if comparable else "tiny",
+        comparable=comparable,
+        dataset="synthetic",
+        primary="fewshot_5shot",
+        columns=(Column("fewshot_5shot", "5-shot", "%"),),
+        rows=rows,
+        footnotes=("First footnote.", f"Second footnote on {label}."),
+    )
+
+
+def _row(
+    key: str,
+    label: str,
+    runs: list[RunFolder],
+    *,
+    ours: Estimate | None,
+    against: Estimate | None,
+    paper: float | None,
+    is_base: bool = False,
+    message: str = "",
+) -> Row:
+    verdict = "agrees" if against is not None else None
+    refs = [
+        RunRef(
+            run.run_id,
+            run.info.seed,
+            run.state.status,
+            run.state.step,
+            1500,
+            run.state.message,
+            run.info.fingerprint,
+            "c0ffee",
+            False,
+            "da7a",
+            "f00d" * 8,
+            75.0,
+            {"fewshot_5shot": 12.5 + run.info.seed},
+        )
+        for run in runs
+    ]
+    if not runs:
+        refs = [
+            RunRef("demo-s0-00000000", 0, "failed", 3, 1500, message, "0" * 64, None, None, None, None, None, {}),
+            RunRef("demo-s1-00000000", 1, "missing", 0, None, "", "1" * 64, None, None, None, None, None, {}),
+        ]
+    cell = Cell("fewshot_5shot", paper, ours, Estimate(6.0, 0.5, 1) if ours else None, None, against, verdict)
+    return Row(key, label, "group", "demo", {"method.codes": "hard"}, 12, is_base, (cell,), tuple(refs), verdict, (2,))

@@ -1,0 +1,432 @@
+"""The site of `obowlab report`: every page, every link, every name; in a real browser, from the disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from obowlab.errors import UserError
+from obowlab.lab.report import build, figures
+from obowlab.lab.report.build import build_site
+from obowlab.lab.report.curves import Curve
+from obowlab.lab.report.gather import Tables, gather
+from obowlab.lab.report.send import pack
+from obowlab.lab.report.site import Site
+from tests.browser import PHONE, browser, complaints, open_page, requests
+from tests.command_line import Obowlab, contents, empty_workplace
+from tests.report_store import add_gallery, add_run, add_study, make_table
+
+__all__ = ["browser"]
+
+HOSTILE = "<script>alert('x')</script>\"&<img src=x onerror=alert(1)>"
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Site:
+    """A store with two seeds of one recipe, a variant, one that failed and one that stopped, a study, a gallery and tables."""
+    root = tmp_path_factory.mktemp("store")
+    base = [add_run(root, seed=seed) for seed in (0, 1)]
+    hard = add_run(root, overrides=("method.codes=hard",))
+    add_run(root, overrides=("method.kappa=500",), status="failed", message="the loss is not finite at step 31", points=3)
+    many = ("method.kappa=9", "training.epochs=30", "optimizer.learning_rate=0.0123456", "data.images_per_class=45")
+    add_run(root, overrides=many, status="interrupted", points=40, alike=True)
+    add_gallery(base[0])
+    add_study(root, run_id=base[0].run_id)
+    return gather(root, tables=Tables((make_table(base, [hard]), make_table(base, [hard], comparable=True))))
+
+
+@pytest.fixture(scope="module")
+def site(store: Site, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("out") / "site"
+    build_site(store, out=out)
+    return out
+
+
+class Page(HTMLParser):
+    """Collects links, names of places, tags and texts of a page."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.ids: set[str] = set()
+        self.tags: list[str] = []
+        self.texts: list[str] = []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        for name, value in attrs:
+            assert not name.startswith("on"), (tag, name)
+            if name in ("href", "src") and value is not None:
+                self.links.append(value)
+            if name == "id" and value is not None:
+                assert value not in self.ids, f"two places are called {value}"
+                self.ids.add(value)
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+
+def pages(site: Path) -> list[Path]:
+    return [path for path in sorted(site.rglob("*.html")) if "words" not in path.relative_to(site).parts]
+
+
+# ---------------------------------------------------------------------------------------------------------------- content
+
+
+def test_every_link_leads_somewhere_inside_the_site(site: Path) -> None:
+    found = {path: Page(path) for path in pages(site)}
+    assert len(found) == 13
+    for path, page in found.items():
+        for link in page.links:
+            if link.startswith("data:"):
+                continue
+            assert "://" not in link, (path, link)
+            assert not link.startswith("/"), (path, link)
+            target, _, place = link.partition("#")
+            there = (path.parent / target).resolve() if target else path
+            assert there.is_file(), (path, link)
+            if place:
+                assert place in found[there].ids, (path, link)
+
+
+def test_every_page_can_be_reached_from_the_first(site: Path) -> None:
+    reached, todo = set(), [site / "index.html"]
+    while todo:
+        path = todo.pop()
+        if path in reached or path.suffix != ".html":
+            continue
+        reached.add(path)
+        todo += [(path.parent / link.partition("#")[0]).resolve() for link in Page(path).links if link.partition("#")[0]]
+    assert {path.resolve() for path in site.rglob("*.html")} == {path.resolve() for path in reached}
+
+
+def test_table_says_paper_ours_intervals_verdicts_and_what_is_missing(site: Path) -> None:
+    page = Page(site / "table3-tiny.html")
+    for part in (
+        "not comparable with the paper’s values",
+        "62.44",
+        "13.00 ± 0.80",
+        "untrained 6.00 ± 0.50",
+        "−1.00 ± 0.40",
+        "✓ agrees",
+        "2 of 2 seeds",
+        "0 of 2 seeds",
+        "failed",
+        "the loss is not finite; hard codes",
+        "missing",
+        "First footnote.",
+        "method.codes=hard",
+    ):
+        assert part in page.text, part
+    assert page.links.count("#note-2") == 3
+    comparable = Page(site / "table3-paper.html").text
+    assert "not comparable" not in comparable
+    assert "Δ paper" in comparable
+
+
+def test_every_value_of_a_table_leads_to_its_runs(site: Path, store: Site) -> None:
+    page = Page(site / "table3-tiny.html")
+    for row in store.tables[0].rows[:2]:
+        for run in row.runs:
+            assert page.links.count(build.page_of_run(run.run_id)) >= 2, run.run_id
+            there = Page(site / build.page_of_run(run.run_id)).text
+            assert run.fingerprint in there
+            assert "c0ffee" * 6 + "c0ff" in there
+            assert "da7a" * 16 in there
+
+
+def test_run_page_says_where_a_result_comes_from(site: Path, store: Site) -> None:
+    changed = next(run for run in store.runs if run.variant == "method.codes=hard")
+    text = Page(site / build.page_of_run(changed.run_id)).text
+    for part in (
+        "--set method.codes=hard",
+        "torch 2.14.1",
+        "75 s in 1 start, 1500 of 1500 steps",
+        "12.50 ± 0.50",
+        "All 7",
+        "never sent",
+    ):
+        assert part in text, part
+    seed_1 = next(run for run in store.runs if run.seed == 1)
+    assert "with uncommitted changes" in Page(site / build.page_of_run(seed_1.run_id)).text
+    failed = next(run for run in store.runs if run.status == "failed")
+    assert "the loss is not finite at step 31" in Page(site / build.page_of_run(failed.run_id)).text
+
+
+def test_study_page_shows_best_paper_and_every_trial(site: Path) -> None:
+    page = Page(site / "study-kappa-delta.html")
+    assert "7 of 8 trials completed, 8 wanted" in page.text
+    assert (
+        "The paper’s point reached 12.00 ± 0.50 % here. Best minus paper, on the same episodes or images: +2.00 ± 0.60."
+        in page.text
+    )
+    assert page.tags.count("svg") == 3
+
+
+def test_curves_have_a_band_for_seeds_and_a_line_for_each_variant(store: Site) -> None:
+    family = figures.families(store.runs)["demo"]
+    groups = family.groups
+    assert family.shared == ""
+    assert [(group.label, len(group.runs), group.base) for group in groups] == [
+        ("demo", 2, True),
+        ("images_per_class=45, kappa=9, learning_rate=0.01235, epochs=30", 1, False),
+        ("codes=hard", 1, False),
+        ("kappa=500", 1, False),
+    ]
+    (loss, shots) = figures.curve_figures(groups, metrics=figures.TRAINING)
+    assert (loss.title, shots.title) == ("Loss", "5-shot during training")
+    assert loss.svg.count('class="line') == 4
+    assert loss.svg.count('class="band base"') == 1
+    assert "range of 2 seeds" in loss.svg
+    longest = max(loss.svg.split('d="'), key=len)
+    assert longest.count("L") <= 2 * 100
+
+
+def test_lines_are_named_after_what_parts_them(tmp_path: Path) -> None:
+    for kappa in (3, 7):
+        add_run(tmp_path, overrides=("training.epochs=7", f"method.kappa={kappa}"), points=5)
+    family = figures.families(gather(tmp_path, tables=Tables()).runs)["demo"]
+    assert family.shared == "training.epochs=7"
+    assert [group.label for group in family.groups] == ["kappa=3", "kappa=7"]
+
+
+def test_many_rows_are_parted_into_charts_each_with_the_base(store: Site) -> None:
+    run = store.runs[0]
+    groups = [figures.Group("base", (run,), base=True), *(figures.Group(f"row {i}", (run,)) for i in range(13))]
+    found = figures.curve_figures(groups, metrics=("loss",), heading="codes")
+    assert [figure.title for figure in found] == [f"Loss, codes, part {i} of 3" for i in (1, 2, 3)]
+    assert all('class="line base"' in figure.svg for figure in found)
+
+
+def test_flat_curves_are_told_in_words(store: Site, site: Path) -> None:
+    titles = [figure.title for figure in figures.run_figures(store.runs[0], metrics=figures.VOCABULARY)]
+    assert "Mean age of the words, conv5" not in titles
+    assert "Distance to the nearest word, conv5" in titles
+    assert "3.5 steps old on average" in Page(site / "vocabulary.html").text
+
+
+def test_first_steps_do_not_hide_the_rest_of_the_loss(store: Site) -> None:
+    run = store.runs[0]
+    epochs = tuple(i / 10 for i in range(100))
+    start = Curve(epochs, (40.0, *(5.0 - i / 100 for i in range(99))), (0.5, *(5.0,) * 99), (60.0, *(5.0,) * 99), last=4.0)
+    (loss,) = figures.run_figures(replace(run, curves={"loss": start}), metrics=figures.TRAINING)
+    assert "from 0.5 to 60" in loss.caption
+    assert ">5<" in loss.svg
+    assert ">20<" not in loss.svg
+    calm = replace(start, mean=(5.1, *start.mean[1:]), low=(), high=())
+    (loss,) = figures.run_figures(replace(run, curves={"loss": calm}), metrics=figures.TRAINING)
+    assert loss.caption == ""
+
+
+def test_a_table_with_one_difference_gets_no_chart(store: Site) -> None:
+    assert figures.table_figure(store.tables[0]) is None
+
+
+def test_empty_store_gives_a_site_that_says_so(tmp_path: Path) -> None:
+    build_site(gather(tmp_path / "nothing", tables=Tables()), out=tmp_path / "site")
+    assert "There are no runs yet" in Page(tmp_path / "site" / "index.html").text
+    assert [path.name for path in pages(tmp_path / "site")] == ["index.html", "runs.html"]
+
+
+def test_no_name_becomes_markup(tmp_path: Path) -> None:
+    root = tmp_path / "runs"
+    run = add_run(root, status="failed", message=HOSTILE)
+    values = json.loads((run.path / "run.json").read_text())
+    values["name"], values["recipe"]["title"], values["recipe"]["data"]["dataset"] = HOSTILE, HOSTILE, HOSTILE
+    (run.path / "run.json").write_text(json.dumps(values))
+    add_study(root, name=HOSTILE, title=HOSTILE, run_id=HOSTILE)
+    (damaged := add_run(root, seed=1)).set_state(message=HOSTILE)
+    (damaged.path / "results" / f"{HOSTILE.replace('/', '')}.json").write_text(HOSTILE)
+    build_site(gather(root, tables=Tables((make_table([run], [run], label=HOSTILE),), (HOSTILE,))), out=tmp_path / "site")
+    for path in pages(tmp_path / "site"):
+        page = Page(path)
+        assert page.tags.count("script") == 1, path
+        assert "img" not in page.tags, path
+        assert "<script>alert" not in path.read_text()
+    assert HOSTILE.split('"')[0] in Page(tmp_path / "site" / "index.html").text
+
+
+# -------------------------------------------------------------------------------------------------------------- the folder
+
+
+def test_the_same_store_gives_the_same_bytes(store: Site, site: Path, tmp_path: Path) -> None:
+    build_site(store, out=tmp_path / "again")
+    first = {name: content for name, (_, content) in contents(site).items()}
+    assert first == {name: content for name, (_, content) in contents(tmp_path / "again").items()}
+    for number in (1, 2):
+        pack(tmp_path / "again", target=tmp_path / f"{number}.zip")
+    assert (tmp_path / "1.zip").read_bytes() == (tmp_path / "2.zip").read_bytes()
+    with zipfile.ZipFile(tmp_path / "1.zip") as archive:
+        assert archive.read("report/index.html") == first["index.html"]
+
+
+def test_a_report_is_replaced_whole_and_nothing_else_is(store: Site, tmp_path: Path) -> None:
+    out = tmp_path / "site"
+    build_site(store, out=out)
+    (out / "stale.html").write_text("old")
+    build_site(Site(as_of="", version="0"), out=out)
+    assert not (out / "stale.html").exists()
+    assert not (out / "runs").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["site"]
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("years of work")
+    for place in (mine, mine / "thesis.tex"):
+        with pytest.raises(UserError, match="is not a report; choose another --out"):
+            build_site(store, out=place)
+    assert (mine / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_failed_build_leaves_the_earlier_report(store: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "site"
+    build_site(store, out=out)
+    before = contents(out)
+    monkeypatch.setattr(build, "ASSETS", ("nothing.css",))
+    with pytest.raises(UserError, match="Cannot write the report"):
+        build_site(store, out=out)
+    assert contents(out) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["site"]
+
+
+# ------------------------------------------------------------------------------------------------------------- the command
+
+
+@pytest.fixture
+def obowlab(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Obowlab:
+    empty_workplace(tmp_path, monkeypatch)
+    return Obowlab(capsys)
+
+
+def test_command_without_runs_or_server_says_so(obowlab: Obowlab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert obowlab("report")[0] == 0
+    assert [path.name for path in (tmp_path / "work").iterdir()] == ["report"]
+    add_run(tmp_path / "work" / "runs", overrides=("training.epochs=7",))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://someone:secret@127.0.0.1:9")
+    code, _, err = obowlab("report")
+    assert code == 0
+    assert err.startswith("Warning: MLflow does not have the report 'report' as it is now (http://127.0.0.1:9")
+    assert err.count("\n") == 1
+    assert "secret" not in err
+
+
+def test_command_refuses_what_is_not_a_report(obowlab: Obowlab, tmp_path: Path) -> None:
+    (tmp_path / "work" / "notes").mkdir()
+    (tmp_path / "work" / "notes" / "a.txt").write_text("a")
+    code, out, err = obowlab("report", "--out", "notes")
+    assert (code, out) == (2, "")
+    assert "notes is there already and is not a report" in err
+    assert obowlab("report", "--scale", "huge")[0] == 2
+
+
+def test_report_does_not_import_torch_or_mlflow(tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path\n"
+        "from obowlab.lab.report.gather import gather, tables_at\n"
+        "from obowlab.lab.report.build import build_site\n"
+        f"root = Path({str(tmp_path)!r})\n"
+        "build_site(gather(root, tables=tables_at([], runs_root=root)), out=root / 'site')\n"
+        "assert not {'torch', 'mlflow', 'optuna', 'plotly', 'pandas'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60, env={**os.environ})
+
+
+def test_scales_are_those_of_the_code() -> None:
+    from obowlab.cli.report import SCALES
+    from obowlab.lab import scales
+
+    assert tuple(scales.SCALES) == SCALES
+
+
+# -------------------------------------------------------------------------------------------------------------- a browser
+
+
+def test_pages_work_in_a_browser_from_the_disk(browser: Any, site: Path) -> None:
+    for path in pages(site):
+        for size in (PHONE, (375, 800), (1280, 900)):
+            open_page(browser, path, size=size)
+            wide = browser.execute_script("return document.documentElement.scrollWidth")
+            assert wide <= size[0], (path.name, size, wide)
+        assert complaints(browser) == [], path.name
+        asked = requests(browser)
+        assert asked, path.name
+        assert all(address.startswith("file://") for address in asked), path.name
+        pictures = "Promise.all([...document.images].map(image => { image.loading = 'eager'; return image.decode(); }))"
+        assert browser.execute_async_script(f"const done = arguments[0]; {pictures}.then(() => done(true), () => done(false))")
+
+
+def test_theme_follows_the_system_and_a_choice_is_remembered(browser: Any, site: Path) -> None:
+    def background() -> str:
+        return str(browser.execute_script("return getComputedStyle(document.body).backgroundColor"))
+
+    open_page(browser, site / "index.html")
+    light = background()
+    open_page(browser, site / "index.html", dark=True)
+    dark = background()
+    assert light == "rgb(255, 255, 255)" != dark
+    button = browser.find_element("id", "theme")
+    assert button.text == "Light"
+    button.click()
+    assert (background(), browser.find_element("id", "theme").text) == (light, "Dark")
+    open_page(browser, site / "runs.html", dark=True)
+    assert background() == light
+    browser.find_element("id", "theme").click()
+    assert background() == dark
+    browser.execute_script("localStorage.clear()")
+
+
+def test_runs_can_be_searched_and_reached_by_keyboard(browser: Any, site: Path) -> None:
+    open_page(browser, site / "runs.html")
+    search = browser.find_element("id", "search")
+    search.send_keys("codes=hard")
+    shown = browser.execute_script("return [...document.querySelectorAll('#runs tbody tr')].filter(row => !row.hidden).length")
+    assert shown == 1
+    browser.execute_script("document.activeElement.blur()")
+    open_page(browser, site / "table3-tiny.html")
+    order = browser.execute_script(
+        "return [...document.querySelectorAll('a[href], button, input, summary, [tabindex]')].map(e => e.tabIndex)"
+    )
+    assert set(order) == {0}
+    assert browser.execute_script("return [...document.querySelectorAll('.scroll')].every(box => box.getAttribute('aria-label'))")
+
+
+def test_colours_can_be_read(browser: Any, site: Path) -> None:
+    program = """
+    const numbers = (colour) => colour.match(/[\\d.]+/g).slice(0, 3).map(v => v / 255);
+    const linear = (v) => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+    const luminance = (colour) => numbers(colour).map(linear).reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+    const behind = (element) => {
+        for (; element; element = element.parentElement) {
+            const colour = getComputedStyle(element).backgroundColor;
+            if (!/, 0\\)$/.test(colour)) return colour;
+        }
+        return "rgb(255, 255, 255)";
+    };
+    const contrast = (a, b) => {
+        const [more, less] = [luminance(a), luminance(b)].sort((p, q) => q - p);
+        return (more + 0.05) / (less + 0.05);
+    };
+    const hasText = (element) => [...element.childNodes].some(node => node.nodeType === 3 && node.data.trim());
+    const ink = (element) => getComputedStyle(element)[element.closest("svg") ? "fill" : "color"];
+    return [...document.querySelectorAll("body *")]
+        .filter(element => hasText(element) && element.getClientRects().length)
+        .map(element => [contrast(ink(element), behind(element)), element.textContent.trim().slice(0, 30)])
+        .filter(([value]) => value < 4.5);
+    """
+    for dark in (False, True):
+        for name in ("index.html", "table3-tiny.html", "vocabulary.html", "curves.html"):
+            open_page(browser, site / name, dark=dark)
+            assert browser.execute_script(program) == [], (name, dark)
