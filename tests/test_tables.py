@@ -298,3 +298,14 @@ def test_every_format_holds_every_number_and_where_it_comes_from(table3: Planned
     assert json.loads(render.as_json([table]))[0]["rows"][1]["cells"][0]["verdict"] == "disagrees"
     columns, rows = render.overview(table)
     assert all(len(line) == len(columns) for line in rows)
+
+
+def test_html_is_one_page_in_which_names_stay_text(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(VALID.replace('label = "base"', 'label = "<script>alert(1)</script>"'))
+    planned = load_table(str(path), scale="tiny")
+    page = render.html([build_table(planned, seeds=[0], records={})])
+    assert "<script>" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "http" not in page, "nothing is fetched"
+    assert "Not comparable" in page

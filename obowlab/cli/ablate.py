@@ -168,6 +168,8 @@ def text_of(tables: Sequence[Table], *, form: Format) -> str:
         return render.as_json(tables)
     if form == "csv":
         return render.as_csv(tables)
+    if form == "html":
+        return render.html(tables)
     return "\n".join(render.markdown(each) for each in tables)
 
 
@@ -281,8 +283,10 @@ def _carry_out(plan: Plan, *, machine: Machine, slots: int, gpus: bool, records:
     if records is not None:
         click.echo(f"Wrote {write_records(known.values(), folder=records)} records to {records}.", err=True)
     click.echo()
-    for planned in plan.tables:
-        show(build(planned, machine=machine, known=known, seeds=plan.seeds))
+    tables = [build(planned, machine=machine, known=known, seeds=plan.seeds) for planned in plan.tables]
+    for each in tables:
+        show(each)
+    _publish(tables, machine=machine)
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
     for outcome in failed:
         click.echo(f"{outcome.job.run_id} failed: {outcome.message}", err=True)
@@ -290,6 +294,28 @@ def _carry_out(plan: Plan, *, machine: Machine, slots: int, gpus: bool, records:
         click.echo("Stopped; the same command goes on.", err=True)
         return 128 + ablation.asked_to_stop
     return int(bool(failed))
+
+
+def _publish(tables: Sequence[Table], *, machine: Machine) -> None:
+    """Keep each table in MLflow: one run per table and scale, whose artifacts are the rendered table."""
+    from obowlab.lab import render
+    from obowlab.track.publish import publish
+
+    for each in tables:
+        published = publish(
+            "table",
+            name=f"{each.name} {each.scale}",
+            machine=machine,
+            files={
+                f"{each.name}.md": render.markdown(each),
+                f"{each.name}.html": render.html([each]),
+                f"{each.name}.json": render.as_json([each]),
+            },
+            tags={"obowlab.scale": each.scale, "mlflow.note.content": render.markdown(each)},
+        )
+        if published.warning is not None:
+            click.echo(f"Warning: {published.warning}", err=True)
+            return
 
 
 def _sync_labels(folders: Sequence[RunFolder], *, machine: Machine) -> None:

@@ -1,4 +1,4 @@
-"""A results table as text: rows for a terminal, Markdown, JSON, CSV. The same table gives the same bytes."""
+"""A results table as text: rows for a terminal, Markdown, JSON, CSV, HTML. The same table gives the same bytes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Iterable, Sequence
 
+from obowlab.config import project_root
 from obowlab.lab.table import Cell, Estimate, Row, RunRef, Table
 
 MARKS = {"agrees": "✓", "disagrees": "✗", "indistinguishable": "≈"}
@@ -154,6 +155,20 @@ def as_csv(tables: Sequence[Table]) -> str:
                     [table.name, table.scale, row.key, row.label, row.recipe, cell.metric, *written, cell.verdict or "", *origin]
                 )
     return out.getvalue()
+
+
+def html(tables: Sequence[Table]) -> str:
+    """Return tables as one page that needs nothing beside it."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    folder = project_root() / "dashboards"
+    environment = Environment(
+        loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    parts = {"overview": overview, "runs_overview": runs_overview, "remarks": remarks, "LEGEND": LEGEND}
+    style = Markup((folder / "report" / "style.css").read_text(encoding="utf-8"))  # ours, and the report's: one look
+    return environment.get_template("table.html").render(tables=tables, style=style, **parts) + "\n"
 
 
 def estimate_text(value: Estimate | None, *, signed: bool = False) -> str:

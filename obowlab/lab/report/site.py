@@ -75,7 +75,7 @@ class Run:
         recipe: name of its recipe.
         title: of its recipe.
         seed: of weights and data.
-        changes: what differs from the recipe of that name and makes another training, dotted key to value; numbers to four digits.
+        changes: what differs from the recipe of that name and makes another training, dotted key to value (four digits).
         family: the same for all seeds of one recipe.
         status: as of the report.
         message: why it stopped or failed.
