@@ -195,6 +195,10 @@ BAD = {
     "weights export nothing --out x.pth": "no run 'nothing'",
     "weights export nothing": "--out",
     "weights export nothing --out x --format onnx": "'onnx' is not one of",
+    "tune": "Name a study",
+    "tune kappa-dleta": "Did you mean 'kappa-delta'?",
+    "tune kappa-delta --scale dem": "'dem' is not one of",
+    "tune kappa-delta --trials 0": "--trials",
     "ui --port 0": "--port",
     "ui": "There are no runs",
     "doctor --jason": "Did you mean '--json'?",
@@ -279,7 +283,9 @@ DRY = {
     "weights import FILE": ["Would read weights.pth and write its encoder to weights.safetensors"],
     "weights export RUN --out out.pth": ["Would write the encoder of", "as torchvision"],
     "doctor": ["Would import torch"],
+    "tune kappa-delta --scale demo": ["Would begin study kappa-delta-demo", "method.kappa from 1.0 to 25.0 by its logarithm"],
     "ui": ["Would serve sqlite:///"],
+    "ui --studies": ["Would serve the studies of journal:///"],
 }
 
 

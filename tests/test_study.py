@@ -175,9 +175,6 @@ def test_a_run_that_was_finished_under_another_name_is_the_trials_run(tmp_path: 
     recipe = search.tuning.recipe({"method.kappa": 5.0})
     other = replace(recipe, name="mine")
     folder = RunFolder.create(other, seed=0, runs_root=tmp_path / "runs")
-    launching.launch(other, seed=0, machine=search.machine, fresh=False, progress=False, command=lambda *_: ["true"], quiet=True)
-    from tests.studies import stand_in
-
     assert (
         launching.launch(
             other, seed=0, machine=search.machine, fresh=False, progress=False, command=stand_in(tmp_path), quiet=True

@@ -114,7 +114,7 @@ def test_a_range_that_leaves_the_recipes_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"goes where no recipe can be: 'method.msd_momentum'.*less than or equal to 1"):
         tuning_of(tmp_path, text=other)
     whole = GOOD.replace("method.kappa", "training.batch_size").replace("low = 1.0", "low = 2.0")
-    with pytest.raises(UserError, match="'training.batch_size' in .* is no float in the recipe"):
+    with pytest.raises(UserError, match=r"'training.batch_size' in .* is no float in the recipe"):
         tuning_of(tmp_path, text=whole)
 
 

@@ -85,11 +85,7 @@ def tune(
     budget = trials or tuning.spec.trials
     if show or dry_run:
         return _look(tuning, machine=machine, storage=storage, budget=budget, show=show, as_json=as_json, jobs=gpus or jobs or 1)
-    slots = _slots(machine, gpus=gpus, jobs=jobs)
-    from obowlab.cli.run import check_data
-
-    check_data(tuning.base, machine=machine, dry_run=False)
-    return _work(tuning, machine=machine, storage=storage, budget=budget, slots=slots)
+    return _work(tuning, machine=machine, storage=storage, budget=budget, slots=_slots(machine, gpus=gpus, jobs=jobs))
 
 
 def _list(*, as_json: bool) -> int:
@@ -123,12 +119,14 @@ def _slots(machine: Machine, *, gpus: int | None, jobs: int | None) -> list[Mapp
 
 
 def _work(tuning: Tuning, *, machine: Machine, storage: str | None, budget: int, slots: list[Mapping[str, str]]) -> int:
+    from obowlab.cli.run import check_data
     from obowlab.lab.study.claims import Claims
     from obowlab.lab.study.report import Reporter
     from obowlab.lab.study.storage import open_storage, quiet, storage_url
     from obowlab.lab.study.worker import MAX_FAILURES, Worker, open_study, study_folder
 
     url = storage_url(storage, runs_root=machine.runs_root)
+    check_data(tuning.base, machine=machine, dry_run=False)
     with quiet():
         claims = Claims(study_folder(tuning, machine=machine))
         with claims.alone():  # two workers must not make the tables at once

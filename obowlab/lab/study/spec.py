@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -253,9 +254,12 @@ def plan_study(name: str, *, scale: str, overrides: Sequence[str] = (), study_na
         UserError: names the key and what to change.
     """
     path, spec = load_study(name)
+    chosen = study_name or f"{path.stem}-{scale}"
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", chosen):
+        raise UserError(f"Study name '{chosen}' (--name, or the file's): only letters, digits and '._-' will do for a folder.")
     changes = (*(f"{key}={toml_text(value)}" for key, value in spec.overrides.items()), *overrides)
     base = load_recipe(recipe_for(spec.base, scale), overrides=changes)
-    tuning = Tuning(name=study_name or f"{path.stem}-{scale}", file=path, spec=spec, scale=scale, base=base, overrides=changes)
+    tuning = Tuning(name=chosen, file=path, spec=spec, scale=scale, base=base, overrides=changes)
     _check_objective(tuning)
     _check_keys(tuning)
     _check_points(tuning)
