@@ -143,7 +143,7 @@ BAD = {
     "rum demo": "no command 'obowlab rum'. Did you mean 'run'?",
     "runs lst": "no command 'obowlab runs lst'. Did you mean 'list'?",
     "config shw full": "Did you mean 'show'?",
-    "xyzzy": "no command 'obowlab xyzzy'. Known: run, eval,",
+    "xyzzy": "no command 'obowlab xyzzy'. Known: run, tune, eval,",
     "--verbose run demo": "no option '--verbose'",
     "run": "Missing argument 'NAME'",
     "run ful": "no recipe 'ful'. Did you mean 'full'?",
