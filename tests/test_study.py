@@ -14,11 +14,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from optuna.trial import TrialState, create_trial
 
 from obowlab.errors import UserError
 from obowlab.lab import launch as launching
+from obowlab.lab.statistics import estimate
 from obowlab.lab.study import storage as storages
 from obowlab.lab.study import trial as trials
 from obowlab.lab.study import worker as workers
@@ -26,6 +28,7 @@ from obowlab.lab.study.claims import Claims
 from obowlab.lab.study.storage import open_storage, storage_url
 from obowlab.lab.study.worker import distributions
 from obowlab.track.folder import RunFolder, list_runs
+from obowlab.track.samples import unpack
 from tests.studies import NoMirror, Search, stand_in, start_worker, tuning_of, wait_until
 
 SECRET = "s3cret-pass"
@@ -195,7 +198,9 @@ def test_several_seeds_are_averaged(tmp_path: Path) -> None:
     base = 60 - 10 * abs(math.log(5 / 8))
     assert trial.value == pytest.approx(base + 1)
     assert [run.value for run in trial.runs] == pytest.approx([base, base + 1, base + 2])
-    assert trial.interval == pytest.approx(4.302652729911275 * 1 / math.sqrt(3))  # Student's t, 2 degrees of freedom
+    samples = [RunFolder.find(run.run_id, runs_root=tmp_path / "runs").results()[0] for run in trial.runs]
+    observations = np.stack([unpack(result["measurements"][0]["samples"]) for result in samples])
+    assert trial.interval == estimate(observations).interval
 
 
 def test_a_run_killed_from_outside_goes_on_and_failures_end_a_worker(tmp_path: Path) -> None:

@@ -126,7 +126,10 @@ def _work(tuning: Tuning, *, machine: Machine, storage: str | None, budget: int,
     from obowlab.lab.study.worker import MAX_FAILURES, Worker, open_study, study_folder
 
     url = storage_url(storage, runs_root=machine.runs_root)
-    check_data(tuning.base, machine=machine, dry_run=False)
+    stages = tuning.base.stages()
+    for number, stage in enumerate(stages):
+        if stage.recipe.data not in [before.recipe.data for before in stages[:number]]:
+            check_data(stage, machine=machine, dry_run=False)
     with quiet():
         claims = Claims(study_folder(tuning, machine=machine))
         with claims.alone():  # two workers must not make the tables at once

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-import math
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import stdev
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from obowlab.config import Machine
 from obowlab.errors import UserError
+from obowlab.lab.statistics import estimate
 from obowlab.lab.study.claims import Claims
 from obowlab.lab.study.shape import FORMAT, StudyParameter, StudyReport, StudyRun, StudyTrial, TrialStatus
 from obowlab.lab.study.spec import Tuning
@@ -30,8 +30,6 @@ from obowlab.track.store import shown_uri
 from obowlab.track.summary import send_summary
 
 REPORT_FILE = "study.json"
-Z_95 = 1.959963984540054
-"""Two-sided 95 % quantile of the normal distribution."""
 MIN_TRIALS_FOR_IMPORTANCE = 4
 MAX_CONTOUR_PARAMETERS = 4
 
@@ -203,31 +201,24 @@ def _run(seed: int, folder: RunFolder | None, *, attributes: Mapping[str, Any], 
 
 
 def _interval(measured: Sequence[Mapping[str, Any]]) -> float | None:
-    if not measured:
-        return None
-    if len(measured) == 1:
-        return float(measured[0]["interval"])
-    from scipy.stats import t
-
-    spread = stdev(float(result["value"]) for result in measured)
-    return float(t.ppf(0.975, len(measured) - 1)) * spread / math.sqrt(len(measured))
+    """Return the half-width over seeds and episodes (or images), as tables have it."""
+    observations = _matrix(measured)
+    return estimate(observations).interval if observations is not None else None
 
 
 def _difference(one: Mapping[int, Mapping[str, Any]], other: Mapping[int, Mapping[str, Any]]) -> Estimate | None:
     """Return the mean difference on the same episodes (or images), over the seeds that both have."""
     seeds = sorted(set(one) & set(other))
-    alike = all(
-        one[seed]["protocol_hash"] == other[seed]["protocol_hash"] and one[seed].get("samples") and other[seed].get("samples")
-        for seed in seeds
-    )
-    if not seeds or not alike:
-        return None
-    pairs = np.mean([unpack(one[seed]["samples"]) - unpack(other[seed]["samples"]) for seed in seeds], axis=0)
-    return Estimate(
-        value=float(pairs.mean()),
-        interval=Z_95 * float(pairs.std(ddof=1)) / math.sqrt(len(pairs)),
-        seeds=len(seeds),
-    )
+    first, second = (_matrix([measured[seed] for seed in seeds]) for measured in (one, other))
+    alike = all(one[seed]["protocol_hash"] == other[seed]["protocol_hash"] for seed in seeds)
+    return estimate(first - second) if alike and first is not None and second is not None else None
+
+
+def _matrix(measured: Sequence[Mapping[str, Any]]) -> npt.NDArray[np.float64] | None:
+    """Return the observations, [seeds, episodes]; None when there are none or not of every seed."""
+    rows = [unpack(result["samples"]) for result in measured if result.get("samples")]
+    alike = len({len(row) for row in rows}) == 1 and len(rows) == len(measured)
+    return np.stack(rows) if alike else None
 
 
 def _problems(completed: Sequence[StudyTrial], *, measured: Mapping[int, Mapping[int, Mapping[str, Any]]]) -> tuple[str, ...]:

@@ -75,8 +75,8 @@ class StudyTrial:
         status: `stopped` is one that is open and that no worker works on: the next command goes on with it.
         params: key of the recipe to value; empty while it is waiting.
         value: mean of the objective over the seeds; for a pruned trial its last result during training; else None.
-        interval: half-width of the 95 % interval: of the measurement for one seed, of the mean over seeds (Student's t) for
-            several; None without a final value.
+        interval: half-width of the 95 % interval over seeds and episodes (or images), as tables have it; over episodes alone
+            for one seed; None without a final value.
         online: results during training of the first seed, [epoch, value] in order.
         is_paper: whether it is the paper's own point.
         resumed: how many times another worker went on with it.

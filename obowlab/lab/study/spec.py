@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -191,13 +191,9 @@ class Tuning:
         The number of trials, the sampler's and the pruner's settings may change from one command to the next. Recipe settings
         at their default are left out, so that a later version which knows one more goes on with the same study.
         """
-        distinct = self.base.recipe.model_dump(mode="json", exclude={"title", "evaluation"}, exclude_defaults=True)
-        recipe = {
-            f"{section}.{key}": value
-            for section, values in distinct.items()
-            for key, value in values.items()
-            if f"{section}.{key}" not in self.spec.parameters
-        }
+        distinct = self.base.recipe.model_dump(mode="json", exclude_defaults=True)
+        distinct["method"] = {"name": self.base.recipe.method.name, **distinct.get("method", {})}
+        recipe = {key: value for key, value in _flat(distinct) if key not in self.spec.parameters and _moves_weights(key)}
         settings = {f"evaluation.{self.protocol}.{k}": v for k, v in flatten(self._protocol_settings()).items()}
         space = {f"parameters.{key}": json.loads(p.model_dump_json()) for key, p in self.spec.parameters.items()}
         return {**recipe, **settings, **space, "objective": self.spec.objective, "seeds": list(self.spec.seeds)}
@@ -320,6 +316,18 @@ def _section(model: type[SectionT], values: Mapping[str, Any], *, place: str) ->
         raise UserError((f"'{name}' in " if name else "") + f"{place}: {reason}{given}.") from None
 
 
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _moves_weights(key: str) -> bool:
+    return key.rpartition(".")[2] != "title" and "evaluation" not in key.split(".")
+
+
 def _check_range(low: float, high: float, *, log: bool) -> None:
     if low >= high:
         raise ValueError(f"low = {low} must be below high = {high}")
@@ -360,7 +368,7 @@ def _check_keys(tuning: Tuning) -> None:
     for key in spec.parameters:
         if key not in known:
             raise UserError(f"Unknown key '{key}' in [parameters] of {place}.{nearest(key, known)}")
-        if key == "title" or key.startswith("evaluation."):
+        if not _moves_weights(key):
             raise UserError(f"'{key}' in [parameters] of {place} does not change the weights, so there is nothing to search.")
         if any(text.partition("=")[0].strip() == key for text in tuning.overrides):
             raise UserError(f"'{key}' is a parameter of {place}: it cannot be fixed with --set or in [overrides] too.")

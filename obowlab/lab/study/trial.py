@@ -1,4 +1,7 @@
-"""One trial in the hands of a worker: its runs, one per seed, from wherever they stand to the objective's value."""
+"""One trial in the hands of a worker: its runs, one per seed, from wherever they stand to the objective's value.
+
+A recipe with several stages has a run for each; those before the last are trained first, once for all trials that share them.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import optuna
@@ -18,9 +21,8 @@ from obowlab.errors import UserError
 from obowlab.lab.launch import CommandFactory, StopSignals, launch
 from obowlab.lab.study.claims import Claims
 from obowlab.lab.study.spec import Tuning
-from obowlab.track.folder import RunFolder, RunTakenError, run_id_of
-from obowlab.track.outbox import Outbox
-from obowlab.track.store import shown_uri, store_uri
+from obowlab.track.folder import RunFolder, RunTakenError
+from obowlab.track.lineage import find_run, stages_of
 
 POLL_S = 1.0
 WAIT_S = 3.0
@@ -90,7 +92,9 @@ class TrialWork:
         self.trial = trial
         self.recipe = recipe
         root = bench.machine.runs_root
-        self.folders = {seed: _folder_of(recipe, seed=seed, machine=bench.machine) for seed in bench.tuning.spec.seeds}
+        seeds = bench.tuning.spec.seeds
+        self.earlier = {seed: stages_of(recipe, seed=seed, runs_root=root)[:-1] for seed in seeds}
+        self.folders = {seed: _folder_of(recipe, seed=seed, machine=bench.machine) for seed in seeds}
         self.run_ids = {str(seed): folder.run_id for seed, folder in self.folders.items()}
         name, number = bench.tuning.name, str(trial.number)
         self._remember(
@@ -125,8 +129,11 @@ class TrialWork:
         finished_before = all(folder.state.status == "finished" for folder in self.folders.values())
         values = {}
         for position, (seed, folder) in enumerate(self.folders.items()):
-            ended = self._complete(folder, seed=seed, reports=position == 0)
-            self._remember({"mlflow_runs": {s: _mlflow_run(f, machine=self.bench.machine) for s, f in self.folders.items()}})
+            ended = None
+            for stage in self.earlier[seed] if folder.state.status != "finished" else ():
+                ended = ended or self._complete(_folder_of(stage, seed=seed, machine=self.bench.machine), stage, seed=seed)
+            ended = ended or self._complete(folder, self.recipe, seed=seed, reports=position == 0)
+            self._remember({"mlflow_runs": {str(seed): folder.mlflow_run_id() for seed, folder in self.folders.items()}})
             if ended is not None:
                 return ended
             values[seed] = objective_of(folder, tuning=self.bench.tuning)
@@ -139,7 +146,7 @@ class TrialWork:
 
     # ------------------------------------------------------------------------------------------------ one run
 
-    def _complete(self, folder: RunFolder, *, seed: int, reports: bool) -> Outcome | None:
+    def _complete(self, folder: RunFolder, recipe: Loaded, *, seed: int, reports: bool = False) -> Outcome | None:
         """Bring one run to its end; None when it is there, else how the trial ends instead."""
         bench = self.bench
         reports = reports and bench.tuning.online_metric is not None
@@ -150,7 +157,7 @@ class TrialWork:
             if not bench.watch(signals):
                 return Outcome("stopped")
             reader = _OnlineReader(self, folder=folder, signals=signals) if reports else None
-            code = self._launch(folder, seed=seed, signals=signals, reader=reader)
+            code = self._launch(folder, recipe, seed=seed, signals=signals, reader=reader)
             state = folder.current_state()
             if state.status == "finished":
                 return None
@@ -165,10 +172,12 @@ class TrialWork:
             )
         raise AssertionError("the last attempt returns")
 
-    def _launch(self, folder: RunFolder, *, seed: int, signals: StopSignals, reader: _OnlineReader | None) -> int | None:
+    def _launch(
+        self, folder: RunFolder, recipe: Loaded, *, seed: int, signals: StopSignals, reader: _OnlineReader | None
+    ) -> int | None:
         """Launch a run, waiting for whoever trains it already; None when the user stopped the waiting."""
         bench, told = self.bench, False
-        loaded = Loaded(name=folder.info.name, recipe=self.recipe.recipe, sources=self.recipe.sources)
+        loaded = replace(recipe, name=folder.info.name)
         while True:
             try:
                 if reader is not None:
@@ -323,21 +332,9 @@ def objective_of(folder: RunFolder, *, tuning: Tuning) -> dict[str, Any]:
 
 
 def _folder_of(recipe: Loaded, *, seed: int, machine: Machine) -> RunFolder:
-    """Open the run of this recipe and seed under whatever name it was trained, or create it."""
-    root = machine.runs_root
-    own = run_id_of(recipe, seed=seed)
-    fingerprint = recipe.recipe.fingerprint(seed=seed)
-    if not (root / own / "run.json").is_file():
-        for path in sorted(root.glob(f"*-s{seed}-{fingerprint[:8]}/run.json")):
-            other = RunFolder.open(path.parent)
-            if other.info.fingerprint == fingerprint and other.state.status == "finished":
-                return other
-    return RunFolder.create(recipe, seed=seed, runs_root=root)
-
-
-def _mlflow_run(folder: RunFolder, *, machine: Machine) -> str | None:
-    store = shown_uri(store_uri(machine.tracking_uri, runs_root=machine.runs_root))
-    return Outbox(folder, store=store).load().run_id
+    """Open the run of this recipe and seed, under whatever name it was begun, or create it."""
+    found = find_run(recipe.recipe.fingerprint(seed=seed), runs_root=machine.runs_root)
+    return found or RunFolder.create(recipe, seed=seed, runs_root=machine.runs_root)
 
 
 def describe(params: Mapping[str, Any]) -> str:

@@ -32,6 +32,7 @@ from obowlab.lab.study.trial import Bench, Outcome, TrialWork, describe
 
 POLL_S = 2.0
 RETRY_S = 5.0
+LOOK_AGAIN = "things have just changed"
 MAX_FAILURES = 3
 """So many failed trials of this worker in a row, and it gives up: something is wrong that another point will not mend."""
 DEFINITION = "definition"
@@ -182,7 +183,7 @@ class Worker:
                 if isinstance(trial, str):
                     if not trial:
                         return
-                    if trial != waiting:
+                    if trial not in (waiting, LOOK_AGAIN):
                         self._say(trial)
                     waiting = trial
                     self._stopping.wait(POLL_S)
@@ -214,7 +215,11 @@ class Worker:
             for trial in running:
                 if self.claims.take(trial.number):
                     with self._released_unless_well(trial.number):
-                        return self._adopt(trial.number, trial._trial_id)
+                        now = self.study.get_trials(deepcopy=False)[trial.number]
+                        if now.state == TrialState.RUNNING:
+                            return self._adopt(trial.number, trial._trial_id)
+                    self.claims.release(trial.number)  # its worker has just finished it and let it go
+                    return LOOK_AGAIN
             if completed + len(running) >= self.budget:
                 return f"waiting for trial {', '.join(str(trial.number) for trial in running)} of other workers or jobs"
             # The sampler's seed follows the number of the trial, so that workers and restarts never draw the same points.
