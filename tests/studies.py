@@ -65,7 +65,7 @@ for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda number, frame: stopped.append(number))
 recipe = folder.info.recipe
 epochs, every = recipe.training.epochs, recipe.evaluation.every_epochs
-value = 60 - 10 * abs(math.log(recipe.method.kappa / 8)) + folder.info.seed
+value = 60 - 10 * abs(math.log(getattr(recipe.method, "kappa", 8) / 8)) + folder.info.seed
 with folder.lock(), folder.metric_log() as log, folder.metric_log("online") as online:
     folder.append_attempt({"step": max(log.last_step, 0), "gpu": os.environ.get("CUDA_VISIBLE_DEVICES")})
     for epoch in range(max(log.last_step, 0) + 1, epochs + 1):

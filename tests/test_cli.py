@@ -14,11 +14,13 @@ import pytest
 from obowlab import __version__
 from obowlab.cli import COMMANDS, cli, options
 from obowlab.cli import eval as eval_module
+from obowlab.cli import tune as tune_module
 from obowlab.cli import weights as weights_module
 from obowlab.cli import words as words_module
 from obowlab.cli.output import print_table
 from obowlab.config import Evaluation, Level, Machine
 from obowlab.data.sources import SPLITS
+from obowlab.lab.scales import SCALES
 from obowlab.track.folder import RunFolder
 from tests.command_line import Obowlab, contents, empty_workplace, finished_run
 
@@ -125,6 +127,7 @@ def test_choices_are_those_of_the_code_they_stand_for() -> None:
     assert get_args(Format) == weights_module.FORMATS
     assert get_args(Level) == words_module.LEVELS
     assert SPLITS == words_module.SPLITS
+    assert tuple(SCALES) == tune_module.SCALES
 
 
 def test_version(obowlab: Obowlab) -> None:

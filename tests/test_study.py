@@ -13,9 +13,12 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import optuna
 import pytest
+from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState, create_trial
 
 from obowlab.errors import UserError
@@ -358,3 +361,42 @@ def test_a_claim_has_one_holder_and_ends_with_its_process(tmp_path: Path) -> Non
     holder.kill()
     holder.wait()
     assert mine.take(5)
+
+
+def test_the_stages_of_a_recipe_are_trained_first_and_once(tmp_path: Path) -> None:
+    tuning_of(tmp_path)
+    text = (tmp_path / "search.toml").read_text()
+    changes = {
+        'base = "vanilla"': 'base = "bownet"',
+        "method.kappa": "optimizer.learning_rate",
+        "low = 1.0": "low = 0.01",
+        "high = 64.0": "high = 0.1",
+        "= 5.0": "= 0.03",
+    }
+    for old, new in changes.items():
+        text = text.replace(old, new)
+    search = Search(tmp_path, tuning=tuning_of(tmp_path, text=text))
+    search.work(budget=2)
+    assert search.report().counts["completed"] == 2
+    earlier = [stage.name for stage in search.tuning.base.stages()[:-1]]
+    assert len(earlier) == 2
+    names = sorted(run.info.name for run in list_runs(tmp_path / "runs"))
+    assert names == sorted(["demo-bownet", "demo-bownet", *earlier])
+    assert attempts(tmp_path) == dict.fromkeys(attempts(tmp_path), 1)
+
+
+def test_a_storage_that_is_away_for_a_moment_costs_no_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    search, tell, away = Search(tmp_path), optuna.Study.tell, [1, 1, 1]
+
+    def sometimes(study: optuna.Study, *words: Any, **options: Any) -> Any:
+        if away:
+            away.pop()
+            raise StorageInternalError("gone")
+        return tell(study, *words, **options)
+
+    monkeypatch.setattr(optuna.Study, "tell", sometimes)
+    monkeypatch.setattr(workers, "RETRY_S", 0.05)
+    search.work(budget=1)
+    assert [trial.status for trial in search.report().trials] == ["completed"]
+    assert sum("does not answer (gone)" in line for line in search.said) == 1
+    assert set(attempts(tmp_path).values()) == {1}
