@@ -14,11 +14,13 @@ import pytest
 from obowlab import __version__
 from obowlab.cli import COMMANDS, cli, options
 from obowlab.cli import eval as eval_module
+from obowlab.cli import tune as tune_module
 from obowlab.cli import weights as weights_module
 from obowlab.cli import words as words_module
 from obowlab.cli.output import print_table
 from obowlab.config import Evaluation, Level, Machine
 from obowlab.data.sources import SPLITS
+from obowlab.lab.scales import SCALES
 from obowlab.track.folder import RunFolder
 from tests.command_line import Obowlab, contents, empty_workplace, finished_run
 
@@ -125,6 +127,7 @@ def test_choices_are_those_of_the_code_they_stand_for() -> None:
     assert get_args(Format) == weights_module.FORMATS
     assert get_args(Level) == words_module.LEVELS
     assert SPLITS == words_module.SPLITS
+    assert tuple(SCALES) == tune_module.SCALES
 
 
 def test_version(obowlab: Obowlab) -> None:
@@ -143,7 +146,7 @@ BAD = {
     "rum demo": "no command 'obowlab rum'. Did you mean 'run'?",
     "runs lst": "no command 'obowlab runs lst'. Did you mean 'list'?",
     "config shw full": "Did you mean 'show'?",
-    "xyzzy": "no command 'obowlab xyzzy'. Known: run, eval,",
+    "xyzzy": "no command 'obowlab xyzzy'. Known: run, tune, eval,",
     "--verbose run demo": "no option '--verbose'",
     "run": "Missing argument 'NAME'",
     "run ful": "no recipe 'ful'. Did you mean 'full'?",
@@ -195,6 +198,10 @@ BAD = {
     "weights export nothing --out x.pth": "no run 'nothing'",
     "weights export nothing": "--out",
     "weights export nothing --out x --format onnx": "'onnx' is not one of",
+    "tune": "Name a study",
+    "tune kappa-dleta": "Did you mean 'kappa-delta'?",
+    "tune kappa-delta --scale dem": "'dem' is not one of",
+    "tune kappa-delta --trials 0": "--trials",
     "ui --port 0": "--port",
     "ui": "There are no runs",
     "report --scale huge": "'huge' is not one of 'paper', 'tiny', 'demo'",
@@ -282,7 +289,9 @@ DRY = {
     "weights export RUN --out out.pth": ["Would write the encoder of", "as torchvision"],
     "report": ["Would write a report of the runs in", "index.html", "Would send it to sqlite:///"],
     "doctor": ["Would import torch"],
+    "tune kappa-delta --scale demo": ["Would begin study kappa-delta-demo", "method.kappa from 1.0 to 25.0 by its logarithm"],
     "ui": ["Would serve sqlite:///"],
+    "ui --studies": ["Would serve the studies of journal:///"],
 }
 
 

@@ -399,7 +399,7 @@ def test_ui_ends_the_whole_group_of_its_server(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(ui, "STOP_TIMEOUT_S", 0.3)
 
     def serve_until_terminated() -> None:
-        with ui._serving(["sh", "-c", script], cwd=tmp_path):
+        with ui._serving(["sh", "-c", script], cwd=tmp_path, environment={}):
             while not (pids.exists() and pids.read_text().strip()):
                 time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGTERM)

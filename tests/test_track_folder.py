@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,8 +16,9 @@ import pytest
 from obowlab.config import Loaded, Machine, Recipe
 from obowlab.errors import UserError
 from obowlab.track import METRICS, MetricLog, RunFolder, list_runs, lookup, provenance
-from obowlab.track.folder import LOCK_TOKEN_VARIABLE
+from obowlab.track.folder import LOCK_TOKEN_VARIABLE, RunTakenError
 from obowlab.track.journal import folder_written
+from obowlab.track.locks import is_locked
 from obowlab.track.metrics import mlflow_name
 
 
@@ -93,6 +95,7 @@ def test_a_torn_tail_is_cut_off(tmp_path: Path, tail: bytes) -> None:
 def test_appended_lines_survive_kill_9(tmp_path: Path) -> None:
     code = """
 import sys
+import threading
 from pathlib import Path
 from obowlab.track import MetricLog
 log = MetricLog(Path(sys.argv[1]))
@@ -271,6 +274,7 @@ def test_every_metric_is_described() -> None:
 def test_provenance_knows_versions_without_importing_them() -> None:
     code = """
 import sys
+import threading
 from obowlab.track.provenance import environment
 print(environment()["versions"]["torch"], "torch" in sys.modules)
 """
@@ -313,3 +317,48 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
         beside.rename(tmp_path / "gone")  # so that it cannot take its place
     assert [path.name for path in place.iterdir()] == ["second"], "what was put aside is put back"
     assert [path.name for path in place.parent.iterdir()] == ["out"]
+
+
+def test_only_one_thread_of_a_process_gets_a_run(tmp_path: Path) -> None:
+    folder = RunFolder.create(Loaded(name="demo", recipe=Recipe(), sources={}), seed=0, runs_root=tmp_path)
+    start, taken, held = threading.Barrier(8), [], []
+    release = threading.Event()
+
+    def grab() -> None:
+        start.wait()
+        try:
+            with RunFolder.open(folder.path).lock():
+                held.append(1)
+                release.wait(10)
+        except RunTakenError:
+            taken.append(1)
+
+    threads = [threading.Thread(target=grab) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    while len(taken) < 7:
+        assert is_locked(folder.path) or not held
+        time.sleep(0.001)
+    release.set()
+    for thread in threads:
+        thread.join()
+    assert (len(held), len(taken)) == (1, 7)
+    assert not is_locked(folder.path)
+    with folder.lock():
+        pass
+
+
+def test_labels_are_merged_whoever_adds_them(tmp_path: Path) -> None:
+    folder = RunFolder.create(Loaded(name="demo", recipe=Recipe(), sources={}), seed=0, runs_root=tmp_path)
+    assert folder.labels() == {}
+    threads = [threading.Thread(target=folder.add_labels, args=({f"obowlab.t{i}": str(i)},)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert folder.labels() == {f"obowlab.t{i}": str(i) for i in range(8)}
+    folder.add_labels({"obowlab.t3": "other"})
+    assert folder.labels()["obowlab.t3"] == "other"
+    (folder.path / "labels.json").write_text("{")
+    with pytest.raises(UserError, match="remove it; only labels are lost"):
+        folder.labels()

@@ -1,4 +1,4 @@
-"""`obowlab ui`: the MLflow UI on the local store, for this machine only."""
+"""`obowlab ui`: the MLflow UI on the local store, or the Optuna dashboard on the studies, for this machine only."""
 
 from __future__ import annotations
 
@@ -10,34 +10,58 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import click
 
 from obowlab.cli.options import dry_run_option, machine_from, machine_option, runs_root_option, would
 from obowlab.errors import UserError
 
+if TYPE_CHECKING:
+    from obowlab.config import Machine
+
 HOST = "127.0.0.1"
 START_TIMEOUT_S = 90.0
 STOP_TIMEOUT_S = 5.0
+PORT, STUDIES_PORT = 5000, 8080
 
 
 @click.command()
-@click.option("--port", type=click.IntRange(min=1, max=65535), default=5000, show_default=True, help="Port on 127.0.0.1.")
+@click.option(
+    "--port", type=click.IntRange(min=1, max=65535), metavar="N", help="Port on 127.0.0.1. [default: 5000; 8080 for --studies]"
+)
+@click.option("--studies", is_flag=True, help="Show the studies of `obowlab tune` in the Optuna dashboard instead.")
+@click.option(
+    "--storage", metavar="URL", envvar="OBOWLAB_STUDY_STORAGE", help="Of the studies. [default: the journal in the run store]"
+)
 @runs_root_option
 @machine_option
 @dry_run_option
-def ui(port: int, runs_root: Path | None, machine_file: Path | None, dry_run: bool) -> int:
+def ui(
+    port: int | None,
+    studies: bool,
+    storage: str | None,
+    runs_root: Path | None,
+    machine_file: Path | None,
+    dry_run: bool,
+) -> int:
     """Browse the runs in MLflow on this machine.
 
     Serves the local store on the loopback interface until Ctrl-C. From another machine, use the printed ssh line.
     """
+    machine = machine_from(machine_file=machine_file, runs_root=runs_root)
+    if studies:
+        return _serve_studies(machine, storage=storage, port=port or STUDIES_PORT, dry_run=dry_run)
+    return _serve_runs(machine, port=port or PORT, dry_run=dry_run)
+
+
+def _serve_runs(machine: Machine, *, port: int, dry_run: bool) -> int:
     from obowlab.track.store import artifact_location, prepare_store, shown_uri, store_uri
 
-    machine = machine_from(machine_file=machine_file, runs_root=runs_root)
     if machine.tracking_uri is not None and machine.tracking_uri.startswith(("http://", "https://")):
         raise UserError(
             "Runs go to a tracking server (MLFLOW_TRACKING_URI or tracking_uri of the machine file): open its address instead."
@@ -59,15 +83,39 @@ def ui(port: int, runs_root: Path | None, machine_file: Path | None, dry_run: bo
         "--log-level warning",
         *(["--default-artifact-root", artifacts] if artifacts is not None else []),
     ]
-    click.echo("Starting the MLflow UI ...", err=True)
-    with _serving(command, cwd=machine.runs_root) as server:
-        if not _answers(server, port=port):
-            raise UserError(f"The MLflow UI did not start (exit code {server.poll()}); its messages are above.")
-        click.echo(f"MLflow UI of {shown_uri(store)}: http://{HOST}:{port}")
+    environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    what = f"MLflow UI of {shown_uri(store)}"
+    return _serve(command, cwd=machine.runs_root, environment=environment, port=port, health="/health", what=what)
+
+
+def _serve_studies(machine: Machine, *, storage: str | None, port: int, dry_run: bool) -> int:
+    from obowlab.lab.study.storage import STORAGE_VARIABLE, exists, storage_url
+    from obowlab.track.store import shown_uri
+
+    url = storage_url(storage, runs_root=machine.runs_root)
+    if dry_run:
+        would(f"serve the studies of {shown_uri(url)} at http://{HOST}:{port}/dashboard")
+        return 0
+    _refuse_taken(port)
+    if not exists(url):
+        raise UserError(f"There are no studies in {shown_uri(url)}; `obowlab tune kappa-delta --scale demo` begins one.")
+    command = [sys.executable, "-m", "obowlab.lab.study.dashboard", HOST, str(port)]
+    what = f"Optuna dashboard of {shown_uri(url)}"
+    return _serve(command, cwd=Path.cwd(), environment={STORAGE_VARIABLE: url}, port=port, health="/dashboard", what=what)
+
+
+def _serve(command: list[str], *, cwd: Path, environment: Mapping[str, str], port: int, health: str, what: str) -> int:
+    """Serve until Ctrl-C; `health` is a path that answers once the server is ready."""
+    name = what.partition(" of ")[0]
+    click.echo(f"Starting the {name} ...", err=True)
+    with _serving(command, cwd=cwd, environment=environment) as server:
+        if not _answers(server, port=port, health=health):
+            raise UserError(f"The {name} did not start (exit code {server.poll()}); its messages are above.")
+        click.echo(f"{what}: http://{HOST}:{port}{health if health != '/health' else ''}")
         click.echo(f"From another machine: ssh -L {port}:{HOST}:{port} {os.environ.get('USER', 'USER')}@{socket.gethostname()}")
         click.echo("Ctrl-C ends it.")
         code = server.wait()
-    click.echo(f"The MLflow UI ended with exit code {code}.", err=True)
+    click.echo(f"The {name} ended with exit code {code}.", err=True)
     return 1
 
 
@@ -81,11 +129,10 @@ def _refuse_taken(port: int) -> None:
 
 
 @contextmanager
-def _serving(command: list[str], *, cwd: Path) -> Iterator[subprocess.Popen[bytes]]:
+def _serving(command: list[str], *, cwd: Path, environment: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
     """Start the server in a process group of its own and end the whole group, whatever happens here."""
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     with _termination_as_interrupt():
-        server = subprocess.Popen(command, cwd=cwd, env=environment, stdout=sys.stderr, start_new_session=True)
+        server = subprocess.Popen(command, cwd=cwd, env={**os.environ, **environment}, stdout=sys.stderr, start_new_session=True)
         try:
             yield server
         finally:
@@ -121,13 +168,13 @@ def _end_group(server: subprocess.Popen[bytes]) -> None:
     server.wait()
 
 
-def _answers(server: subprocess.Popen[bytes], *, port: int) -> bool:
+def _answers(server: subprocess.Popen[bytes], *, port: int, health: str) -> bool:
     """Wait until the server answers; False when it ends or takes too long."""
     deadline = time.monotonic() + START_TIMEOUT_S
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while time.monotonic() < deadline and server.poll() is None:
         try:
-            with direct.open(f"http://{HOST}:{port}/health", timeout=2):
+            with direct.open(f"http://{HOST}:{port}{health}", timeout=2):
                 return True
         except (urllib.error.URLError, OSError):
             time.sleep(0.2)

@@ -63,12 +63,18 @@ def process_tree(pid: int) -> list[int]:
 
 def count_gpus() -> int:
     """Return how many NVIDIA GPUs this machine shows to this process, without importing torch."""
+    return len(visible_gpus())
+
+
+def visible_gpus() -> list[str]:
+    """Return the NVIDIA GPUs of this process by the names that CUDA_VISIBLE_DEVICES takes, without importing torch."""
+    there = _listed_gpus()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        wanted = [name for name in visible.split(",") if name.strip()]
-        wanted = wanted[: wanted.index("-1")] if "-1" in wanted else wanted  # CUDA's rule: what follows an invalid id is hidden
-        return min(len(wanted), _listed_gpus())
-    return _listed_gpus()
+    if visible is None:
+        return [str(index) for index in range(there)]
+    wanted = [name.strip() for name in visible.split(",") if name.strip()]
+    wanted = wanted[: wanted.index("-1")] if "-1" in wanted else wanted  # CUDA's rule: what follows an invalid id is hidden
+    return wanted[:there]
 
 
 def _listed_gpus() -> int:

@@ -29,7 +29,7 @@ from obowlab import __version__
 from obowlab.config import Loaded, Machine, Recipe, canonical_hash
 from obowlab.errors import UserError
 from obowlab.track.journal import MetricLog, Point, cut_torn_tail, parse_point, read_all, read_lines, write_atomic
-from obowlab.track.locks import HELD, HOLDER_BYTE, WORKER_BYTE, is_locked, read_holder, try_lock
+from obowlab.track.locks import HELD, HELD_GUARD, HOLDER_BYTE, WORKER_BYTE, is_locked, read_holder, try_lock
 
 Status = Literal["created", "running", "interrupted", "failed", "finished"]
 
@@ -224,8 +224,18 @@ class RunFolder:
             UserError: the file system knows no locks.
         """
         key = str(self.path.resolve())
-        if key in HELD:
-            raise self._taken(os.getpid())
+        with HELD_GUARD:  # the kernel would give it to another thread of this process
+            if key in HELD:
+                raise self._taken(os.getpid())
+            HELD.add(key)
+        try:
+            with self._locked_file() as token:
+                yield Lock(token=token)
+        finally:
+            HELD.discard(key)  # after the file was closed: closing it would end a lock taken anew
+
+    @contextmanager
+    def _locked_file(self) -> Iterator[str]:
         fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             holder = read_holder(fd)
@@ -243,11 +253,7 @@ class RunFolder:
                 content = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "token": token}).encode()
                 os.ftruncate(fd, 0)
                 os.pwrite(fd, content, 0)
-            HELD.add(key)
-            try:
-                yield Lock(token=token)
-            finally:
-                HELD.discard(key)
+            yield token
         finally:
             os.close(fd)
 

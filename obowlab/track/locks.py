@@ -9,6 +9,7 @@ import errno
 import fcntl
 import json
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -18,23 +19,26 @@ from obowlab.errors import UserError
 HOLDER_BYTE, WORKER_BYTE = 0, 1
 HELD: set[str] = set()
 """Run folders locked by this process. Such a lock is lost when the process closes the file anywhere: never open it again."""
+HELD_GUARD = threading.Lock()
+"""Of `HELD`, and of opening lock files just to look: between threads of one process the kernel's locks mean nothing."""
 
 
 def is_locked(path: Path) -> bool:
     """Return whether any process holds the run of this folder."""
-    if str(path.resolve()) in HELD:
-        return True
-    try:
-        fd = os.open(path / "lock", os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
+    with HELD_GUARD:
+        if str(path.resolve()) in HELD:
+            return True
+        try:
+            fd = os.open(path / "lock", os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.lockf(fd, fcntl.LOCK_SH | fcntl.LOCK_NB, 2, HOLDER_BYTE)
+        except OSError:
+            return True
+        finally:
+            os.close(fd)
         return False
-    try:
-        fcntl.lockf(fd, fcntl.LOCK_SH | fcntl.LOCK_NB, 2, HOLDER_BYTE)
-    except OSError:
-        return True
-    finally:
-        os.close(fd)
-    return False
 
 
 def try_lock(fd: int, byte: int) -> bool:

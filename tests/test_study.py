@@ -1,0 +1,401 @@
+"""Studies with a stand-in for the compute process: real storages, processes, signals and locks, no torch."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+from optuna.exceptions import StorageInternalError
+from optuna.trial import TrialState, create_trial
+
+from obowlab.errors import UserError
+from obowlab.lab import launch as launching
+from obowlab.lab.statistics import estimate
+from obowlab.lab.study import storage as storages
+from obowlab.lab.study import trial as trials
+from obowlab.lab.study import worker as workers
+from obowlab.lab.study.claims import Claims
+from obowlab.lab.study.storage import open_storage, storage_url
+from obowlab.lab.study.worker import distributions
+from obowlab.track.folder import RunFolder, list_runs
+from obowlab.track.samples import unpack
+from tests.studies import NoMirror, Search, stand_in, start_worker, tuning_of, wait_until
+
+SECRET = "s3cret-pass"
+LEVELS = '[parameters."method.levels"]\nkind = "categorical"\nchoices = [["conv5"], ["conv4", "conv5"]]\n'
+
+
+@pytest.fixture(autouse=True)
+def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launching, "Mirror", NoMirror)
+    for module, name, seconds in ((trials, "POLL_S", 0.03), (trials, "WAIT_S", 0.1), (workers, "POLL_S", 0.1)):
+        monkeypatch.setattr(module, name, seconds)
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[str]:
+    """The address of a PostgreSQL server of our own, which asks for a password."""
+    found = shutil.which("initdb") or next((str(p) for p in sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))), None)
+    if found is None:
+        pytest.skip("PostgreSQL is not installed (Debian package postgresql)")
+    pytest.importorskip("psycopg")
+    tools = Path(found).resolve().parent
+    folder = Path(tempfile.mkdtemp(prefix="obowlab-postgresql-"))
+    (folder / "password").write_text(SECRET)
+    before: list[str] = []
+    if os.geteuid() == 0:  # the server refuses to run as root
+        for path in (folder, folder / "password"):
+            shutil.chown(path, "postgres", "postgres")
+        before = ["runuser", "-u", "postgres", "--"]
+    data = folder / "data"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def call(*words: str) -> None:
+        subprocess.run([*before, *words], check=True, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    password = f"--pwfile={folder / 'password'}"
+    call(str(tools / "initdb"), "-D", str(data), "-U", "tuner", "--auth=scram-sha-256", password, "--no-sync", "-E", "UTF8")
+    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c fsync=off"
+    call(str(tools / "pg_ctl"), "-D", str(data), "-o", options, "-l", str(folder / "log"), "-w", "start")
+    try:
+        yield f"postgresql://tuner:{SECRET}@127.0.0.1:{port}/postgres"
+    finally:
+        call(str(tools / "pg_ctl"), "-D", str(data), "-m", "immediate", "stop")
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def attempts(root: Path) -> dict[str, int]:
+    """Return how often each run was started."""
+    return {run.info.run_id: len(RunFolder(run.path, run.info).attempts()) for run in list_runs(root / "runs")}
+
+
+def test_a_study_is_worked_to_its_budget_and_says_who_is_who(tmp_path: Path) -> None:
+    search = Search(tmp_path)
+    assert search.work(budget=3).signum == 0
+    report = search.report(budget=3)
+    assert report.counts["completed"] == 3
+    first = report.trials[0]
+    assert first.is_paper
+    assert first.params == {"method.kappa": 5.0}
+    assert report.paper == 0
+    for trial in report.trials:
+        (run,) = trial.runs
+        folder = RunFolder.find(run.run_id, runs_root=tmp_path / "runs")
+        expected = 60 - 10 * abs(math.log(trial.params["method.kappa"] / 8))
+        assert folder.info.recipe.method.kappa == trial.params["method.kappa"]
+        assert trial.value == pytest.approx(expected, abs=1e-12)
+        assert folder.labels()["obowlab.study"] == "search-demo"
+        assert folder.labels()["obowlab.trial"] == str(trial.number)
+    best = max(report.trials, key=lambda trial: trial.value or 0.0)
+    assert report.best == best.number
+    search.work(budget=3)
+    assert len(search.open().trials) == 3
+    assert search.work(budget=4).signum == 0
+    assert len(search.open().trials) == 4
+    assert set(attempts(tmp_path).values()) == {1}
+
+
+def test_the_same_study_chooses_the_same_points_however_often_it_is_stopped(tmp_path: Path) -> None:
+    once, often = (
+        Search(tmp_path / "once", tuning=tuning_of(tmp_path / "once")),
+        Search(tmp_path / "often", tuning=tuning_of(tmp_path / "often")),
+    )
+    once.work(budget=4)
+    for budget in (1, 3, 4):
+        often.work(budget=budget)
+    points = [[trial.params for trial in search.open().trials] for search in (once, often)]
+    assert points[0] == points[1]
+    assert len({str(point) for point in points[0]}) == 4
+
+
+def test_bad_trials_are_pruned_and_the_paper_never(tmp_path: Path) -> None:
+    search = Search(tmp_path, tuning=tuning_of(tmp_path, pruner="median"))
+    study = search.open()
+    for kappa in (64.0, 1.0, 63.0, 8.5):
+        study.enqueue_trial({"method.kappa": kappa})
+    search.work(budget=3, delay=0.15)
+    report = search.report()
+    status = {trial.params["method.kappa"]: trial.status for trial in report.trials}
+    assert status == {5.0: "completed", 64.0: "pruned", 1.0: "pruned", 63.0: "pruned", 8.5: "completed"} | {
+        k: v for k, v in status.items() if k not in (5.0, 64.0, 1.0, 63.0, 8.5)
+    }
+    pruned = next(trial for trial in report.trials if trial.params["method.kappa"] == 64.0)
+    folder = RunFolder.find(pruned.runs[0].run_id, runs_root=tmp_path / "runs")
+    assert folder.state.status == "interrupted"
+    assert folder.state.message.startswith(f"pruned by trial {pruned.number} of study search-demo")
+    assert folder.state.step < 6
+    assert "search-demo" in folder.labels()["obowlab.pruned"]
+    assert dict(pruned.online) == pytest.approx({p.step: p.values["fewshot_5shot"] for p in folder.metrics("online")})
+    assert report.counts["completed"] == 3
+    # The same point again is pruned at once, not trained on.
+    study.enqueue_trial({"method.kappa": 64.0})
+    search.work(budget=4)
+    again = next(trial for trial in search.report().trials if trial.repeat_of == pruned.number)
+    assert again.status == "pruned"
+    assert again.online == pruned.online
+    assert attempts(tmp_path)[folder.run_id] == 1
+
+
+def test_the_papers_point_is_completed_however_bad_it_is(tmp_path: Path) -> None:
+    search = Search(tmp_path, tuning=tuning_of(tmp_path, pruner="median"))
+    online = dict.fromkeys(range(1, 6), 99.0)
+    better = create_trial(
+        params={"method.kappa": 8.0}, distributions=distributions(search.tuning), value=99.0, intermediate_values=online
+    )
+    search.open().add_trial(better)
+    search.work(budget=2, delay=0.1)
+    assert [(trial.status, trial.is_paper) for trial in search.report().trials] == [("completed", True), ("completed", False)]
+
+
+def test_repeated_points_are_not_trained_again(tmp_path: Path) -> None:
+    tuning_of(tmp_path)
+    text = (tmp_path / "search.toml").read_text()
+    start, end = text.index("[parameters"), text.index("[sampler]")
+    search = Search(tmp_path, tuning=tuning_of(tmp_path, text=text[:start] + LEVELS + text[end:]))
+    search.work(budget=4, slots=({}, {}), delay=0.05)
+    report = search.report()
+    assert report.counts["completed"] == 4
+    assert report.counts["repeated"] == 2
+    assert {str(trial.params["method.levels"]) for trial in report.trials} == {"('conv5',)", "('conv4', 'conv5')"}
+    assert attempts(tmp_path) == dict.fromkeys(attempts(tmp_path), 1)
+    assert len(attempts(tmp_path)) == 2
+
+
+def test_a_run_that_was_finished_under_another_name_is_the_trials_run(tmp_path: Path) -> None:
+    search = Search(tmp_path)
+    recipe = search.tuning.recipe({"method.kappa": 5.0})
+    other = replace(recipe, name="mine")
+    folder = RunFolder.create(other, seed=0, runs_root=tmp_path / "runs")
+    assert (
+        launching.launch(
+            other, seed=0, machine=search.machine, fresh=False, progress=False, command=stand_in(tmp_path), quiet=True
+        )
+        == 0
+    )
+    search.work(budget=1)
+    (trial,) = search.report().trials
+    assert trial.runs[0].run_id == folder.run_id
+    assert trial.repeat_of == "finished runs"
+    assert len(folder.attempts()) == 1
+
+
+def test_several_seeds_are_averaged(tmp_path: Path) -> None:
+    search = Search(tmp_path, tuning=tuning_of(tmp_path, seeds=(0, 1, 2)))
+    search.work(budget=1)
+    (trial,) = search.report().trials
+    base = 60 - 10 * abs(math.log(5 / 8))
+    assert trial.value == pytest.approx(base + 1)
+    assert [run.value for run in trial.runs] == pytest.approx([base, base + 1, base + 2])
+    samples = [RunFolder.find(run.run_id, runs_root=tmp_path / "runs").results()[0] for run in trial.runs]
+    observations = np.stack([unpack(result["measurements"][0]["samples"]) for result in samples])
+    assert trial.interval == estimate(observations).interval
+
+
+def test_a_run_killed_from_outside_goes_on_and_failures_end_a_worker(tmp_path: Path) -> None:
+    search = Search(tmp_path / "a")
+    (tmp_path / "a").mkdir(exist_ok=True)
+    search.work(budget=1, behaviour="killed")
+    (trial,) = search.report().trials
+    assert trial.status == "completed"
+    folder = RunFolder.find(trial.runs[0].run_id, runs_root=tmp_path / "a" / "runs")
+    assert [attempt["step"] for attempt in folder.attempts()] == [0, 3]
+    broken = Search(tmp_path / "b")
+    ended = broken.work(budget=9, behaviour="broken")
+    assert ended.failures == workers.MAX_FAILURES
+    report = broken.report()
+    assert [trial.status for trial in report.trials] == ["failed"] * 3
+    assert "the loss is not finite" in report.trials[0].message
+
+
+def test_jobs_work_side_by_side_each_on_its_gpu(tmp_path: Path) -> None:
+    search = Search(tmp_path)
+    search.work(budget=3, slots=[{"CUDA_VISIBLE_DEVICES": "4"}, {"CUDA_VISIBLE_DEVICES": "7"}], delay=0.1)
+    seen = [RunFolder(run.path, run.info).attempts()[0]["gpu"] for run in list_runs(tmp_path / "runs")]
+    assert sorted(set(seen)) == ["4", "7"]
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize("kind", ["journal", "sqlite", "postgresql"])
+def test_the_trial_of_a_killed_worker_is_gone_on_with(tmp_path: Path, kind: str, request: pytest.FixtureRequest) -> None:
+    url = request.getfixturevalue("postgresql") if kind == "postgresql" else f"{kind}:///{tmp_path}/studies.{kind}"
+    tuning = tuning_of(tmp_path, study_name=f"killed-{kind}")
+    search = Search(tmp_path, tuning=tuning, storage=url)
+    search.open()
+    process = start_worker(tmp_path, storage=url, budget=2, delay=0.4, name=tuning.name)
+    runs = tmp_path / "runs"
+    wait_until(lambda: any(run.state.step >= 2 for run in list_runs(runs)))
+    process.kill()
+    process.wait()
+    (trial,) = search.open().trials
+    assert trial.state == TrialState.RUNNING
+    assert trial.user_attrs["run_folders"] == trial.user_attrs["runs"]
+    assert trial.user_attrs["worker"]["pid"] == process.pid
+    search.work(budget=2)
+    report = search.report()
+    assert [(t.status, t.resumed) for t in report.trials] == [("completed", 1), ("completed", 0)]
+    assert report.counts["resumed"] == 1
+    folder = RunFolder.find(report.trials[0].runs[0].run_id, runs_root=runs)
+    assert [attempt["step"] > 0 for attempt in folder.attempts()] == [False, True]
+    assert [point.step for point in folder.metrics()] == list(range(1, 7))
+    assert sorted(attempts(tmp_path).values()) == [1, 2]
+
+
+def test_two_workers_on_one_postgresql_stop_together_at_the_budget(tmp_path: Path, postgresql: str) -> None:
+    pair = [start_worker(tmp_path, storage=postgresql, budget=5, delay=0.03, name="pair") for _ in range(2)]
+    said = [worker.communicate(timeout=120)[0] for worker in pair]
+    assert [worker.returncode for worker in pair] == [0, 0]
+    search = Search(tmp_path, tuning=tuning_of(tmp_path, study_name="pair"), storage=postgresql)
+    report = search.report(budget=5)
+    assert report.counts["completed"] == 5
+    assert len(report.trials) == 5
+    assert attempts(tmp_path) == dict.fromkeys(attempts(tmp_path), 1)
+    assert all("completed" in text for text in said)
+    assert SECRET not in "".join(said) + json.dumps(report.to_json())
+    kept = [path for path in tmp_path.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
+    assert kept == []
+
+
+def test_ctrl_c_stops_within_seconds_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    url = f"journal:///{tmp_path}/studies.journal"
+    process = start_worker(tmp_path, storage=url, budget=2, delay=0.4, name="search-demo")
+    runs = tmp_path / "runs"
+    wait_until(lambda: any(run.state.step >= 2 for run in list_runs(runs)))
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=20) == 130
+    (run,) = list_runs(runs)
+    assert run.state.status == "interrupted"
+    search = Search(tmp_path, storage=url)
+    assert [trial.status for trial in search.report().trials] == ["stopped"]
+    search.work(budget=2)
+    assert [trial.status for trial in search.report().trials] == ["completed", "completed"]
+    assert [attempt["step"] > 0 for attempt in RunFolder(run.path, run.info).attempts()] == [False, True]
+
+
+def test_another_recipe_under_the_same_name_is_refused(tmp_path: Path) -> None:
+    Search(tmp_path).open()
+    changed = Search(tmp_path, tuning=tuning_of(tmp_path, overrides=("optimizer.learning_rate=0.5",)))
+    with pytest.raises(UserError, match=r"begun with optimizer.learning_rate = its default, now it is 0.5.*--name"):
+        changed.open()
+    Search(tmp_path, tuning=tuning_of(tmp_path, overrides=("optimizer.learning_rate=0.5",), study_name="other")).open()
+    Search(tmp_path, tuning=tuning_of(tmp_path, pruner="median")).open()
+
+
+def test_a_finished_run_without_the_objective_is_an_error_that_loses_nothing(tmp_path: Path) -> None:
+    search = Search(tmp_path)
+    folder = RunFolder.create(search.tuning.recipe({"method.kappa": 5.0}), seed=0, runs_root=tmp_path / "runs")
+    folder.set_state(status="finished", step=6, total_steps=6)
+    with pytest.raises(UserError, match=rf"obowlab eval {folder.run_id} --protocol fewshot"):
+        search.work(budget=1)
+    assert [trial.status for trial in search.report().trials] == ["stopped"]
+
+
+def test_storages_are_named_in_full_and_without_passwords(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert storage_url(None, runs_root=tmp_path) == f"journal:///{tmp_path}/.studies/studies.journal"
+    assert storage_url("postgres://a:b@h/d", runs_root=tmp_path) == "postgresql+psycopg://a:b@h/d"
+    assert storage_url(f"sqlite:///{tmp_path}/s.db", runs_root=tmp_path) == f"sqlite:///{tmp_path}/s.db"
+    for bad in ("mysql://me:hidden@host/x", "studies.db", "sqlite://"):
+        with pytest.raises(UserError, match="--storage") as caught:
+            storage_url(bad, runs_root=tmp_path)
+        assert "hidden" not in str(caught.value)
+    monkeypatch.setattr(storages, "file_system", lambda path: "nfs4")
+    with pytest.raises(UserError, match="network file system"):
+        storage_url(f"sqlite:///{tmp_path}/s.db", runs_root=tmp_path)
+    storage_url(f"journal:///{tmp_path}/s.journal", runs_root=tmp_path)
+
+
+def test_a_database_that_does_not_answer_is_one_sentence_without_its_password(tmp_path: Path) -> None:
+    pytest.importorskip("psycopg")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        url = storage_url(f"postgresql://me:{SECRET}@127.0.0.1:{probe.getsockname()[1]}/x", runs_root=tmp_path)
+        with pytest.raises(UserError, match="Cannot use postgresql") as caught:
+            open_storage(url)
+    assert SECRET not in str(caught.value)
+
+
+def test_file_systems_are_read_from_the_mount_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = "1 0 0:1 / / rw - ext4 /dev/a rw\n2 1 0:2 / /home\\040x rw - nfs4 server:/h rw\n"
+    monkeypatch.setattr(Path, "read_text", lambda self, **_: table)
+    assert storages.file_system(Path("/home x/me/studies.db")) == "nfs4"
+    assert storages.file_system(Path("/var/studies.db")) == "ext4"
+
+
+def test_a_claim_has_one_holder_and_ends_with_its_process(tmp_path: Path) -> None:
+    mine, other = Claims(tmp_path), Claims(tmp_path)
+    assert mine.take(3)
+    assert not mine.take(3)
+    assert not other.take(3)
+    assert other.is_held(3)
+    assert mine.is_held(3)
+    assert not other.is_held(4)
+    mine.release(3)
+    assert not other.is_held(3)
+    assert other.take(3)
+    holder = subprocess.Popen(
+        [
+            "python3",
+            "-c",
+            "import fcntl,sys,time; f=open(sys.argv[1],'a'); fcntl.flock(f,2); print(1,flush=True); time.sleep(60)",
+            str(tmp_path / "trial-5.lock"),
+        ],
+        stdout=subprocess.PIPE,
+    )
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    assert not mine.take(5)
+    holder.kill()
+    holder.wait()
+    assert mine.take(5)
+
+
+def test_the_stages_of_a_recipe_are_trained_first_and_once(tmp_path: Path) -> None:
+    tuning_of(tmp_path)
+    text = (tmp_path / "search.toml").read_text()
+    changes = {
+        'base = "vanilla"': 'base = "bownet"',
+        "method.kappa": "method.kmeans_points",
+        'kind = "float"\nlow = 1.0\nhigh = 64.0': 'kind = "int"\nlow = 1\nhigh = 64',
+        "= 5.0": "= 5",
+    }
+    for old, new in changes.items():
+        assert old in text
+        text = text.replace(old, new)
+    search = Search(tmp_path, tuning=tuning_of(tmp_path, text=text))
+    search.work(budget=2)
+    assert search.report().counts["completed"] == 2
+    names = [run.info.name for run in reversed(list_runs(tmp_path / "runs"))]
+    stage1, stage2, last = (stage.name for stage in search.tuning.base.stages())
+    assert sorted(names) == sorted([stage1, stage2, stage2, last, last]), "the first stage does not depend on the parameter"
+    assert attempts(tmp_path) == dict.fromkeys(attempts(tmp_path), 1)
+
+
+def test_a_storage_that_is_away_for_a_moment_costs_no_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    search, tell, away = Search(tmp_path), optuna.Study.tell, [1, 1, 1]
+
+    def sometimes(study: optuna.Study, *words: Any, **options: Any) -> Any:
+        if away:
+            away.pop()
+            raise StorageInternalError("gone")
+        return tell(study, *words, **options)
+
+    monkeypatch.setattr(optuna.Study, "tell", sometimes)
+    monkeypatch.setattr(workers, "RETRY_S", 0.05)
+    search.work(budget=1)
+    assert [trial.status for trial in search.report().trials] == ["completed"]
+    assert sum("does not answer (gone)" in line for line in search.said) == 1
+    assert set(attempts(tmp_path).values()) == {1}

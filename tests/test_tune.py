@@ -1,0 +1,204 @@
+"""`obowlab tune` as it is typed: one real study from command to MLflow, what is shown, what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from obowlab.lab.study.claims import Claims
+from obowlab.lab.study.shape import StudyReport, StudyTrial
+from obowlab.track.folder import RunFolder
+from tests.command_line import Obowlab, contents, empty_workplace
+from tests.studies import Search, tuning_of, wait_until
+
+REAL = """
+base = "vanilla"
+objective = "fewshot_1shot"
+trials = 1
+
+[overrides]
+"data.dataset" = "small"
+"views.original_size" = 24
+"views.original_resize" = 27
+"views.crop_size" = 16
+"backbone.width" = 4
+"method.num_words" = 16
+"training.epochs" = 2
+"training.batch_size" = 8
+"evaluation.protocols" = ["fewshot"]
+"evaluation.random_baseline" = false
+"evaluation.fewshot.num_ways" = 3
+"evaluation.fewshot.shots" = [1]
+"evaluation.fewshot.num_episodes" = 10
+
+[parameters."method.kappa"]
+kind = "float"
+low = 1.0
+high = 20.0
+
+[paper]
+"method.kappa" = 5.0
+
+[pruner]
+kind = "median"
+"""
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.delenv("OBOWLAB_STUDY_STORAGE", raising=False)
+    return empty_workplace(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def obowlab(capsys: pytest.CaptureFixture[str]) -> Obowlab:
+    return Obowlab(capsys)
+
+
+def test_a_real_study_from_the_command_to_mlflow(workplace: Path, data_root: Path, obowlab: Obowlab) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    (workplace / "small.toml").write_text(REAL)
+    words = ("tune", "small.toml", "--scale", "demo", "--data-root", str(data_root), "--loader", "torch", "--device", "cpu")
+    code, out, err = obowlab(*words)
+    assert code == 0, err
+    assert "1 completed; budget 1" in out
+    assert "trial 0: the paper's point, kappa 5" in err
+    assert "epoch 1 of 2, fewshot_1shot" in err
+    report = json.loads((workplace / "runs" / ".studies" / "small-demo" / "study.json").read_text())
+    (trial,) = report["trials"]
+    (run,) = trial["runs"]
+    folder = RunFolder.find(run["run_id"], runs_root=workplace / "runs")
+    (result,) = folder.results()
+    assert trial["value"] == result["measurements"][0]["value"]
+    assert trial["interval"] == pytest.approx(result["measurements"][0]["interval"], rel=0.2)  # Student's t, not the normal
+    assert run["interval"] == result["measurements"][0]["interval"]
+    assert trial["online"] == [[1, folder.metrics("online")[0].values["fewshot_1shot"]]]
+    assert (folder.path / "terminal.txt").is_file()
+
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{workplace}/runs/mlflow.db")
+    experiment = client.get_experiment_by_name("obowlab").experiment_id
+    mirrored = client.get_run(run["mlflow_run_id"])
+    assert mirrored.data.tags["obowlab.study"] == "small-demo"
+    assert mirrored.data.tags["obowlab.trial"] == "0"
+    assert mirrored.data.metrics["online/fewshot_1shot"] == trial["online"][0][1]
+
+    # Labels reach a run that was finished before, and the study's own run is renewed, not doubled.
+    folder.add_labels({"obowlab.table3": "row, column"})
+    code, out, err = obowlab("runs", "sync", folder.run_id)
+    assert code == 0, err
+    assert client.get_run(run["mlflow_run_id"]).data.tags["obowlab.table3"] == "row, column"
+    code, out, err = obowlab(*words, "--show")
+    assert code == 0, err
+    (summary,) = client.search_runs([experiment], filter_string="tags.`obowlab.kind` = 'study'")
+    assert summary.data.tags["obowlab.study"] == "small-demo"
+    assert summary.data.metrics["study/completed"] == 1.0
+    assert summary.data.metrics["study/best_fewshot_1shot"] == trial["value"]
+    assert "study.json" in [file.path for file in client.list_artifacts(summary.info.run_id)]
+
+
+def test_a_study_is_shown_with_its_figures(workplace: Path, obowlab: Obowlab, monkeypatch: pytest.MonkeyPatch) -> None:
+    from obowlab.lab import launch as launching
+    from obowlab.lab.study import report as reporting
+    from tests.studies import NoMirror
+
+    monkeypatch.setattr(launching, "Mirror", NoMirror)
+    monkeypatch.setattr(reporting, "send_summary", lambda **_: "it is away")
+    search = Search(workplace, tuning=tuning_of(workplace))
+    search.work(budget=5)
+    words = ("tune", "search.toml", "--scale", "demo", "--show")
+    code, out, err = obowlab(*words)
+    assert code == 0
+    assert "Warning: MLflow does not show the study (it is away)" in err
+    lines = out.splitlines()
+    assert lines[0] == "Study search-demo: a search"
+    assert lines[1].split()[:4] == ["trial", "status", "kappa", "fewshot_5shot"]
+    assert len([line for line in lines if " completed " in line]) == 5
+    assert any(line.startswith("best: ") for line in lines)
+    assert any(line.startswith("best against paper: +") for line in lines)
+    code, out, _ = obowlab(*words, "--json")
+    shown = json.loads(out)
+    assert set(shown) == set(StudyReport.__annotations__)
+    assert set(shown["trials"][0]) == set(StudyTrial.__annotations__)
+    assert set(shown["figures"]) == {"history", "slice", "importance"}
+    assert all(figure["data"] for figure in shown["figures"].values())
+    assert shown["parameters"][0]["importance"] == pytest.approx(1.0)
+    best, paper = (shown["trials"][shown[name]]["runs"][0]["value"] for name in ("best", "paper"))
+    assert abs(shown["best_against_paper"]["value"] - (best - paper)) < 2.0  # answers are whole numbers, the values are not
+
+
+def test_looking_changes_nothing(workplace: Path, obowlab: Obowlab) -> None:
+    code, out, _ = obowlab("tune", "kappa-delta", "--scale", "demo", "--dry-run")
+    assert code == 0
+    assert out.startswith("Would begin study kappa-delta-demo: 0 of 30 trials completed, 1 at a time\n")
+    assert "  first: the paper's method.kappa = 5.0, method.delta_base = 0.1\n" in out
+    assert contents(workplace) == {}
+    assert not (workplace / "runs").exists()
+    assert obowlab("tune", "--list")[1].splitlines()[1].startswith("kappa-delta")
+    assert json.loads(obowlab("tune", "--list", "--json")[1])["kappa-delta"]["trials"] == 30
+    Search(workplace, tuning=tuning_of(workplace)).open()
+    before = contents(workplace)
+    code, out, _ = obowlab("tune", "search.toml", "--scale", "demo", "--dry-run")
+    assert out.startswith("Would continue study search-demo: 0 of 4 trials completed")
+    assert contents(workplace) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ("", "Name a study or its TOML file"),
+        ("kappa-dleta", "Did you mean 'kappa-delta'?"),
+        ("kappa-delta --scale demo --show", "was not begun in this storage"),
+        ("kappa-delta --scale demo --gpus 2 --jobs 2", "leave --device and --jobs out"),
+        ("kappa-delta --scale demo --gpus 64", "GPUs, not 64"),
+        ("kappa-delta --scale demo --storage mysql://me:hidden@h/d", "--storage cannot be 'mysql://h/d'"),
+        ("kappa-delta --scale demo --set method.kappa=3", "is a parameter of kappa-delta.toml"),
+        ("kappa-delta --scale demo --name a/b", "--name"),
+        ("kappa-delta --scale paper", "obowlab data prepare imagenet"),
+    ],
+)
+def test_mistakes_are_one_sentence(workplace: Path, obowlab: Obowlab, words: str, complaint: str) -> None:
+    code, _, err = obowlab("tune", *words.split())
+    assert code == 2
+    assert err.startswith("Error: ")
+    assert len(err.splitlines()) == 1
+    assert complaint in err
+    assert "hidden" not in err
+    assert contents(workplace) == {}
+
+
+def test_the_dashboard_shows_the_studies(workplace: Path, obowlab: Obowlab) -> None:
+    pytest.importorskip("optuna_dashboard")
+    code, _, err = obowlab("ui", "--studies", "--port", "18080")
+    assert code == 2
+    assert "There are no studies" in err
+    Search(workplace, tuning=tuning_of(workplace)).open()
+    port = "18731"
+    code, out, _ = obowlab("ui", "--studies", "--port", port, "--dry-run")
+    assert out.startswith("Would serve the studies of journal:///")
+    command = [sys.executable, "-m", "obowlab.cli", "ui", "--studies", "--port", port]
+    environment = {"PYTHONPATH": str(Path(__file__).parents[1])}
+    server = subprocess.Popen(command, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        assert server.stdout.readline().strip().endswith(f"http://127.0.0.1:{port}/dashboard")
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with direct.open(f"http://127.0.0.1:{port}/api/studies", timeout=20) as answer:
+            assert [study["study_name"] for study in json.load(answer)["study_summaries"]] == ["search-demo"]
+    finally:
+        server.terminate()
+        server.wait(20)
+    wait_until(lambda: server.poll() is not None)
+
+
+def test_claims_of_a_study_need_a_folder_that_can_be_made(workplace: Path) -> None:
+    from obowlab.errors import UserError
+
+    (workplace / "file").write_text("")
+    with pytest.raises(UserError, match="--runs-root"):
+        Claims(workplace / "file" / "study")
