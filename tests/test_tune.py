@@ -105,16 +105,17 @@ def test_a_real_study_from_the_command_to_mlflow(workplace: Path, data_root: Pat
 def test_a_study_is_shown_with_its_figures(workplace: Path, obowlab: Obowlab, monkeypatch: pytest.MonkeyPatch) -> None:
     from obowlab.lab import launch as launching
     from obowlab.lab.study import report as reporting
+    from obowlab.track.publish import Published
     from tests.studies import NoMirror
 
     monkeypatch.setattr(launching, "Mirror", NoMirror)
-    monkeypatch.setattr(reporting, "send_summary", lambda **_: "it is away")
+    monkeypatch.setattr(reporting, "publish", lambda *_, **__: Published(warning="MLflow is away."))
     search = Search(workplace, tuning=tuning_of(workplace))
     search.work(budget=5)
     words = ("tune", "search.toml", "--scale", "demo", "--show")
     code, out, err = obowlab(*words)
     assert code == 0
-    assert "Warning: MLflow does not show the study (it is away)" in err
+    assert "Warning: MLflow is away." in err
     lines = out.splitlines()
     assert lines[0] == "Study search-demo: a search"
     assert lines[1].split()[:4] == ["trial", "status", "kappa", "fewshot_5shot"]

@@ -152,7 +152,7 @@ def _work(tuning: Tuning, *, machine: Machine, storage: str | None, budget: int,
         report, problem = reporter.send()
     print_study(report)
     if problem is not None:
-        click.echo(f"Warning: MLflow does not show the study ({problem}); --show sends it again.", err=True)
+        click.echo(f"Warning: {problem}", err=True)
     if ended.signum:
         click.echo("Stopped; every run is saved, and the same command goes on.", err=True)
         return 128 + ended.signum
@@ -192,7 +192,7 @@ def _look(tuning: Tuning, *, machine: Machine, storage: str | None, budget: int,
     else:
         print_study(report)
     if problem is not None:
-        click.echo(f"Warning: MLflow does not show the study ({problem}).", err=True)
+        click.echo(f"Warning: {problem}", err=True)
     return 0
 
 

@@ -25,9 +25,9 @@ from obowlab.lab.table import Estimate
 from obowlab.track.folder import RunFolder
 from obowlab.track.journal import write_atomic
 from obowlab.track.metrics import lookup
+from obowlab.track.publish import publish
 from obowlab.track.samples import unpack
 from obowlab.track.store import shown_uri
-from obowlab.track.summary import send_summary
 
 REPORT_FILE = "study.json"
 MIN_TRIALS_FOR_IMPORTANCE = 4
@@ -111,23 +111,24 @@ def send_report(report: StudyReport, *, machine: Machine) -> str | None:
     values = {trial.number: trial.value for trial in report.trials}
     best = values[report.best] if report.best is not None else None
     metrics = counts | ({f"study/best_{report.metric}": best} if best is not None else {})
-    return send_summary(
-        kind="study",
+    published = publish(
+        "study",
         name=report.name,
+        machine=machine,
         files={
             REPORT_FILE: json.dumps(report.to_json(), indent=1, allow_nan=False, default=str),
             **{f"figures/{name}.plotly.json": json.dumps(figure) for name, figure in report.figures.items()},
         },
         tags={
             "mlflow.note.content": report.title,
+            "obowlab.study": report.name,
             "obowlab.recipe": report.recipe,
             "obowlab.scale": report.scale,
             "obowlab.storage": report.storage,
         },
         metrics=metrics,
-        runs_root=machine.runs_root,
-        tracking_uri=machine.tracking_uri,
     )
+    return published.warning
 
 
 # --------------------------------------------------------------------------------------------------------------- trials
