@@ -142,6 +142,28 @@ def test_without_its_teacher_a_stage_stops_with_one_sentence(
     assert (second.path / "checkpoint.pt").read_bytes() == before
 
 
+def test_a_signal_while_words_are_made_stops_at_once_and_they_are_made_again(
+    tmp_path: Path, trained: tuple[Loaded, Machine, list[RunFolder]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, _ = interrupted_copy(tmp_path, trained)
+    shutil.rmtree(second.path)
+    folder = RunFolder.create(trained[0].stages()[1], seed=SEED, runs_root=tmp_path)
+    folder.write_machine(trained[1])
+
+    def stopped(points: torch.Tensor, **options: object) -> torch.Tensor:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("nobody listened")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("obowlab.methods.bownet.kmeans", stopped)
+        assert train_here([str(folder.path)]) == 128 + signal.SIGTERM
+    assert folder.state.status == "interrupted"
+    assert not (folder.path / "checkpoint.pt").exists()
+    assert train_here([str(folder.path)]) == 0
+    assert [attempt["teacher_run"] for attempt in folder.attempts()] == [first.run_id] * 2
+    assert torch.equal(weights(folder)["words"], weights(trained[2][1])["words"])
+
+
 def test_a_run_is_found_by_fingerprint_a_finished_one_first(tmp_path: Path) -> None:
     loaded = load_recipe("demo")
     assert find_run(loaded.recipe.fingerprint(seed=0), runs_root=tmp_path) is None
