@@ -21,13 +21,14 @@ VALUES: dict[str, dict[str, object]] = {
 """What the methods need that cannot train four small images with their default settings."""
 
 
-def small_preparation(recipe: Recipe, *, num_images: int = 12, size: int = 40) -> Preparation:
+def small_preparation(recipe: Recipe, *, num_images: int = 13, size: int = 40, dtype: torch.dtype = torch.float32) -> Preparation:
     """Return random images and draws, and a teacher that nobody trained."""
     generator = torch.Generator().manual_seed(100)
-    images = torch.randn(num_images, 3, size, size, generator=generator)
+    images = torch.randn(num_images, 3, size, size, generator=generator, dtype=dtype)
     draws = torch.rand(2, num_images, 200, generator=generator, dtype=torch.float64)
+    teacher = None if recipe.teacher is None else build_backbone(recipe.backbone, seed=7).to(dtype).eval()
     return Preparation(
-        teacher=None if recipe.teacher is None else build_backbone(recipe.backbone, seed=7).eval(),
+        teacher=teacher,
         num_images=num_images,
         originals=lambda numbers: iter(images[numbers].split(5)),
         uniforms=lambda numbers, count, lane: draws[lane][numbers, :count],

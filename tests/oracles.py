@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from obowlab.config import Obow
+from obowlab.config import Moco, Obow
 
 
 def batch_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -190,6 +190,67 @@ class ObowOracle:
         rows, columns = cropped.shape[1] - size + 1, cropped.shape[2] - size + 1
         choices = [cropped[:, i : i + size, j : j + size].mean((1, 2)) for i in range(rows) for j in range(columns)]
         return choices[math.floor(draw * len(choices))]
+
+
+class MocoOracle:
+    """MoCo v2 with a queue that is a Python list, every group of the batch through a network of its own, and plain SGD."""
+
+    def __init__(self, method: Moco, state: dict[str, Tensor], *, stem: str, lr: float):
+        self.method, self.stem, self.lr = method, stem, lr
+        statistics = ("running_mean", "running_var", "num_batches_tracked")
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {k[len(prefix) :]: v.clone() for k, v in state.items() if k.startswith(prefix) and not k.endswith(statistics)}
+
+        self.student = part("student.") | {f"projection.{k}": v for k, v in part("projection.").items()}
+        self.teacher = part("teacher.") | {f"projection.{k}": v for k, v in part("teacher_projection.").items()}
+        self.queue = [key.clone() for key in state["queue"]]
+        self.pointer = 0
+
+    def encode(self, p: dict[str, Tensor], images: list[Tensor]) -> list[Tensor]:
+        """Return the projections of images, of which each group is normalised by itself."""
+        size = len(images) // self.method.batchnorm_splits
+        found = []
+        for start in range(0, len(images), size):
+            group = torch.stack(images[start : start + size])
+            for conv5 in resnet_levels(p, group, stem=self.stem)["conv5"]:
+                hidden = torch.relu(p["projection.fc1.weight"] @ conv5.mean((1, 2)) + p["projection.fc1.bias"])
+                found.append(unit(p["projection.fc2.weight"] @ hidden + p["projection.fc2.bias"]))
+        return found
+
+    def step(self, views: dict[str, Tensor], *, num_images: int, draws: Tensor) -> tuple[float, float]:
+        """Do a whole step, SGD included; return its loss and the percentage of queries that find their key."""
+        for value in self.student.values():
+            value.requires_grad_(True)
+        crops = views["crops"].view(num_images, -1, *views["crops"].shape[1:])
+        queries = {"crops": [crop for image in crops for crop in image[:-1]]}
+        queries |= {kind: list(images) for kind, images in views.items() if kind != "crops"}
+        projected = {kind: self.encode(self.student, images) for kind, images in queries.items() if images}
+        alpha = self.method.teacher_momentum
+        for name, value in self.teacher.items():
+            self.teacher[name] = alpha * value + (1 - alpha) * self.student[name].detach()
+        order = sorted(range(num_images), key=lambda image: float(draws[image, 0]))
+        with torch.no_grad():
+            shuffled = self.encode(self.teacher, [crops[image, -1] for image in order])
+        keys = dict(zip(order, shuffled, strict=True))
+        loss, hits, seen = torch.zeros((), dtype=crops.dtype), 0, 0
+        for vectors in projected.values():
+            per_image = len(vectors) // num_images
+            terms = []
+            for number, query in enumerate(vectors):
+                similar = torch.stack([query @ keys[number // per_image], *(query @ old for old in self.queue)])
+                terms.append(-torch.log_softmax(similar / self.method.temperature, dim=0)[0])
+                hits += int(similar.argmax()) == 0
+                seen += 1
+            loss = loss + sum(terms) / len(terms)
+        for image in range(num_images):
+            self.queue[self.pointer] = keys[image]
+            self.pointer = (self.pointer + 1) % self.method.queue_size
+        grads = torch.autograd.grad(loss, list(self.student.values()))
+        for value, grad in zip(self.student.values(), grads, strict=True):
+            value.requires_grad_(False)
+            value -= self.lr * grad
+        return float(loss.detach()), 100.0 * hits / seen
 
 
 def balanced_assignment(distances: Tensor, *, epsilon: float, iterations: int) -> Tensor:

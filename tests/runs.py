@@ -65,6 +65,44 @@ def small_recipe(folder: Path, *, dataset: str, epochs: int = 4, batch_size: int
     return load_recipe(str(path), overrides=overrides)
 
 
+CHAIN = """
+extends = "small"
+title = "Chain"
+
+[views]
+num_patches = 0
+crop_extent = "whole"
+cutmix_probability = 0.8
+
+[method]
+name = "bownet"
+num_words = 12
+border = 0
+kmeans_points = 3
+
+[evaluation]
+protocols = ["knn"]
+random_baseline = false
+
+[teacher.teacher.method]
+name = "rotnet"
+
+[teacher.teacher.views]
+cutmix_probability = 0.0
+
+[teacher.teacher.training]
+epochs = 2
+"""
+
+
+def chain_recipe(folder: Path, *, dataset: str, epochs: int = 4, overrides: tuple[str, ...] = ()) -> Loaded:
+    """Write and load a recipe of three stages: RotNet, BoWNet, BoWNet."""
+    small_recipe(folder, dataset=dataset, epochs=epochs)
+    path = folder / "chain.toml"
+    path.write_text(CHAIN)
+    return load_recipe(str(path), overrides=overrides)
+
+
 def start(loaded: Loaded, *, machine: Machine, seed: int = 3) -> tuple[RunFolder, subprocess.Popen[bytes]]:
     """Start the compute process (or the torchrun group) of a run, as the launcher does."""
     folder = RunFolder.create(loaded, seed=seed, runs_root=machine.runs_root)

@@ -161,10 +161,40 @@ BUDGET = {"training.epochs", "training.batch_size", "views.patch_size"}
 """What the tiny full recipe gives up to end as soon as the vanilla one; at the paper's scale nothing is given up."""
 
 
-@pytest.mark.parametrize(("scale", "also"), [("imagenet20", set()), ("tiny", BUDGET)])
+@pytest.mark.parametrize(("scale", "also"), [("imagenet20", set()), ("tiny", BUDGET), ("demo", BUDGET)])
 def test_full_differs_from_vanilla_in_levels_and_views_only(scale: str, also: set[str]) -> None:
     first, second = resolved(f"{scale}-vanilla"), resolved(f"{scale}-full")
     assert {key for key in first if first[key] != second[key]} <= {"title", *FULL_VIEWS} | also
+
+
+def test_the_demo_has_two_names_and_one_identity() -> None:
+    assert load_recipe("demo-vanilla").recipe.fingerprint(seed=0) == load_recipe("demo").recipe.fingerprint(seed=0)
+
+
+@pytest.mark.parametrize("scale", ["imagenet20", "tiny", "demo"])
+def test_bownet_takes_the_papers_three_stages(scale: str) -> None:
+    stages = [stage.recipe for stage in load_recipe(f"{scale}-bownet").stages()]
+    assert [stage.method.name for stage in stages] == ["rotnet", "bownet", "bownet"]
+    epochs = [stage.training.epochs for stage in stages]
+    assert epochs == [epochs[0], 2 * epochs[0], 2 * epochs[0]]
+    assert scale != "imagenet20" or epochs == [40, 80, 80]
+    assert [stage.views.crop_extent for stage in stages] == ["whole"] * 3
+    assert [stage.views.cutmix_probability for stage in stages] == [0.0, 1.0, 1.0]
+    row = {"views.crop_extent": "part", "views.cutmix_probability": 0.0}
+    crops = [stage.recipe for stage in load_recipe(f"{scale}-bownet", changes=row).stages()]
+    assert crops[0].fingerprint(seed=0) == stages[0].fingerprint(seed=0), "both rows of Table 5 share the RotNet stage"
+    assert [stage.views.crop_extent for stage in crops[1:]] == ["part"] * 2
+    assert [stage.views.cutmix_probability for stage in crops] == [0.0] * 3
+
+
+@pytest.mark.parametrize("scale", ["imagenet20", "tiny", "demo"])
+def test_baselines_differ_from_vanilla_in_method_views_and_budget_only(scale: str) -> None:
+    vanilla = resolved(f"{scale}-vanilla")
+    for method in ("bownet", "moco"):
+        ours = resolved(f"{scale}-{method}")
+        changed = {key for key in vanilla.keys() & ours.keys() if vanilla[key] != ours[key]}
+        allowed = {"title", "training.epochs"} if scale != "imagenet20" else {"title"}
+        assert {key for key in changed if not key.startswith(("method.", "views."))} <= allowed, method
 
 
 @pytest.mark.parametrize("name", NAMES)
