@@ -32,13 +32,9 @@ if [ "${OBOWLAB_BROWSER:-1}" = 1 ] && ! have_browser; then
     debian "pages are tested with" "the tests of pages will be skipped" chromium chromium-driver
 fi
 
-if ! command -v initdb >/dev/null && ! ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 && command -v apt-get >/dev/null; then
-    as_root=""
-    [ "$(id -u)" = 0 ] || as_root=sudo
-    say "Debian package that tests of studies on a database need: postgresql"
-    DEBIAN_FRONTEND=noninteractive $as_root apt-get update -qq \
-        && DEBIAN_FRONTEND=noninteractive $as_root apt-get install -y -qq --no-install-recommends postgresql >/dev/null \
-        || echo "   could not be installed; those tests will be skipped"
+have_database() { command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1; }
+if ! have_database; then
+    debian "studies on a database are tested with" "those tests will be skipped" postgresql
 fi
 
 say "Python packages into .venv (the tested set of constraints.txt)"
