@@ -149,7 +149,8 @@ def _work(tuning: Tuning, *, machine: Machine, storage: str | None, budget: int,
             after_trial=reporter.write,
         )
         ended = worker.work()
-        report, problem = reporter.send()
+        # Who stopped it waits for the prompt: MLflow is told at the end of the next command.
+        report, problem = (reporter.write(), None) if ended.signum else reporter.send()
     print_study(report)
     if problem is not None:
         click.echo(f"Warning: {problem}", err=True)

@@ -269,6 +269,7 @@ class Mirror:
         if not digest or sent.dataset == digest:
             return
         from mlflow.entities import Dataset, DatasetInput, InputTag
+        from mlflow.exceptions import MlflowException
 
         dataset = Dataset(
             name=self.folder.info.recipe.data.dataset,
@@ -277,7 +278,11 @@ class Mirror:
             source=json.dumps({"content_hash": digest}),
             profile=json.dumps({key: facts[key] for key in ("num_images", "num_classes") if key in facts}),
         )
-        client.log_inputs(_id(sent), datasets=[DatasetInput(dataset, tags=[InputTag("mlflow.data.context", "training")])])
+        inputs = [DatasetInput(dataset, tags=[InputTag("mlflow.data.context", "training")])]
+        try:
+            client.log_inputs(_id(sent), datasets=inputs)
+        except MlflowException:  # a run beside this one was adding the same images: now they are there
+            client.log_inputs(_id(sent), datasets=inputs)
         sent.dataset = str(digest)
         self._done(sent)
 
