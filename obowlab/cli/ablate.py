@@ -99,7 +99,14 @@ def ablate(
     _print_plan(plan, runs=runs, book=book, slots=slots, scale=scale)
     if dry_run:
         return 0
-    return _carry_out(plan, machine=machine.model_copy(update={"procs": 1}), slots=slots, gpus=gpus is not None, records=records)
+    return _carry_out(
+        plan,
+        machine=machine.model_copy(update={"procs": 1}),
+        machine_file=machine_file,
+        slots=slots,
+        gpus=gpus is not None,
+        records=records,
+    )
 
 
 @click.command()
@@ -269,14 +276,16 @@ def _shares(plan: Plan) -> list[str]:
     return lines
 
 
-def _carry_out(plan: Plan, *, machine: Machine, slots: int, gpus: bool, records: Path | None) -> int:
+def _carry_out(plan: Plan, *, machine: Machine, machine_file: Path | None, slots: int, gpus: bool, records: Path | None) -> int:
     from obowlab.cli.run import check_data
     from obowlab.lab.ablate import Ablation
     from obowlab.lab.records import store_records, write_records
 
     for loaded in {job.loaded.recipe.data.dataset: job.loaded for job in plan.jobs}.values():
         check_data(loaded, machine=machine, dry_run=False)
-    ablation = Ablation(plan, machine=machine, slots=slots, gpus=gpus, say=lambda line: click.echo(line, err=True))
+    ablation = Ablation(
+        plan, machine=machine, slots=slots, gpus=gpus, say=lambda line: click.echo(line, err=True), machine_file=machine_file
+    )
     outcomes = ablation.carry_out()
     _sync_labels(ablation.labelled, machine=machine)
     known = store_records(machine.runs_root, fingerprints={job.fingerprint for job in plan.jobs})

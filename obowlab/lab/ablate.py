@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
@@ -153,6 +154,7 @@ class Ablation:
         slots: jobs at a time.
         gpus: whether every slot is a GPU.
         say: prints one line.
+        machine_file: where the machine's other settings are, for the jobs; None for the usual place.
         labelled: runs that learnt by this ablation which rows they serve, in the order of finding.
     """
 
@@ -161,6 +163,7 @@ class Ablation:
     slots: int
     gpus: bool
     say: Callable[[str], None]
+    machine_file: Path | None = None
     labelled: list[RunFolder] = field(default_factory=list)
     _seen: set[str] = field(default_factory=set)
     _children: dict[str, _Child] = field(default_factory=dict)
@@ -230,6 +233,8 @@ class Ablation:
         log = (logs / f"{run_id}.log").open("ab")
         slot = next(number for number in range(self.slots) if number not in {child.slot for child in self._children.values()})
         environment = dict(os.environ)
+        if self.machine_file is not None:
+            environment["OBOWLAB_MACHINE"] = str(self.machine_file.absolute())
         if self.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = _gpu(slot)
         process = subprocess.Popen(
