@@ -149,8 +149,8 @@ def _work(tuning: Tuning, *, machine: Machine, storage: str | None, budget: int,
             after_trial=reporter.write,
         )
         ended = worker.work()
-        # Who stopped it waits for the prompt: MLflow is told at the end of the next command.
-        report, problem = (reporter.write(), None) if ended.signum else reporter.send()
+        # Who stopped it waits for the prompt: study.json is of the last trial's end, and MLflow hears from the next command.
+        report, problem = (reporter.look(), None) if ended.signum else reporter.send()
     print_study(report)
     if problem is not None:
         click.echo(f"Warning: {problem}", err=True)
@@ -177,7 +177,7 @@ def _look(tuning: Tuning, *, machine: Machine, storage: str | None, budget: int,
         if dry_run_only := not show:
             claims = Claims(folder) if study is not None and folder.is_dir() else None
             report = (
-                collect(study, tuning=tuning, machine=machine, claims=claims, budget=budget, storage=url, figures=False)
+                collect(study, tuning=tuning, machine=machine, claims=claims, budget=budget, storage=url, analyse=False)
                 if study is not None and claims is not None
                 else None
             )

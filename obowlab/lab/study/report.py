@@ -43,7 +43,7 @@ _STATUSES: dict[TrialState, TrialStatus] = {
 
 
 def collect(
-    study: optuna.Study, *, tuning: Tuning, machine: Machine, claims: Claims, budget: int, storage: str, figures: bool = True
+    study: optuna.Study, *, tuning: Tuning, machine: Machine, claims: Claims, budget: int, storage: str, analyse: bool = True
 ) -> StudyReport:
     """Return what is known of a study now, from its storage and its run folders.
 
@@ -54,7 +54,7 @@ def collect(
         claims: who works on which trial.
         budget: completed trials wanted.
         storage: its address.
-        figures: whether to draw; takes a second or two.
+        analyse: whether to compute importances and draw figures; takes a second or two.
     """
     frozen = study.get_trials(deepcopy=False)
     measured = {trial.number: _measurements(trial, tuning=tuning, machine=machine) for trial in frozen}
@@ -68,7 +68,7 @@ def collect(
         "resumed": sum(trial.resumed > 0 for trial in trials),
         "repeated": sum(trial.repeat_of is not None for trial in trials),
     }
-    importances = _importances(study, num_completed=len(completed))
+    importances = _importances(study, num_completed=len(completed)) if analyse else {}
     return StudyReport(
         format=FORMAT,
         name=tuning.name,
@@ -92,7 +92,7 @@ def collect(
         paper=paper.number if paper else None,
         best_against_paper=_difference(measured[best.number], measured[paper.number]) if best and paper else None,
         problems=_problems(completed, measured=measured),
-        figures=_figures(study, tuning=tuning, num_completed=len(completed), importances=importances) if figures else {},
+        figures=_figures(study, tuning=tuning, num_completed=len(completed), importances=importances) if analyse else {},
         sampler={"kind": "tpe", **tuning.spec.sampler.model_dump(mode="json")},
         pruner=tuning.spec.pruner.model_dump(mode="json"),
     )
@@ -301,6 +301,10 @@ class Reporter:
         self._machine = machine
         self._claims = claims
         self._turn = threading.Lock()
+
+    def look(self) -> StudyReport:
+        """Return what there is, at once: without importances and figures, and without writing anything."""
+        return collect(self._study, **self._facts, analyse=False)
 
     def write(self) -> StudyReport:
         """Write `study.json` as things stand."""
