@@ -11,6 +11,7 @@ import pytest
 from obowlab.cli import main
 from obowlab.config import load_recipe
 from obowlab.track.folder import RunFolder
+from obowlab.track.samples import pack
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def result(protocol: str, subject: str, value: float) -> dict[str, Any]:
         "subject": subject,
         "weights_hash": "cd" * 32,
         "data_hash": "ef" * 32,
-        "measurements": [{"name": name, "value": value, "interval": 0.5, "count": 200}],
+        "measurements": [{"name": name, "value": value, "interval": 0.5, "count": 200, "samples": pack([1] * 200, of=4)}],
         "details": {"dataset": "synthetic"},
         "elapsed_s": 1.0,
     }
