@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Literal
 
 from obowlab.config import Machine, Recipe
@@ -54,7 +55,7 @@ class CostBook:
         """
         self._machine = machine
         self._path = machine.runs_root / COSTS
-        self._trained_s: dict[str, float] = {}
+        self._trained_s: dict[str, list[float]] = {}
         for run in runs:
             if run.state.status == "finished":
                 self._note(RunFolder(run.path, run.info))
@@ -64,7 +65,7 @@ class CostBook:
         """Return what a training of this recipe takes, as far as it is known."""
         key, steps = recipe.fingerprint(seed=0), num_steps(recipe, data_root=self._machine.data_root)
         if key in self._trained_s:
-            return Cost(steps, self._trained_s[key], "run")
+            return Cost(steps, median(self._trained_s[key]), "run")
         step_s = self._step_s.get(self._place(key))
         if step_s is not None and steps is not None:
             return Cost(steps, steps * step_s, "benchmark")
@@ -109,7 +110,7 @@ class CostBook:
             return  # made by another version: it cannot be what is planned now
         trained_s = folder.trained_s()
         if trained_s is not None and self._machine.device in ("auto", folder.facts().get("device")):
-            self._trained_s[key] = trained_s
+            self._trained_s.setdefault(key, []).append(trained_s)
 
     def _place(self, key: str) -> str:
         return f"{socket.gethostname()} {self._machine.device} {key}"
