@@ -11,6 +11,7 @@ from torch import Tensor
 
 from obowlab.config import Recipe, recipe_from_values
 from obowlab.methods import METHODS, Method, OneProcess, Preparation, StepOutput, build_backbone
+from obowlab.track.metrics import lookup
 
 NUM_IMAGES = 4
 NUM_CLASSES = 3
@@ -74,6 +75,7 @@ class MethodContract:
         assert output.loss.shape == ()
         assert {"loss", "monitor_loss", "monitor_accuracy"} <= output.metrics.keys()
         for name, value in output.metrics.items():
+            lookup(name)  # fails for a metric that track/metrics.py does not describe
             assert value.shape == (), name
             assert not value.requires_grad, name
             assert torch.isfinite(value), name

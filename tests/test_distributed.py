@@ -73,6 +73,10 @@ VARIANTS: dict[str, MethodSection] = {
 """All of them train on mixed crops that can."""
 
 
+def test_every_method_is_compared() -> None:
+    assert {config.name for config in VARIANTS.values()} == METHODS.keys()
+
+
 @pytest.mark.parametrize("method_config", VARIANTS.values(), ids=VARIANTS.keys())
 def test_two_processes_do_the_same_mathematics(method_config: MethodSection, tmp_path: Path) -> None:
     alone = train_in_float64(World(rank=0, world_size=1, device=torch.device("cpu")), method_config).state_dict()

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from obowlab.errors import UserError
 from obowlab.lab.records import Record, Records
 from obowlab.lab.statistics import estimate, verdict
 from obowlab.lab.table import Cell, Column, Estimate, Row, RunRef, Table
@@ -59,11 +60,12 @@ def build_table(planned: PlannedTable, *, seeds: Sequence[int], records: Records
     footnotes += planned.file.footnotes
     general = len(footnotes)
     rows = []
-    for row, paper_row in zip(planned.rows, at_paper.rows, strict=True):
+    for number, row in enumerate(planned.rows):
         runs = _runs_of(row, seeds=seeds, records=records)
         own = list(row.footnotes)
-        if not comparable and (also := also_differs(row, base=planned.base, paper_row=paper_row, paper_base=at_paper.base)):
-            own.append(also)
+        if at_paper is not None and not comparable:
+            also = also_differs(row, base=planned.base, paper_row=at_paper.rows[number], paper_base=at_paper.base)
+            own += [also] if also else []
         if sum(run is not None and run.status == "finished" for run in runs.values()) == 1:
             own.append(ONE_SEED)
         for text in own:
@@ -102,9 +104,12 @@ def build_table(planned: PlannedTable, *, seeds: Sequence[int], records: Records
     )
 
 
-def load_table_at_paper(planned: PlannedTable) -> PlannedTable:
-    """Return the same table at the paper's scale, for comparison of its recipes."""
-    return load_table(planned.path, scale=COMPARABLE)
+def load_table_at_paper(planned: PlannedTable) -> PlannedTable | None:
+    """Return the same table at the paper's scale, for comparison of its recipes; None when a row has no recipe there."""
+    try:
+        return load_table(planned.path, scale=COMPARABLE)
+    except UserError:
+        return None
 
 
 def finished_seeds(planned: PlannedTable, *, records: Records) -> tuple[int, ...]:

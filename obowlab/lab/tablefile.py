@@ -111,7 +111,10 @@ def load_table(name: str | Path, *, scale: str) -> PlannedTable:
     bases = [row.row.key for row in rows if row.is_base]
     if len(bases) != 1:
         found = f"rows {' and '.join(bases)} are" if bases else "no row is"
-        raise UserError(f"{path}: {found} the base recipe '{file.base}' without changes; just one must be.")
+        raise UserError(
+            f"{path}: {found} the base recipe '{file.base}' without changes; just one must be. What all rows share belongs "
+            "into a recipe that 'base' names."
+        )
     return PlannedTable(name=path.stem, path=path, scale=scale, file=file, rows=rows)
 
 
@@ -228,6 +231,10 @@ def _complaint(error: ValidationError) -> str:
         model: Mapping[str, Any] = TableFile.model_fields
         if len(first["loc"]) > 1:
             model = AtScale.model_fields if "at" in first["loc"] else TableRow.model_fields
+        if place == "extends":
+            return "this is a recipe, not a table: recipes belong into experiments/."
+        if place in TableRow.model_fields:
+            return f"'{place}' belongs to a row; what all rows share belongs into a recipe that 'base' names."
         return f"unknown key '{place}'.{nearest(str(first['loc'][-1]), list(model))}"
     if first["type"] == "missing":
         return f"'{place}' is missing."
