@@ -15,7 +15,7 @@ from obowlab.config import Loaded, Machine, Recipe
 from obowlab.errors import UserError
 from obowlab.lab import launch as launching
 from obowlab.lab import system
-from obowlab.lab.launch import compute_command, launch, plan
+from obowlab.lab.launch import SAMPLE_EVERY_S, compute_command, launch, plan, sample_interval_s
 from obowlab.track import RunFolder
 from obowlab.track.mirror import SyncReport
 
@@ -291,3 +291,12 @@ def test_the_process_tree_holds_grandchildren(tmp_path: Path) -> None:
     os.killpg(child.pid, signal.SIGKILL)
     child.wait()
     assert system.process_tree(child.pid) == []
+
+
+def test_a_fortnight_has_few_system_points() -> None:
+    elapsed_s, points, shortest = 0.0, 0, SAMPLE_EVERY_S
+    while elapsed_s < 14 * 24 * 3600:
+        interval_s = sample_interval_s(elapsed_s)
+        assert interval_s >= shortest
+        elapsed_s, points, shortest = elapsed_s + interval_s, points + 1, interval_s
+    assert 1500 < points < 2600

@@ -331,7 +331,7 @@ def _watch(folder: RunFolder, mirror: Mirror, pid: int, ended: threading.Event, 
     timeout_s = FIRST_SYNC_TIMEOUT_S
     with folder.metric_log("system") as log:
         while not ended.wait(MIRROR_EVERY_S):
-            if time.monotonic() - sampled_at >= SAMPLE_EVERY_S:
+            if time.monotonic() - sampled_at >= sample_interval_s(time.time() - folder.info.created_at):
                 sampled_at = time.monotonic()
                 _sample(folder, sampler, log)
             report = mirror.sync_when_due(timeout_s=timeout_s)
@@ -341,6 +341,11 @@ def _watch(folder: RunFolder, mirror: Mirror, pid: int, ended: threading.Event, 
                 _say(f"Warning: MLflow does not follow ({report.error}); training goes on, and what is missing is sent later.")
             elif report is not None and report.error is None:
                 warned = False
+
+
+def sample_interval_s(elapsed_s: float) -> float:
+    """Return the seconds between two samples of the machine: more in a long run, so that MLflow has about 2000 points of each."""
+    return max(SAMPLE_EVERY_S, elapsed_s / 400)
 
 
 def _sample(folder: RunFolder, sampler: SystemSampler, log: MetricLog) -> None:
