@@ -6,9 +6,10 @@ sums.
 """
 
 from obowlab.config.base import Count, Fraction, Level, Positive, Range, Section, canonical_hash
-from obowlab.config.checking import nearest, set_by
+from obowlab.config.checking import nearest, read_toml, set_by
 from obowlab.config.files import (
     Loaded,
+    find_file,
     flatten,
     layer,
     load_recipe,
@@ -60,6 +61,7 @@ __all__ = [
     "Training",
     "Views",
     "canonical_hash",
+    "find_file",
     "flatten",
     "layer",
     "load_machine",
@@ -67,6 +69,7 @@ __all__ = [
     "nearest",
     "parse_override",
     "project_root",
+    "read_toml",
     "recipe_files",
     "recipe_from_values",
     "set_by",

@@ -36,6 +36,28 @@ def recipe_files() -> dict[str, Path]:
     return {path.stem: path for path in sorted((project_root() / "experiments").glob("*.toml"))}
 
 
+def find_file(name: str, *, shipped: Mapping[str, Path], kind: str, also: Sequence[str] = ()) -> Path:
+    """Return the file that a name or a path of a .toml file stands for.
+
+    Args:
+        name: of a shipped file, or a path.
+        shipped: the shipped files by name.
+        kind: what they are: recipe, table, study.
+        also: names that mean something else and may be proposed too.
+
+    Raises:
+        UserError: there is none; proposes the nearest name.
+    """
+    if name in shipped:
+        return shipped[name]
+    path = Path(name)
+    if path.suffix != ".toml":
+        raise UserError(f"There is no {kind} '{name}'.{nearest(name, [*shipped, *also])}")
+    if not path.is_file():
+        raise UserError(f"There is no {kind} file '{name}'.")
+    return path
+
+
 @dataclass(frozen=True)
 class Loaded:
     """A recipe with its name and, for every dotted key, the file or option that set it."""
@@ -78,7 +100,7 @@ def load_recipe(name: str, *, changes: Mapping[str, Any] | None = None, override
     Raises:
         UserError: unknown recipe or key, a value out of range, a file that is not TOML, an `extends` that goes in circles.
     """
-    path = _find(name)
+    path = _recipe_path(name)
     values, sources = _read_chain(path, ())
     parsed = {text: parse_override(text) for text in overrides}
     for layer_values, layer_sources in (
@@ -165,16 +187,8 @@ def flatten(section: Section) -> dict[str, Any]:
     }
 
 
-def _find(name: str) -> Path:
-    shipped = recipe_files()
-    if name in shipped:
-        return shipped[name]
-    path = Path(name)
-    if path.suffix == ".toml":
-        if path.is_file():
-            return path
-        raise UserError(f"There is no recipe file '{name}'.")
-    raise UserError(f"There is no recipe '{name}'.{nearest(name, list(shipped))}")
+def _recipe_path(name: str) -> Path:
+    return find_file(name, shipped=recipe_files(), kind="recipe")
 
 
 def _read_chain(path: Path, below: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -189,7 +203,7 @@ def _read_chain(path: Path, below: tuple[Path, ...]) -> tuple[dict[str, Any], di
         if not isinstance(parent, str):
             raise UserError(f"'extends' in {path} must be the name of one recipe.")
         sibling = path.parent / f"{parent}.toml"
-        values, sources = _read_chain(sibling if sibling.is_file() else _find(parent), (*below, path.resolve()))
+        values, sources = _read_chain(sibling if sibling.is_file() else _recipe_path(parent), (*below, path.resolve()))
         values = {key: value for key, value in values.items() if key != "title" and not key.endswith(".title")}
     own = dict(flat_pairs(document))
     values = layer(values, own)

@@ -7,7 +7,6 @@ have the same fingerprint are one training.
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
-from obowlab.config import Loaded, Recipe, Section, flatten, load_recipe, nearest, project_root
+from obowlab.config import Loaded, Recipe, Section, find_file, flatten, load_recipe, nearest, project_root, read_toml
 from obowlab.errors import UserError
 from obowlab.lab.scales import SCALES, recipe_for
 from obowlab.track.metrics import lookup
@@ -148,24 +147,11 @@ def also_differs(row: PlannedRow, *, base: PlannedRow, paper_row: PlannedRow, pa
 
 
 def _find(name: str) -> Path:
-    shipped = table_files()
-    if name in shipped:
-        return shipped[name]
-    path = Path(name)
-    if path.suffix == ".toml":
-        if path.is_file():
-            return path
-        raise UserError(f"There is no table file '{name}'.")
-    raise UserError(f"There is no table '{name}'.{nearest(name, [*shipped, 'all'])}")
+    return find_file(name, shipped=table_files(), kind="table", also=["all"])
 
 
 def _read(path: Path) -> TableFile:
-    try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"Cannot read {path}: {error.strerror}.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid TOML: {error}.") from None
+    document = read_toml(path)
     try:
         file = TableFile.model_validate_json(json.dumps(document, default=str))  # as recipes are read: see config
     except ValidationError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
-from obowlab.config import Count, Loaded, Section, flatten, load_recipe, nearest, project_root
+from obowlab.config import Count, Loaded, Section, find_file, flatten, load_recipe, nearest, project_root, read_toml
 from obowlab.errors import UserError
 from obowlab.lab.scales import recipe_for
 from obowlab.track.metrics import lookup
@@ -215,13 +214,8 @@ def load_study(name: str) -> tuple[Path, StudySpec]:
     Raises:
         UserError: no such study, a key that is not known (names the nearest), a value out of range.
     """
-    path = _find(name)
-    try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"Cannot read {path}: {error.strerror}.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not valid TOML: {error}.") from None
+    path = find_file(name, shipped=study_files(), kind="study")
+    document = read_toml(path)
     place = path.name
     for key in ("parameters", "overrides", "paper", "sampler", "pruner"):
         if not isinstance(document.get(key, {}), dict):
@@ -273,18 +267,6 @@ def toml_text(value: Any) -> str:
 
 
 # -------------------------------------------------------------------------------------------------------------- helpers
-
-
-def _find(name: str) -> Path:
-    shipped = study_files()
-    if name in shipped:
-        return shipped[name]
-    path = Path(name)
-    if path.suffix == ".toml":
-        if path.is_file():
-            return path
-        raise UserError(f"There is no study file '{name}'.")
-    raise UserError(f"There is no study '{name}'.{nearest(name, list(shipped))}")
 
 
 def _parameter(key: str, values: Any, *, place: str) -> Section:
