@@ -155,7 +155,7 @@ class Search:
         self,
         *,
         budget: int,
-        slots: Sequence[Mapping[str, str]] = ({},),
+        slots: int = 1,
         behaviour: str = "quick",
         delay: float = 0.0,
         say: Callable[[str], None] | None = None,

@@ -81,7 +81,7 @@ def test_run_hands_everything_to_the_launcher_and_prints_the_results(
         return 0
 
     monkeypatch.setattr("obowlab.lab.launch.launch", launch)
-    monkeypatch.setattr("obowlab.lab.launch.count_gpus", lambda: 2)
+    monkeypatch.setattr("obowlab.lab.engine.leases.count_gpus", lambda: 2)
     words = [
         "run",
         "demo",

@@ -15,6 +15,7 @@ from obowlab.config import Loaded, Machine, Recipe
 from obowlab.errors import UserError
 from obowlab.lab import launch as launching
 from obowlab.lab import system
+from obowlab.lab.engine import leases
 from obowlab.lab.launch import SAMPLE_EVERY_S, compute_command, launch, plan, sample_interval_s
 from obowlab.track import RunFolder
 from obowlab.track.mirror import SyncReport
@@ -239,10 +240,10 @@ def test_the_plan_says_what_would_happen_and_touches_nothing(tmp_path: Path) -> 
 
 def test_too_few_gpus_are_told_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(runs_root=tmp_path, device="cuda", procs=4)
-    monkeypatch.setattr(launching, "count_gpus", lambda: 0)
+    monkeypatch.setattr(leases, "count_gpus", lambda: 0)
     with pytest.raises(UserError, match=r"has 0 GPUs, not 4; use --device cpu --procs N\."):
         launch(loaded(), seed=0, machine=machine, fresh=False, progress=False)
-    monkeypatch.setattr(launching, "count_gpus", lambda: 1)
+    monkeypatch.setattr(leases, "count_gpus", lambda: 1)
     with pytest.raises(UserError, match=r"has 1 GPU, not 4; use --gpus 1 or --device cpu"):
         plan(loaded(), seed=0, machine=machine.model_copy(update={"device": "auto"}), fresh=False)
     assert list(tmp_path.iterdir()) == []

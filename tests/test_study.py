@@ -32,6 +32,7 @@ from obowlab.lab.study.storage import open_storage, storage_url
 from obowlab.lab.study.worker import distributions
 from obowlab.track.folder import RunFolder, list_runs
 from obowlab.track.samples import unpack
+from tests.gpus import stand_in_gpus
 from tests.studies import NoMirror, Search, stand_in, start_worker, tuning_of, wait_until
 
 SECRET = "s3cret-pass"
@@ -167,7 +168,7 @@ def test_repeated_points_are_not_trained_again(tmp_path: Path) -> None:
     text = (tmp_path / "search.toml").read_text()
     start, end = text.index("[parameters"), text.index("[sampler]")
     search = Search(tmp_path, tuning=tuning_of(tmp_path, text=text[:start] + LEVELS + text[end:]))
-    search.work(budget=4, slots=({}, {}), delay=0.05)
+    search.work(budget=4, slots=2, delay=0.05)
     report = search.report()
     assert report.counts["completed"] == 4
     assert report.counts["repeated"] == 2
@@ -222,11 +223,13 @@ def test_a_run_killed_from_outside_goes_on_and_failures_end_a_worker(tmp_path: P
     assert "the loss is not finite" in report.trials[0].message
 
 
-def test_jobs_work_side_by_side_each_on_its_gpu(tmp_path: Path) -> None:
+def test_jobs_work_side_by_side_each_on_its_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in_gpus(tmp_path, monkeypatch, gpus=("GPU-study-4", "GPU-study-7"))
     search = Search(tmp_path)
-    search.work(budget=3, slots=[{"CUDA_VISIBLE_DEVICES": "4"}, {"CUDA_VISIBLE_DEVICES": "7"}], delay=0.1)
+    search.machine = search.machine.model_copy(update={"device": "cuda"})
+    search.work(budget=3, slots=2, delay=0.1)
     seen = [RunFolder(run.path, run.info).attempts()[0]["gpu"] for run in list_runs(tmp_path / "runs")]
-    assert sorted(set(seen)) == ["4", "7"]
+    assert sorted(set(seen)) == ["GPU-study-4", "GPU-study-7"]
     assert len(seen) == 3
 
 

@@ -68,7 +68,7 @@ def ablate(
     """
     from obowlab.lab.ablate import make_plan
     from obowlab.lab.cost import CostBook
-    from obowlab.lab.launch import check_gpus
+    from obowlab.lab.engine.leases import check_gpus
     from obowlab.lab.records import store_runs
     from obowlab.lab.tablefile import load_table, resolve_names
 

@@ -72,7 +72,8 @@ def run(
         workers=workers,
         loader=loader,
     )
-    from obowlab.lab.launch import check_gpus, launch, plan
+    from obowlab.lab.engine.leases import check_gpus
+    from obowlab.lab.launch import launch, plan
     from obowlab.track.folder import RunFolder, run_id_of
     from obowlab.track.lineage import stages_of
 

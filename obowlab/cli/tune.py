@@ -85,7 +85,11 @@ def tune(
     budget = trials or tuning.spec.trials
     if show or dry_run:
         return _look(tuning, machine=machine, storage=storage, budget=budget, show=show, as_json=as_json, jobs=gpus or jobs or 1)
-    return _work(tuning, machine=machine, storage=storage, budget=budget, slots=_slots(machine, gpus=gpus, jobs=jobs))
+    if gpus is not None:
+        from obowlab.lab.engine.leases import check_gpus
+
+        check_gpus(machine.model_copy(update={"procs": gpus}))
+    return _work(tuning, machine=machine, storage=storage, budget=budget, slots=gpus or jobs or 1)
 
 
 def _list(*, as_json: bool) -> int:
@@ -103,22 +107,7 @@ def _list(*, as_json: bool) -> int:
     return 0
 
 
-def _slots(machine: Machine, *, gpus: int | None, jobs: int | None) -> list[Mapping[str, str]]:
-    """Return the variables of each trial at a time: with --gpus, the one GPU that its processes see.
-
-    Raises:
-        UserError: there are fewer GPUs.
-    """
-    if gpus is None:
-        return [{}] * (jobs or 1)
-    from obowlab.lab.launch import check_gpus
-    from obowlab.lab.system import visible_gpus
-
-    check_gpus(machine.model_copy(update={"procs": gpus}))
-    return [{"CUDA_VISIBLE_DEVICES": name} for name in visible_gpus()[:gpus]]
-
-
-def _work(tuning: Tuning, *, machine: Machine, storage: str | None, budget: int, slots: list[Mapping[str, str]]) -> int:
+def _work(tuning: Tuning, *, machine: Machine, storage: str | None, budget: int, slots: int) -> int:
     from obowlab.cli.run import check_data
     from obowlab.lab.study.claims import Claims
     from obowlab.lab.study.report import Reporter

@@ -10,7 +10,28 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from obowlab.config.base import Count, Positive, Section
-from obowlab.config.checking import check_keys, flat_pairs, read_toml, validate
+from obowlab.config.checking import check_keys, flat_pairs, known_keys, nest, read_toml, validate
+from obowlab.errors import UserError
+
+
+class Slurm(Section):
+    """How jobs of `--launcher slurm` are submitted; what is absent is left to the cluster."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    time: Annotated[str, Field(pattern=r"^[0-9][0-9:-]*$")] = Field("1-00:00:00", description="limit of one start, as for sbatch")
+    gpus_per_node: Count = Field(8, description="no job asks one node for more")
+    gpu_type: str | None = Field(None, description="as in --gres=gpu:TYPE:N")
+    cpus_per_process: Count = Field(8, description="cores of each training process, for its loader")
+    memory_per_process: str | None = Field(None, description="'64G', say")
+    save_before_s: Count = Field(120, description="seconds before the limit at which a run saves itself and queues again")
+    container: str | None = Field(None, description="stands before the command: 'apptainer exec --nv obowlab.sif', say")
+    setup: tuple[str, ...] = Field((), description="shell lines before the command: 'module load cuda', say")
+    options: tuple[Annotated[str, Field(pattern=r"^[a-z][a-z-]*(=.*)?$")], ...] = Field(
+        (), description="further options of sbatch without their dashes: 'reservation=x', 'exclusive', say"
+    )
 
 
 class Machine(Section):
@@ -20,7 +41,10 @@ class Machine(Section):
     runs_root: Path = Field(Path("runs"), strict=False)
     tracking_uri: str | None = Field(None, description="MLflow store; sqlite in the run store if absent")
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    procs: Count = Field(1, description="processes, one per GPU on a GPU machine")
+    procs: Count = Field(1, description="processes on all nodes together, one per GPU on a GPU machine")
+    nodes: Count = 1
+    launcher: Literal["local", "slurm"] = Field("local", description="here and now, or as jobs of a cluster")
+    slurm: Slurm = Slurm()
     workers: Annotated[int, Field(ge=0)] | None = Field(None, description="loader threads or processes per training process")
     threads: Count | None = Field(None, description="of one process; on the CPU 1 if absent, else a share of the cores")
     loader: Literal["auto", "ffcv", "torch"] = "auto"
@@ -51,7 +75,11 @@ def load_machine(*, file: Path | None = None, overrides: Mapping[str, Any] | Non
         if value is not None:
             values[key] = str(value) if isinstance(value, Path) else value
             sources[key] = f"--{key.replace('_', '-')}"
-    check_keys(values, known=list(Machine.model_fields), sources=sources)
-    machine = validate(Machine, values, sources=sources)
+    check_keys(values, known=list(known_keys(Machine)), sources=sources)
+    machine = validate(Machine, nest(values), sources=sources)
+    if machine.procs % machine.nodes:
+        raise UserError(
+            f"{machine.procs} processes do not spread evenly over {machine.nodes} nodes: change --nodes, --gpus or --procs."
+        )
     roots = {"data_root": machine.data_root, "runs_root": machine.runs_root}
     return machine.model_copy(update={name: path.expanduser().absolute() for name, path in roots.items()})

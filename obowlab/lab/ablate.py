@@ -23,7 +23,7 @@ from types import FrameType
 from typing import IO, Any
 
 from obowlab.config import Loaded, Machine
-from obowlab.lab.launch import tied_to_this_process
+from obowlab.lab.engine.processes import tied_to_this_process
 from obowlab.lab.records import store_runs
 from obowlab.lab.tablefile import PlannedRow, PlannedTable
 from obowlab.track.folder import RunFolder, RunSummary, run_id_of
@@ -141,7 +141,6 @@ class Outcome:
 class _Child:
     process: subprocess.Popen[bytes]
     log: IO[bytes]
-    slot: int
 
 
 @dataclass
@@ -152,7 +151,7 @@ class Ablation:
         plan: what is needed.
         machine: where and with what.
         slots: jobs at a time.
-        gpus: whether every slot is a GPU.
+        gpus: whether every job takes a free GPU.
         say: prints one line.
         machine_file: where the machine's other settings are, for the jobs; None for the usual place.
         labelled: runs that learnt by this ablation which rows they serve, in the order of finding.
@@ -231,12 +230,9 @@ class Ablation:
         logs.mkdir(parents=True, exist_ok=True)
         run_id = run.info.run_id if run is not None else job.run_id
         log = (logs / f"{run_id}.log").open("ab")
-        slot = next(number for number in range(self.slots) if number not in {child.slot for child in self._children.values()})
         environment = dict(os.environ)
         if self.machine_file is not None:
             environment["OBOWLAB_MACHINE"] = str(self.machine_file.absolute())
-        if self.gpus:
-            environment["CUDA_VISIBLE_DEVICES"] = _gpu(slot)
         process = subprocess.Popen(
             [sys.executable, "-m", "obowlab.cli", *job.command, *self._place(), "--no-progress"],
             stdout=log,
@@ -245,7 +241,7 @@ class Ablation:
             start_new_session=True,  # Ctrl-C reaches the ablation alone, which passes it on once
             preexec_fn=tied_to_this_process(),
         )
-        self._children[job.fingerprint] = _Child(process, log, slot)
+        self._children[job.fingerprint] = _Child(process, log)
         verb = "Continuing" if run is not None and run.state.step else "Training"
         self.say(f"{verb} {run_id} for {', '.join(job.places)}.")
 
@@ -317,11 +313,6 @@ class Ablation:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def _gpu(slot: int) -> str:
-    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
-    return visible[slot] if visible else str(slot)
 
 
 def shown_command(job: Job) -> str:

@@ -1,13 +1,12 @@
 """Start a run on this machine, watch over it, and show it to MLflow meanwhile.
 
-The launcher holds the run's lock, starts the compute process (or torchrun's group of them), passes signals on and mirrors
-the run folder. It trains nothing and imports no torch: whatever happens to it, the run folder stays whole, and whatever
-happens to the compute process, the folder's state says so.
+The launcher holds the run's lock and its GPUs, starts the compute process (or torchrun's group of them), starts it again from the
+last checkpoint when it is killed, passes signals on and mirrors the run folder. It trains nothing and imports no torch: whatever
+happens to it, the run folder stays whole, and whatever happens to the compute process, the folder's state says so.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shlex
 import signal
@@ -16,15 +15,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 from obowlab.config import Loaded, Machine
-from obowlab.errors import UserError
-from obowlab.lab.system import SystemSampler, count_gpus, process_tree
-from obowlab.track.folder import LOCK_TOKEN_VARIABLE, Lock, RunFolder, Status, run_id_of
+from obowlab.lab.engine.leases import check_gpus, leased
+from obowlab.lab.engine.nodes import MEETING_VARIABLE, POLL_S, Call, Meeting
+from obowlab.lab.engine.processes import STOPPING, StopSignals, kill_family, shell_code, start
+from obowlab.lab.system import SystemSampler, count_gpus
+from obowlab.track.folder import LOCK_TOKEN_VARIABLE, Lock, RunFolder, RunTakenError, Status, run_id_of
 from obowlab.track.journal import MetricLog
 from obowlab.track.mirror import Mirror, SyncReport
 from obowlab.track.store import shown_uri, store_uri
@@ -32,6 +32,9 @@ from obowlab.track.store import shown_uri, store_uri
 CommandFactory = Callable[[Path, Machine], list[str]]
 
 NO_PROGRESS_VARIABLE = "OBOWLAB_NO_PROGRESS"
+PATIENCE_VARIABLE = "OBOWLAB_PATIENCE_S"
+"""Seconds to wait for a run that another process has, before giving up; set for jobs of a cluster, where that process is often
+the last breath of the job's own start before."""
 TRASH = ".trash"
 TERMINAL = "terminal.txt"
 MIRROR_EVERY_S = 3.0
@@ -42,9 +45,7 @@ FIRST_SYNC_TIMEOUT_S = 60.0
 LAST_SYNC_TIMEOUT_S = {True: 60.0, False: 15.0}
 """After a finished run, which has a model to send; after one that was stopped, whose user waits for the prompt."""
 MAX_RESTARTS = 3
-"""Of a group of processes of which one died; the new group goes on from the last checkpoint."""
-_STOPPING = (signal.SIGINT, signal.SIGTERM)
-_PR_SET_PDEATHSIG = 1
+"""In a row without any progress, after the compute process or one of its group was killed."""
 
 
 @dataclass(frozen=True)
@@ -87,18 +88,17 @@ class Plan:
 
 
 def compute_command(path: Path, machine: Machine) -> list[str]:
-    """Return the command that trains and evaluates the run of a folder, through torchrun for more than one process."""
+    """Return the command that trains and evaluates the run of a folder on this node, through torchrun for several processes.
+
+    torchrun's own restarts are not used: a group that died is started anew by the launcher, so that nothing of the dead is met.
+    """
     launcher: list[str] = []
-    if machine.procs > 1:  # --standalone: torchrun finds a free port itself, without a race
-        launcher = [
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            str(machine.procs),
-            "--max-restarts",
-            str(MAX_RESTARTS),
-        ]
+    if machine.procs > 1:
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(machine.procs // machine.nodes), "--max-restarts", "0"]
+        if machine.nodes == 1:
+            launcher += ["--standalone"]  # finds a free port itself, without a race
+        else:
+            launcher += ["--nnodes", str(machine.nodes), "--rdzv-backend", "c10d", "--rdzv-conf", "store_type=file"]
     return [sys.executable, *launcher, "-m", "obowlab.training", str(path)]
 
 
@@ -125,7 +125,7 @@ def plan(loaded: Loaded, *, seed: int, machine: Machine, fresh: bool, command: C
         status=state.status if state else None,
         step=state.step if state else 0,
         total_steps=state.total_steps if state else None,
-        threads=_threads(machine),
+        threads=threads_of(machine),
         command=tuple(command(path, machine)),
         tracking_uri=shown_uri(store_uri(machine.tracking_uri, runs_root=machine.runs_root)),
     )
@@ -145,7 +145,8 @@ def launch(
 ) -> int:
     """Carry out a run to its end, from wherever it stands, and return the exit code.
 
-    The first SIGINT or SIGTERM is passed on, and the run saves itself and stops; a second one kills it.
+    The first SIGINT or SIGTERM is passed on, and the run saves itself and stops; a second one kills it. A compute process that is
+    killed otherwise, or a group of which one dies, is started again from the last checkpoint.
 
     Args:
         loaded: the recipe.
@@ -155,7 +156,7 @@ def launch(
         progress: whether the compute process shows its progress on the terminal.
         command: makes the command line of the compute process.
         signals: lets another thread stop the run.
-        environment: variables for the compute process, `CUDA_VISIBLE_DEVICES` for instance.
+        environment: further variables for the compute process.
         quiet: put what the compute process prints into `terminal.txt` of the run folder; for several runs side by side.
 
     Returns:
@@ -167,7 +168,7 @@ def launch(
         UserError: too few GPUs, a tracking address MLflow cannot write to.
     """
     check_gpus(machine)
-    machine = machine.model_copy(update={"threads": _threads(machine)})
+    machine = machine.model_copy(update={"threads": threads_of(machine)})
     store_uri(machine.tracking_uri, runs_root=machine.runs_root)  # complains before anything is touched
     path = machine.runs_root / run_id_of(loaded, seed=seed)
     if fresh and (path / "run.json").is_file():
@@ -175,16 +176,22 @@ def launch(
     folder = RunFolder.create(loaded, seed=seed, runs_root=machine.runs_root)
     mirror = Mirror(folder, tracking_uri=machine.tracking_uri)
     code = 0
+    signals = signals or StopSignals()
     if folder.state.status != "finished":
-        with folder.lock() as lock:
+        with (
+            signals.listening(),
+            _locked(folder, signals=signals) as lock,
+            leased(machine, say=_say, given_up=lambda: bool(signals.received)) as gpus,
+        ):
             code = _carry_out(
                 folder,
                 machine=machine,
                 mirror=mirror,
                 command=command(path, machine),
-                environment={**_environment(machine, lock=lock, progress=progress), **(environment or {})},
+                environment={**_environment(machine, lock=lock, progress=progress), **gpus, **(environment or {})},
+                lock=lock,
                 output=path / TERMINAL if quiet else None,
-                signals=signals or StopSignals(),
+                signals=signals,
             )
     _say_pending(mirror.sync(timeout_s=LAST_SYNC_TIMEOUT_S[code == 0]))
     return code
@@ -207,53 +214,23 @@ def put_aside(folder: RunFolder) -> Path:
 # ------------------------------------------------------------------------------------------------------------ one attempt
 
 
-@dataclass
-class StopSignals:
-    """Passes the first stopping signal on to the compute process and kills its whole family at the second.
-
-    Attributes:
-        received: what came, in order.
-        reason: why the run is stopped, for its state; empty for a plain signal.
-        child: the compute process, once there is one.
-    """
-
-    received: list[int] = field(default_factory=list)
-    reason: str = ""
-    child: subprocess.Popen[bytes] | None = None
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take the signals of this process for as long as the context lasts; in another thread than the main one, none."""
-        if threading.current_thread() is not threading.main_thread():  # Python allows handlers in the main thread only
-            yield
-            return
-        before = {number: signal.signal(number, self._receive) for number in _STOPPING}
+@contextmanager
+def _locked(folder: RunFolder, *, signals: StopSignals) -> Iterator[Lock]:
+    """Hold the run; with patience, wait for whoever has it."""
+    deadline = time.monotonic() + float(os.environ.get(PATIENCE_VARIABLE) or 0)
+    told = False
+    while True:
         try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def pass_on(self) -> None:
-        """Do now what a signal asked for before there was a process."""
-        if self.received and self.child is not None:
-            self.child.send_signal(self.received[0])
-
-    def send(self, number: int, *, reason: str = "") -> None:
-        """Do as if this signal had come; for threads, which receive none."""
-        if not self.received:
-            self.reason = reason
-        self._receive(number, None)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received.append(number)
-        if self.child is None or self.child.returncode is not None:
+            with folder.lock() as lock:
+                yield lock
             return
-        if len(self.received) == 1:
-            self.child.send_signal(number)
-        else:
-            for pid in process_tree(self.child.pid) or [self.child.pid]:
-                _kill(pid)
+        except RunTakenError as error:
+            if time.monotonic() >= deadline or signals.received:
+                raise
+            if not told:
+                _say(f"{error} Waiting.")
+            told = True
+        time.sleep(POLL_S)
 
 
 def _carry_out(
@@ -263,29 +240,70 @@ def _carry_out(
     mirror: Mirror,
     command: list[str],
     environment: Mapping[str, str],
+    lock: Lock,
     output: Path | None,
     signals: StopSignals,
 ) -> int:
+    """Start the compute process, and again whenever it is killed, until the run has ended in one way or another."""
     folder.write_machine(machine)
-    folder.set_state(status="running", message="")
-    with signals.listening():
-        child = _start(command, environment=environment, output=output)
-        signals.child = child
-        signals.pass_on()
-        watching = threading.Event()
-        watcher = threading.Thread(
-            target=_watch, args=(folder, mirror, child.pid, watching), kwargs={"gpus": machine.device != "cpu"}, daemon=True
-        )
-        watcher.start()
-        try:
-            returncode = child.wait()
-        finally:
-            watching.set()
-    watcher.join(MIRROR_TIMEOUT_S + 1.0)
+    if not signals.received:
+        folder.set_state(status="running", message="")
+    meeting = Meeting(Path(os.environ[MEETING_VARIABLE])) if machine.nodes > 1 else None
+    restarts, step = 0, folder.state.step
+    while not signals.received:
+        call = meeting.call(folder.path, token=lock.token) if meeting else None
+        place = meeting.rendezvous(call) if meeting and call else {}
+        child = start(command, environment={**environment, **place}, output=output)
+        signals.watch(child)
+        with _watched(folder, mirror, child.pid, gpus=machine.device != "cpu"):
+            returncode = _wait(child, meeting=meeting, call=call)
+        if not _was_killed(folder, returncode=returncode, alone=machine.procs == 1) or signals.received:
+            break
+        state = folder.state
+        restarts, step = (1, state.step) if state.step > step else (restarts + 1, step)
+        if restarts > MAX_RESTARTS:
+            break
+        _say(f"A training process of {folder.run_id} was killed; starting again from the last checkpoint.")
+    else:
+        returncode = -signals.received[0]
     code = _conclude(folder, returncode=returncode, asked=signals.received, words=f"in {output}" if output else "on the terminal")
     if signals.reason and folder.state.status == "interrupted":
         folder.set_state(message=signals.reason)
     return code
+
+
+def _wait(child: subprocess.Popen[bytes], *, meeting: Meeting | None, call: Call | None) -> int:
+    """Wait for this node's processes; end them when those of another node have died."""
+    if meeting is None or call is None:
+        return child.wait()
+    while True:
+        try:
+            return child.wait(POLL_S)
+        except subprocess.TimeoutExpired:
+            if meeting.has_failed(call):
+                kill_family(child)
+
+
+def _was_killed(folder: RunFolder, *, returncode: int, alone: bool) -> bool:
+    """Tell whether the compute process, or one of its group, died without a say in it."""
+    if returncode == 0 or -returncode in STOPPING or folder.state.status in ("finished", "failed"):
+        return False
+    if alone:  # an exit code of its own is an error that would come again
+        return returncode < 0
+    return shell_code(returncode) not in [128 + number for number in STOPPING]
+
+
+@contextmanager
+def _watched(folder: RunFolder, mirror: Mirror, pid: int, *, gpus: bool) -> Iterator[None]:
+    """Sample the machine and mirror the run meanwhile."""
+    ended = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(folder, mirror, pid, ended), kwargs={"gpus": gpus}, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+    watcher.join(MIRROR_TIMEOUT_S + 1.0)
 
 
 def _environment(machine: Machine, *, lock: Lock, progress: bool) -> dict[str, str]:
@@ -293,34 +311,10 @@ def _environment(machine: Machine, *, lock: Lock, progress: bool) -> dict[str, s
         **os.environ,
         LOCK_TOKEN_VARIABLE: lock.token,
         "OMP_NUM_THREADS": str(machine.threads),
-        # Workers of another node must not be met at addresses of dead ones (pytorch#135712).
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     }
     if not progress:
         environment[NO_PROGRESS_VARIABLE] = "1"
     return environment
-
-
-def _start(command: list[str], *, environment: Mapping[str, str], output: Path | None) -> subprocess.Popen[bytes]:
-    # A session of its own: Ctrl-C reaches the launcher alone, which passes it on once.
-    with output.open("ab") if output is not None else nullcontext() as sink:
-        return subprocess.Popen(
-            command, env=environment, start_new_session=True, preexec_fn=tied_to_this_process(), stdout=sink, stderr=sink
-        )
-
-
-def tied_to_this_process() -> Callable[[], None]:
-    """Return what a child does between fork and exec so that Linux sends it a SIGTERM when this process dies."""
-    parent = os.getpid()
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: little is safe between fork and exec
-
-    def die_with_parent() -> None:
-        if libc is not None:
-            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-            if os.getppid() != parent:  # it died before the line above
-                os.kill(os.getpid(), signal.SIGTERM)
-
-    return die_with_parent
 
 
 def _watch(folder: RunFolder, mirror: Mirror, pid: int, ended: threading.Event, *, gpus: bool) -> None:
@@ -364,16 +358,16 @@ def _conclude(folder: RunFolder, *, returncode: int, asked: list[int], words: st
     if state.status == "interrupted":
         if asked or returncode == 0:
             return 128 + (asked[0] if asked else signal.SIGTERM)
-        return _shell_code(returncode)
+        return shell_code(returncode)
     if state.status == "failed":
-        return _shell_code(returncode) if returncode != 0 else 2  # torchrun's group ends with 0: it must not start it again
+        return shell_code(returncode) if returncode != 0 else 2  # a group of processes ends with 0
     goes_on = "the same command goes on from the last checkpoint"
     if asked:
         folder.set_state(status="interrupted", message=f"stopped by {signal.Signals(asked[-1]).name}; {goes_on}")
         return 128 + asked[0]
-    if -returncode in _STOPPING:
+    if -returncode in STOPPING:
         folder.set_state(status="interrupted", message=f"stopped by {signal.Signals(-returncode).name}; {goes_on}")
-        return _shell_code(returncode)
+        return shell_code(returncode)
     if returncode < 0:
         name = signal.Signals(-returncode).name
         hint = " (out of memory?)" if -returncode == signal.SIGKILL else ""
@@ -382,30 +376,13 @@ def _conclude(folder: RunFolder, *, returncode: int, asked: list[int], words: st
         message = f"the training process ended with exit code {returncode} before it was done; its last words are {words}"
     folder.set_state(status="failed", message=message)
     _say(f"Run {folder.run_id} failed: {message}.")
-    return _shell_code(returncode) or 1
+    return shell_code(returncode) or 1
 
 
 # ---------------------------------------------------------------------------------------------------------------- helpers
 
 
-def check_gpus(machine: Machine) -> None:
-    """Refuse a machine that asks for more GPUs than there are.
-
-    Raises:
-        UserError: says how many there are.
-    """
-    if machine.device == "cpu" or (machine.device == "auto" and machine.procs == 1):
-        return
-    there = count_gpus()
-    if machine.device == "auto" and there == 0:
-        return  # several processes on the CPU
-    if there < machine.procs:
-        fewer = f"--gpus {there} or " if there else ""
-        noun = "GPU" if there == 1 else "GPUs"
-        raise UserError(f"This machine has {there} {noun}, not {machine.procs}; use {fewer}--device cpu --procs N.")
-
-
-def _threads(machine: Machine) -> int:
+def threads_of(machine: Machine) -> int:
     """Return the CPU threads of one process: as set, as OMP_NUM_THREADS says, or the default.
 
     Beside a GPU that is the process's share of the cores. On the CPU it is 1: two threads that wait for each other within every
@@ -420,18 +397,7 @@ def _threads(machine: Machine) -> int:
     if machine.device == "cpu" or (machine.device == "auto" and count_gpus() == 0):
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // machine.procs)
-
-
-def _shell_code(returncode: int) -> int:
-    return 128 - returncode if returncode < 0 else returncode
-
-
-def _kill(pid: int) -> None:
-    try:
-        os.kill(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return  # it was quicker
+    return max(1, cores // (machine.procs // machine.nodes))
 
 
 def _say_pending(report: SyncReport) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -67,22 +68,29 @@ def count_gpus() -> int:
 
 
 def visible_gpus() -> list[str]:
-    """Return the NVIDIA GPUs of this process by the names that CUDA_VISIBLE_DEVICES takes, without importing torch."""
+    """Return the UUIDs of the NVIDIA GPUs this process may use, without importing torch; CUDA_VISIBLE_DEVICES takes them."""
     there = _listed_gpus()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is None:
-        return [str(index) for index in range(there)]
-    wanted = [name.strip() for name in visible.split(",") if name.strip()]
-    wanted = wanted[: wanted.index("-1")] if "-1" in wanted else wanted  # CUDA's rule: what follows an invalid id is hidden
-    return wanted[:there]
+    if visible is None or not there:
+        return there
+    gpus: list[str] = []
+    for name in (name.strip() for name in visible.split(",")):
+        if name.isdigit():
+            found = there[int(name) : int(name) + 1]
+        else:
+            found = [name] if name.startswith("MIG-") else [gpu for gpu in there if name and gpu.startswith(name)][:1]
+        if not found:
+            break  # CUDA's rule: what follows an invalid name is hidden
+        gpus += found
+    return gpus
 
 
-def _listed_gpus() -> int:
+def _listed_gpus() -> list[str]:
     try:
         done = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=NVIDIA_SMI_TIMEOUT_S, check=False)
     except (OSError, subprocess.TimeoutExpired):
-        return 0
-    return sum(line.startswith("GPU ") for line in done.stdout.splitlines()) if done.returncode == 0 else 0
+        return []
+    return re.findall(r"^GPU .*\(UUID: (\S+)\)", done.stdout, flags=re.MULTILINE) if done.returncode == 0 else []
 
 
 def _gpu_values() -> dict[str, float]:

@@ -9,6 +9,7 @@ if __name__ == "__main__":  # until training listens to signals, which takes sec
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import ctypes
+import os
 import traceback
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 
 from obowlab.errors import UserError
 from obowlab.track.folder import RunFolder
+from obowlab.track.gpus import hold_as_worker
 from obowlab.training.distributed import join
 from obowlab.training.finish import finish
 from obowlab.training.loop import train
@@ -34,10 +36,15 @@ def main(argv: list[str]) -> int:
         machine = folder.machine
         if machine.threads is not None:
             torch.set_num_threads(machine.threads)
-        with StopRequest().listening() as stop, join(machine) as world, folder.lock() if world.is_main else nullcontext():
+        with (
+            hold_as_worker(local_rank=int(os.environ.get("LOCAL_RANK", "0"))) or nullcontext(),
+            StopRequest().listening() as stop,
+            join(machine) as world,
+            folder.lock() if world.is_main else nullcontext(),
+        ):
             reporter = Reporter(folder.path / "log.txt" if world.is_main else None)
             code = carry_out(Work(folder, machine=machine, world=world, reporter=reporter, stop=stop))
-            # torchrun would start a group again that ends with an error; the launcher reads the state instead.
+            # An error of one process looks to torchrun like its death; the launcher reads the state instead.
             return code if world.world_size == 1 else 0
     except UserError as error:  # before there was a run to file it in
         print(f"Error: {error}", file=sys.stderr)

@@ -18,7 +18,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from obowlab.config import Loaded, Machine
 from obowlab.errors import UserError
-from obowlab.lab.launch import CommandFactory, StopSignals, launch
+from obowlab.lab.engine.processes import StopSignals
+from obowlab.lab.launch import CommandFactory, launch
 from obowlab.lab.study.claims import Claims
 from obowlab.lab.study.spec import Tuning
 from obowlab.track.folder import RunFolder, RunTakenError
@@ -28,7 +29,7 @@ POLL_S = 1.0
 WAIT_S = 3.0
 """Between looks at a run or trial that another process works on."""
 MAX_RESTARTS = 3
-"""Of a run whose compute process was killed by somebody else, as the kernel does when memory is short."""
+"""Of a run that somebody else asked to stop; the launcher itself goes on with one that was killed."""
 
 Ending = Literal["completed", "pruned", "failed", "stopped"]
 
@@ -57,7 +58,6 @@ class Bench:
         study: in its storage.
         claims: who works on which trial.
         machine: of every run.
-        environment: variables of this worker's compute processes: which GPU they see.
         stopping: set when the user wants to stop.
         say: prints one line.
         watch: registers what can stop the run that is being trained; false when it is too late to begin.
@@ -69,7 +69,6 @@ class Bench:
     study: optuna.Study
     claims: Claims
     machine: Machine
-    environment: Mapping[str, str]
     stopping: threading.Event
     say: Callable[[str], None]
     watch: Callable[[StopSignals], bool]
@@ -165,7 +164,7 @@ class TrialWork:
                 return Outcome("stopped")
             if reader is not None and reader.pruned is not None:
                 return Outcome("pruned", message=reader.pruned)
-            if code <= 128 or attempt == MAX_RESTARTS:
+            if state.status != "interrupted" or attempt == MAX_RESTARTS:
                 return Outcome("failed", message=f"run {folder.run_id}: {state.message}")
             bench.say(
                 f"trial {self.trial.number}: run {folder.run_id} was stopped from outside ({state.message}); going on with it"
@@ -190,7 +189,6 @@ class TrialWork:
                     progress=False,
                     command=bench.command,
                     signals=signals,
-                    environment=bench.environment,
                     quiet=True,
                 )
             except RunTakenError as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,8 @@ from optuna.trial import TrialState
 
 from obowlab.config import Machine
 from obowlab.errors import UserError
-from obowlab.lab.launch import CommandFactory, StopSignals, compute_command
+from obowlab.lab.engine.processes import STOPPING, StopSignals
+from obowlab.lab.launch import CommandFactory, compute_command
 from obowlab.lab.study.claims import Claims
 from obowlab.lab.study.spec import CategoricalParameter, FloatParameter, Parameter, Tuning, choice_label
 from obowlab.lab.study.storage import STUDIES
@@ -37,7 +38,6 @@ MAX_FAILURES = 3
 """So many failed trials of this worker in a row, and it gives up: something is wrong that another point will not mend."""
 DEFINITION = "definition"
 """Attribute of a study: what must stay the same."""
-_STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(Exception):  # noqa: N818 - not an error: open trials are gone on with later
@@ -109,7 +109,7 @@ class Worker:
         study: optuna.Study,
         claims: Claims,
         machine: Machine,
-        slots: Sequence[Mapping[str, str]],
+        slots: int,
         budget: int,
         say: Callable[[str], None],
         after_trial: Callable[[], object],
@@ -122,7 +122,7 @@ class Worker:
             study: in its storage.
             claims: who works on which trial.
             machine: of every run.
-            slots: for each trial at a time, the variables of its compute processes.
+            slots: trials at a time.
             budget: completed trials in the storage, whoever completed them.
             say: prints one line.
             after_trial: called after every trial that ended.
@@ -150,7 +150,7 @@ class Worker:
         Raises:
             UserError: something that every trial would meet; open trials are gone on with by the next worker.
         """
-        threads = [threading.Thread(target=self._slot, args=(slot,), name=f"slot {i}") for i, slot in enumerate(self._slots)]
+        threads = [threading.Thread(target=self._slot, name=f"slot {number}") for number in range(self._slots)]
         with self._listening():
             for thread in threads:
                 thread.start()
@@ -163,13 +163,12 @@ class Worker:
 
     # -------------------------------------------------------------------------------------------------- slots
 
-    def _slot(self, environment: Mapping[str, str]) -> None:
+    def _slot(self) -> None:
         bench = Bench(
             tuning=self.tuning,
             study=self.study,
             claims=self.claims,
             machine=self._machine,
-            environment=environment,
             stopping=self._stopping,
             say=self._say,
             watch=self._watch,
@@ -287,7 +286,7 @@ class Worker:
             self._signum = self._signum or number
             self._stop(number)
 
-        before = {number: signal.signal(number, receive) for number in _STOPPING}
+        before = {number: signal.signal(number, receive) for number in STOPPING}
         try:
             yield
         finally:

@@ -1,0 +1,1 @@
+"""How commands are carried out: processes and GPUs of this machine, nodes that work together, jobs of a Slurm cluster."""
