@@ -4,7 +4,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,10 +33,10 @@ def holder(gpu: str, role: str) -> "subprocess.Popen[str]":
 
 
 @pytest.fixture
-def gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+def gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names = [f"GPU-{tmp_path.name}-{time.time_ns()}-{number}" for number in range(3)]
     stand_in_gpus(tmp_path / "bin", monkeypatch, gpus=names)
-    yield names
+    return names
 
 
 def machine(procs: int, device: str = "cuda") -> Machine:

@@ -18,7 +18,7 @@ from obowlab.config.files import (
     recipe_files,
     recipe_from_values,
 )
-from obowlab.config.machine import Machine, load_machine
+from obowlab.config.machine import Machine, Slurm, load_machine
 from obowlab.config.methods import METHOD_SECTIONS, Bownet, MethodSection, Moco, Obow, Rotnet
 from obowlab.config.recipe import (
     FINGERPRINT_VERSION,
@@ -58,6 +58,7 @@ __all__ = [
     "Recipe",
     "Rotnet",
     "Section",
+    "Slurm",
     "Training",
     "Views",
     "canonical_hash",

@@ -188,7 +188,7 @@ def launch(
                 machine=machine,
                 mirror=mirror,
                 command=command(path, machine),
-                environment={**_environment(machine, lock=lock, progress=progress), **gpus, **(environment or {})},
+                environment={**environment_of(machine, token=lock.token, progress=progress), **gpus, **(environment or {})},
                 lock=lock,
                 output=path / TERMINAL if quiet else None,
                 signals=signals,
@@ -306,11 +306,18 @@ def _watched(folder: RunFolder, mirror: Mirror, pid: int, *, gpus: bool) -> Iter
     watcher.join(MIRROR_TIMEOUT_S + 1.0)
 
 
-def _environment(machine: Machine, *, lock: Lock, progress: bool) -> dict[str, str]:
+def environment_of(machine: Machine, *, token: str, progress: bool) -> dict[str, str]:
+    """Return the variables of a compute process.
+
+    Args:
+        machine: with what it computes.
+        token: of the run's lock.
+        progress: whether it shows its progress on the terminal.
+    """
     environment = {
         **os.environ,
-        LOCK_TOKEN_VARIABLE: lock.token,
-        "OMP_NUM_THREADS": str(machine.threads),
+        LOCK_TOKEN_VARIABLE: token,
+        "OMP_NUM_THREADS": str(threads_of(machine)),
     }
     if not progress:
         environment[NO_PROGRESS_VARIABLE] = "1"
