@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data": ("obowlab.cli.data:data", "Prepare, verify and list data sets."),
     "config": ("obowlab.cli.config:config", "List, show and compare recipes."),
     "runs": ("obowlab.cli.runs:runs", "List, show, sync and export runs."),
+    "jobs": ("obowlab.cli.jobs:jobs", "Show what is queued, running and over; print logs, cancel, tidy up."),
     "weights": ("obowlab.cli.weights:weights", "Import and export encoder weights."),
     "report": (
         "obowlab.cli.report:report",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -30,6 +30,12 @@ machine_option = click.option(
 json_flag = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
+launcher_option = click.option(
+    "--launcher", type=click.Choice(("local", "slurm")), help="Here and now, or as jobs of a Slurm cluster. [default: local]"
+)
+wait_option = click.option("--wait", is_flag=True, help="With --launcher slurm: wait until the jobs are over.")
+
+
 def roots(command: Decorated) -> Decorated:
     """Add the options that say where things are."""
     for option in (machine_option, runs_root_option, data_root_option):
@@ -54,6 +60,25 @@ def machine_from(*, machine_file: Path | None = None, **overrides: Any) -> Machi
     from obowlab.config import load_machine
 
     return load_machine(file=machine_file, overrides=overrides)
+
+
+def job_words(words: Sequence[str], *, machine: Machine, machine_file: Path | None) -> tuple[str, ...]:
+    """Return a command as a job of a cluster has to carry it out: with everything that options said here.
+
+    Args:
+        words: the command's own words.
+        machine: where and with what.
+        machine_file: holds the machine's other settings; None for the usual place.
+    """
+    from obowlab.config import command_options
+
+    file = ("--machine", str(machine_file.absolute())) if machine_file is not None else ()
+    return (*words, *command_options(machine), "--device", machine.device, "--launcher", "local", *file)
+
+
+def absolute(name: str) -> str:
+    """Return a recipe, study or table file by its whole path, and a plain name as it is."""
+    return str(Path(name).absolute()) if Path(name).is_file() else name
 
 
 def would(line: str) -> None:

@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING
 
 import click
 
-from obowlab.cli.options import dry_run_option, hardware, machine_from, roots, set_option, would
+from obowlab.cli.options import (
+    absolute,
+    dry_run_option,
+    hardware,
+    launcher_option,
+    machine_from,
+    roots,
+    set_option,
+    wait_option,
+    would,
+)
 from obowlab.cli.output import print_results
 from obowlab.errors import UserError
 
@@ -19,13 +29,21 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("name")
-@click.option("--gpus", type=click.IntRange(min=1), metavar="N", help="Train on N GPUs of this machine: --device cuda --procs N.")
+@click.option("--gpus", type=click.IntRange(min=1), metavar="N", help="Train on N GPUs: --device cuda --procs N.")
 @click.option("--seed", type=click.IntRange(min=0, max=2**31 - 1), default=0, show_default=True, help="Seed of weights and data.")
 @set_option
 @click.option(
     "--resume/--fresh", "resume", default=None, help="Insist on continuing a run, or begin again. [default: continue if there]"
 )
 @click.option("--procs", type=click.IntRange(min=1), metavar="N", help="Processes that share every batch. [default: 1]")
+@launcher_option
+@click.option(
+    "--nodes",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Spread them over N nodes of the cluster. [default: as few as will do]",
+)
+@wait_option
 @hardware
 @roots
 @click.option("--no-progress", is_flag=True, help="Print no progress; the run's log.txt has it.")
@@ -38,6 +56,9 @@ def run(
     overrides: tuple[str, ...],
     resume: bool | None,
     procs: int | None,
+    launcher: str | None,
+    nodes: int | None,
+    wait: bool,
     device: str | None,
     workers: int | None,
     loader: str | None,
@@ -71,13 +92,21 @@ def run(
         procs=procs,
         workers=workers,
         loader=loader,
+        launcher=launcher,
+        nodes=nodes,
     )
+    from obowlab.cli.submit import refuse_wait, spread, submit_run
     from obowlab.lab.engine.leases import check_gpus
     from obowlab.lab.launch import launch, plan
     from obowlab.track.folder import RunFolder, run_id_of
     from obowlab.track.lineage import stages_of
 
-    check_gpus(machine)
+    refuse_wait(machine, wait=wait)
+    if machine.launcher == "slurm":
+        machine = spread(machine, nodes=nodes)
+    else:
+        check_nodes(machine)
+        check_gpus(machine)
     stages = stages_of(loaded, seed=seed, runs_root=machine.runs_root)
     if stage is not None and stage > len(stages):
         raise UserError(f"Recipe '{loaded.name}' has {len(stages)} stage{'s' * (len(stages) > 1)}, not {stage}: lower --stage.")
@@ -93,6 +122,10 @@ def run(
     different = [each for number, each in enumerate(due) if each.recipe.data not in [one.recipe.data for one in due[:number]]]
     for each in different:
         check_data(each, machine=machine, dry_run=dry_run)
+    if machine.launcher == "slurm" and due and not dry_run:
+        words = ["run", absolute(name), "--seed", str(seed), *(word for text in overrides for word in ("--set", text))]
+        words += ["--stage", str(stage)] if stage is not None else []
+        return submit_run(words, due, seed=seed, fresh=fresh, machine=machine, machine_file=machine_file, wait=wait)
     for number, each in enumerate(chosen, start=1):
         if len(stages) > 1:
             click.echo(f"Stage {number} of {len(stages)}: {each.recipe.title}")
@@ -107,6 +140,20 @@ def run(
         else:
             print_results(RunFolder.open(machine.runs_root / run_id_of(each, seed=seed)))
     return 0
+
+
+def check_nodes(machine: Machine) -> None:
+    """Refuse several nodes where no job of a cluster brought them together.
+
+    Raises:
+        UserError: says how it is done.
+    """
+    import os
+
+    from obowlab.lab.engine.nodes import MEETING_VARIABLE
+
+    if machine.nodes > 1 and MEETING_VARIABLE not in os.environ:
+        raise UserError("--nodes is for a cluster: add --launcher slurm, or leave --nodes out.")
 
 
 def _folder(loaded: Loaded, *, seed: int, machine: Machine) -> RunFolder | None:
@@ -165,6 +212,11 @@ def _print_plan(loaded: Loaded, *, plan: Plan, machine: Machine) -> None:
         *plan.lines(),
         f"training: {recipe.training.epochs} epochs of {recipe.data.dataset} in {machine.data_root}, "
         f"{recipe.training.batch_size} images a step, device {machine.device}, loader {machine.loader}",
+        *(
+            [f"as a job: {machine.procs} processes on {machine.nodes} node(s), {machine.slurm.time} a start"]
+            if machine.launcher == "slurm"
+            else []
+        ),
         f"evaluation: {', '.join(recipe.evaluation.protocols) or 'none'}"
         + (", random initialisation beside it" if recipe.evaluation.random_baseline else ""),
     ]

@@ -54,6 +54,12 @@ class Machine(Section):
     log_points: Count = Field(2000, description="at most so many points per training metric")
 
 
+def command_options(machine: Machine) -> list[str]:
+    """Return the options that tell another `obowlab` command, here or on a node, to use the same places and loader."""
+    words = ["--runs-root", str(machine.runs_root), "--data-root", str(machine.data_root), "--loader", machine.loader]
+    return words if machine.workers is None else [*words, "--workers", str(machine.workers)]
+
+
 def load_machine(*, file: Path | None = None, overrides: Mapping[str, Any] | None = None) -> Machine:
     """Read the machine file (`--machine`, `$OBOWLAB_MACHINE` or ~/.config/obowlab/machine.toml) under the given overrides.
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
-from obowlab.config import Loaded, Machine
+from obowlab.config import Loaded, Machine, command_options
 from obowlab.lab.engine.processes import tied_to_this_process
 from obowlab.lab.records import store_runs
 from obowlab.lab.tablefile import PlannedRow, PlannedTable
@@ -234,7 +234,7 @@ class Ablation:
         if self.machine_file is not None:
             environment["OBOWLAB_MACHINE"] = str(self.machine_file.absolute())
         process = subprocess.Popen(
-            [sys.executable, "-m", "obowlab.cli", *job.command, *self._place(), "--no-progress"],
+            [sys.executable, "-m", "obowlab.cli", *job.command, *job_options(self.machine, gpus=self.gpus)],
             stdout=log,
             stderr=subprocess.STDOUT,
             env=environment,
@@ -244,12 +244,6 @@ class Ablation:
         self._children[job.fingerprint] = _Child(process, log)
         verb = "Continuing" if run is not None and run.state.step else "Training"
         self.say(f"{verb} {run_id} for {', '.join(job.places)}.")
-
-    def _place(self) -> list[str]:
-        machine = self.machine
-        words = ["--runs-root", str(machine.runs_root), "--data-root", str(machine.data_root), "--loader", machine.loader]
-        words += ["--device", "cuda" if self.gpus else machine.device]
-        return words if machine.workers is None else [*words, "--workers", str(machine.workers)]
 
     def _label(self, runs: Mapping[str, RunSummary]) -> None:
         """Write into every run, once it is there, which rows it serves; its own mirror makes tags of it in MLflow."""
@@ -313,6 +307,12 @@ class Ablation:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def job_options(machine: Machine, *, gpus: bool) -> list[str]:
+    """Return what is added to a job's command: where, with what, and here."""
+    device = "cuda" if gpus else machine.device
+    return [*command_options(machine), "--device", device, "--launcher", "local", "--no-progress"]
 
 
 def shown_command(job: Job) -> str:

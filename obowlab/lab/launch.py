@@ -108,7 +108,8 @@ def plan(loaded: Loaded, *, seed: int, machine: Machine, fresh: bool, command: C
     Raises:
         UserError: as `launch`.
     """
-    check_gpus(machine)
+    if machine.launcher == "local":
+        check_gpus(machine)
     run_id = run_id_of(loaded, seed=seed)
     path = machine.runs_root / run_id
     state = RunFolder.open(path).current_state() if (path / "run.json").is_file() else None

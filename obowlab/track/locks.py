@@ -9,6 +9,7 @@ import errno
 import fcntl
 import json
 import os
+import socket
 import threading
 import time
 from pathlib import Path
@@ -39,6 +40,21 @@ def is_locked(path: Path) -> bool:
         finally:
             os.close(fd)
         return False
+
+
+def holder_of(path: Path) -> dict[str, Any]:
+    """Return who held the run of this folder last: pid and host; empty when nobody ever did."""
+    with HELD_GUARD:
+        if str(path.resolve()) in HELD:
+            return {"pid": os.getpid(), "host": socket.gethostname()}
+        try:
+            fd = os.open(path / "lock", os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return {}
+        try:
+            return read_holder(fd)
+        finally:
+            os.close(fd)
 
 
 def try_lock(fd: int, byte: int) -> bool:
