@@ -25,7 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "data": ("obowlab.cli.data:data", "Prepare, verify and list data sets."),
     "config": ("obowlab.cli.config:config", "List, show and compare recipes."),
     "runs": ("obowlab.cli.runs:runs", "List, show, sync and export runs."),
-    "jobs": ("obowlab.cli.jobs:jobs", "Show what is queued, running and over; print logs, cancel, tidy up."),
+    "jobs": ("obowlab.cli.jobs:jobs", "Show what is queued, running and over, where, how far and how long it will take."),
     "weights": ("obowlab.cli.weights:weights", "Import and export encoder weights."),
     "report": (
         "obowlab.cli.report:report",

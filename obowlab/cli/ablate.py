@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from obowlab.cli.options import PATH, dry_run_option, hardware, machine_from, machine_option, roots, runs_root_option, would
+from obowlab.cli.options import (
+    PATH,
+    dry_run_option,
+    hardware,
+    launcher_option,
+    machine_from,
+    machine_option,
+    roots,
+    runs_root_option,
+    wait_option,
+    would,
+)
 from obowlab.cli.output import print_table
 from obowlab.errors import UserError
 
@@ -42,6 +53,8 @@ names_argument = click.argument("names", nargs=-1, required=True, metavar="TABLE
 @click.option("--gpus", type=click.IntRange(min=1), metavar="N", help="N trainings at a time, each on a GPU of its own.")
 @click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="Trainings at a time on the CPU. [default: one per core]")
 @click.option("--records", type=PATH, metavar="DIR", help="Write what the tables are made of (small JSON files) to a folder.")
+@launcher_option
+@wait_option
 @hardware
 @roots
 @dry_run_option
@@ -53,6 +66,8 @@ def ablate(
     gpus: int | None,
     jobs: int | None,
     records: Path | None,
+    launcher: str | None,
+    wait: bool,
     device: str | None,
     workers: int | None,
     loader: str | None,
@@ -66,6 +81,7 @@ def ablate(
     TABLE is a table of the paper (table1 to table5, table7), `all`, or a TOML file. Rows with the same recipe are trained once.
     Killed and typed again, the command goes on; a row that fails does not stop the others.
     """
+    from obowlab.cli.submit import refuse_wait, submit_plan
     from obowlab.lab.ablate import make_plan
     from obowlab.lab.cost import CostBook
     from obowlab.lab.engine.leases import check_gpus
@@ -84,14 +100,17 @@ def ablate(
         procs=gpus,
         workers=workers,
         loader=loader,
+        launcher=launcher,
     )
-    if not dry_run:
+    refuse_wait(machine, wait=wait)
+    on_cluster = machine.launcher == "slurm"
+    if not dry_run and not on_cluster:
         check_gpus(machine)
     plan = make_plan(tables, seeds=range(seeds), rows=rows)
-    slots = gpus or jobs or _default_jobs(machine)
+    slots = gpus or jobs or (len(plan.jobs) if on_cluster else _default_jobs(machine))
     runs = store_runs(machine.runs_root)
     book = CostBook(machine.model_copy(update={"procs": 1}), runs=runs.values())
-    if not dry_run and any(job.fingerprint not in runs for job in plan.jobs):
+    if not dry_run and not on_cluster and any(job.fingerprint not in runs for job in plan.jobs):
         click.echo("Timing a few steps of the recipes that were never trained here.", err=True)
         problem = book.measure([job.loaded.recipe for job in plan.jobs])
         if problem:
@@ -99,9 +118,13 @@ def ablate(
     _print_plan(plan, runs=runs, book=book, slots=slots, scale=scale)
     if dry_run:
         return 0
+    machine = machine.model_copy(update={"procs": 1})
+    if on_cluster:
+        left = submit_plan(plan, machine=machine, machine_file=machine_file, at_a_time=slots, wait=wait)
+        return left if left is not None else _present(plan, machine=machine, records=records)
     return _carry_out(
         plan,
-        machine=machine.model_copy(update={"procs": 1}),
+        machine=machine,
         machine_file=machine_file,
         slots=slots,
         gpus=gpus is not None,
@@ -279,7 +302,6 @@ def _shares(plan: Plan) -> list[str]:
 def _carry_out(plan: Plan, *, machine: Machine, machine_file: Path | None, slots: int, gpus: bool, records: Path | None) -> int:
     from obowlab.cli.run import check_data
     from obowlab.lab.ablate import Ablation
-    from obowlab.lab.records import store_records, write_records
 
     for loaded in {job.loaded.recipe.data.dataset: job.loaded for job in plan.jobs}.values():
         check_data(loaded, machine=machine, dry_run=False)
@@ -288,6 +310,20 @@ def _carry_out(plan: Plan, *, machine: Machine, machine_file: Path | None, slots
     )
     outcomes = ablation.carry_out()
     _sync_labels(ablation.labelled, machine=machine)
+    code = _present(plan, machine=machine, records=records)
+    for outcome in outcomes:
+        if outcome.status == "failed":
+            click.echo(f"{outcome.job.run_id} failed: {outcome.message}", err=True)
+    if ablation.asked_to_stop:
+        click.echo("Stopped; the same command goes on.", err=True)
+        return 128 + ablation.asked_to_stop
+    return code
+
+
+def _present(plan: Plan, *, machine: Machine, records: Path | None) -> int:
+    """Show the tables of a plan, keep them in MLflow, and write their records if asked; 1 when runs are missing."""
+    from obowlab.lab.records import store_records, store_runs, write_records
+
     known = store_records(machine.runs_root, fingerprints={job.fingerprint for job in plan.jobs})
     if records is not None:
         click.echo(f"Wrote {write_records(known.values(), folder=records)} records to {records}.", err=True)
@@ -296,13 +332,11 @@ def _carry_out(plan: Plan, *, machine: Machine, machine_file: Path | None, slots
     for each in tables:
         show(each)
     _publish(tables, machine=machine)
-    failed = [outcome for outcome in outcomes if outcome.status == "failed"]
-    for outcome in failed:
-        click.echo(f"{outcome.job.run_id} failed: {outcome.message}", err=True)
-    if ablation.asked_to_stop:
-        click.echo("Stopped; the same command goes on.", err=True)
-        return 128 + ablation.asked_to_stop
-    return int(bool(failed))
+    runs = store_runs(machine.runs_root, fingerprints={job.fingerprint for job in plan.jobs})
+    missing = [job.run_id for job in plan.jobs if job.fingerprint not in runs or runs[job.fingerprint].state.status != "finished"]
+    if missing:
+        click.echo(f"Not finished: {', '.join(missing)}; `obowlab jobs` says why.", err=True)
+    return int(bool(missing))
 
 
 def _publish(tables: Sequence[Table], *, machine: Machine) -> None:

@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from obowlab.cli.options import PATH, dry_run_option, hardware, machine_from, roots, would
+from obowlab.cli.options import (
+    PATH,
+    absolute,
+    dry_run_option,
+    hardware,
+    job_words,
+    launcher_option,
+    machine_from,
+    roots,
+    wait_option,
+    would,
+)
 from obowlab.cli.output import print_measurements
 from obowlab.errors import UserError
 
@@ -57,6 +68,8 @@ class Subject:
     help="For a run: measure its untrained weights too. [default: the recipe's]",
 )
 @click.option("--json", "json_file", type=PATH, metavar="FILE", help="Write the results to a file as well.")
+@launcher_option
+@wait_option
 @hardware
 @roots
 @dry_run_option
@@ -68,6 +81,8 @@ def evaluate(
     overrides: tuple[str, ...],
     untrained: bool | None,
     json_file: Path | None,
+    launcher: str | None,
+    wait: bool,
     device: str | None,
     workers: int | None,
     loader: str | None,
@@ -75,15 +90,24 @@ def evaluate(
     runs_root: Path | None,
     machine_file: Path | None,
     dry_run: bool,
-) -> None:
+) -> int:
     """Measure the encoder of a run or of a weights file.
 
     RUN is a run id, the beginning of one, or a run folder: its results are added to the run and mirrored to MLflow. FILE is a
     weights file (ours, torchvision's or the authors'): its results are printed.
     """
+    from obowlab.cli.submit import refuse_wait
+
     machine = machine_from(
-        machine_file=machine_file, data_root=data_root, runs_root=runs_root, device=device, workers=workers, loader=loader
+        machine_file=machine_file,
+        data_root=data_root,
+        runs_root=runs_root,
+        device=device,
+        workers=workers,
+        loader=loader,
+        launcher=launcher,
     )
+    refuse_wait(machine, wait=wait)
     chosen = _subject(subject, recipe_name=recipe_name, overrides=overrides, machine=machine)
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise UserError(f"The folder of --json {json_file} does not exist.")
@@ -93,8 +117,21 @@ def evaluate(
     with_random = chosen.folder is not None and (chosen.recipe.evaluation.random_baseline if untrained is None else untrained)
     if dry_run:
         beside = " and of its random initialisation" if with_random else ""
-        return would(f"measure {', '.join(names)} of {chosen.name}{beside} on {dataset or chosen.recipe.data.dataset}")
-    results = _measure(chosen, names=names, dataset=dataset, with_random=with_random, machine=machine)
+        would(f"measure {', '.join(names)} of {chosen.name}{beside} on {dataset or chosen.recipe.data.dataset}")
+        return 0
+    if machine.launcher == "slurm":
+        words = ["eval", str(chosen.folder.path) if chosen.folder is not None else absolute(subject)]
+        words += [word for protocol in protocols for word in ("--protocol", protocol)]
+        words += [word for text in overrides for word in ("--set", text)]
+        words += ["--dataset", dataset] if dataset is not None else []
+        words += ["--recipe", absolute(recipe_name)] if recipe_name is not None else []
+        words += [] if untrained is None else ["--random" if untrained else "--no-random"]
+        words += ["--json", str(json_file.absolute())] if json_file is not None else []
+        return _submit(words, name=chosen.name, machine=machine, machine_file=machine_file, wait=wait)
+    from obowlab.lab.engine.leases import using_gpus
+
+    with using_gpus(machine.model_copy(update={"procs": 1, "nodes": 1}), say=lambda line: click.echo(line, err=True)):
+        results = _measure(chosen, names=names, dataset=dataset, with_random=with_random, machine=machine)
     values = [result.to_json() for result in results]
     print_measurements(values)
     if json_file is not None:
@@ -106,7 +143,20 @@ def evaluate(
             raise UserError(f"Cannot write --json {json_file}: {error.strerror}.") from None
     if chosen.folder is not None:
         _file_results(chosen.folder, values, machine=machine)
-    return None
+    return 0
+
+
+def _submit(words: list[str], *, name: str, machine: Machine, machine_file: Path | None, wait: bool) -> int:
+    """Measure in a job of the cluster."""
+    from obowlab.cli.submit import FOLLOW, submit, wait_for
+    from obowlab.lab.engine.slurm import Errand, Needs
+
+    errand = Errand(words=job_words(words, machine=machine, machine_file=machine_file), runs=(), what=f"eval {name}")
+    jobs = submit([errand], machine=machine, needs=Needs(gpus=machine.device != "cpu"), name="eval")
+    if wait:
+        return wait_for(jobs, machine=machine)
+    click.echo(FOLLOW)
+    return 0
 
 
 def _subject(ref: str, *, recipe_name: str | None, overrides: tuple[str, ...], machine: Machine) -> Subject:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from obowlab.config import Loaded, Machine
+    from obowlab.lab.ablate import Plan
     from obowlab.lab.engine.slurm import Errand, Needs, SlurmJob
 
 FOLLOW = "`obowlab jobs --watch` shows how far they are, `obowlab jobs logs RUN` what they print."
@@ -140,4 +141,65 @@ def submit_run(
             click.echo(f"Run {run} did not finish ({state.status}): {state.message or 'see its log'}.", err=True)
             return 1
     print_results(folder)
+    return 0
+
+
+def submit_plan(plan: Plan, *, machine: Machine, machine_file: Path | None, at_a_time: int, wait: bool) -> int | None:
+    """Submit what tables lack, as arrays of jobs: first the stages that others need, then those.
+
+    Args:
+        plan: of the tables.
+        machine: of every job; one process each.
+        machine_file: holds the machine's other settings; None for the usual place.
+        at_a_time: at most so many jobs of an array run together.
+        wait: until all jobs are over.
+
+    Returns:
+        The exit code when there is nothing to show yet; None when nothing is left, or the waiting is over.
+
+    Raises:
+        UserError: there is no Slurm, it refuses the jobs, or images are missing.
+    """
+    from obowlab.cli.run import check_data
+    from obowlab.lab.ablate import labels_of
+    from obowlab.lab.engine.slurm import Errand, Needs, check_slurm, live_runs
+    from obowlab.lab.records import store_runs
+    from obowlab.track.folder import RunFolder
+
+    runs = store_runs(machine.runs_root, fingerprints={job.fingerprint for job in plan.jobs})
+    finished = {key for key, run in runs.items() if run.state.status == "finished"}
+    left = [job for job in plan.jobs if job.fingerprint not in finished]
+    if not left:
+        return None
+    check_slurm()
+    for loaded in {job.loaded.recipe.data.dataset: job.loaded for job in left}.values():
+        check_data(loaded, machine=machine, dry_run=False)
+    live = live_runs(machine.runs_root)
+    names = {job.fingerprint: runs[job.fingerprint].info.run_id if job.fingerprint in runs else job.run_id for job in left}
+    jobs = {key: live[name] for key, name in names.items() if name in live}
+    if jobs:
+        click.echo(f"{len(jobs)} of {len(left)} trainings have a job already.")
+    gpus = machine.device != "cpu"
+    while ready := [
+        job for job in left if job.fingerprint not in jobs and (job.needs is None or job.needs in finished or job.needs in jobs)
+    ]:
+        for job in ready:
+            folder = RunFolder.create(job.loaded, seed=job.seed, runs_root=machine.runs_root)
+            folder.add_labels(labels_of(job, plan=plan))
+        errands = [
+            Errand(
+                words=job_words([*job.command, "--no-progress"], machine=machine, machine_file=machine_file),
+                runs=(names[job.fingerprint],),
+                what=names[job.fingerprint],
+            )
+            for job in ready
+        ]
+        after = [jobs[job.needs] for job in ready if job.needs in jobs]
+        name = "-".join(table.name for table in plan.tables)
+        new = submit(errands, machine=machine, needs=Needs(gpus=gpus), name=name, at_a_time=at_a_time, after=after)
+        jobs |= {job.fingerprint: each for job, each in zip(ready, new, strict=True)}
+    if wait:
+        code = wait_for(list(jobs.values()), machine=machine)
+        return code or None
+    click.echo(f"{FOLLOW} The same command again shows the tables once all is trained.")
     return 0

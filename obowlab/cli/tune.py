@@ -10,7 +10,19 @@ from typing import TYPE_CHECKING
 
 import click
 
-from obowlab.cli.options import dry_run_option, hardware, json_flag, machine_from, roots, set_option, would
+from obowlab.cli.options import (
+    absolute,
+    dry_run_option,
+    hardware,
+    job_words,
+    json_flag,
+    launcher_option,
+    machine_from,
+    roots,
+    set_option,
+    wait_option,
+    would,
+)
 from obowlab.cli.output import duration, print_table
 from obowlab.errors import UserError
 
@@ -39,6 +51,8 @@ SCALES = ("paper", "tiny", "demo")
 @click.option("--show", is_flag=True, help="Train nothing; print the trials and what is best, and renew study.json.")
 @click.option("--list", "list_studies", is_flag=True, help="List the studies.")
 @json_flag
+@launcher_option
+@wait_option
 @hardware
 @roots
 @dry_run_option
@@ -54,6 +68,8 @@ def tune(
     show: bool,
     list_studies: bool,
     as_json: bool,
+    launcher: str | None,
+    wait: bool,
     device: str | None,
     workers: int | None,
     loader: str | None,
@@ -76,15 +92,29 @@ def tune(
         if device not in (None, "cuda") or jobs is not None:
             raise UserError("--gpus N stands for --device cuda with N trials at a time; leave --device and --jobs out.")
         device = "cuda"
+    from obowlab.cli.submit import refuse_wait
     from obowlab.lab.study.spec import plan_study
 
     tuning = plan_study(study, scale=scale, overrides=overrides, study_name=study_name)
     machine = machine_from(
-        machine_file=machine_file, data_root=data_root, runs_root=runs_root, device=device, workers=workers, loader=loader
+        machine_file=machine_file,
+        data_root=data_root,
+        runs_root=runs_root,
+        device=device,
+        workers=workers,
+        loader=loader,
+        launcher=launcher,
     )
+    refuse_wait(machine, wait=wait)
     budget = trials or tuning.spec.trials
     if show or dry_run:
         return _look(tuning, machine=machine, storage=storage, budget=budget, show=show, as_json=as_json, jobs=gpus or jobs or 1)
+    if machine.launcher == "slurm":
+        words = ["tune", absolute(study), "--scale", scale, "--name", tuning.name, "--trials", str(budget)]
+        words += [word for text in overrides for word in ("--set", text)]
+        return _submit(
+            tuning, words, machine=machine, machine_file=machine_file, storage=storage, count=gpus or jobs or 1, wait=wait
+        )
     if gpus is not None:
         from obowlab.lab.engine.leases import check_gpus
 
@@ -105,6 +135,47 @@ def _list(*, as_json: bool) -> int:
     ]
     print_table(("study", "base", "objective", "trials", "parameters", "title"), rows, right=("trials",))
     return 0
+
+
+def _submit(
+    tuning: Tuning,
+    words: list[str],
+    *,
+    machine: Machine,
+    machine_file: Path | None,
+    storage: str | None,
+    count: int,
+    wait: bool,
+) -> int:
+    """Let so many jobs of the cluster, with one trial at a time each, work on a study; those already there count."""
+    import os
+
+    from obowlab.cli.run import check_data
+    from obowlab.cli.submit import FOLLOW, submit, wait_for
+    from obowlab.lab.engine.slurm import Errand, Needs, check_slurm, states, submitted_jobs
+    from obowlab.lab.study.storage import STORAGE_VARIABLE, storage_url
+
+    check_slurm()
+    url = storage_url(storage, runs_root=machine.runs_root)
+    if url.startswith("sqlite"):
+        raise UserError("SQLite is no storage for several nodes: use postgresql:// or, on a file system with locks, journal://.")
+    check_data(tuning.base, machine=machine, dry_run=False)
+    what = f"tune {tuning.name}"
+    mine = [job for job in submitted_jobs(machine.runs_root) if job.errand.what == what]
+    alive = states(mine)
+    jobs = [job for job in mine if job.id in alive]
+    if jobs:
+        click.echo(f"{len(jobs)} jobs work on study {tuning.name} already.")
+    if len(jobs) < count:
+        os.environ[STORAGE_VARIABLE] = url  # Slurm hands it on; on a command line a password would be seen by everybody
+        gpus = machine.device != "cpu"
+        errand = Errand(words=job_words(words, machine=machine, machine_file=machine_file), runs=(), what=what)
+        errands = [errand] * (count - len(jobs))
+        jobs += submit(errands, machine=machine, needs=Needs(gpus=gpus), name=what.replace(" ", "-"))
+    if not wait:
+        click.echo(f"{FOLLOW} `obowlab tune ... --show` shows the trials.")
+        return 0
+    return wait_for(jobs, machine=machine)
 
 
 def _work(tuning: Tuning, *, machine: Machine, storage: str | None, budget: int, slots: int) -> int:

@@ -252,10 +252,8 @@ class Ablation:
             if run is None or job.fingerprint in self._seen:
                 continue
             self._seen.add(job.fingerprint)
-            places = [place.split("/", maxsplit=1) for place in job.places]
-            labels = {f"obowlab.{table}": f"{row} (stage)" if job.is_stage else row for table, row in places}
             folder = RunFolder(run.path, run.info)
-            if folder.add_labels({**labels, "obowlab.scale": self.plan.tables[0].scale}):
+            if folder.add_labels(labels_of(job, plan=self.plan)):
                 self.labelled.append(folder)
 
     def _reap(self, ended: dict[str, Outcome]) -> None:
@@ -307,6 +305,13 @@ class Ablation:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def labels_of(job: Job, *, plan: Plan) -> dict[str, str]:
+    """Return what a run is told of the rows it serves."""
+    places = [place.split("/", maxsplit=1) for place in job.places]
+    rows = {f"obowlab.{table}": f"{row} (stage)" if job.is_stage else row for table, row in places}
+    return {**rows, "obowlab.scale": plan.tables[0].scale}
 
 
 def job_options(machine: Machine, *, gpus: bool) -> list[str]:

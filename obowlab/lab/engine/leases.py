@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -68,6 +69,27 @@ def leased(
             held.enter_context(name)
         gpus = ",".join(mine)
         yield {GPUS_VARIABLE: gpus, "CUDA_VISIBLE_DEVICES": gpus}
+
+
+@contextmanager
+def using_gpus(machine: Machine, *, say: Callable[[str], None]) -> Iterator[None]:
+    """Let this process itself compute on free GPUs, and on no others; before torch is asked for the first time.
+
+    Args:
+        machine: says how many; one that computes on the CPU needs none.
+        say: prints one line.
+    """
+    with leased(machine, say=say) as variables:
+        before = os.environ.get("CUDA_VISIBLE_DEVICES")
+        if variables:
+            os.environ["CUDA_VISIBLE_DEVICES"] = variables["CUDA_VISIBLE_DEVICES"]
+        try:
+            yield
+        finally:
+            if variables and before is None:
+                del os.environ["CUDA_VISIBLE_DEVICES"]
+            elif before is not None:
+                os.environ["CUDA_VISIBLE_DEVICES"] = before
 
 
 def _take(count: int) -> dict[str, socket.socket]:
