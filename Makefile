@@ -1,11 +1,11 @@
 # Two commands are the contract: `make demo` and `make test`. Both install what they need into .venv first.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench golden clean
+.PHONY: help install demo test lint format bench slurm-demo golden clean
 BIN := .venv/bin
 CORES := $(shell nproc 2>/dev/null || echo 1)
 
 help: ## Show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 .venv/.installed: pyproject.toml constraints.txt .ci/install.sh
 	@.ci/install.sh
@@ -27,6 +27,9 @@ format: .venv/.installed ## Format the code
 
 bench: .venv/.installed ## Print the benchmarks, side by side (PHOTOS=an ImageFolder of full-size photos, or a .tar of one)
 	@PHOTOS='$(PHOTOS)' $(BIN)/python tests/benchmarks/run.py
+
+slurm-demo: .venv/.installed ## The demo on a real two-node Slurm, requeued, preempted, a node killed (SLURM_CONF or SLURM_TOOLS=DIR; root)
+	@$(BIN)/python -m tests.slurm_demo $(if $(SLURM_TOOLS),--tools $(SLURM_TOOLS)) $(ARGS)
 
 golden: .venv/.installed ## Write the golden files again; look at the diff before you commit it
 	@OBOWLAB_WRITE_GOLDEN=1 $(BIN)/pytest tests/test_recipes.py tests/test_cli.py
