@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from obowlab.config import Machine, Recipe, load_recipe
-from obowlab.lab.cost import CostBook, duration, num_steps
+from obowlab.lab.cost import Cost, CostBook, duration, num_steps, quote, settle
 from obowlab.track.folder import RunFolder, list_runs
+from obowlab.track.outbox import Outbox, Sent
 from tests.runs import small_recipe
 
 
@@ -32,6 +33,10 @@ def test_a_benchmark_is_kept_and_a_finished_run_knows_better(data_root: Path, tm
     assert (measured.source, measured.steps) == ("benchmark", 21)
     assert measured.seconds is not None
     assert 0 < measured.seconds < 600
+    assert measured.memory_mib is not None
+    assert measured.disk_mib is not None
+    assert 50 < measured.memory_mib < 4000
+    assert 3 < measured.disk_mib < 20
     folder = RunFolder.create(loaded, seed=5, runs_root=machine.runs_root)
     folder.append_attempt({"device": "cpu"})
     folder.set_state(status="finished", step=21, total_steps=21, trained_s=12.5)
@@ -40,6 +45,40 @@ def test_a_benchmark_is_kept_and_a_finished_run_knows_better(data_root: Path, tm
     assert (known.source, known.seconds) == ("run", 12.5)
     on_gpu = CostBook(machine.model_copy(update={"device": "cuda"}), runs=runs).cost(loaded.recipe)
     assert on_gpu.source == "unknown", "another device, another time"
+
+
+def test_several_processes_share_the_time(data_root: Path, tmp_path: Path) -> None:
+    loaded = small_recipe(tmp_path, dataset="small", epochs=3, batch_size=8)
+    machine = Machine(data_root=data_root, runs_root=tmp_path / "runs", device="cpu")
+    folder = RunFolder.create(loaded, seed=5, runs_root=machine.runs_root)
+    folder.append_attempt({"device": "cpu", "procs": 2})
+    folder.set_state(status="finished", step=21, total_steps=21, trained_s=10.0, memory_mib=300.0)
+    runs = list_runs(machine.runs_root)
+    for procs, seconds in ((1, 20.0), (2, 10.0), (4, 5.0)):
+        cost = CostBook(machine.model_copy(update={"procs": procs}), runs=runs).cost(loaded.recipe)
+        assert (cost.seconds, cost.memory_mib) == (seconds, 300.0)
+        assert f"{procs * seconds / 3600:.2g} CPU-hours" in cost.words(procs=procs, device="cpu")
+        assert f"300 MiB of GPU memory for each of {procs} process(es)" in cost.words(procs=procs, device="cuda")
+
+
+def test_quote_and_truth_stand_side_by_side(data_root: Path, tmp_path: Path) -> None:
+    loaded = small_recipe(tmp_path, dataset="small")
+    folder = RunFolder.create(loaded, seed=5, runs_root=tmp_path / "runs")
+    assert folder.cost() == {}
+    quote(folder, cost=Cost(21, 7200.0, "benchmark", memory_mib=100.0, disk_mib=8.0), procs=2)
+    quote(folder, cost=Cost(21, 1.0, "run"), procs=1)  # the first one stands
+    folder.append_attempt({"device": "cpu", "procs": 2})
+    folder.set_state(status="finished", trained_s=3600.0, memory_mib=120.0)
+    folder.write_artifact("encoder", b"x" * 2**20)
+    settle(folder)
+    told = folder.cost()
+    assert told["quote"] == {"hours": 4.0, "seconds": 7200.0, "memory_mib": 100.0, "disk_mib": 8.0, "source": "benchmark"}
+    assert told["truth"] == {"hours": 2.0, "seconds": 3600.0, "memory_mib": 120.0, "disk_mib": 1.0}
+    tags = Outbox(folder, store="there").tags(Sent())
+    assert tags["obowlab.quote.hours"] == "4.0"
+    assert tags["obowlab.truth.memory_mib"] == "120.0"
+    (folder.path / "cost.json").write_text("{torn")
+    assert folder.cost() == {}
 
 
 def test_what_cannot_be_timed_is_said(tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def ablate(
         problem = book.measure([job.loaded.recipe for job in plan.jobs])
         if problem:
             click.echo(f"Warning: not every recipe could be timed ({problem}).", err=True)
-    _print_plan(plan, runs=runs, book=book, slots=slots, scale=scale)
+    _print_plan(plan, runs=runs, book=book, slots=slots, scale=scale, on_cluster=on_cluster)
     if dry_run:
         return 0
     machine = machine.model_copy(update={"procs": 1})
@@ -246,7 +246,7 @@ def _default_jobs(machine: Machine) -> int:
     return max(1, cores // (machine.threads or 1))
 
 
-def _print_plan(plan: Plan, *, runs: Mapping[str, RunSummary], book: CostBook, slots: int, scale: str) -> None:
+def _print_plan(plan: Plan, *, runs: Mapping[str, RunSummary], book: CostBook, slots: int, scale: str, on_cluster: bool) -> None:
     from obowlab.lab.cost import duration
 
     lines, left_s, unknown, counts = [], 0.0, 0, dict.fromkeys(("done", "running", "missing"), 0)
@@ -281,7 +281,8 @@ def _print_plan(plan: Plan, *, runs: Mapping[str, RunSummary], book: CostBook, s
     if left_s or not unknown:
         click.echo(f"Expected: {duration(left_s)} of training left; {slots} at a time: {duration(left_s / slots)}.")
     if unknown:
-        click.echo(f"{unknown} of them were never timed here; a few steps of each are when the command runs.")
+        when = "in their jobs" if on_cluster else "when the command runs"
+        click.echo(f"{unknown} of them were never timed here; a few steps of each are {when}.")
 
 
 def _shares(plan: Plan) -> list[str]:

@@ -22,7 +22,8 @@ from obowlab.cli.output import print_results
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
-    from obowlab.config import Loaded, Machine
+    from obowlab.config import Loaded, Machine, Recipe
+    from obowlab.lab.cost import Cost
     from obowlab.lab.launch import Plan
     from obowlab.track.folder import RunFolder
 
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
 @roots
 @click.option("--no-progress", is_flag=True, help="Print no progress; the run's log.txt has it.")
 @click.option("--stage", type=click.IntRange(min=1), metavar="K", help="Stop after stage K of a recipe with several.")
+@click.option("--quote/--no-quote", default=True, help="Say first what it will cost, from earlier runs or a few timed steps.")
 @dry_run_option
 def run(
     name: str,
@@ -67,6 +69,7 @@ def run(
     machine_file: Path | None,
     no_progress: bool,
     stage: int | None,
+    quote: bool,
     dry_run: bool,
 ) -> int:
     """Pretrain a recipe, then evaluate the encoder; the same command again continues.
@@ -133,12 +136,16 @@ def run(
         last = number == len(chosen)
         if folder is not None and each not in due:
             _say_finished(folder, each, machine=machine, last=last)
-        elif dry_run:
-            _print_plan(each, plan=plan(each, seed=seed, machine=machine, fresh=fresh and last), machine=machine)
-        elif code := launch(each, seed=seed, machine=machine, fresh=fresh and last, progress=not no_progress):
+            continue
+        again = fresh and last
+        is_new = folder is None or again or not folder.attempts()
+        cost = quoted(each.recipe, machine=machine, measure=not dry_run) if quote and is_new else None
+        if dry_run:
+            _print_plan(each, plan=plan(each, seed=seed, machine=machine, fresh=again), machine=machine, cost=cost)
+            continue
+        if code := launch(each, seed=seed, machine=machine, fresh=again, progress=not no_progress, cost=cost):
             return code
-        else:
-            print_results(RunFolder.open(machine.runs_root / run_id_of(each, seed=seed)))
+        print_results(RunFolder.open(machine.runs_root / run_id_of(each, seed=seed)))
     return 0
 
 
@@ -154,6 +161,30 @@ def check_nodes(machine: Machine) -> None:
 
     if machine.nodes > 1 and MEETING_VARIABLE not in os.environ:
         raise UserError("--nodes is for a cluster: add --launcher slurm, or leave --nodes out.")
+
+
+def quoted(recipe: Recipe, *, machine: Machine, measure: bool) -> Cost:
+    """Return, and say, what a training will cost.
+
+    Args:
+        recipe: of the training.
+        machine: where and with what.
+        measure: time a few steps if nothing is known yet; else say only what is known.
+    """
+    from obowlab.lab.cost import CostBook
+    from obowlab.lab.records import store_runs
+    from obowlab.lab.system import count_gpus
+
+    book = CostBook(machine, runs=store_runs(machine.runs_root).values())
+    if measure and book.cost(recipe).source == "unknown":
+        problem = book.measure([recipe])
+        if problem:
+            click.echo(f"Warning: no cost can be quoted ({problem}).", err=True)
+    cost = book.cost(recipe)
+    if measure and cost.seconds is not None:
+        on_cpu = machine.device == "cpu" or (machine.device == "auto" and count_gpus() == 0)
+        click.echo(cost.words(procs=machine.procs, device="cpu" if on_cpu else machine.device))
+    return cost
 
 
 def _folder(loaded: Loaded, *, seed: int, machine: Machine) -> RunFolder | None:
@@ -204,7 +235,7 @@ def check_data(loaded: Loaded, *, machine: Machine, dry_run: bool) -> None:
     return None
 
 
-def _print_plan(loaded: Loaded, *, plan: Plan, machine: Machine) -> None:
+def _print_plan(loaded: Loaded, *, plan: Plan, machine: Machine, cost: Cost | None) -> None:
     recipe = loaded.recipe
     verbs = {"new": "train", "resume": "continue", "fresh": "put aside and train again"}
     would(f"{verbs[plan.action]} run {plan.run_id}")
@@ -220,6 +251,9 @@ def _print_plan(loaded: Loaded, *, plan: Plan, machine: Machine) -> None:
         f"evaluation: {', '.join(recipe.evaluation.protocols) or 'none'}"
         + (", random initialisation beside it" if recipe.evaluation.random_baseline else ""),
     ]
+    if cost is not None:
+        words = cost.words(procs=machine.procs, device=machine.device).rstrip(".")
+        facts.append(f"{words[:1].lower()}{words[1:]}")
     for fact in facts:
         click.echo(f"  {fact}")
 

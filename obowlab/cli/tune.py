@@ -198,6 +198,7 @@ def _work(tuning: Tuning, *, machine: Machine, storage: str | None, budget: int,
         reporter = Reporter(study, tuning=tuning, machine=machine, claims=claims, budget=budget, storage=url)
         report = reporter.write()
         _say(f"study {tuning.name} in {report.storage}: {report.counts['completed']} of {budget} trials completed")
+        _say_cost(tuning, machine=machine, left=budget - report.counts["completed"], slots=slots)
         worker = Worker(
             tuning,
             study=study,
@@ -221,6 +222,21 @@ def _work(tuning: Tuning, *, machine: Machine, storage: str | None, budget: int,
         click.echo(f"{MAX_FAILURES} trials in a row failed; mend what their messages say, then type the command again.", err=True)
         return 1
     return 0
+
+
+def _say_cost(tuning: Tuning, *, machine: Machine, left: int, slots: int) -> None:
+    """Say what the trials that are left will take, as far as earlier runs of the base recipe tell."""
+    from obowlab.lab.cost import CostBook
+    from obowlab.lab.records import store_runs
+
+    if left <= 0:
+        return
+    recipe = tuning.base.recipe
+    cost = CostBook(machine, runs=store_runs(machine.runs_root).values()).cost(recipe)
+    if cost.seconds is not None:
+        trial_s = cost.seconds * len(tuning.spec.seeds)
+        together = duration(left * trial_s / slots)
+        _say(f"{left} trials of about {duration(trial_s)} are left: {together} with {slots} at a time, less what is pruned")
 
 
 def _look(tuning: Tuning, *, machine: Machine, storage: str | None, budget: int, show: bool, as_json: bool, jobs: int) -> int:

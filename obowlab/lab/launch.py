@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from obowlab.config import Loaded, Machine
+from obowlab.lab.cost import Cost, quote, settle
 from obowlab.lab.engine.leases import check_gpus, leased
 from obowlab.lab.engine.nodes import MEETING_VARIABLE, POLL_S, Call, Meeting
 from obowlab.lab.engine.processes import STOPPING, StopSignals, kill_family, shell_code, start
@@ -143,6 +144,7 @@ def launch(
     signals: StopSignals | None = None,
     environment: Mapping[str, str] | None = None,
     quiet: bool = False,
+    cost: Cost | None = None,
 ) -> int:
     """Carry out a run to its end, from wherever it stands, and return the exit code.
 
@@ -159,6 +161,7 @@ def launch(
         signals: lets another thread stop the run.
         environment: further variables for the compute process.
         quiet: put what the compute process prints into `terminal.txt` of the run folder; for several runs side by side.
+        cost: what a new run is expected to cost.
 
     Returns:
         0 when the run is finished, 2 for a mistake the user can mend, 128 + signal when it was stopped or killed, else the
@@ -175,6 +178,8 @@ def launch(
     if fresh and (path / "run.json").is_file():
         put_aside(RunFolder.open(path))
     folder = RunFolder.create(loaded, seed=seed, runs_root=machine.runs_root)
+    if cost is not None:
+        quote(folder, cost=cost, procs=machine.procs)
     mirror = Mirror(folder, tracking_uri=machine.tracking_uri)
     code = 0
     signals = signals or StopSignals()
@@ -194,6 +199,8 @@ def launch(
                 output=path / TERMINAL if quiet else None,
                 signals=signals,
             )
+        if code == 0:
+            settle(folder)
     _say_pending(mirror.sync(timeout_s=LAST_SYNC_TIMEOUT_S[code == 0]))
     return code
 

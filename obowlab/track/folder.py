@@ -1,9 +1,10 @@
 """The run folder: the one record of a training run that everything else reads.
 
-A run lives in `RUNS_ROOT/RUN_ID`. Every file has one writer: `run.json` and `machine.json` the launcher, `state.json`,
-`metrics.jsonl`, `online.jsonl`, `attempts.jsonl` and `results/` the process that trains or evaluates, `system.jsonl` and
-`mirror.json` the launcher's mirror; only `labels.json` has several, who take turns. Whole files are written beside and
-renamed; line files are appended and survive `kill -9` up to the last complete line. Nothing here imports torch or mlflow.
+A run lives in `RUNS_ROOT/RUN_ID`. Every file has one writer: `run.json`, `machine.json` and `cost.json` the launcher,
+`state.json`, `metrics.jsonl`, `online.jsonl`, `attempts.jsonl` and `results/` the process that trains or evaluates,
+`system.jsonl` and `mirror.json` the launcher's mirror; only `labels.json` has several, who take turns. Whole files are written
+beside and renamed; line files are appended and survive `kill -9` up to the last complete line. Nothing here imports torch or
+mlflow.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ LOCK_TOKEN_VARIABLE = "OBOWLAB_RUN_LOCK"
 """Set by a launcher that holds the lock for the processes it starts; see `RunFolder.lock`."""
 
 
+COST_FILE = "cost.json"
 STALE_AFTER_S = 3600.0
 """A running state of another host is believed for so long after its last update, once nobody holds the lock."""
 
@@ -84,6 +86,7 @@ class State(BaseModel):
     host: str | None = None
     attempt: int = 0
     trained_s: float | None = None
+    memory_mib: float | None = None
     updated_at: float = 0.0
 
 
@@ -347,6 +350,13 @@ class RunFolder:
             return None
         ids = [sent["run_id"] for sent in stores.values() if sent.get("run_id")]
         return str(ids[-1]) if ids else None
+
+    def cost(self) -> dict[str, dict[str, Any]]:
+        """Return what this run was expected to cost (`quote`) and, once finished, what it did (`truth`), as far as known."""
+        try:
+            return dict(json.loads((self.path / COST_FILE).read_bytes()))
+        except (FileNotFoundError, ValueError):
+            return {}  # nothing depends on it
 
     def labels(self) -> dict[str, str]:
         """Return what studies and tables said about this run: MLflow tag name to text."""

@@ -122,7 +122,14 @@ class Outbox:
 
     def artifacts(self) -> list[Path]:
         """Return the files to keep beside the numbers: the log only once it is complete, a page after what it shows."""
-        names = ["run.json", "machine.json", "attempts.jsonl", "dirty.diff", *(["log.txt"] if self.status() in ENDED else [])]
+        names = [
+            "run.json",
+            "machine.json",
+            "attempts.jsonl",
+            "dirty.diff",
+            "cost.json",
+            *(["log.txt"] if self.status() in ENDED else []),
+        ]
         gallery = sorted((self.folder.path / WORDS_FOLDER).glob("*.*"), key=lambda path: (path.suffix == ".html", path.name))
         return [*(self.folder.path / name for name in names if (self.folder.path / name).exists()), *gallery]
 
@@ -182,6 +189,8 @@ class Outbox:
             "mlflow.source.git.commit": facts.get("commit"),
             **self._labels(),
         }
+        for kind, numbers in self.folder.cost().items():
+            tags |= {f"obowlab.{kind}.{name}": value for name, value in numbers.items()}
         for result in self.folder.results():
             place = self.place(result).replace("/", ".")
             tags[f"obowlab.eval.{place}.{result['protocol']}"] = f"version {result.get('version')}, {result['protocol_hash']}"

@@ -20,6 +20,7 @@ from obowlab.track import provenance
 from obowlab.training import checkpoint as checkpoints
 from obowlab.training import online
 from obowlab.training.distributed import parallelise, synchronise_batchnorm
+from obowlab.training.memory import peak_mib
 from obowlab.training.preparation import Teacher, find_teacher, prepare
 from obowlab.training.work import Interrupted, Work
 
@@ -131,7 +132,10 @@ def train(work: Work) -> Method[Any]:
                     if world.is_main:
                         timing = {"images_per_s": images_per_s, "step_time_s": step_time_s, "data_wait_s": data_wait_s}
                         metric_log.append(step, values | timing)
-                        folder.set_state(status="running", step=step, total_steps=total_steps, trained_s=round(trained_s, 1))
+                        peak = round(peak_mib(world.device), 1)
+                        folder.set_state(
+                            status="running", step=step, total_steps=total_steps, trained_s=round(trained_s, 1), memory_mib=peak
+                        )
                     shown = {name: values[name] for name in SHOWN if name in values}
                     left_s = (total_steps - step) * step_time_s
                     work.reporter.step(done=step, total=total_steps, images_per_s=images_per_s, left_s=left_s, values=shown)
