@@ -98,8 +98,8 @@ def test_a_job_asks_for_what_its_processes_need(tmp_path: Path, cluster: Cluster
         "gpu_type": "h100",
         "save_before_s": 300,
         "container": "apptainer exec --nv obowlab.sif",
-        "setup": ["module load cuda"],
-        "options": ["reservation=ssl", "exclusive"],
+        "setup": ("module load cuda",),
+        "options": ("reservation=ssl", "exclusive"),
     }
     (job,) = submit(
         [errand("run", "full", run="full-s0-1")],
