@@ -107,6 +107,7 @@ def _show(
 
     from obowlab.data.datasets import open_split
     from obowlab.evaluation.words import show_words
+    from obowlab.lab.engine.leases import using_gpus
     from obowlab.lab.gallery import render_words
     from obowlab.track.journal import folder_written
     from obowlab.training.checkpoint import open_method
@@ -117,7 +118,8 @@ def _show(
 
     if machine.threads is not None:
         torch.set_num_threads(machine.threads)
-    with join(machine.model_copy(update={"procs": 1})) as world:
+    alone = machine.model_copy(update={"procs": 1, "nodes": 1})
+    with using_gpus(alone, say=lambda line: click.echo(line, err=True)), join(alone) as world:
         method, step, complaints = open_method(folder, map_location=world.device)
         for complaint in complaints:
             report(f"Warning: {complaint} Using the checkpoint before it.")
