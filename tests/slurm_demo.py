@@ -69,30 +69,31 @@ class Demo:
         self.obowlab("two", "run", "demo", *self.changes, *NODES, "--launcher", "slurm", "--wait")
         one, two = self.run("one"), self.run("two")
         assert two.facts()["procs"] == 4
-        pairs = [(a[1]["loss"], b[1]["loss"]) for a, b in zip(points(one), points(two), strict=True)]
-        first = [abs(a - b) / a for a, b in pairs[:10]]
-        tail = pairs[-84:]
-        late = abs(sum(a for a, _ in tail) - sum(b for _, b in tail)) / sum(a for a, _ in tail)
-        assert first[0] < 1e-5, f"the first step differs by {first[0]:.1e}"
-        assert max(first) < 1e-3, f"the first ten steps differ by {max(first):.1e}"
-        assert late < 0.02, f"the last epoch's loss differs by {late:.1%}"
-        return [
-            f"loss against one process: step 1 differs by {first[0]:.1e}, steps 1 to 10 by at most {max(first):.1e}, "
-            f"the mean of the last epoch by {late:.2%}",
-            five_shot(two),
-        ]
+        first, ten, late = differences(one, two)
+        assert first < 2**-8, f"the first step differs by {first:.1e}, more than bfloat16 rounds"
+        assert late < 0.05, f"the last epoch's loss differs by {late:.1%}"
+        return [f"loss against one process, in bfloat16: {told(first, ten, late)}", five_shot(two)]
+
+    def in_float32(self) -> list[str]:
+        changes = ("training.epochs=1", "training.precision=float32", "evaluation.protocols=[]")
+        words = ("run", "demo", *(word for change in changes for word in ("--set", change)))
+        self.obowlab("one32", *words, "--launcher", "local", "--no-progress")
+        self.obowlab("two32", *words, *NODES, "--launcher", "slurm", "--wait")
+        first, ten, late = differences(self.run("one32"), self.run("two32"))
+        assert first < 1e-5, f"the first step differs by {first:.1e}"
+        return [f"loss against one process, in float32: {told(first, ten, late)}"]
 
     def disturbed(self) -> list[str]:
         self.obowlab("disturbed", "run", "demo", *self.changes, *NODES, "--launcher", "slurm")
         job = self.job_of("disturbed")
         folder = self.run("disturbed")
-        told = []
+        events = []
         for what, disturb in (("requeue", self.requeue), ("preemption", self.preempt), ("time-out", self.time_out)):
             if folder.state.status == "finished":
                 raise AssertionError(f"the run was over before the {what}: give it more --epochs")
             before = restarts(job)
             wait_for_steps(folder, attempt=before + 1)
-            told.append(f"{what} at step {folder.state.step}")
+            events.append(f"{what} at step {folder.state.step}")
             disturb(job)
             wait_until(lambda before=before: restarts(job) > before, timeout_s=400)
             slurm("scontrol", "update", f"JobId={job}", "StartTime=now", "TimeLimit=60")
@@ -104,7 +105,7 @@ class Demo:
         assert (runs, lost, doubled) == (1, 0, 0)
         steps = [attempt["step"] for attempt in folder.attempts()]
         return [
-            *told,
+            *events,
             f"went on from steps {steps[1:]}; weights and metrics equal the undisturbed two-node run to the bit",
             "1 MLflow run, 0 points lost, 0 doubled",
         ]
@@ -173,6 +174,18 @@ class Demo:
     def run_of(self, job: str) -> RunFolder:
         (run,) = next(order["runs"] for order in self.orders("table") if order["id"] == job)
         return RunFolder.open(self.work / "table" / run)
+
+
+def differences(one: RunFolder, other: RunFolder) -> tuple[float, float, float]:
+    """Return by how much, relatively, the loss differs at step 1, at most in steps 1 to 10, and in the mean of the last epoch."""
+    losses = [(a[1]["loss"], b[1]["loss"]) for a, b in zip(points(one), points(other), strict=True)]
+    relative = [abs(a - b) / a for a, b in losses[:10]]
+    tail = losses[-(one.state.total_steps or 1) // one.info.recipe.training.epochs :]
+    return relative[0], max(relative), abs(sum(a - b for a, b in tail)) / sum(a for a, _ in tail)
+
+
+def told(first: float, ten: float, late: float) -> str:
+    return f"step 1 differs by {first:.1e}, steps 1 to 10 by at most {ten:.1e}, the mean of the last epoch by {late:.2%}"
 
 
 def five_shot(folder: RunFolder) -> str:
@@ -303,7 +316,8 @@ def main() -> int:
     demo = Demo(words.work.absolute(), epochs=words.epochs)
     demo.step("the demo on one process, without Slurm", demo.one_process)
     demo.step("the demo on 2 nodes x 2 processes", demo.two_nodes)
-    demo.step("the same, requeued, preempted and out of time", demo.disturbed)
+    demo.step("one epoch in float32, on one process and on 2 nodes x 2 processes", demo.in_float32)
+    demo.step("the demo on 2 nodes x 2 processes, requeued, preempted and out of time", demo.disturbed)
     demo.step("table 3 as an array, one node killed half-way", demo.table)
     print()
     for name, lines in demo.shown.items():
