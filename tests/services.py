@@ -128,6 +128,8 @@ class Stack:
         self.services: dict[str, Any] = interpolate(whole["services"], settings=self.settings)
         self.ports = dict(zip(PORTS, ports or free_ports(len(PORTS)), strict=True))
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.completed: set[str] = set()
+        """The services that have run to their end, once."""
 
     # ------------------------------------------------------------------------------------------- here, not in a container
 
@@ -173,29 +175,32 @@ class Stack:
     def start(self, *names: str) -> None:
         """Start services and what they depend on, each when its health check or its end says that the former is ready."""
         for name in in_order(self.services, names=names):
-            if name in self.processes:
+            if name in self.processes or name in self.completed:
                 continue
-            one_shot = self.services[name].get("restart") == "no"
-            if one_shot:
+            if self.services[name].get("restart") == "no":
                 done = self.call(name)
                 assert done.returncode == 0, f"{name}: {done.stderr}"
-                continue
-            before: list[str] = []
-            after: list[str] = []
-            fresh = name == "database" and self._make_database()
-            if name == "database":
-                before, after = _as_postgres(), ["-c", f"listen_addresses={LOOPBACK}", "-p", str(self.ports[5432])]
-                after += ["-c", "unix_socket_directories=", "-c", "fsync=off"]
-            self._spawn(name, [*before, *self.command(name), *after])
-            self._wait(name)
-            if fresh:
-                self._run_first_scripts()
+                self.completed.add(name)
+            elif name == "database":
+                fresh = self._make_database()
+                self._spawn(name, [*_as_postgres(), *self.command(name), *self.database_extra()])
+                self._wait(name)
+                if fresh:
+                    self._run_first_scripts()
+            else:
+                self._spawn(name, self.command(name))
+                self._wait(name)
 
-    def call(self, service: str, *words: str, input_env: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-        """Run a command of a service to its end, as `docker compose run --rm SERVICE WORDS` does."""
+    def database_extra(self) -> list[str]:
+        """Return what PostgreSQL is told beside its command: a port of its own, loopback, no socket, no patience with the disk."""
+        settings = (f"listen_addresses={LOOPBACK}", f"port={self.ports[5432]}", "unix_socket_directories=", "fsync=off")
+        return [word for setting in settings for word in ("-c", setting)]
+
+    def call(self, service: str, *words: str, **changed: str) -> subprocess.CompletedProcess[str]:
+        """Run a service to its end, as `docker compose run --rm -e NAME=CHANGED SERVICE WORDS` does."""
         return subprocess.run(
             self.command(service, words or None),
-            env={**self._surroundings(service), **self.environment(service), **(input_env or {})},
+            env={**self._surroundings(service), **self.environment(service), **changed},
             cwd=self._home(service),
             capture_output=True,
             text=True,
@@ -207,7 +212,10 @@ class Stack:
         """Stop services, all of them if none is named, the last one first."""
         for name in reversed([name for name in self.processes if not names or name in names]):
             process = self.processes.pop(name)
-            for number, patience in ((signal.SIGINT if name == "database" else signal.SIGTERM, STOP_TIMEOUT_S), (signal.SIGKILL, 5.0)):
+            for number, patience in (
+                (signal.SIGINT if name == "database" else signal.SIGTERM, STOP_TIMEOUT_S),
+                (signal.SIGKILL, 5.0),
+            ):
                 try:
                     os.killpg(process.pid, number)
                     process.wait(patience)
@@ -318,7 +326,9 @@ def main(words: Sequence[str]) -> None:
     try:
         stack.start("web", "setup")
         print(f"MLflow   {stack.address(5000)}   as admin, password MLFLOW_ADMIN_PASSWORD of {stack.root / '.env'}")
-        print(f"Report   {stack.address(8081)}   once `obowlab report --out {stack.folders('worker')['/lab/site'] / 'report'}` wrote it")
+        print(
+            f"Report   {stack.address(8081)}   once `obowlab report --out {stack.folders('worker')['/lab/site'] / 'report'}` wrote it"
+        )
         print(f"Studies  {stack.address(8082)}")
         print("\nFor obowlab in another terminal:")
         print("\n".join(f"export {name}='{value}'" for name, value in stack.environment("worker").items()), flush=True)

@@ -2,8 +2,8 @@
 
 Usage: python backup.py save FOLDER | check BACKUP | restore BACKUP, each with --runs RUNS_ROOT for the run store as well.
 
-A backup is a folder `obowlab-TIME`: a dump of every database, `objects.tar` with every object under its key, `runs.tar` on request,
-and `manifest.json` with sizes and SHA-256. It is written beside and renamed, so that one with that name is whole. Databases come
+A backup is a folder `obowlab-TIME`: a dump of every database, `objects.tar` with every object under its key, `runs.tar` on
+request, and `manifest.json` with sizes and SHA-256. It is written beside and renamed, so that one with that name is whole. Databases come
 first, objects after them: files that a saved run names are older than its row, and MLflow deletes none by itself. Addresses and
 passwords come from the environment: PGHOST, PGPORT, PGUSER, PGPASSWORD, AWS_ENDPOINT_URL_S3 and the keys
 (docker-compose.yml, service `backup`). Objects are streamed; no member of `objects.tar` ever becomes a file.
@@ -97,8 +97,10 @@ def restore(backup: Path, *, runs: Path | None = None) -> None:
         SystemExit: the backup is damaged or has no run store; nothing was changed then.
     """
     manifest = check(backup)
-    if runs is not None and RUNS not in manifest["files"]:
-        raise SystemExit(f"{backup} was made without --runs: it has no run store. Nothing was changed.")
+    if runs is not None:
+        if RUNS not in manifest["files"]:
+            raise SystemExit(f"{backup} was made without --runs: it has no run store. Nothing was changed.")
+        _refuse_strays(backup / RUNS, folder=runs)
     for database, owner in OWNERS.items():
         _call("dropdb", "--if-exists", "--force", database)
         _call("createdb", f"--owner={owner}", database)
@@ -108,7 +110,7 @@ def restore(backup: Path, *, runs: Path | None = None) -> None:
     objects = _restore_objects(backup / OBJECTS)
     if runs is not None:
         with tarfile.open(backup / RUNS) as archive:
-            archive.extractall(runs, filter="data")  # refuses members that would leave the folder
+            archive.extractall(runs, filter="data")
     print(f"{backup}: {len(OWNERS)} databases and {objects} objects are as they were")
 
 
@@ -141,6 +143,16 @@ def _restore_objects(path: Path) -> int:
     for key in set(_keys(store)) - wanted:
         store.delete_object(Bucket=BUCKET, Key=key)
     return len(wanted)
+
+
+def _refuse_strays(path: Path, *, folder: Path) -> None:
+    """Refuse an archive with a member that would leave the folder it is unpacked to."""
+    with tarfile.open(path) as archive:
+        for member in archive:
+            try:
+                tarfile.data_filter(member, str(folder))
+            except tarfile.FilterError as error:
+                raise SystemExit(f"{path} is not what `save` wrote: {error}. Nothing was changed.") from None
 
 
 def _keys(store: Any) -> list[str]:
