@@ -1,7 +1,7 @@
 """The services of docker-compose.yml without Docker: their own commands and environment, on loopback.
 
-What differs from Docker is written down here and nowhere else: host names, ports and folders (`Stack.here`), and what the PostgreSQL
-image does on an empty volume (`Stack._make_database`). `python -m tests.services FOLDER` keeps such a stack running for a developer.
+What differs from Docker is written down here and nowhere else: host names, ports and folders (`Stack.here`), and what the image
+of PostgreSQL does on an empty volume (`Stack._make_database`). `make services` keeps such a stack running for a developer.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +135,7 @@ class Stack:
     # ------------------------------------------------------------------------------------------- here, not in a container
 
     def here(self, text: str, *, service: str) -> str:
-        """Return a word of a service's command or a value of its environment with the host names, ports and folders of this machine."""
+        """Return a word of a service's command or environment with the host names, ports and folders of this machine."""
         text = re.sub(rf"\b(?:{'|'.join(self.services)}):(?=\d)", f"{LOOPBACK}:", text).replace("0.0.0.0", LOOPBACK)
         text = re.sub(r"(?<![\w.])\d{4}(?![\w.])", lambda found: str(self.ports.get(int(found[0]), found[0])), text)
         for inside, folder in self.folders(service).items():
@@ -192,7 +193,7 @@ class Stack:
                 self._wait(name)
 
     def database_extra(self) -> list[str]:
-        """Return what PostgreSQL is told beside its command: a port of its own, loopback, no socket, no patience with the disk."""
+        """Return what PostgreSQL is told beside its command: a port of its own, loopback, no socket, no waiting for the disk."""
         settings = (f"listen_addresses={LOOPBACK}", f"port={self.ports[5432]}", "unix_socket_directories=", "fsync=off")
         return [word for setting in settings for word in ("-c", setting)]
 
@@ -212,17 +213,13 @@ class Stack:
         """Stop services, all of them if none is named, the last one first."""
         for name in reversed([name for name in self.processes if not names or name in names]):
             process = self.processes.pop(name)
-            for number, patience in (
-                (signal.SIGINT if name == "database" else signal.SIGTERM, STOP_TIMEOUT_S),
-                (signal.SIGKILL, 5.0),
-            ):
-                try:
-                    os.killpg(process.pid, number)
-                    process.wait(patience)
-                except ProcessLookupError:
-                    break
-                except subprocess.TimeoutExpired:
-                    continue
+            # SIGINT is PostgreSQL's fast end; SIGTERM lets it wait for its clients.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGINT if name == "database" else signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(STOP_TIMEOUT_S)
+            with suppress(ProcessLookupError):  # whatever of its group is left
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
     def log(self, service: str) -> str:
@@ -324,11 +321,10 @@ def main(words: Sequence[str]) -> None:
         raise SystemExit(f"Cannot start: port {taken[0]} of {LOOPBACK} is taken.")
     stack = Stack(Path(words[0]).absolute(), ports=PORTS)
     try:
-        stack.start("web", "setup")
+        stack.start("web")
         print(f"MLflow   {stack.address(5000)}   as admin, password MLFLOW_ADMIN_PASSWORD of {stack.root / '.env'}")
-        print(
-            f"Report   {stack.address(8081)}   once `obowlab report --out {stack.folders('worker')['/lab/site'] / 'report'}` wrote it"
-        )
+        site = stack.folders("worker")["/lab/site"] / "report"
+        print(f"Report   {stack.address(8081)}   once it is written: obowlab report --out {site}")
         print(f"Studies  {stack.address(8082)}")
         print("\nFor obowlab in another terminal:")
         print("\n".join(f"export {name}='{value}'" for name, value in stack.environment("worker").items()), flush=True)

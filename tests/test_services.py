@@ -108,7 +108,7 @@ class Lab:
         method = "POST" if "json" in options else "GET"
         return requests.request(method, self.stack.address(port) + path, auth=account, timeout=30, **options)
 
-    def keys(self) -> list[str]:
+    def objects(self) -> list[str]:
         """Return the key of every object in the bucket."""
         found = self.stack.environment("mlflow")
         store = boto3.client(
@@ -206,9 +206,9 @@ def placeless(text: str, *, stack: Stack, here: bool) -> str:
     text = re.sub(rf"^(?:database|{re.escape(LOOPBACK)}|0\.0\.0\.0)$", "HOST", text)
     for inside, outside in stack.ports.items():
         text = re.sub(rf"(?<![\w.]){outside if here else inside}(?![\w.])", "PORT", text)
-    for service in SERVICES:
-        for target, folder in stack.folders(service).items():
-            text = text.replace(str(folder) if here else target, "FOLDER")
+    mounted = {str(folder) if here else target for name in SERVICES for target, folder in stack.folders(name).items()}
+    for place in sorted(mounted, key=len, reverse=True):
+        text = text.replace(place, "FOLDER")
     return text
 
 
@@ -291,15 +291,13 @@ def test_the_model_comes_back_from_the_registry(lab: Lab, client: Any) -> None:
         expected = local(torch.from_numpy(images)).numpy()
     assert found.shape == (3, 64)
     assert np.array_equal(found, expected)
-    assert any(key.endswith(f"/{version.run_id}/artifacts/model/MLmodel") for key in lab.keys())
+    assert any(key.endswith(f"/{version.run_id}/artifacts/model/MLmodel") for key in lab.objects())
 
 
 def test_no_password_is_left_behind(lab: Lab, client: Any) -> None:
     secrets = [lab.stack.settings[name] for name in SECRETS]
-    files = [
-        path for folder in (lab.runs, lab.stack.folders("worker")["/lab/site"]) for path in folder.rglob("*") if path.is_file()
-    ]
-    files += list((lab.stack.root / "logs").glob("*"))
+    folders = (lab.runs, lab.stack.root / "volumes" / "site", lab.stack.root / "logs")
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     assert len(files) > 40
     for path in files:
         content = path.read_bytes()
@@ -308,7 +306,7 @@ def test_no_password_is_left_behind(lab: Lab, client: Any) -> None:
         told = json.dumps(run.to_dictionary())
         assert not any(secret in told for secret in secrets)
     for name in LONG_RUNNING:
-        words = Path(f"/proc/{_leader(lab.stack, name)}/cmdline").read_text()
+        words = Path(f"/proc/{leader(lab.stack, name)}/cmdline").read_text()
         assert not any(secret in words for secret in secrets)
 
 
@@ -398,9 +396,9 @@ def test_what_was_lost_is_there_again_after_a_restore(lab: Lab, client: Any) -> 
     extra = client.create_run(client.get_experiment_by_name("obowlab").experiment_id)
     client.log_text(extra.info.run_id, "later", "later.txt")
     stack.stop("web", "studies", "mlflow")
-    assert any(f"/{extra.info.run_id}/" in key for key in lab.keys())
+    assert any(f"/{extra.info.run_id}/" in key for key in lab.objects())
     assert stack.call("backup", "restore", str(backup)).returncode == 0
-    assert not any(f"/{extra.info.run_id}/" in key for key in lab.keys())
+    assert not any(f"/{extra.info.run_id}/" in key for key in lab.objects())
     stack.start("web")
     assert {run.info.run_id for run in lab.runs_in_mlflow(client)} == set(before)
 
@@ -408,7 +406,7 @@ def test_what_was_lost_is_there_again_after_a_restore(lab: Lab, client: Any) -> 
 def test_a_backup_that_was_touched_is_refused(lab: Lab) -> None:
     stack = lab.stack
     (backup,) = (stack.root / "backups").iterdir()
-    before = lab.keys()
+    before = lab.objects()
 
     def refusal(change: str) -> str:
         done = stack.call("backup", "restore", str(stack.root / change), "--runs", "/lab/runs")
@@ -429,7 +427,7 @@ def test_a_backup_that_was_touched_is_refused(lab: Lab) -> None:
         archive.addfile(tarfile.TarInfo("../../stray.txt"), io.BytesIO())
     _sign(stack.root / "stray", "runs.tar")
     assert "Nothing was changed." in refusal("stray")
-    assert lab.keys() == before
+    assert lab.objects() == before
     assert not list(stack.root.glob("**/stray.txt"))
 
 

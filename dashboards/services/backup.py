@@ -3,9 +3,9 @@
 Usage: python backup.py save FOLDER | check BACKUP | restore BACKUP, each with --runs RUNS_ROOT for the run store as well.
 
 A backup is a folder `obowlab-TIME`: a dump of every database, `objects.tar` with every object under its key, `runs.tar` on
-request, and `manifest.json` with sizes and SHA-256. It is written beside and renamed, so that one with that name is whole. Databases come
-first, objects after them: files that a saved run names are older than its row, and MLflow deletes none by itself. Addresses and
-passwords come from the environment: PGHOST, PGPORT, PGUSER, PGPASSWORD, AWS_ENDPOINT_URL_S3 and the keys
+request, and `manifest.json` with sizes and SHA-256. It is written beside and renamed, so that one with that name is whole.
+Databases come first, objects after them: files that a saved run names are older than its row, and MLflow deletes none by itself.
+Addresses and passwords come from the environment: PGHOST, PGPORT, PGUSER, PGPASSWORD, AWS_ENDPOINT_URL_S3 and the keys
 (docker-compose.yml, service `backup`). Objects are streamed; no member of `objects.tar` ever becomes a file.
 """
 
