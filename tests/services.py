@@ -34,7 +34,7 @@ PORTS = (5432, 9333, 9340, 8888, 8333, 5000, 8080, 8081, 8082, 8083)
 GRPC = 10000
 """SeaweedFS takes a second port so far above each of its own."""
 START_TIMEOUT_S = 120.0
-STOP_TIMEOUT_S = 10.0
+STOP_TIMEOUT_S = 3.0
 
 
 def interpolate(value: Any, *, settings: Mapping[str, str]) -> Any:

@@ -52,14 +52,15 @@ def save(folder: Path, *, runs: Path | None = None) -> Path:
         if runs is not None:
             with tarfile.open(beside / RUNS, "w") as archive:
                 archive.add(runs, arcname=".")
-        files = {path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in sorted(beside.iterdir())}
+        paths = sorted(beside.iterdir())
+        files = {path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in paths}
         manifest = {"version": VERSION, "created_at": time.time(), "objects": objects, "object_bytes": size, "files": files}
         (beside / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         beside.rename(folder / name)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
-    total = sum(file["bytes"] for file in files.values())
+    total = sum(path.stat().st_size for path in (folder / name).iterdir())
     print(f"{folder / name}: {len(OWNERS)} databases, {objects} objects, {total / 2**20:.1f} MiB")
     return folder / name
 
