@@ -1,6 +1,6 @@
 # Two commands are the contract: `make demo` and `make test`. Both install what they need into .venv first.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench slurm-demo golden clean
+.PHONY: help install demo test lint format bench slurm-demo golden clean secrets images backup restore services
 BIN := .venv/bin
 CORES := $(shell nproc 2>/dev/null || echo 1)
 
@@ -20,7 +20,8 @@ test: .venv/.installed ## Install, then run every test
 	@OMP_NUM_THREADS=1 $(BIN)/pytest -n $(CORES) --dist loadscope $(PYTEST)
 
 lint: .venv/.installed ## Check style, types and the direction of imports
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports \
+	    && $(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec docker-compose.yml && $(BIN)/hadolint Dockerfile
 
 format: .venv/.installed ## Format the code
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
@@ -33,6 +34,25 @@ slurm-demo: .venv/.installed ## The demo on a real two-node Slurm, requeued, pre
 
 golden: .venv/.installed ## Write the golden files again; look at the diff before you commit it
 	@OBOWLAB_WRITE_GOLDEN=1 $(BIN)/pytest tests/test_recipes.py tests/test_cli.py
+
+secrets: ## Write .env for docker-compose.yml: settings and random passwords; what is there already stays
+	@python3 dashboards/services/write_env.py .env.example .env
+
+images: ## Build the images of docker-compose.yml; runs made in them say which commit it was
+	@COMMIT="$$(git describe --always --abbrev=40 --dirty)" docker compose --profile worker build
+
+IN_BACKUP = mkdir -p backups && BACKUP_USER="$$(id -u):$$(id -g)" docker compose run --rm backup
+backup: ## Save the services' databases and objects to backups/ (WITH=--runs=/lab/runs: runs too)
+	@$(IN_BACKUP) save /backups $(WITH)
+
+restore: ## Put a backup back: make restore FROM=backups/obowlab-... (WITH=--runs=/lab/runs: runs too)
+	@test -n "$(FROM)" || { echo "Say which: make restore FROM=backups/obowlab-..." >&2; exit 2; }
+	@docker compose stop web studies mlflow reporter
+	@$(IN_BACKUP) restore "/backups/$(notdir $(FROM:/=))" $(WITH)
+	@docker compose up --detach
+
+services: .venv/.installed ## Run the same services without Docker, on this machine, until Ctrl-C (TO=folder)
+	@$(BIN)/python -m tests.services $(or $(TO),services)
 
 clean: ## Remove .venv and caches; runs and data stay
 	@rm -rf .venv .mypy_cache .ruff_cache .pytest_cache

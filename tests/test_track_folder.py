@@ -288,6 +288,15 @@ print(environment()["versions"]["torch"], "torch" in sys.modules)
         assert facts.dirty == bool(facts.diff)
 
 
+def test_provenance_of_an_image_is_the_commit_it_was_made_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "obowlab" / "track" / "provenance.py"))
+    commit = "0123456789" * 4
+    for text, expected in ((commit, (commit, False)), (f"{commit}-dirty", (commit, True)), ("", (None, None))):
+        monkeypatch.setenv("OBOWLAB_COMMIT", text)
+        facts = provenance.code()
+        assert (facts.commit, facts.dirty) == expected
+
+
 def test_track_imports_fast_and_light() -> None:
     code = "import sys, obowlab.track; print(sorted({'torch', 'mlflow', 'numpy', 'click'} & set(sys.modules)))"
     started = time.perf_counter()

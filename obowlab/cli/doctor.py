@@ -11,8 +11,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import urllib.error
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -248,7 +246,7 @@ def _disk(machine: Machine) -> list[Check]:
 
 
 def _tracking(machine: Machine) -> list[Check]:
-    from obowlab.track.store import shown_uri, store_uri
+    from obowlab.track.store import answers, login, shown_uri, store_uri
 
     try:
         uri = store_uri(machine.tracking_uri, runs_root=machine.runs_root)
@@ -259,29 +257,18 @@ def _tracking(machine: Machine) -> list[Check]:
         return [Check("tracking", "ok", f"{shown}; no server is needed")]
     later = "runs go on and keep their points"
     try:
-        with urllib.request.urlopen(f"{shown.rstrip('/')}/health", timeout=5):
-            return [Check("tracking", "ok", f"{shown} answers")]
-    except urllib.error.HTTPError as error:
-        if error.code not in (401, 403):
-            return [
-                Check(
-                    "tracking", "warn", f"{shown} answers with {error.code}; {later}", "obowlab runs sync   # once it is mended"
-                )
-            ]
-        if os.environ.get("MLFLOW_TRACKING_USERNAME") or os.environ.get("MLFLOW_TRACKING_TOKEN"):
-            return [Check("tracking", "ok", f"{shown} answers and asks for the login that is set")]
-        return [
-            Check(
-                "tracking",
-                "warn",
-                f"{shown} asks for a login",
-                "export MLFLOW_TRACKING_USERNAME=... MLFLOW_TRACKING_PASSWORD=...",
-            )
-        ]
+        status = answers(uri, timeout_s=5)
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         text = f"{shown} does not answer ({reason}); {later}"
         return [Check("tracking", "warn", text, "obowlab runs sync   # once it is back; or: unset MLFLOW_TRACKING_URI")]
+    if status == 200:
+        return [Check("tracking", "ok", f"{shown} answers")]
+    if status in (401, 403):
+        text = f"{shown} does not take the login that is set" if login(uri) else f"{shown} asks for a login"
+        mend = "export MLFLOW_TRACKING_USERNAME=... MLFLOW_TRACKING_PASSWORD=...   # or ~/.mlflow/credentials"
+        return [Check("tracking", "warn", f"{text}; {later}", mend)]
+    return [Check("tracking", "warn", f"{shown} answers with {status}; {later}", "obowlab runs sync   # once it is mended")]
 
 
 def _data(machine: Machine) -> list[Check]:

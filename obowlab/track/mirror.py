@@ -24,7 +24,16 @@ from obowlab.errors import UserError
 from obowlab.track.folder import RunFolder
 from obowlab.track.model import save_encoder_model
 from obowlab.track.outbox import ENDED, MODEL_FOLDER, POINT_FILES, Outbox, Sent
-from obowlab.track.store import REQUEST_TIMEOUT_S, connect, experiment_id, no_patience, prepare_store, shown_uri, store_uri
+from obowlab.track.store import (
+    REQUEST_TIMEOUT_S,
+    complaint,
+    connect,
+    experiment_id,
+    no_patience,
+    prepare_store,
+    shown_uri,
+    store_uri,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -134,8 +143,7 @@ class Mirror:
         # Whatever a store, a proxy or a driver raises must not reach the training run; it is reported instead.
         except Exception as error:
             self._client = None  # the next pass looks at the store afresh
-            reason = " ".join(str(error).split())[:200]
-            self._error = shown_uri(f"{self.uri}: {reason or type(error).__name__}")
+            self._error = complaint(error, uri=self.uri)
 
     def _send_all(self, end: float) -> None:
         outbox, sent = self.outbox, self.outbox.load()

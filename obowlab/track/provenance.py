@@ -28,10 +28,13 @@ PACKAGES = (
     "pydantic",
 )
 
+COMMIT_VARIABLE = "OBOWLAB_COMMIT"
+"""Set by the Dockerfile, as `git describe --always --abbrev=40 --dirty` prints it: an image has no .git."""
+
 
 @dataclass(frozen=True)
 class Code:
-    """The state of the checkout that holds this package; all None when it was installed from a wheel.
+    """The state of the checkout that holds this package; all None when it was installed from a wheel and nobody says.
 
     Attributes:
         commit: full hash of HEAD.
@@ -47,11 +50,12 @@ class Code:
 
 
 def code() -> Code:
-    """Describe the checkout that this package is imported from."""
+    """Describe the checkout that this package is imported from, or the one that its image was made of (`COMMIT_VARIABLE`)."""
     root = Path(__file__).resolve().parents[2]
     # A wheel below some other project's checkout must not be mistaken for that project's commit.
     if not (root / ".git").exists() or not (root / "pyproject.toml").is_file():
-        return Code()
+        made_of = os.environ.get(COMMIT_VARIABLE, "")
+        return Code(commit=made_of.removesuffix("-dirty"), dirty=made_of.endswith("-dirty")) if made_of else Code()
     commit = _git(root, "rev-parse", "HEAD")
     if commit is None:
         return Code()

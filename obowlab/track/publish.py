@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from obowlab.config import Machine
 from obowlab.errors import UserError
-from obowlab.track.store import connect, experiment_id, no_patience, prepare_store, shown_uri, store_uri
+from obowlab.track.store import complaint, connect, experiment_id, no_patience, prepare_store, shown_uri, store_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -105,8 +105,7 @@ class _Work:
             self.done = Published(warning=_warning(self.kind, self.name, str(error)))
         # Whatever a store, a proxy or a driver raises must not spoil what was published only for show; it is reported instead.
         except Exception as error:
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            self.done = Published(warning=_warning(self.kind, self.name, shown_uri(f"{self.uri}: {reason}")))
+            self.done = Published(warning=_warning(self.kind, self.name, complaint(error, uri=self.uri)))
 
     def _send(self, client: MlflowClient) -> None:
         from mlflow.entities import Metric, RunTag

@@ -22,6 +22,7 @@ ARTIFACTS = "mlartifacts"
 EXPERIMENT = "obowlab"
 REQUEST_TIMEOUT_S = 8.0
 _SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql")
+LOGIN_HINT = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or ~/.mlflow/credentials"
 
 
 def store_uri(tracking_uri: str | None, *, runs_root: Path) -> str:
@@ -48,6 +49,73 @@ def store_uri(tracking_uri: str | None, *, runs_root: Path) -> str:
 def shown_uri(text: str) -> str:
     """Return a text without the user names and passwords of the URIs in it."""
     return re.sub(r"://[^/@\s]+@", "://", text)
+
+
+def complaint(error: Exception, *, uri: str) -> str:
+    """Return one sentence on what a store answered, without passwords and without a full stop.
+
+    Args:
+        error: whatever MLflow, a driver or the network raised.
+        uri: of the store.
+    """
+    answer = getattr(getattr(error, "response", None), "status_code", None)  # of a file; other requests have MLflow's own codes
+    code = getattr(error, "error_code", None)
+    if answer == 401 or code == "UNAUTHENTICATED":
+        return shown_uri(f"{uri} does not take the login ({LOGIN_HINT})")
+    if answer == 403 or code == "PERMISSION_DENIED":
+        return shown_uri(f"{uri} does not let this account write there; ask for the role of a writer")
+    reason = " ".join(str(error).split())[:200]
+    return shown_uri(f"{uri}: {reason or type(error).__name__}")
+
+
+def login(uri: str) -> tuple[str, str] | None:
+    """Return the account that MLflow would use with a server: from its address, the environment or ~/.mlflow/credentials.
+
+    Args:
+        uri: http(s) address of the server.
+    """
+    import configparser
+    import urllib.parse
+
+    address = urllib.parse.urlsplit(uri)
+    if address.username:
+        return urllib.parse.unquote(address.username), urllib.parse.unquote(address.password or "")
+    file = configparser.ConfigParser(interpolation=None)
+    file.read(Path("~/.mlflow/credentials").expanduser(), encoding="utf-8")
+    known = file["mlflow"] if file.has_section("mlflow") else {}
+    name, password = (
+        os.environ.get(f"MLFLOW_TRACKING_{key}") or known.get(f"mlflow_tracking_{key}".lower())
+        for key in ("USERNAME", "PASSWORD")
+    )
+    return (name, password) if name and password else None
+
+
+def answers(uri: str, *, timeout_s: float) -> int:
+    """Ask a tracking server for its version, with the login if there is one; return the HTTP status.
+
+    Args:
+        uri: http(s) address of the server.
+        timeout_s: longest time to wait, in seconds.
+
+    Raises:
+        OSError: it does not answer.
+        ValueError: this is no address.
+    """
+    import base64
+    import urllib.error
+    import urllib.request
+
+    request = urllib.request.Request(f"{shown_uri(uri).rstrip('/')}/version")
+    account = login(uri)
+    if account is not None:
+        request.add_header("Authorization", f"Basic {base64.b64encode(':'.join(account).encode()).decode()}")
+    elif token := os.environ.get("MLFLOW_TRACKING_TOKEN"):
+        request.add_header("Authorization", f"Bearer {token}")
+    try:
+        with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
 
 
 def artifact_location(uri: str, *, runs_root: Path) -> str | None:
@@ -140,6 +208,7 @@ def no_patience(*, request_s: float = REQUEST_TIMEOUT_S) -> None:
             "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
             "MLFLOW_HTTP_REQUEST_TIMEOUT": str(max(1, round(request_s))),
             "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+            "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
             "MLFLOW_DISABLE_TELEMETRY": "true",
             "MLFLOW_LOGGING_LEVEL": "ERROR",  # for its import, which sets its loggers up
         }

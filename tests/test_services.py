@@ -1,0 +1,468 @@
+"""The services of docker-compose.yml, run on loopback by their own commands and used as a lab uses them."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import re
+import shutil
+import stat
+import tarfile
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import numpy as np
+import pytest
+import requests
+import yaml
+
+from dashboards.services import write_env
+from tests.browser import DESKTOP, browser, complaints
+from tests.runs import SMALL_RECIPE
+from tests.services import COMPOSE, LOOPBACK, ROOT, Stack, interpolate, missing_tools
+from tests.studies import wait_until
+
+__all__ = ["browser"]
+
+SECRETS = [name for name in write_env.values((ROOT / ".env.example").read_text()) if write_env.SECRET.fullmatch(name)]
+SERVICES: dict[str, Any] = yaml.safe_load(COMPOSE.read_text(encoding="utf-8"))["services"]
+LONG_RUNNING = ("database", "objects", "mlflow", "studies", "web", "reporter")
+
+TABLE = """
+title = "Two heads"
+base = "small.toml"
+primary = "fewshot_1shot"
+
+[columns]
+fewshot_1shot = "1-shot"
+
+[[row]]
+key = "dynamic"
+label = "dynamic head"
+
+[[row]]
+key = "fixed"
+label = "fixed head"
+set = { "method.head" = "fixed" }
+"""
+
+STUDY = """
+base = "vanilla"
+objective = "fewshot_1shot"
+trials = 2
+
+[overrides]
+"data.dataset" = "small"
+"views.original_size" = 24
+"views.original_resize" = 27
+"views.crop_size" = 16
+"backbone.width" = 4
+"method.num_words" = 16
+"training.epochs" = 1
+"training.batch_size" = 8
+"evaluation.protocols" = ["fewshot"]
+"evaluation.random_baseline" = false
+"evaluation.fewshot.num_ways" = 3
+"evaluation.fewshot.shots" = [1]
+"evaluation.fewshot.num_episodes" = 10
+
+[parameters."method.kappa"]
+kind = "float"
+low = 1.0
+high = 20.0
+
+[paper]
+"method.kappa" = 5.0
+
+[pruner]
+kind = "none"
+"""
+HOW = ("--loader", "torch", "--device", "cpu")
+
+
+class Lab:
+    """A running stack, and a user who works in a folder of it."""
+
+    def __init__(self, stack: Stack) -> None:
+        self.stack = stack
+        self.place = stack.root / "work"
+        self.runs = stack.folders("worker")["/lab/runs"]
+        self.uri = stack.address(5000)
+        self.worker = ("worker", stack.settings["WORKER_PASSWORD"])
+        self.admin = ("admin", stack.settings["MLFLOW_ADMIN_PASSWORD"])
+
+    def obowlab(self, *words: str, code: int = 0, **changed: str) -> str:
+        """Call the command line as `docker compose run --rm worker` does; return all it says."""
+        done = self.stack.call("worker", *words, **changed)
+        said = done.stdout + done.stderr
+        assert done.returncode == code, said
+        return said
+
+    def settled(self, *words: str) -> None:
+        """Call a command until MLflow has all of it: a busy server may be late, and the same command sends what it lacks."""
+        for _ in range(3):
+            warnings = [line for line in self.obowlab(*words).splitlines() if line.startswith("Warning")]
+            assert all("did not answer" in line or "is slow" in line for line in warnings), warnings
+            if not warnings:
+                return
+        raise AssertionError(f"MLflow never got what {words} made")
+
+    def ask(self, path: str, *, port: int = 5000, account: tuple[str, str] | None = None, **options: Any) -> Any:
+        """Send a request without MLflow's client; POST when there is something to send."""
+        method = "POST" if "json" in options else "GET"
+        return requests.request(method, self.stack.address(port) + path, auth=account, timeout=30, **options)
+
+    def objects(self) -> list[str]:
+        """Return the key of every object in the bucket."""
+        found = self.stack.environment("mlflow")
+        store = boto3.client(
+            "s3",
+            endpoint_url=found["AWS_ENDPOINT_URL_S3"],
+            aws_access_key_id=found["AWS_ACCESS_KEY_ID"],
+            aws_secret_access_key=found["AWS_SECRET_ACCESS_KEY"],
+            region_name=found["AWS_DEFAULT_REGION"],
+        )
+        return [entry["Key"] for entry in store.list_objects_v2(Bucket="mlflow").get("Contents", [])]
+
+    def runs_in_mlflow(self, client: Any, **tags: str) -> list[Any]:
+        """Return the runs with these tags (`obowlab.` left out)."""
+        experiment = client.get_experiment_by_name("obowlab").experiment_id
+        wanted = {f"obowlab.{name}": text for name, text in tags.items()}
+        return [run for run in client.search_runs([experiment]) if wanted.items() <= run.data.tags.items()]
+
+
+@pytest.fixture(scope="module")
+def lab(data_root: Path) -> Iterator[Lab]:
+    """The services, and what a lab does first: a run, a row of a table, a study, a report."""
+    if lacks := missing_tools():
+        pytest.skip(lacks)
+    root = Path(tempfile.mkdtemp(prefix="obowlab-services-"))  # pytest's own folders are closed to PostgreSQL's user
+    root.chmod(0o711)
+    settings = {"DATA": str(root / "data"), "BACKUPS": str(root / "backups"), "MLFLOW_WORKERS": "1", "REPORT_EVERY_S": "3600"}
+    stack = Stack(root, settings=settings)
+    shutil.copytree(data_root, root / "data")
+    lab = Lab(stack)
+    lab.place.mkdir()
+    (lab.place / "small.toml").write_text(SMALL_RECIPE.format(dataset="small", epochs=2, batch_size=8))
+    (lab.place / "heads.toml").write_text(TABLE)
+    (lab.place / "search.toml").write_text(STUDY)
+    try:
+        stack.start("web")
+        lab.settled("run", str(lab.place / "small.toml"), *HOW)
+        lab.settled("ablate", str(lab.place / "heads.toml"), "--scale", "demo", "--seeds", "1", *HOW)
+        lab.settled("tune", str(lab.place / "search.toml"), "--scale", "demo", *HOW)
+        lab.obowlab("runs", "sync", "--timeout", "300")
+        stack.start("reporter")
+        yield lab
+    finally:
+        stack.stop()
+        shutil.rmtree(root, ignore_errors=True)
+
+
+@pytest.fixture
+def client(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """MLflow's client, logged in as the workers are."""
+    import mlflow
+
+    for name, value in lab.stack.environment("worker").items():
+        if name.startswith("MLFLOW_"):
+            monkeypatch.setenv(name, value)
+    mlflow.set_tracking_uri(lab.uri)  # for models:/ addresses
+    try:
+        yield mlflow.MlflowClient(lab.uri, lab.uri)
+    finally:
+        mlflow.set_tracking_uri(None)
+
+
+def test_processes_were_given_what_the_file_says(lab: Lab) -> None:
+    stack = lab.stack
+    plain = interpolate(SERVICES, settings=stack.settings)
+    for name in LONG_RUNNING:
+        process = Path(f"/proc/{leader(stack, name)}")
+        words = [word for word in process.joinpath("cmdline").read_text().split("\0") if word]
+        described = [*plain[name].get("entrypoint", []), *plain[name]["command"]]
+        extra = stack.database_extra() if name == "database" else []
+        given = words[len(words) - len(described) - len(extra) :]  # behind the interpreter of a script
+        assert given[len(described) :] == extra
+        given[0] = described[0] if Path(given[0]).name == described[0] else given[0]
+        for ours, theirs in zip(given, described, strict=False):
+            assert placeless(ours, stack=stack, here=True) == placeless(theirs, stack=stack, here=False), name
+        here = dict(pair.split("=", 1) for pair in process.joinpath("environ").read_text().split("\0") if "=" in pair)
+        there = plain[name].get("environment", {})
+        for key, value in there.items():
+            assert placeless(here[key], stack=stack, here=True) == placeless(str(value), stack=stack, here=False), (name, key)
+        beside = {"PATH", "HOME", "LANG", "PYTHONPATH", "OMP_NUM_THREADS", *("MAIL", "USER", "LOGNAME", "SHELL", "PWD")}
+        assert set(here) - set(there) <= beside, name
+
+
+def leader(stack: Stack, name: str) -> int:
+    """Return the process of a service, behind `runuser` where that was needed."""
+    pid = stack.processes[name].pid
+    if Path(f"/proc/{pid}/comm").read_text().strip() == "runuser":
+        return int(Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0])
+    return pid
+
+
+def placeless(text: str, *, stack: Stack, here: bool) -> str:
+    """Return a text without its hosts, ports and folders: those of this machine, or those of the file."""
+    hosts = "|".join(map(re.escape, (*SERVICES, LOOPBACK, "0.0.0.0")))
+    text = re.sub(rf"\b(?:{hosts})(?=:\d)|(?<==)(?:0\.0\.0\.0|{re.escape(LOOPBACK)})$", "HOST", text)
+    text = re.sub(rf"^(?:database|{re.escape(LOOPBACK)}|0\.0\.0\.0)$", "HOST", text)
+    for inside, outside in stack.ports.items():
+        text = re.sub(rf"(?<![\w.]){outside if here else inside}(?![\w.])", "PORT", text)
+    mounted = {str(folder) if here else target for name in SERVICES for target, folder in stack.folders(name).items()}
+    for place in sorted(mounted, key=len, reverse=True):
+        text = text.replace(place, "FOLDER")
+    return text
+
+
+def test_nobody_comes_in_without_an_account_or_under_another_host_name(lab: Lab) -> None:
+    search = "/api/2.0/mlflow/experiments/search?max_results=1"
+    for port, path in ((5000, "/"), (5000, search), (8081, "/index.html"), (8082, "/api/studies")):
+        assert lab.ask(path, port=port).status_code == 401
+        assert lab.ask(path, port=port, account=("worker", "wrong")).status_code == 401
+        assert lab.ask(path, port=port, account=lab.worker).status_code == 200
+        foreign = lab.ask(path, port=port, account=lab.worker, headers={"Host": "rebound.example"})
+        assert foreign.status_code in (403, 421)
+        assert lab.ask(path, port=port, account=lab.worker, headers={"Host": "localhost:1"}).status_code == 200
+    assert lab.ask("/../.env", port=8081, account=lab.worker).status_code == 404
+    assert requests.get(f"{lab.stack.address(8333)}/mlflow", timeout=30).status_code == 403
+
+
+def test_a_reader_reads_and_a_writer_writes_what_others_made(lab: Lab, client: Any) -> None:
+    accounts = {}
+    for name, words in (("rita", ["--reader"]), ("will", [])):
+        done = lab.stack.call("setup", "user", name, *words)
+        assert done.returncode == 0, done.stderr
+        said = dict(line.split("=", 1) for line in done.stdout.splitlines())
+        accounts[name] = (said["MLFLOW_TRACKING_USERNAME"], said["MLFLOW_TRACKING_PASSWORD"])
+    run = lab.runs_in_mlflow(client, recipe="small")[0]
+    for name, status in (("rita", 403), ("will", 200)):
+        account = accounts[name]
+        assert lab.ask(f"/api/2.0/mlflow/runs/get?run_id={run.info.run_id}", account=account).status_code == 200
+        tag = {"run_id": run.info.run_id, "key": "seen_by", "value": name}
+        assert lab.ask("/api/2.0/mlflow/runs/set-tag", account=account, json=tag).status_code == status
+        new = {"experiment_id": run.info.experiment_id}
+        assert lab.ask("/api/2.0/mlflow/runs/create", account=account, json=new).status_code == status
+        version = {"name": "obowlab-small", "source": f"{run.info.artifact_uri}/model", "run_id": run.info.run_id}
+        assert lab.ask("/api/2.0/mlflow/model-versions/create", account=account, json=version).status_code == status
+        path = f"/api/2.0/mlflow-artifacts/artifacts/{run.info.experiment_id}/{run.info.run_id}/artifacts/note.txt"
+        put = requests.put(lab.uri + path, data=b"note", auth=account, timeout=30)
+        assert put.status_code == status
+    for name in ("admin", "../x", "<b>", "a" * 70):
+        assert lab.stack.call("setup", "user", name).returncode != 0
+    assert lab.ask("/version", account=lab.admin).status_code == 200
+
+
+def test_setting_up_again_changes_nothing(lab: Lab) -> None:
+    done = lab.stack.call("setup")
+    assert done.returncode == 0, done.stderr
+    assert lab.ask("/version", account=lab.worker).status_code == 200
+    done = lab.stack.call("setup", MLFLOW_TRACKING_PASSWORD="another")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("MLflow does not take MLFLOW_ADMIN_PASSWORD of .env")
+
+
+def test_a_run_a_row_and_a_study_are_in_mlflow_and_postgresql(lab: Lab, client: Any) -> None:
+    runs = lab.runs_in_mlflow(client, recipe="small")  # the base row is the run
+    assert [run.info.status for run in runs] == ["FINISHED", "FINISHED"]
+    run = runs[0]
+    assert run.info.artifact_uri.startswith("mlflow-artifacts:/")
+    assert {"run.json", "recipe.json", "model", "results"} <= {file.path for file in client.list_artifacts(run.info.run_id)}
+    (table,) = lab.runs_in_mlflow(client, kind="table")
+    assert table.data.tags["obowlab.name"] == "heads demo"
+    (study,) = lab.runs_in_mlflow(client, kind="study")
+    assert study.data.metrics["study/completed"] == 2.0
+    (report,) = lab.runs_in_mlflow(client, kind="report")
+    assert report.info.status == "FINISHED"
+    shown = lab.obowlab("tune", str(lab.place / "search.toml"), "--scale", "demo", "--show")
+    assert "2 completed" in shown
+    names = [found["study_name"] for found in lab.ask("/api/studies", port=8082, account=lab.worker).json()["study_summaries"]]
+    assert names == ["search-demo"]
+    assert not (lab.runs / "mlflow.db").exists()
+    assert not (lab.runs / ".studies" / "studies.journal").exists()
+
+
+def test_the_model_comes_back_from_the_registry(lab: Lab, client: Any) -> None:
+    import mlflow
+    import torch
+
+    (version, *_) = client.search_model_versions("name = 'obowlab-small'", order_by=["version_number ASC"])
+    images = np.random.default_rng(0).standard_normal((3, 3, 24, 24), dtype=np.float32)
+    found = mlflow.pyfunc.load_model(f"models:/obowlab-small/{version.version}").predict(images)
+    local = mlflow.pytorch.load_model((lab.runs / version.tags["obowlab.run_id"] / "model").as_uri())
+    with torch.no_grad():
+        expected = local(torch.from_numpy(images)).numpy()
+    assert found.shape == (3, 32)
+    assert np.array_equal(found, expected)
+    assert any(key.endswith(f"/{version.run_id}/artifacts/model/MLmodel") for key in lab.objects())
+
+
+def test_no_password_is_left_behind(lab: Lab, client: Any) -> None:
+    secrets = [lab.stack.settings[name] for name in SECRETS]
+    folders = (lab.runs, lab.stack.root / "volumes" / "site", lab.stack.root / "logs")
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    assert len(files) > 40
+    for path in files:
+        content = path.read_bytes()
+        found = [name for name, secret in zip(SECRETS, secrets, strict=True) if secret.encode() in content]
+        # An access key is the name of an account, and the object store says in its log which ones it knows.
+        assert found == (["OBJECTS_ACCESS_KEY"] if path.name == "objects.log" else []), path
+    for run in client.search_runs([client.get_experiment_by_name("obowlab").experiment_id]):
+        told = json.dumps(run.to_dictionary())
+        assert not any(secret in told for secret in secrets)
+    for name in LONG_RUNNING:
+        words = Path(f"/proc/{leader(lab.stack, name)}/cmdline").read_text()
+        assert not any(secret in words for secret in secrets)
+
+
+def test_a_wrong_login_is_one_sentence_and_loses_nothing(lab: Lab, client: Any) -> None:
+    recipe = str(lab.place / "small.toml")
+    words = ("run", recipe, "--seed", "5", "--set", "training.epochs=1", "--set", "evaluation.protocols=[]", *HOW)
+    said = lab.obowlab(*words, MLFLOW_TRACKING_PASSWORD="wrong")
+    complaints = [line for line in said.splitlines() if "does not take the login" in line]
+    begun, ended = complaints
+    assert begun.startswith("Warning: MLflow does not follow (http://")
+    assert ended.startswith("Warning: MLflow lacks ")
+    assert all("MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD" in line for line in complaints)
+    assert "wrong" not in said
+    assert "Traceback" not in said
+    assert len(lab.runs_in_mlflow(client, seed="5")) == 0
+    said = lab.obowlab("runs", "sync", code=1, MLFLOW_TRACKING_USERNAME="", MLFLOW_TRACKING_PASSWORD="")
+    assert "does not take the login" in said
+    said = lab.obowlab("report", "--out", str(lab.place / "site"), MLFLOW_TRACKING_PASSWORD="wrong")
+    assert "does not take the login" in said
+    said = lab.obowlab("doctor", MLFLOW_TRACKING_PASSWORD="wrong")
+    assert "does not take the login that is set" in said
+    home = lab.stack.root / "home" / "worker"
+    (home / ".mlflow").mkdir()
+    (home / ".mlflow" / "credentials").write_text(
+        f"[mlflow]\nmlflow_tracking_username = worker\nmlflow_tracking_password = {lab.worker[1]}\n"
+    )
+    lab.obowlab("runs", "sync", MLFLOW_TRACKING_USERNAME="", MLFLOW_TRACKING_PASSWORD="")
+    assert "answers" in lab.obowlab("doctor", MLFLOW_TRACKING_USERNAME="", MLFLOW_TRACKING_PASSWORD="")
+    (home / ".mlflow" / "credentials").unlink()
+    (run,) = lab.runs_in_mlflow(client, seed="5")
+    assert run.info.status == "FINISHED"
+
+
+def test_pages_show_the_run_the_study_and_the_report(lab: Lab, client: Any, browser: Any) -> None:
+    run = lab.runs_in_mlflow(client, recipe="small", seed="0")[0]
+    experiment = run.info.experiment_id
+    metrics = {"width": DESKTOP[0], "height": DESKTOP[1], "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    browser.execute_cdp_cmd("Network.enable", {})
+    token = base64.b64encode(":".join(lab.worker).encode()).decode()
+    browser.execute_cdp_cmd("Network.setExtraHTTPHeaders", {"headers": {"Authorization": f"Basic {token}"}})
+    name = run.info.run_name
+    pages = (
+        (5000, f"/#/experiments/{experiment}/runs", [name, "report", "study"]),
+        (5000, f"/#/experiments/{experiment}/runs/{run.info.run_id}", [name, "fewshot_1shot"]),
+        (5000, "/#/models/obowlab-small", ["Version 1"]),
+        (8082, "/dashboard", ["search-demo"]),
+        (8081, "/index.html", [name]),
+    )
+    for port, path, texts in pages:
+        browser.get_log("browser")
+        browser.get("about:blank")
+        browser.get(lab.stack.address(port) + path)
+        for text in texts:
+            wait_until(lambda text=text: text in browser.execute_script("return document.body.innerText"))  # type: ignore[misc]
+        ours = [line for line in complaints(browser) if "SEVERE" in line or "Refused" in line or " 5" in line or port != 5000]
+        assert [line for line in ours if lab.stack.address(port) in line] == [], (port, path)
+
+
+# ------------------------------------------------------------------------------------------------------ backup and restore
+
+
+def test_what_was_lost_is_there_again_after_a_restore(lab: Lab, client: Any) -> None:
+    stack = lab.stack
+    backups = stack.root / "backups"
+    before = {run.info.run_id: run.data.to_dictionary() for run in lab.runs_in_mlflow(client)}
+    assert len(before) >= 6
+    said = stack.call("backup", "save", str(backups), "--runs", "/lab/runs")
+    assert said.returncode == 0, said.stderr
+    (backup,) = backups.iterdir()
+    assert "3 databases" in said.stdout
+    assert stat.S_IMODE(backup.stat().st_mode) == 0o700
+    assert stack.call("backup", "check", str(backup)).returncode == 0
+
+    # Wiped: the volumes of the database and of the object store are new and empty.
+    stack.stop()
+    for name in ("database", "objects"):
+        shutil.rmtree(stack.root / "volumes" / name)
+    shutil.rmtree(lab.runs)
+    stack.completed.clear()
+    stack.start("database", "objects")
+    restored = stack.call("backup", "restore", str(backup), "--runs", "/lab/runs")
+    assert restored.returncode == 0, restored.stderr
+    stack.start("web")
+    assert {run.info.run_id: run.data.to_dictionary() for run in lab.runs_in_mlflow(client)} == before
+    test_the_model_comes_back_from_the_registry(lab, client)
+    assert "2 completed" in lab.obowlab("tune", str(lab.place / "search.toml"), "--scale", "demo", "--show")
+
+    # A later run is gone when the backup is put back over it, and so is its file.
+    extra = client.create_run(client.get_experiment_by_name("obowlab").experiment_id)
+    client.log_text(extra.info.run_id, "later", "later.txt")
+    stack.stop("web", "studies", "mlflow")
+    assert any(f"/{extra.info.run_id}/" in key for key in lab.objects())
+    assert stack.call("backup", "restore", str(backup)).returncode == 0
+    assert not any(f"/{extra.info.run_id}/" in key for key in lab.objects())
+    stack.start("web")
+    assert {run.info.run_id for run in lab.runs_in_mlflow(client)} == set(before)
+
+
+def test_a_backup_that_was_touched_is_refused(lab: Lab) -> None:
+    stack = lab.stack
+    (backup,) = (stack.root / "backups").iterdir()
+    before = lab.objects()
+
+    def refusal(change: str) -> str:
+        done = stack.call("backup", "restore", str(stack.root / change), "--runs", "/lab/runs")
+        assert done.returncode == 1
+        assert len(done.stderr.splitlines()) == 1
+        return done.stderr
+
+    def copy(change: str) -> Path:
+        return Path(shutil.copytree(backup, stack.root / change))
+
+    with (copy("longer") / "objects.tar").open("ab") as file:
+        file.write(b"more")
+    assert "objects.tar is missing or not what manifest.json says. Nothing was changed." in refusal("longer")
+    (copy("shorter") / "optuna.dump").unlink()
+    assert "optuna.dump is missing" in refusal("shorter")
+    assert "is no backup: it has no manifest.json" in refusal("work")
+    with tarfile.open(copy("stray") / "runs.tar", "w") as archive:
+        archive.addfile(tarfile.TarInfo("../../stray.txt"), io.BytesIO())
+    _sign(stack.root / "stray", "runs.tar")
+    assert "Nothing was changed." in refusal("stray")
+    assert lab.objects() == before
+    assert not list(stack.root.glob("**/stray.txt"))
+
+
+def test_an_object_never_becomes_a_path(lab: Lab) -> None:
+    stack = lab.stack
+    (backup,) = (stack.root / "backups").iterdir()
+    hostile = Path(shutil.copytree(backup, stack.root / "hostile"))
+    with tarfile.open(hostile / "objects.tar", "a") as archive:
+        member = tarfile.TarInfo("1/../../../evil.txt")
+        member.size = 4
+        archive.addfile(member, io.BytesIO(b"evil"))
+    _sign(hostile, "objects.tar")
+    stack.stop("web", "studies", "mlflow")
+    stack.call("backup", "restore", str(hostile))
+    assert not list(stack.root.glob("**/evil.txt"))
+    assert not list(Path(tempfile.gettempdir()).glob("evil.txt"))
+
+
+def _sign(backup: Path, name: str) -> None:
+    """Put the hash of a changed file into the manifest, as someone would who means harm."""
+    manifest = json.loads((backup / "manifest.json").read_text())
+    content = (backup / name).read_bytes()
+    manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (backup / "manifest.json").write_text(json.dumps(manifest))
