@@ -8,6 +8,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ TEACHER = "teacher."
 """What the keys of the stage before begin with."""
 
 
+@cache
 def project_root() -> Path:
     """Return the folder that holds `experiments/`, `ablations/` and `dashboards/`.
 

@@ -114,12 +114,13 @@ def load_table_at_paper(planned: PlannedTable) -> PlannedTable | None:
 
 def finished_seeds(planned: PlannedTable, *, records: Records) -> tuple[int, ...]:
     """Return the seeds of which some row has a run, ascending; (0,) when there are none."""
-    fingerprints = {record.fingerprint: record.seed for record in records.values()}
+    known = {record.fingerprint for record in records.values()}
+    candidates = {record.seed for record in records.values()}
     seeds = {
         seed
         for row in planned.rows
-        for seed in set(fingerprints.values())
-        if row.loaded.recipe.fingerprint(seed=seed) in fingerprints
+        for seed, fingerprint in row.loaded.recipe.fingerprints(seeds=candidates).items()
+        if fingerprint in known
     }
     return tuple(sorted(seeds)) or (0,)
 
@@ -128,7 +129,7 @@ def finished_seeds(planned: PlannedTable, *, records: Records) -> tuple[int, ...
 
 
 def _runs_of(row: PlannedRow, *, seeds: Sequence[int], records: Records) -> dict[int, Record | None]:
-    return {seed: records.get(row.loaded.recipe.fingerprint(seed=seed)) for seed in seeds}
+    return {seed: records.get(fingerprint) for seed, fingerprint in row.loaded.recipe.fingerprints(seeds=seeds).items()}
 
 
 def _reference(row: PlannedRow, *, seed: int, record: Record | None) -> RunRef:

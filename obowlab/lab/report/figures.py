@@ -250,7 +250,7 @@ def _axis(metric: str, lines: Sequence[Line]) -> tuple[Axis, str]:
     """Return the axis of a metric's values, and a sentence when the first steps are cut off because they hide all others."""
     key, _ = _without_level(metric)
     unit = unit_of(metric) or unit_of(f"{metric}_conv5")
-    log = key in LOGARITHMIC and all(v > 0 for line in lines for v in (*line.y, *line.low))
+    log = key in LOGARITHMIC and all(min(values) > 0 for line in lines for values in (line.y, line.low) if values)
     kind = "squared distance" if key == "distance" else ""
     label = (unit or kind) + (", logarithmic" if log else "")
     if key != "loss":

@@ -24,7 +24,7 @@ from obowlab.lab.report.studies import read_studies
 from obowlab.lab.scales import SCALES
 from obowlab.lab.table import Table
 from obowlab.lab.tablefile import load_table, table_files
-from obowlab.track.folder import RunFolder, RunInfo, RunSummary, list_runs
+from obowlab.track.folder import RunFolder, RunSummary, list_runs
 from obowlab.track.metrics import lookup
 
 NOT_TRAINED_WITH = re.compile(r"(teacher\.)*(title$|evaluation\.)")
@@ -113,21 +113,20 @@ def read_run(summary: RunSummary) -> Run:
         UserError: one of its files is damaged.
     """
     folder, info, state = RunFolder(summary.path, summary.info), summary.info, summary.state
-    attempts, facts, results = folder.attempts(), folder.facts(), folder.results()
-    settings, base = compare(settings_of(info), name=info.name, sources=info.sources)
+    attempts, results = folder.attempts(), folder.results()
+    facts = {key: value for attempt in attempts for key, value in attempt.items()}
+    recipe = describe(info.name, recipe=json.dumps(info.recipe_values), sources=json.dumps(info.sources))
     epochs = int(info.recipe_values.get("training", {}).get("epochs", 1))
     measured = tabulate(results, dataset=str(info.recipe_values.get("data", {}).get("dataset", "")))
     cache = summary.path.parent / CACHE / f"{info.run_id}.json"
     curves = _with_results(read_run_curves(summary.path, epochs=epochs, cache=cache), epochs=epochs, measured=measured)
-    changed = [s for s in settings if s.shipped is not None and not NOT_TRAINED_WITH.match(s.key)]
-    trained = {key: value for key, value in info.recipe_values.items() if key not in ("title", "evaluation")}
     return Run(
         run_id=info.run_id,
         recipe=info.name,
         title=str(info.recipe_values.get("title", "")),
         seed=info.seed,
-        changes={setting.key: brief(setting.value) for setting in changed},
-        family=canonical_hash([info.name, trained]),
+        changes=recipe.changes,
+        family=recipe.family,
         status=state.status,
         message=state.message,
         step=state.step,
@@ -143,8 +142,8 @@ def read_run(summary: RunSummary) -> Run:
         starts=len(attempts),
         machine={label: str(facts[key]) for key, label in MACHINE_FACTS.items() if facts.get(key) is not None},
         versions={"obowlab": info.version, **{str(k): str(v) for k, v in facts.get("versions", {}).items()}},
-        settings=settings,
-        base=base,
+        settings=recipe.settings,
+        base=recipe.base,
         measured=measured,
         curves=curves,
         findings=judge(curves, recipe=info.recipe_values),
@@ -169,12 +168,43 @@ def compare(values: Mapping[str, Any], *, name: str, sources: Mapping[str, str])
     return tuple(settings), base
 
 
-def settings_of(info: RunInfo) -> dict[str, Any]:
-    """Return a run's settings by dotted key; of a run of another version just as they were written."""
+@dataclass(frozen=True)
+class Described:
+    """What the pages of all runs of one recipe say of it; see `Run`."""
+
+    settings: tuple[Setting, ...]
+    base: str
+    changes: Mapping[str, str]
+    family: str
+
+
+@cache
+def describe(name: str, *, recipe: str, sources: str) -> Described:
+    """Return what a run's page says of its recipe; once for all seeds, as a store has far fewer recipes than runs.
+
+    Args:
+        name: of the recipe.
+        recipe: its resolved values, as JSON.
+        sources: dotted key to the file or option that set it, as JSON.
+    """
+    values = json.loads(recipe)
+    settings, base = compare(settings_of(recipe), name=name, sources=json.loads(sources))
+    changed = [s for s in settings if s.shipped is not None and not NOT_TRAINED_WITH.match(s.key)]
+    trained = {key: value for key, value in values.items() if key not in ("title", "evaluation")}
+    return Described(
+        settings=settings,
+        base=base,
+        changes={setting.key: brief(setting.value) for setting in changed},
+        family=canonical_hash([name, trained]),
+    )
+
+
+def settings_of(recipe: str) -> dict[str, Any]:
+    """Return the settings of a recipe in JSON by dotted key; one of another version just as it was written."""
     try:
-        return flatten(info.recipe)
-    except UserError:
-        return dict(flat_pairs(info.recipe_values))
+        return flatten(Recipe.model_validate_json(recipe))
+    except ValueError:
+        return dict(flat_pairs(json.loads(recipe)))
 
 
 def tabulate(results: Iterable[Mapping[str, Any]], *, dataset: str) -> tuple[Measured, ...]:
