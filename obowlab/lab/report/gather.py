@@ -17,7 +17,7 @@ from obowlab.config.checking import flat_pairs
 from obowlab.errors import UserError
 from obowlab.lab.collect import build_table, finished_seeds
 from obowlab.lab.records import store_records
-from obowlab.lab.report.curves import Curve, read_run_curves, with_point
+from obowlab.lab.report.drawn import drawn
 from obowlab.lab.report.health import judge
 from obowlab.lab.report.site import Gallery, Measured, Run, Setting, Site
 from obowlab.lab.report.studies import read_studies
@@ -25,7 +25,7 @@ from obowlab.lab.scales import SCALES
 from obowlab.lab.table import Table
 from obowlab.lab.tablefile import load_table, table_files
 from obowlab.track.folder import RunFolder, RunSummary, list_runs
-from obowlab.track.metrics import lookup
+from obowlab.track.metrics import unit_of
 
 NOT_TRAINED_WITH = re.compile(r"(teacher\.)*(title$|evaluation\.)")
 """Settings that do not make another training."""
@@ -44,9 +44,6 @@ MACHINE_FACTS = {
 }
 """Fact of an attempt -> its name in a report."""
 
-CACHE = ".curves"
-"""Folder of the run store for what was drawn of each run."""
-
 PICTURES = (".jpg", ".png", ".webp")
 
 
@@ -59,7 +56,7 @@ class Tables:
 
 
 def gather(runs_root: Path, *, tables: Tables) -> Site:
-    """Read everything a report shows; writes nothing but `CACHE`.
+    """Read everything a report shows; writes nothing but what `drawn` keeps.
 
     Args:
         runs_root: the run store.
@@ -118,8 +115,7 @@ def read_run(summary: RunSummary) -> Run:
     recipe = describe(info.name, recipe=json.dumps(info.recipe_values), sources=json.dumps(info.sources))
     epochs = int(info.recipe_values.get("training", {}).get("epochs", 1))
     measured = tabulate(results, dataset=str(info.recipe_values.get("data", {}).get("dataset", "")))
-    cache = summary.path.parent / CACHE / f"{info.run_id}.json"
-    curves = _with_results(read_run_curves(summary.path, epochs=epochs, cache=cache), epochs=epochs, measured=measured)
+    pictures = drawn(summary.path, epochs=epochs, measured=measured)
     return Run(
         run_id=info.run_id,
         recipe=info.name,
@@ -145,8 +141,10 @@ def read_run(summary: RunSummary) -> Run:
         settings=recipe.settings,
         base=recipe.base,
         measured=measured,
-        curves=curves,
-        findings=judge(curves, recipe=info.recipe_values),
+        curves=pictures.curves,
+        training=pictures.training,
+        vocabulary=pictures.vocabulary,
+        findings=judge(pictures.curves, recipe=info.recipe_values),
         gallery=find_gallery(summary.path / "words"),
     )
 
@@ -247,14 +245,6 @@ def find_gallery(folder: Path) -> Gallery | None:
     return Gallery(folder=folder, preview=tuple(first.values()))
 
 
-def unit_of(metric: str) -> str:
-    """Return a metric's unit; empty for one that this version does not know."""
-    try:
-        return lookup(metric).unit
-    except KeyError:
-        return ""
-
-
 def as_text(value: Any) -> str:
     """Return a setting as `--set` takes it: words without quotes, lists as TOML writes them."""
     if isinstance(value, str) and re.fullmatch(r"[A-Za-z_][\w.-]*", value):
@@ -281,12 +271,3 @@ def _shipped(name: str) -> tuple[Mapping[str, Any], str]:
     if name in recipe_files():
         return flatten(load_recipe(name).recipe), f"the recipe {name} of this version"
     return flatten(Recipe()), "the defaults of this version, which has no such recipe"
-
-
-def _with_results(curves: Mapping[str, Curve], *, epochs: int, measured: Sequence[Measured]) -> dict[str, Curve]:
-    """Return the curves, those of results during training with the final result at their end."""
-    final = {m.metric: m.student[0] for m in reversed(measured) if m.student is not None}
-    return {
-        name: with_point(curve, epoch=float(epochs), value=final[name]) if name in final and curve.epoch[-1] < epochs else curve
-        for name, curve in curves.items()
-    }
