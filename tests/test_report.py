@@ -18,7 +18,7 @@ from obowlab.errors import UserError
 from obowlab.lab.report import build, figures
 from obowlab.lab.report.build import build_site
 from obowlab.lab.report.curves import Curve
-from obowlab.lab.report.gather import Tables, gather
+from obowlab.lab.report.gather import Tables, gather, read_store
 from obowlab.lab.report.send import pack
 from obowlab.lab.report.site import Site
 from tests.browser import PHONE, browser, complaints, open_page, requests
@@ -41,7 +41,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Site:
     add_run(root, overrides=many, status="interrupted", points=40, alike=True)
     add_gallery(base[0])
     add_study(root, run_id=base[0].run_id)
-    return gather(root, tables=Tables((make_table(base, [hard]), make_table(base, [hard], comparable=True))))
+    return gather(read_store(root), tables=Tables((make_table(base, [hard]), make_table(base, [hard], comparable=True))))
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +199,7 @@ def test_curves_have_a_band_for_seeds_and_a_line_for_each_variant(store: Site) -
 def test_lines_are_named_after_what_parts_them(tmp_path: Path) -> None:
     for kappa in (3, 7):
         add_run(tmp_path, overrides=("training.epochs=7", f"method.kappa={kappa}"), points=5)
-    family = figures.families(gather(tmp_path, tables=Tables()).runs)["demo"]
+    family = figures.families(gather(read_store(tmp_path), tables=Tables()).runs)["demo"]
     assert family.shared == "training.epochs=7"
     assert [group.label for group in family.groups] == ["kappa=3", "kappa=7"]
 
@@ -213,7 +213,7 @@ def test_many_rows_are_parted_into_charts_each_with_the_base(store: Site) -> Non
 
 
 def test_flat_curves_are_told_in_words(store: Site, site: Path) -> None:
-    titles = [figure.title for figure in figures.run_figures(store.runs[0], metrics=figures.VOCABULARY)]
+    titles = [figure.title for figure in figures.run_figures(store.runs[0].curves, metrics=figures.VOCABULARY)]
     assert "Mean age of the words, conv5" not in titles
     assert "Distance to the nearest word, conv5" in titles
     assert "3.5 steps old on average" in Page(site / "vocabulary.html").text
@@ -223,12 +223,12 @@ def test_first_steps_do_not_hide_the_rest_of_the_loss(store: Site) -> None:
     run = store.runs[0]
     epochs = tuple(i / 10 for i in range(100))
     start = Curve(epochs, (40.0, *(5.0 - i / 100 for i in range(99))), (0.5, *(5.0,) * 99), (60.0, *(5.0,) * 99), last=4.0)
-    (loss,) = figures.run_figures(replace(run, curves={"loss": start}), metrics=figures.TRAINING)
+    (loss,) = figures.run_figures({"loss": start}, metrics=figures.TRAINING)
     assert "from 0.5 to 60" in loss.caption
     assert ">5<" in loss.svg
     assert ">20<" not in loss.svg
     calm = replace(start, mean=(5.1, *start.mean[1:]), low=(), high=())
-    (loss,) = figures.run_figures(replace(run, curves={"loss": calm}), metrics=figures.TRAINING)
+    (loss,) = figures.run_figures({"loss": calm}, metrics=figures.TRAINING)
     assert loss.caption == ""
 
 
@@ -237,7 +237,7 @@ def test_a_table_with_one_difference_gets_no_chart(store: Site) -> None:
 
 
 def test_empty_store_gives_a_site_that_says_so(tmp_path: Path) -> None:
-    build_site(gather(tmp_path / "nothing", tables=Tables()), out=tmp_path / "site")
+    build_site(gather(read_store(tmp_path / "nothing"), tables=Tables()), out=tmp_path / "site")
     assert "There are no runs yet" in Page(tmp_path / "site" / "index.html").text
     assert [path.name for path in pages(tmp_path / "site")] == ["index.html", "runs.html"]
 
@@ -251,7 +251,7 @@ def test_no_name_becomes_markup(tmp_path: Path) -> None:
     add_study(root, name=HOSTILE, title=HOSTILE, run_id=HOSTILE)
     (damaged := add_run(root, seed=1)).set_state(message=HOSTILE)
     (damaged.path / "results" / f"{HOSTILE.replace('/', '')}.json").write_text(HOSTILE)
-    build_site(gather(root, tables=Tables((make_table([run], [run], label=HOSTILE),), (HOSTILE,))), out=tmp_path / "site")
+    build_site(gather(read_store(root), tables=Tables((make_table([run], [run], label=HOSTILE),), (HOSTILE,))), out=tmp_path / "site")
     for path in pages(tmp_path / "site"):
         page = Page(path)
         assert page.tags.count("script") == 1, path
@@ -335,10 +335,10 @@ def test_command_refuses_what_is_not_a_report(obowlab: Obowlab, tmp_path: Path) 
 def test_report_does_not_import_torch_or_mlflow(tmp_path: Path) -> None:
     program = (
         "import sys; from pathlib import Path\n"
-        "from obowlab.lab.report.gather import gather, tables_at\n"
+        "from obowlab.lab.report.gather import gather, read_store, tables_at\n"
         "from obowlab.lab.report.build import build_site\n"
         f"root = Path({str(tmp_path)!r})\n"
-        "build_site(gather(root, tables=tables_at([], runs_root=root)), out=root / 'site')\n"
+        "build_site(gather(read_store(root), tables=tables_at([], store=read_store(root))), out=root / 'site')\n"
         "assert not {'torch', 'mlflow', 'optuna', 'plotly', 'pandas'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60, env={**os.environ})

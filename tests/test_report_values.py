@@ -239,7 +239,7 @@ def test_run_of_another_version_is_shown_and_a_damaged_one_named(tmp_path: Path)
     values["name"] = "gone"
     (old.path / "run.json").write_text(json.dumps(values))
     (next((damaged.path / "results").glob("*.json"))).write_text("{")
-    site = gather.gather(tmp_path, tables=gather.Tables())
+    site = gather.gather(gather.read_store(tmp_path), tables=gather.Tables())
     (run,) = site.runs
     assert "method.unheard_of" in {setting.key for setting in run.settings}
     assert run.base.startswith("the defaults")
@@ -248,13 +248,13 @@ def test_run_of_another_version_is_shown_and_a_damaged_one_named(tmp_path: Path)
 
 
 def test_tables_come_from_the_store_at_the_scales_it_has(tmp_path: Path) -> None:
-    assert gather.tables_at([], runs_root=tmp_path).tables == ()
+    assert gather.tables_at([], store=gather.read_store(tmp_path)).tables == ()
     loaded = load_recipe("tiny-vanilla")
     RunFolder.create(loaded, seed=0, runs_root=tmp_path)
-    found = gather.tables_at([], runs_root=tmp_path)
+    found = gather.tables_at([], store=gather.read_store(tmp_path))
     assert {table.scale for table in found.tables} == {"tiny"}
     assert "table3" in {table.name for table in found.tables}
-    assert {table.scale for table in gather.tables_at(["paper"], runs_root=tmp_path).tables} == {"paper"}
+    assert {table.scale for table in gather.tables_at(["paper"], store=gather.read_store(tmp_path)).tables} == {"paper"}
 
 
 def test_moments_do_not_depend_on_the_place(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,7 +39,7 @@ def report(
     tagged obowlab.kind = report.
     """
     from obowlab.lab.report.build import build_site, refuse_foreign
-    from obowlab.lab.report.gather import gather, tables_at
+    from obowlab.lab.report.gather import gather, read_store, tables_at
 
     machine = machine_from(machine_file=machine_file, runs_root=runs_root)
     index = out.absolute() / "index.html"
@@ -49,7 +49,8 @@ def report(
 
         would(f"write a report of the runs in {machine.runs_root} to {index}")
         return would(f"send it to {shown_uri(store_uri(machine.tracking_uri, runs_root=machine.runs_root))}")
-    site = gather(machine.runs_root, tables=tables_at(scales, runs_root=machine.runs_root))
+    store = read_store(machine.runs_root)
+    site = gather(store, tables=tables_at(scales, store=store))
     pages = build_site(site, out=out)
     counts = [_counted(len(site.runs), "run", "runs"), _counted(len(site.tables), "table", "tables")]
     click.echo(f"{pages} pages on {', '.join(counts)} and {_counted(len(site.studies), 'study', 'studies')}: {index}")

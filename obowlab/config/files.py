@@ -190,6 +190,9 @@ def flatten(section: Section) -> dict[str, Any]:
 
 
 def _recipe_path(name: str) -> Path:
+    path = project_root() / "experiments" / f"{name}.toml"
+    if Path(name).name == name and path.is_file():  # most often so, and a table asks two hundred times
+        return path
     return find_file(name, shipped=recipe_files(), kind="recipe")
 
 

@@ -16,7 +16,7 @@ from obowlab.config import Recipe, canonical_hash, flatten, load_recipe, recipe_
 from obowlab.config.checking import flat_pairs
 from obowlab.errors import UserError
 from obowlab.lab.collect import build_table, finished_seeds
-from obowlab.lab.records import store_records
+from obowlab.lab.records import Record, Records, by_fingerprint
 from obowlab.lab.report.drawn import drawn
 from obowlab.lab.report.health import judge
 from obowlab.lab.report.site import Gallery, Measured, Run, Setting, Site
@@ -55,38 +55,76 @@ class Tables:
     problems: tuple[str, ...] = ()
 
 
-def gather(runs_root: Path, *, tables: Tables) -> Site:
-    """Read everything a report shows; writes nothing but what `drawn` keeps.
+@dataclass(frozen=True)
+class Store:
+    """A run store, read once for its tables and its pages.
 
-    Args:
-        runs_root: the run store.
-        tables: as `tables_at` builds them.
+    Attributes:
+        root: its folder.
+        as_of: day and time of the newest thing in it, UTC; empty when there is none.
+        runs: newest first, each with its record.
+        problems: sentences on runs that cannot be read.
     """
-    runs, problems, newest = [], list(tables.problems), 0.0
+
+    root: Path
+    as_of: str
+    runs: tuple[tuple[RunSummary, Record], ...]
+    problems: tuple[str, ...]
+
+    @property
+    def records(self) -> Records:
+        """The records that count for tables."""
+        record_of = {record.run_id: record for _, record in self.runs}
+        return {key: record_of[run.info.run_id] for key, run in by_fingerprint(run for run, _ in self.runs).items()}
+
+
+DAMAGED = (UserError, OSError, ValueError, KeyError, TypeError)
+"""What reading a run of another version, or a damaged one, may raise."""
+
+
+def read_store(runs_root: Path) -> Store:
+    """Read a run store, all but the metrics."""
+    runs, problems, newest = [], [], 0.0
     for summary in list_runs(runs_root):
         newest = max(newest, summary.info.created_at, summary.state.updated_at)
         try:
-            runs.append(read_run(summary))
-        except (UserError, OSError, ValueError, KeyError, TypeError) as error:  # of another version, or damaged
-            problems.append(f"Run {summary.info.run_id} cannot be shown: {type(error).__name__}: {error}")
+            runs.append((summary, Record.of(summary)))
+        except DAMAGED as error:
+            problems.append(_cannot_be_shown(summary, error))
+    return Store(root=runs_root, as_of=moment(newest) if newest else "", runs=tuple(runs), problems=tuple(problems))
+
+
+def gather(store: Store, *, tables: Tables) -> Site:
+    """Read everything a report shows; writes nothing but what `drawn` keeps.
+
+    Args:
+        store: as `read_store` reads it.
+        tables: as `tables_at` builds them.
+    """
+    runs, problems = [], [*tables.problems, *store.problems]
+    for summary, record in store.runs:
+        try:
+            runs.append(read_run(summary, record=record))
+        except DAMAGED as error:
+            problems.append(_cannot_be_shown(summary, error))
     return Site(
-        as_of=moment(newest) if newest else "",
+        as_of=store.as_of,
         version=__version__,
         tables=tables.tables,
         runs=tuple(runs),
-        studies=read_studies(runs_root),
+        studies=read_studies(store.root),
         problems=tuple(problems),
     )
 
 
-def tables_at(scales: Iterable[str], *, runs_root: Path) -> Tables:
+def tables_at(scales: Iterable[str], *, store: Store) -> Tables:
     """Return every shipped table at some scales, of the runs there are.
 
     Args:
         scales: names; when there are none, every scale at which the store has a run of some table.
-        runs_root: the run store.
+        store: as `read_store` reads it.
     """
-    asked, records = list(scales), store_records(runs_root)
+    asked, records = list(scales), store.records
     tables: list[Table] = []
     problems: list[str] = []
     for scale in asked or SCALES:
@@ -103,18 +141,18 @@ def tables_at(scales: Iterable[str], *, runs_root: Path) -> Tables:
     return Tables(tuple(tables), tuple(problems))
 
 
-def read_run(summary: RunSummary) -> Run:
-    """Read one run.
+def read_run(summary: RunSummary, *, record: Record) -> Run:
+    """Read one run, as far as its record does not say already.
 
     Raises:
         UserError: one of its files is damaged.
     """
-    folder, info, state = RunFolder(summary.path, summary.info), summary.info, summary.state
-    attempts, results = folder.attempts(), folder.results()
+    info, state = summary.info, summary.state
+    attempts = RunFolder(summary.path, info).attempts()
     facts = {key: value for attempt in attempts for key, value in attempt.items()}
     recipe = describe(info.name, recipe=json.dumps(info.recipe_values), sources=json.dumps(info.sources))
     epochs = int(info.recipe_values.get("training", {}).get("epochs", 1))
-    measured = tabulate(results, dataset=str(info.recipe_values.get("data", {}).get("dataset", "")))
+    measured = tabulate(record.results, dataset=str(info.recipe_values.get("data", {}).get("dataset", "")))
     pictures = drawn(summary.path, epochs=epochs, measured=measured)
     return Run(
         run_id=info.run_id,
@@ -129,12 +167,12 @@ def read_run(summary: RunSummary) -> Run:
         total_steps=state.total_steps,
         epochs=epochs,
         created=moment(info.created_at),
-        elapsed_s=folder.trained_s(),
+        elapsed_s=record.trained_s,
         fingerprint=info.fingerprint,
         commit=facts.get("commit"),
         dirty=facts.get("dirty"),
         data_hash=facts.get("data_hash"),
-        mlflow_run_id=folder.mlflow_run_id(),
+        mlflow_run_id=record.mlflow_run_id,
         starts=len(attempts),
         machine={label: str(facts[key]) for key, label in MACHINE_FACTS.items() if facts.get(key) is not None},
         versions={"obowlab": info.version, **{str(k): str(v) for k, v in facts.get("versions", {}).items()}},
@@ -263,6 +301,10 @@ def brief(value: str) -> str:
 def moment(timestamp: float) -> str:
     """Return day and time to the minute in UTC: the same report on every machine."""
     return datetime.fromtimestamp(timestamp, tz=UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _cannot_be_shown(run: RunSummary, error: Exception) -> str:
+    return f"Run {run.info.run_id} cannot be shown: {type(error).__name__}: {error}"
 
 
 @cache
