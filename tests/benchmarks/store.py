@@ -25,6 +25,7 @@ from obowlab.evaluation.result import Measurement, Result, mean_with_interval, p
 from obowlab.lab.ablate import Job, make_plan
 from obowlab.lab.cost import num_steps
 from obowlab.lab.launch import sample_interval_s
+from obowlab.lab.report.gather import draw_ahead
 from obowlab.lab.tablefile import load_table, table_files
 from obowlab.track import provenance
 from obowlab.track.folder import RunFolder
@@ -110,6 +111,7 @@ def add_run(job: Job, *, machine: Machine, model: Path, points: int) -> RunFolde
     folder.add_labels({**{f"obowlab.{table}": row for table, row in tables.items()}, "obowlab.scale": scale_of(job)})
     folder.set_state(status="running", attempt=1, step=total, total_steps=total, trained_s=round(total * STEP_TIME_S, 1))
     folder.set_state(status="finished")
+    draw_ahead(folder)
     return folder
 
 

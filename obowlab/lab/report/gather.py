@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -185,6 +186,13 @@ def read_run(summary: RunSummary, *, record: Record) -> Run:
         findings=judge(pictures.curves, recipe=info.recipe_values),
         gallery=find_gallery(summary.path / "words"),
     )
+
+
+def draw_ahead(folder: RunFolder) -> None:
+    """Draw a run that has just finished, so that no report has to; one that cannot be read is left to the report to name."""
+    summary = RunSummary(folder.path, folder.info, folder.state)
+    with suppress(*DAMAGED):
+        read_run(summary, record=Record.of(summary))
 
 
 def compare(values: Mapping[str, Any], *, name: str, sources: Mapping[str, str]) -> tuple[tuple[Setting, ...], str]:
