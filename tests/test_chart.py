@@ -50,7 +50,9 @@ def test_many_values_are_placed_and_written_as_one_by_one(log: bool) -> None:
     odd = [-0.04, 0.04, 0.05, 0.15, 0.25, -0.05, 99.95, 1e6]  # where rounding is not what one expects
     assert chart._path(odd, odd[::-1]) == slow_path(odd, odd[::-1])
     assert chart._path(x, slow) == slow_path(x, slow)
-    (drawn,) = marks(parsed(line_chart([Line("a", x, y)], title="t", x=Axis("x"), y=Axis("y", low=0.5, high=2.0))), "path", "line")
+    (drawn,) = marks(
+        parsed(line_chart([Line("a", x, y)], title="t", x=Axis("x"), y=Axis("y", low=0.5, high=2.0))), "path", "line"
+    )
     assert all(28.0 <= height <= 210.0 for _, height in points(drawn))
 
 

@@ -236,8 +236,7 @@ def test_flat_curves_are_told_in_words(store: Site, site: Path) -> None:
     assert "3.5 steps old on average" in Page(site / "vocabulary.html").text
 
 
-def test_first_steps_do_not_hide_the_rest_of_the_loss(store: Site) -> None:
-    run = store.runs[0]
+def test_first_steps_do_not_hide_the_rest_of_the_loss() -> None:
     epochs = tuple(i / 10 for i in range(100))
     start = Curve(epochs, (40.0, *(5.0 - i / 100 for i in range(99))), (0.5, *(5.0,) * 99), (60.0, *(5.0,) * 99), last=4.0)
     (loss,) = figures.run_figures({"loss": start}, metrics=figures.TRAINING)
@@ -268,7 +267,9 @@ def test_no_name_becomes_markup(tmp_path: Path) -> None:
     add_study(root, name=HOSTILE, title=HOSTILE, run_id=HOSTILE)
     (damaged := add_run(root, seed=1)).set_state(message=HOSTILE)
     (damaged.path / "results" / f"{HOSTILE.replace('/', '')}.json").write_text(HOSTILE)
-    build_site(gather(read_store(root), tables=Tables((make_table([run], [run], label=HOSTILE),), (HOSTILE,))), out=tmp_path / "site")
+    build_site(
+        gather(read_store(root), tables=Tables((make_table([run], [run], label=HOSTILE),), (HOSTILE,))), out=tmp_path / "site"
+    )
     for path in pages(tmp_path / "site"):
         page = Page(path)
         assert page.tags.count("script") == 1, path

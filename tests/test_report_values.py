@@ -83,6 +83,17 @@ def test_torn_tail_is_left_out(tmp_path: Path, tail: bytes) -> None:
     assert read_curves(path, epochs=2)["loss"].mean == (1.0, 2.0)
 
 
+def test_whole_seeds_are_averaged_point_by_point() -> None:
+    rng = random.Random(1)
+    seeds = [Curve(tuple(range(50)), tuple(rng.random() for _ in range(50)), (), (), last=float(s)) for s in range(3)]
+    slow = [[seed.mean[i] for seed in seeds] for i in range(50)]
+    found = over_seeds(seeds)
+    assert found.mean == tuple(sum(each) / 3 for each in slow)
+    assert (found.low, found.high) == (tuple(map(min, slow)), tuple(map(max, slow)))
+    twice = Curve((1.0, 1.0), (4.0, 6.0), (), (), last=6.0)  # two values of one moment: the later one counts
+    assert over_seeds([twice, twice]).mean == (6.0,)
+
+
 def test_seeds_are_averaged_where_all_have_come() -> None:
     long = Curve((1.0, 2.0, 3.0), (4.0, 6.0, 8.0), (0.0,) * 3, (9.0,) * 3, last=8.0)
     short = Curve((1.0, 2.0), (2.0, 3.0), (0.0,) * 2, (9.0,) * 2, last=3.0)

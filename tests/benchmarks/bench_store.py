@@ -1,8 +1,8 @@
 """How long commands take on a full run store, and MLflow's list of its runs in a browser.
 
-`python tests/benchmarks/bench_store.py [--store DIR] [--runs 200]`: every command is a process of its own, the first time and
+`python -m tests.benchmarks.bench_store [--store DIR] [--runs 200]`: every command is a process of its own, the first time and
 again; seconds of wall time, and of processor time, which other work on the machine disturbs less. Without --store one is made
-first (`store.py`), which takes a quarter of an hour, nearly all of it MLflow taking eight million values.
+first (`store.py`), which takes a quarter of an hour, nearly all of it MLflow taking nearly five million values.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from obowlab.lab.report.drawn import FOLDER
-from tests.browser import chromium, complaints
+from obowlab.track.store import DATABASE
 from tests.benchmarks import store as stores
+from tests.browser import chromium, complaints
 
 OBOWLAB = (sys.executable, "-m", "obowlab.cli")
 PORT = 5057
@@ -40,7 +41,7 @@ def timed(*words: str) -> tuple[float, float]:
     return wall_s, used.ru_utime + used.ru_stime
 
 
-def commands(store: Path, *, out: Path) -> Iterator[tuple[str, tuple[str, ...]]]:
+def commands(store: Path, *, out: Path, in_mlflow: bool) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Yield a title and the words of every command that is timed."""
     run = min(path.parent.name for path in store.glob("*/run.json"))
     here = ("--runs-root", str(store))
@@ -51,7 +52,8 @@ def commands(store: Path, *, out: Path) -> Iterator[tuple[str, tuple[str, ...]]]
     yield "runs show RUN", ("runs", "show", run, *here)
     yield "config list", ("config", "list")
     yield "--help", ("--help",)
-    yield "runs sync, nothing new", ("runs", "sync", *here)
+    if in_mlflow:
+        yield "runs sync, nothing new", ("runs", "sync", *here)
 
 
 def settle(store: Path) -> None:
@@ -105,23 +107,24 @@ def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", type=Path, help="one that store.py made; it is changed only as commands change it")
     parser.add_argument("--runs", type=int, default=stores.RUNS, help="of a store that is made (default: %(default)s)")
-    parser.add_argument("--no-browser", action="store_true", help="leave the browser out")
+    parser.add_argument("--no-mlflow", action="store_true", help="make a store without MLflow; leave sync and the browser out")
     options = parser.parse_args(words)
     with tempfile.TemporaryDirectory(prefix="obowlab-bench-") as scratch:
         store, out = options.store, Path(scratch) / "report"
         if store is None:
             store = Path(scratch) / "runs"
-            stores.main([str(store), "--runs", str(options.runs)])
+            stores.main([str(store), "--runs", str(options.runs), *(["--no-mlflow"] if options.no_mlflow else [])])
+        in_mlflow = (store / DATABASE).exists()
         print(f"{sum(1 for _ in store.glob('*/run.json'))} runs; load {os.getloadavg()[0]:.1f} of {os.cpu_count()} cores")
         print(f"{'obowlab ...':<36} {'wall, s':>6} {'cpu, s':>7}   again: {'wall':>5} {'cpu':>6}")
-        for title, line in commands(store, out=out):
+        for title, line in commands(store, out=out, in_mlflow=in_mlflow):
             first, again = [(timed(*line), settle(store))[0] for _ in range(2)]
             print(f"{title:<36} {first[0]:>6.2f} {first[1]:>7.2f}          {again[0]:>5.2f} {again[1]:>6.2f}", flush=True)
         shutil.rmtree(store / FOLDER)
         wall_s, cpu_s = timed("report", "--out", str(out), "--runs-root", str(store))
         print(f"{'report, nothing kept of any run':<36} {wall_s:>6.2f} {cpu_s:>7.2f}", flush=True)
         settle(store)
-        if not options.no_browser:
+        if in_mlflow:
             browse(store, profile=Path(scratch) / "chromium")
     return 0
 

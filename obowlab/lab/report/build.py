@@ -76,7 +76,9 @@ def refuse_foreign(out: Path) -> None:
 def _write(site: Site, *, folder: Path) -> int:
     pages = _pages(site)
     templates = project_root() / TEMPLATES
-    environment = Environment(loader=FileSystemLoader(templates), autoescape=True, undefined=StrictUndefined, lstrip_blocks=True)
+    environment = Environment(
+        loader=FileSystemLoader(templates), autoescape=True, undefined=StrictUndefined, lstrip_blocks=True, auto_reload=False
+    )
     environment.filters.update(
         {
             "estimate": estimate_text,

@@ -111,9 +111,14 @@ def over_seeds(curves: Sequence[Curve]) -> Curve:
     Args:
         curves: one per seed, at least one; of the same metric and the same length of training.
     """
-    by_place = [dict(zip(curve.epoch, curve.mean, strict=True)) for curve in curves]
-    shared = sorted(set(by_place[0]).intersection(*by_place[1:]))
-    values = [[place[epoch] for place in by_place] for epoch in shared]
+    shared: Sequence[float] = curves[0].epoch
+    values: Sequence[Sequence[float]]
+    if all(curve.epoch == shared for curve in curves) and len(set(shared)) == len(shared):  # whole runs of one recipe
+        values = list(zip(*(curve.mean for curve in curves), strict=True))
+    else:
+        by_place = [dict(zip(curve.epoch, curve.mean, strict=True)) for curve in curves]
+        shared = sorted(set(by_place[0]).intersection(*by_place[1:]))
+        values = [[place[epoch] for place in by_place] for epoch in shared]
     return Curve(
         epoch=tuple(shared),
         mean=tuple(sum(seeds) / len(seeds) for seeds in values),

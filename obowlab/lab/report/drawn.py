@@ -1,7 +1,7 @@
 """What is drawn of a run, kept: the metrics of hundreds of runs are hundreds of megabytes, and nearly all no longer change.
 
-`RUNS_ROOT/.drawn/RUN_ID.json` holds a run's curves and its page's figures, for one state of its metric files, its results and this
-code. It may be deleted at any time, and is written beside and renamed: several processes may draw one run at once.
+`RUNS_ROOT/.drawn/RUN_ID.json` holds a run's curves and its page's figures, for one state of its metric files, its results and
+this code. It may be deleted at any time, and is written beside and renamed: several processes may draw one run at once.
 """
 
 from __future__ import annotations
@@ -15,17 +15,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pydantic_core
 
-from obowlab.lab import chart
 from obowlab.lab.report.curves import Curve, read_curves, with_point
 from obowlab.lab.report.figures import TRAINING, VOCABULARY, run_figures
 from obowlab.lab.report.site import Figure, Measured
-from obowlab.track import journal, metrics
 from obowlab.track.journal import write_atomic
 
 FOLDER = ".drawn"
 METRIC_FILES = ("metrics.jsonl", "online.jsonl")
+ALSO_DRAWING = ("lab/chart.py", "track/journal.py", "track/metrics.py")
+"""Files of the package on which figures depend, beside this folder's."""
+
 EDGES = ("epoch", "mean", "low", "high")
 
 
@@ -88,8 +90,9 @@ def draw(run: Path, *, epochs: int, final: Mapping[str, float]) -> Drawn:
 @cache
 def code_hash() -> str:
     """Return the hash of the code that reads and draws: whoever changes it sees new figures, not kept ones."""
-    digest = hashlib.sha256()
-    for path in (*sorted(Path(__file__).parent.glob("*.py")), *(Path(module.__file__) for module in (chart, journal, metrics))):
+    digest = hashlib.sha256(np.__version__.encode())
+    package = Path(__file__).parents[2]
+    for path in (*sorted(Path(__file__).parent.glob("*.py")), *(package / name for name in ALSO_DRAWING)):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -108,8 +111,6 @@ def _read(path: Path, *, stamp: str) -> Drawn | None:
 
 
 def _parse(kept: Mapping[str, Any]) -> Drawn:
-    curves = {
-        name: Curve(**{**curve, **{edge: tuple(curve[edge]) for edge in EDGES}}) for name, curve in kept["curves"].items()
-    }
+    curves = {name: Curve(**{**curve, **{edge: tuple(curve[edge]) for edge in EDGES}}) for name, curve in kept["curves"].items()}
     parts = {part: tuple(Figure(**figure) for figure in kept[part]) for part in ("training", "vocabulary")}
     return Drawn(curves=curves, **parts)

@@ -16,7 +16,7 @@ from obowlab import __version__
 from obowlab.config import Recipe, canonical_hash, flatten, load_recipe, recipe_files
 from obowlab.config.checking import flat_pairs
 from obowlab.errors import UserError
-from obowlab.lab.collect import build_table, finished_seeds
+from obowlab.lab.collect import COMPARABLE, build_table, seeds_with_runs
 from obowlab.lab.records import Record, Records, by_fingerprint
 from obowlab.lab.report.drawn import drawn
 from obowlab.lab.report.health import judge
@@ -24,7 +24,7 @@ from obowlab.lab.report.site import Gallery, Measured, Run, Setting, Site
 from obowlab.lab.report.studies import read_studies
 from obowlab.lab.scales import SCALES
 from obowlab.lab.table import Table
-from obowlab.lab.tablefile import load_table, table_files
+from obowlab.lab.tablefile import PlannedTable, load_table, table_files
 from obowlab.track.folder import RunFolder, RunSummary, list_runs
 from obowlab.track.metrics import unit_of
 
@@ -126,18 +126,18 @@ def tables_at(scales: Iterable[str], *, store: Store) -> Tables:
         store: as `read_store` reads it.
     """
     asked, records = list(scales), store.records
+    planned = {scale: _planned(scale) for scale in {COMPARABLE, *(asked or SCALES)}}
+    at_paper = {table.name: table for table in planned[COMPARABLE][0]}
     tables: list[Table] = []
     problems: list[str] = []
     for scale in asked or SCALES:
-        found, wrong = [], []
-        for name in table_files():
-            try:
-                planned = load_table(name, scale=scale)
-                found.append(build_table(planned, seeds=finished_seeds(planned, records=records), records=records))
-            except UserError as error:
-                wrong.append(f"{name} at scale {scale} cannot be shown: {error}")
-        if asked or any(run.status != "missing" for table in found for row in table.rows for run in row.runs):
-            tables += found
+        found, wrong = planned[scale]
+        seeds = {table.name: seeds_with_runs(table, records=records) for table in found}
+        if asked or any(seeds.values()):
+            tables += [
+                build_table(table, seeds=seeds[table.name] or (0,), records=records, at_paper=at_paper.get(table.name))
+                for table in found
+            ]
             problems += wrong
     return Tables(tuple(tables), tuple(problems))
 
@@ -309,6 +309,17 @@ def brief(value: str) -> str:
 def moment(timestamp: float) -> str:
     """Return day and time to the minute in UTC: the same report on every machine."""
     return datetime.fromtimestamp(timestamp, tz=UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _planned(scale: str) -> tuple[list[PlannedTable], list[str]]:
+    """Return every shipped table at a scale, and a sentence on each that has something wrong with it."""
+    found, wrong = [], []
+    for name in table_files():
+        try:
+            found.append(load_table(name, scale=scale))
+        except UserError as error:
+            wrong.append(f"{name} at scale {scale} cannot be shown: {error}")
+    return found, wrong
 
 
 def _cannot_be_shown(run: RunSummary, error: Exception) -> str:
