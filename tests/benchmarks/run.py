@@ -1,9 +1,9 @@
 """Run every benchmark, one after another, each as a process of its own: `make bench [PHOTOS=folder or .tar] [STORE=folder]`.
 
 PHOTOS is an ImageFolder (CLASS/*.JPEG) of full-size photographs, or a .tar of one. Without it the archive photos200.tar is looked
-for where the tests look; without that the loaders are left out. STORE is a run store that `tests/benchmarks/store.py` made;
-without it one is made, and MLflow's part is left out, as filling that takes a quarter of an hour. Figures are ratios taken side by
-side: run it on an idle machine.
+for where the tests look; without that the loaders are left out. STORE is a run store that `tests/benchmarks/store.py` made.
+Without it one is made, and MLflow's part is left out, as filling that takes a quarter of an hour. Figures are ratios taken side
+by side: run it on an idle machine.
 """
 
 from __future__ import annotations
