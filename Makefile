@@ -26,8 +26,8 @@ lint: .venv/.installed ## Check style, types and the direction of imports
 format: .venv/.installed ## Format the code
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 
-bench: .venv/.installed ## Print the benchmarks, side by side (PHOTOS=an ImageFolder of full-size photos, or a .tar of one)
-	@PHOTOS='$(PHOTOS)' $(BIN)/python tests/benchmarks/run.py
+bench: .venv/.installed ## Print the benchmarks, side by side (PHOTOS=an ImageFolder of full-size photos, or a .tar of one; STORE=a full run store)
+	@PHOTOS='$(PHOTOS)' STORE='$(STORE)' $(BIN)/python tests/benchmarks/run.py
 
 slurm-demo: .venv/.installed ## The demo on a real two-node Slurm, requeued, preempted, a node killed (SLURM_CONF or SLURM_TOOLS=DIR; root)
 	@$(BIN)/python -m tests.slurm_demo $(if $(SLURM_TOOLS),--tools $(SLURM_TOOLS)) $(ARGS)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,13 @@ DESKTOP, PHONE = (1280, 900), (360, 740)
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A selenium WebDriver with a fresh profile, shared by a module: starting one costs seconds."""
+    with chromium(tmp_path_factory.mktemp("chromium")) as driver:
+        yield driver
+
+
+@contextmanager
+def chromium(profile: Path) -> Iterator[Any]:
+    """Start Chromium with the profile in a folder; skips where there is none."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed (`pip install -e '.[dev]'`)")
     from selenium.webdriver.chrome.service import Service
 
@@ -40,14 +48,14 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         pytest.skip("there is no Chromium with its chromedriver (Debian: chromium chromium-driver)")
     options = webdriver.ChromeOptions()
     options.binary_location = binary
-    for argument in (*ARGUMENTS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"):
+    for argument in (*ARGUMENTS, f"--user-data-dir={profile}"):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    chromium = webdriver.Chrome(options=options, service=Service(driver))
+    started = webdriver.Chrome(options=options, service=Service(driver))
     try:
-        yield chromium
+        yield started
     finally:
-        chromium.quit()
+        started.quit()
 
 
 def open_page(browser: Any, path: Path, *, size: tuple[int, int] = DESKTOP, dark: bool = False) -> None:

@@ -34,6 +34,28 @@ def between(value: float, span: tuple[float, float], onto: tuple[float, float]) 
     return onto[0] + (value - span[0]) / (span[1] - span[0]) * (onto[1] - onto[0])
 
 
+def slow_path(x: list[float], y: list[float]) -> str:
+    return "M" + "L".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_many_values_are_placed_and_written_as_one_by_one(log: bool) -> None:
+    rng = random.Random(int(log))
+    x, y = sorted(rng.uniform(0, 18) for _ in range(500)), [rng.lognormvariate(0, 2) for _ in range(500)]
+    up, onto = (min(y), max(y)), (210.0, 28.0)
+    low, high = (math.log(up[0]), math.log(up[1])) if log else up
+    slow = [onto[0] + ((math.log(v) if log else v) - low) / (high - low) * (onto[1] - onto[0]) for v in y]
+    assert chart.scale_all(up, onto, log=log)(y) == slow
+    assert [chart.scale(up, onto, log=log)(v) for v in y] == slow
+    odd = [-0.04, 0.04, 0.05, 0.15, 0.25, -0.05, 99.95, 1e6]  # where rounding is not what one expects
+    assert chart._path(odd, odd[::-1]) == slow_path(odd, odd[::-1])
+    assert chart._path(x, slow) == slow_path(x, slow)
+    (drawn,) = marks(
+        parsed(line_chart([Line("a", x, y)], title="t", x=Axis("x"), y=Axis("y", low=0.5, high=2.0))), "path", "line"
+    )
+    assert all(28.0 <= height <= 210.0 for _, height in points(drawn))
+
+
 def test_line_and_band_stand_where_arithmetic_puts_them() -> None:
     rng = random.Random(0)
     x = [float(i) for i in range(1, 21)]

@@ -20,6 +20,7 @@ from obowlab.config import (
     load_recipe,
     nearest,
     parse_override,
+    read_toml,
     recipe_files,
     recipe_from_values,
 )
@@ -437,3 +438,19 @@ def test_bad_methods_and_stages_are_refused_in_one_sentence(text: str, message: 
     with pytest.raises(UserError, match=message) as caught:
         load_recipe(write(tmp_path, "bad", text))
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_read_twice_is_a_fresh_copy_and_a_changed_one_is_seen(tmp_path: Path) -> None:
+    path = tmp_path / "a.toml"
+    path.write_text("[method]\nlevels = ['conv5']\n")
+    first = read_toml(path)
+    first["method"]["levels"].append("conv4")
+    assert read_toml(path) == {"method": {"levels": ["conv5"]}}
+    path.write_text("title = 'x'\n")
+    assert read_toml(path) == {"title": "x"}
+
+
+def test_fingerprints_of_several_seeds_are_those_of_each() -> None:
+    recipe = load_recipe("tiny-bownet").recipe
+    assert recipe.fingerprints(seeds=[3, 0, 3]) == {3: recipe.fingerprint(seed=3), 0: recipe.fingerprint(seed=0)}
+    assert recipe.fingerprints(seeds=[]) == {}

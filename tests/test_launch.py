@@ -143,6 +143,7 @@ def test_a_run_ends_well_and_is_not_trained_twice(tmp_path: Path) -> None:
     assert folder.attempts()[0]["threads"] == str(folder.machine.threads)
     assert run(tmp_path, "quick")[0] == 0
     assert len(folder.attempts()) == 1
+    assert (folder.path.parent / ".drawn" / f"{folder.run_id}.json").is_file(), "the next report would have to draw it"
 
 
 def test_fresh_puts_the_old_folder_aside(tmp_path: Path) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import sqlite3
 import subprocess
 import sys
+import time
 import zipfile
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -14,16 +17,20 @@ from typing import Any
 
 import pytest
 
+from obowlab.config import Machine, checking
 from obowlab.errors import UserError
-from obowlab.lab.report import build, figures
+from obowlab.lab import chart
+from obowlab.lab.report import build, drawn, figures
+from obowlab.lab.report import gather as gather_module
 from obowlab.lab.report.build import build_site
 from obowlab.lab.report.curves import Curve
-from obowlab.lab.report.gather import Tables, gather
-from obowlab.lab.report.send import pack
+from obowlab.lab.report.gather import Tables, gather, read_store, tables_at
+from obowlab.lab.report.send import LOG, make_parcel, pack, send
 from obowlab.lab.report.site import Site
 from tests.browser import PHONE, browser, complaints, open_page, requests
 from tests.command_line import Obowlab, contents, empty_workplace
 from tests.report_store import add_gallery, add_run, add_study, make_table
+from tests.test_chart import slow_path
 
 __all__ = ["browser"]
 
@@ -41,7 +48,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Site:
     add_run(root, overrides=many, status="interrupted", points=40, alike=True)
     add_gallery(base[0])
     add_study(root, run_id=base[0].run_id)
-    return gather(root, tables=Tables((make_table(base, [hard]), make_table(base, [hard], comparable=True))))
+    return gather(read_store(root), tables=Tables((make_table(base, [hard]), make_table(base, [hard], comparable=True))))
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +89,16 @@ class Page(HTMLParser):
 
 def pages(site: Path) -> list[Path]:
     return [path for path in sorted(site.rglob("*.html")) if "words" not in path.relative_to(site).parts]
+
+
+def wait_for_lines(path: Path, *, count: int) -> list[str]:
+    """Return the lines of a file once it has so many."""
+    for _ in range(600):
+        lines = path.read_text().splitlines() if path.exists() else []
+        if len(lines) >= count:
+            return lines
+        time.sleep(0.1)
+    raise AssertionError(f"{path} has only {lines}")
 
 
 # ---------------------------------------------------------------------------------------------------------------- content
@@ -199,7 +216,7 @@ def test_curves_have_a_band_for_seeds_and_a_line_for_each_variant(store: Site) -
 def test_lines_are_named_after_what_parts_them(tmp_path: Path) -> None:
     for kappa in (3, 7):
         add_run(tmp_path, overrides=("training.epochs=7", f"method.kappa={kappa}"), points=5)
-    family = figures.families(gather(tmp_path, tables=Tables()).runs)["demo"]
+    family = figures.families(gather(read_store(tmp_path), tables=Tables()).runs)["demo"]
     assert family.shared == "training.epochs=7"
     assert [group.label for group in family.groups] == ["kappa=3", "kappa=7"]
 
@@ -213,22 +230,21 @@ def test_many_rows_are_parted_into_charts_each_with_the_base(store: Site) -> Non
 
 
 def test_flat_curves_are_told_in_words(store: Site, site: Path) -> None:
-    titles = [figure.title for figure in figures.run_figures(store.runs[0], metrics=figures.VOCABULARY)]
+    titles = [figure.title for figure in figures.run_figures(store.runs[0].curves, metrics=figures.VOCABULARY)]
     assert "Mean age of the words, conv5" not in titles
     assert "Distance to the nearest word, conv5" in titles
     assert "3.5 steps old on average" in Page(site / "vocabulary.html").text
 
 
-def test_first_steps_do_not_hide_the_rest_of_the_loss(store: Site) -> None:
-    run = store.runs[0]
+def test_first_steps_do_not_hide_the_rest_of_the_loss() -> None:
     epochs = tuple(i / 10 for i in range(100))
     start = Curve(epochs, (40.0, *(5.0 - i / 100 for i in range(99))), (0.5, *(5.0,) * 99), (60.0, *(5.0,) * 99), last=4.0)
-    (loss,) = figures.run_figures(replace(run, curves={"loss": start}), metrics=figures.TRAINING)
+    (loss,) = figures.run_figures({"loss": start}, metrics=figures.TRAINING)
     assert "from 0.5 to 60" in loss.caption
     assert ">5<" in loss.svg
     assert ">20<" not in loss.svg
     calm = replace(start, mean=(5.1, *start.mean[1:]), low=(), high=())
-    (loss,) = figures.run_figures(replace(run, curves={"loss": calm}), metrics=figures.TRAINING)
+    (loss,) = figures.run_figures({"loss": calm}, metrics=figures.TRAINING)
     assert loss.caption == ""
 
 
@@ -237,7 +253,7 @@ def test_a_table_with_one_difference_gets_no_chart(store: Site) -> None:
 
 
 def test_empty_store_gives_a_site_that_says_so(tmp_path: Path) -> None:
-    build_site(gather(tmp_path / "nothing", tables=Tables()), out=tmp_path / "site")
+    build_site(gather(read_store(tmp_path / "nothing"), tables=Tables()), out=tmp_path / "site")
     assert "There are no runs yet" in Page(tmp_path / "site" / "index.html").text
     assert [path.name for path in pages(tmp_path / "site")] == ["index.html", "runs.html"]
 
@@ -251,7 +267,9 @@ def test_no_name_becomes_markup(tmp_path: Path) -> None:
     add_study(root, name=HOSTILE, title=HOSTILE, run_id=HOSTILE)
     (damaged := add_run(root, seed=1)).set_state(message=HOSTILE)
     (damaged.path / "results" / f"{HOSTILE.replace('/', '')}.json").write_text(HOSTILE)
-    build_site(gather(root, tables=Tables((make_table([run], [run], label=HOSTILE),), (HOSTILE,))), out=tmp_path / "site")
+    build_site(
+        gather(read_store(root), tables=Tables((make_table([run], [run], label=HOSTILE),), (HOSTILE,))), out=tmp_path / "site"
+    )
     for path in pages(tmp_path / "site"):
         page = Page(path)
         assert page.tags.count("script") == 1, path
@@ -272,6 +290,30 @@ def test_the_same_store_gives_the_same_bytes(store: Site, site: Path, tmp_path: 
     assert (tmp_path / "1.zip").read_bytes() == (tmp_path / "2.zip").read_bytes()
     with zipfile.ZipFile(tmp_path / "1.zip") as archive:
         assert archive.read("report/index.html") == first["index.html"]
+
+
+def test_pages_are_the_same_from_what_is_kept_from_the_files_and_from_slow_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "runs"
+    for seed in (0, 1):
+        add_run(root, seed=seed)
+    add_run(root, overrides=("method.kappa=7",), status="interrupted", points=40)
+
+    def build_all(name: str) -> dict[str, bytes]:
+        read = read_store(root)
+        build_site(gather(read, tables=tables_at(["demo"], store=read)), out=tmp_path / name)
+        return {name: content for name, (_, content) in contents(tmp_path / name).items()}
+
+    first, kept = build_all("first"), build_all("kept")
+    assert first["table3-demo.html"].count(b"<svg") == 3
+    assert kept == first
+    shutil.rmtree(root / drawn.FOLDER)
+    monkeypatch.setattr(chart, "_path", slow_path)
+    monkeypatch.setattr(gather_module, "describe", gather_module.describe.__wrapped__)
+    monkeypatch.setattr(build, "cache", lambda rows: rows)
+    monkeypatch.setattr(checking, "_parsed", checking._parsed.__wrapped__)
+    assert build_all("slow") == first
 
 
 def test_a_report_is_replaced_whole_and_nothing_else_is(store: Site, tmp_path: Path) -> None:
@@ -316,11 +358,53 @@ def test_command_without_runs_or_server_says_so(obowlab: Obowlab, tmp_path: Path
     assert [path.name for path in (tmp_path / "work").iterdir()] == ["report"]
     add_run(tmp_path / "work" / "runs", overrides=("training.epochs=7",))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://someone:secret@127.0.0.1:9")
-    code, _, err = obowlab("report")
+    code, _, err = obowlab("report", "--wait")
     assert code == 0
     assert err.startswith("Warning: MLflow does not have the report 'report' as it is now (http://127.0.0.1:9")
     assert err.count("\n") == 1
     assert "secret" not in err
+
+
+def test_mlflow_gets_the_report_in_the_background(obowlab: Obowlab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = tmp_path / "work" / "runs"
+    add_run(runs)
+    assert obowlab("report")[0] == 0
+    (sent,) = wait_for_lines(runs / LOG, count=1)
+    assert f"{tmp_path / 'work' / 'report'} is in sqlite:///" in sent
+    assert "nothing was new" not in sent
+    archive = next(runs.glob("mlartifacts/*/artifacts/report.zip"))
+    with zipfile.ZipFile(archive) as packed:
+        assert packed.read("report/index.html") == (tmp_path / "work" / "report" / "index.html").read_bytes()
+    assert obowlab("report", "--wait")[2] == ""
+    with sqlite3.connect(runs / "mlflow.db") as store:
+        assert store.execute("SELECT count(*) FROM tags WHERE key = 'obowlab.kind' AND value = 'report'").fetchone() == (1,)
+        assert store.execute("SELECT value FROM latest_metrics WHERE key = 'report/runs_finished'").fetchone() == (1.0,)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://someone:secret@127.0.0.1:9")
+    code, _, err = obowlab("report")
+    assert (code, err.count("\n")) == (0, 1)
+    (_, failed) = wait_for_lines(runs / LOG, count=2)
+    assert "Warning: MLflow does not have the report 'report' as it is now (http://127.0.0.1:9" in failed
+    assert "secret" not in failed
+
+
+def test_a_report_that_was_replaced_is_not_sent(store: Site, tmp_path: Path) -> None:
+    machine = Machine(runs_root=tmp_path)
+    build_site(store, out=tmp_path / "site")
+    parcel = make_parcel(store, folder=tmp_path / "site", machine=machine)
+    build_site(Site(as_of="", version="0"), out=tmp_path / "site")
+    assert send(parcel) is None
+    shutil.rmtree(tmp_path / "site")
+    assert send(parcel) is None
+    assert not (tmp_path / "mlflow.db").exists()
+
+
+def test_a_store_without_room_for_a_log_is_said(obowlab: Obowlab, tmp_path: Path) -> None:
+    add_run(tmp_path / "work" / "runs")
+    (tmp_path / "work" / "runs" / ".logs").write_text("")
+    code, out, err = obowlab("report")
+    assert (code, out.count("index.html")) == (0, 1)
+    assert err.startswith("Warning: MLflow does not get it (")
+    assert err.count("\n") == 1
 
 
 def test_command_refuses_what_is_not_a_report(obowlab: Obowlab, tmp_path: Path) -> None:
@@ -335,10 +419,10 @@ def test_command_refuses_what_is_not_a_report(obowlab: Obowlab, tmp_path: Path) 
 def test_report_does_not_import_torch_or_mlflow(tmp_path: Path) -> None:
     program = (
         "import sys; from pathlib import Path\n"
-        "from obowlab.lab.report.gather import gather, tables_at\n"
+        "from obowlab.lab.report.gather import gather, read_store, tables_at\n"
         "from obowlab.lab.report.build import build_site\n"
         f"root = Path({str(tmp_path)!r})\n"
-        "build_site(gather(root, tables=tables_at([], runs_root=root)), out=root / 'site')\n"
+        "build_site(gather(read_store(root), tables=tables_at([], store=read_store(root))), out=root / 'site')\n"
         "assert not {'torch', 'mlflow', 'optuna', 'plotly', 'pandas'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60, env={**os.environ})

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,11 @@ import numpy as np
 import pytest
 
 from obowlab.config import load_recipe
-from obowlab.lab.report import curves, gather
-from obowlab.lab.report.curves import Curve, over_seeds, read_curves, read_run_curves, reduce, with_point
+from obowlab.lab.records import Record, store_records
+from obowlab.lab.report import curves, drawn, gather
+from obowlab.lab.report.curves import Curve, over_seeds, read_curves, reduce, with_point
 from obowlab.lab.report.health import RULES, Finding, judge
+from obowlab.lab.report.site import Measured
 from obowlab.lab.report.studies import read_studies
 from obowlab.track.folder import RunFolder, RunSummary
 from tests.command_line import result
@@ -79,26 +83,15 @@ def test_torn_tail_is_left_out(tmp_path: Path, tail: bytes) -> None:
     assert read_curves(path, epochs=2)["loss"].mean == (1.0, 2.0)
 
 
-def test_what_is_kept_of_a_run_is_used_until_its_metrics_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, cache = tmp_path / "run", tmp_path / ".curves" / "run.json"
-    folder.mkdir()
-    write(folder / "metrics.jsonl", [{"epoch": i / 10, "loss": float(i) / 3} for i in range(300)])
-    write(folder / "online.jsonl", [{"epoch": 1, "fewshot_5shot": 6.25}])
-    first = read_run_curves(folder, epochs=30, cache=cache)
-    assert set(first) == {"loss", "fewshot_5shot"}
-    with monkeypatch.context() as patch:
-        patch.setattr(curves, "read_curves", None)
-        assert read_run_curves(folder, epochs=30, cache=cache) == first
-    write(folder / "metrics.jsonl", [{"epoch": 1, "loss": 5.0}])
-    assert read_run_curves(folder, epochs=30, cache=cache)["loss"].mean == (5.0,)
-    cache.write_text("damaged")
-    assert read_run_curves(folder, epochs=30, cache=cache)["loss"].mean == (5.0,)
-
-
-def test_a_store_that_cannot_be_written_is_read_all_the_same(tmp_path: Path) -> None:
-    write(tmp_path / "metrics.jsonl", [{"epoch": 1, "loss": 5.0}])
-    (tmp_path / "file").write_text("")
-    assert read_run_curves(tmp_path, epochs=1, cache=tmp_path / "file" / "run.json")["loss"].last == 5.0
+def test_whole_seeds_are_averaged_point_by_point() -> None:
+    rng = random.Random(1)
+    seeds = [Curve(tuple(range(50)), tuple(rng.random() for _ in range(50)), (), (), last=float(s)) for s in range(3)]
+    slow = [[seed.mean[i] for seed in seeds] for i in range(50)]
+    found = over_seeds(seeds)
+    assert found.mean == tuple(sum(each) / 3 for each in slow)
+    assert (found.low, found.high) == (tuple(map(min, slow)), tuple(map(max, slow)))
+    twice = Curve((1.0, 1.0), (4.0, 6.0), (), (), last=6.0)  # two values of one moment: the later one counts
+    assert over_seeds([twice, twice]).mean == (6.0,)
 
 
 def test_seeds_are_averaged_where_all_have_come() -> None:
@@ -185,11 +178,91 @@ def test_sparse_and_damaged_study_files_do_not_stop_a_report(tmp_path: Path) -> 
         assert "cannot be read" in study.problems[0], text
 
 
+# -------------------------------------------------------------------------------------------------------- what is kept
+
+
+def draw(run: Path, *, final: float | None = None) -> drawn.Drawn:
+    """Draw a run of 30 epochs with a final 5-shot result."""
+    measured = [] if final is None else [Measured("fewshot_5shot", "%", "synthetic", "fewshot v1", (final, 0.5), None, 200)]
+    return drawn.drawn(run, epochs=30, measured=measured)
+
+
+@pytest.fixture
+def metrics_run(tmp_path: Path) -> Path:
+    run = tmp_path / "runs" / "demo-s0-00000000"
+    run.mkdir(parents=True)
+    write(run / "metrics.jsonl", [{"epoch": i / 10, "loss": 1 + i / 3, "distance_conv5": 2.0 + i % 7} for i in range(300)])
+    write(run / "online.jsonl", [{"epoch": 1, "fewshot_5shot": 6.25}])
+    return run
+
+
+def test_what_is_kept_of_a_run_is_what_was_drawn_and_is_used_until_anything_changes(
+    metrics_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, kept = metrics_run, metrics_run.parent / drawn.FOLDER / f"{metrics_run.name}.json"
+    first = draw(run)
+    assert first == drawn.draw(run, epochs=30, final={})
+    assert set(first.curves) == {"loss", "distance_conv5", "fewshot_5shot"}
+    assert [figure.title for figure in (*first.training, *first.vocabulary)] == [
+        "Loss",
+        "5-shot during training",
+        "Distance to the nearest word, conv5",
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr(drawn, "draw", None)
+        assert draw(run) == first
+        with pytest.raises(TypeError):
+            draw(run, final=9.0)
+    assert draw(run, final=9.0).curves["fewshot_5shot"].mean == (6.25, 9.0)
+    assert draw(run) == first
+    facts = kept.stat()
+    for content in ("damaged", "[]", "{}", json.dumps({"stamp": json.loads(kept.read_text())["stamp"]})):
+        kept.write_text(content)
+        assert draw(run) == first, content
+    assert kept.stat().st_size == facts.st_size
+    monkeypatch.setattr(drawn, "code_hash", lambda: "of tomorrow")
+    monkeypatch.setattr(drawn, "TRAINING", ("loss",))
+    assert [figure.title for figure in draw(run).training] == ["Loss"]
+    write(run / "metrics.jsonl", [{"epoch": 1, "loss": 5.0}])
+    assert draw(run).curves["loss"].mean == (5.0,)
+    (run / "online.jsonl").unlink()
+    assert set(draw(run).curves) == {"loss"}
+
+
+def test_infinities_survive_being_kept(metrics_run: Path) -> None:
+    write(metrics_run / "metrics.jsonl", [{"epoch": 1, "loss": 5.0}, {"epoch": 2, "loss": "nan"}, {"epoch": 3, "loss": 1e300}])
+    assert draw(metrics_run) == draw(metrics_run) == drawn.draw(metrics_run, epochs=30, final={})
+    assert draw(metrics_run).curves["loss"].omitted == 1
+
+
+def test_a_store_that_cannot_be_written_is_read_all_the_same(metrics_run: Path) -> None:
+    (metrics_run.parent / drawn.FOLDER).write_text("")
+    assert draw(metrics_run).curves["loss"].last == 1 + 299 / 3
+
+
+def test_several_may_draw_one_run_at_once(metrics_run: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: draw(metrics_run), range(24)))
+    assert all(each == found[0] for each in found)
+    assert [path.name for path in (metrics_run.parent / drawn.FOLDER).iterdir()] == [f"{metrics_run.name}.json"]
+
+
+def test_a_run_is_drawn_ahead_and_one_that_cannot_be_read_does_not_matter(tmp_path: Path) -> None:
+    good, damaged = add_run(tmp_path), add_run(tmp_path, seed=1)
+    (damaged.path / "attempts.jsonl").write_text("{\n")
+    for folder in (good, damaged):
+        gather.draw_ahead(folder)
+    assert [path.name for path in (tmp_path / drawn.FOLDER).iterdir()] == [f"{good.run_id}.json"]
+    site = gather.gather(gather.read_store(tmp_path), tables=gather.Tables())
+    assert [run.run_id for run in site.runs] == [good.run_id]
+
+
 # ------------------------------------------------------------------------------------------------------------------- runs
 
 
 def read(folder: RunFolder) -> Any:
-    return gather.read_run(RunSummary(folder.path, folder.info, folder.state))
+    summary = RunSummary(folder.path, folder.info, folder.state)
+    return gather.read_run(summary, record=Record.of(summary))
 
 
 def test_run_is_read_with_its_provenance(tmp_path: Path) -> None:
@@ -239,7 +312,7 @@ def test_run_of_another_version_is_shown_and_a_damaged_one_named(tmp_path: Path)
     values["name"] = "gone"
     (old.path / "run.json").write_text(json.dumps(values))
     (next((damaged.path / "results").glob("*.json"))).write_text("{")
-    site = gather.gather(tmp_path, tables=gather.Tables())
+    site = gather.gather(gather.read_store(tmp_path), tables=gather.Tables())
     (run,) = site.runs
     assert "method.unheard_of" in {setting.key for setting in run.settings}
     assert run.base.startswith("the defaults")
@@ -247,14 +320,25 @@ def test_run_of_another_version_is_shown_and_a_damaged_one_named(tmp_path: Path)
     assert damaged.run_id in site.problems[0]
 
 
+def test_a_store_is_read_once_and_gives_the_records_of_tables(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        add_run(tmp_path, seed=seed)
+    add_run(tmp_path, seed=2, status="failed", message="it broke")
+    twin = RunFolder.create(replace(load_recipe("demo"), name="twin"), seed=0, runs_root=tmp_path)  # the same run, not trained
+    store = gather.read_store(tmp_path)
+    assert twin.run_id in {record.run_id for _, record in store.runs}
+    assert store.records == store_records(tmp_path)
+    assert len(store.records) == 3
+
+
 def test_tables_come_from_the_store_at_the_scales_it_has(tmp_path: Path) -> None:
-    assert gather.tables_at([], runs_root=tmp_path).tables == ()
+    assert gather.tables_at([], store=gather.read_store(tmp_path)).tables == ()
     loaded = load_recipe("tiny-vanilla")
     RunFolder.create(loaded, seed=0, runs_root=tmp_path)
-    found = gather.tables_at([], runs_root=tmp_path)
+    found = gather.tables_at([], store=gather.read_store(tmp_path))
     assert {table.scale for table in found.tables} == {"tiny"}
     assert "table3" in {table.name for table in found.tables}
-    assert {table.scale for table in gather.tables_at(["paper"], runs_root=tmp_path).tables} == {"paper"}
+    assert {table.scale for table in gather.tables_at(["paper"], store=gather.read_store(tmp_path)).tables} == {"paper"}
 
 
 def test_moments_do_not_depend_on_the_place(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -185,7 +185,7 @@ def build(planned: PlannedTable, *, machine: Machine, known: Records | None, see
 
     if known is None:
         candidates = sorted({run.info.seed for run in store_runs(machine.runs_root).values()} | set(seeds or ()))
-        wanted = {row.loaded.recipe.fingerprint(seed=seed) for row in planned.rows for seed in candidates}
+        wanted = {key for row in planned.rows for key in row.loaded.recipe.fingerprints(seeds=candidates).values()}
         known = store_records(machine.runs_root, fingerprints=wanted)
     return build_table(planned, seeds=seeds if seeds is not None else finished_seeds(planned, records=known), records=known)
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from obowlab.cli.options import PATH, dry_run_option, machine_from, machine_option, runs_root_option, would
+
+if TYPE_CHECKING:
+    from obowlab.config import Machine
+    from obowlab.lab.report.site import Site
 
 SCALES = ("paper", "tiny", "demo")
 
@@ -26,20 +31,27 @@ SCALES = ("paper", "tiny", "demo")
     metavar="DIR",
     help="Folder to write; a report in it is replaced. [default: report]",
 )
+@click.option("--wait", is_flag=True, help="Return once MLflow has it, not before.")
 @click.option("--open", "opened", is_flag=True, help="Show it in the browser.")
 @runs_root_option
 @machine_option
 @dry_run_option
 def report(
-    scales: tuple[str, ...], out: Path, opened: bool, runs_root: Path | None, machine_file: Path | None, dry_run: bool
+    scales: tuple[str, ...],
+    out: Path,
+    wait: bool,
+    opened: bool,
+    runs_root: Path | None,
+    machine_file: Path | None,
+    dry_run: bool,
 ) -> None:
     """Write tables, curves, vocabulary health, studies and provenance as a static site.
 
     The pages need no network and no server: open index.html, copy the folder anywhere. MLflow gets the same as one file, in a run
-    tagged obowlab.kind = report.
+    tagged obowlab.kind = report; a process in the background sends it, and says in RUNS_ROOT/.logs/report.log how that went.
     """
     from obowlab.lab.report.build import build_site, refuse_foreign
-    from obowlab.lab.report.gather import gather, tables_at
+    from obowlab.lab.report.gather import gather, read_store, tables_at
 
     machine = machine_from(machine_file=machine_file, runs_root=runs_root)
     index = out.absolute() / "index.html"
@@ -49,7 +61,8 @@ def report(
 
         would(f"write a report of the runs in {machine.runs_root} to {index}")
         return would(f"send it to {shown_uri(store_uri(machine.tracking_uri, runs_root=machine.runs_root))}")
-    site = gather(machine.runs_root, tables=tables_at(scales, runs_root=machine.runs_root))
+    store = read_store(machine.runs_root)
+    site = gather(store, tables=tables_at(scales, store=store))
     pages = build_site(site, out=out)
     counts = [_counted(len(site.runs), "run", "runs"), _counted(len(site.tables), "table", "tables")]
     click.echo(f"{pages} pages on {', '.join(counts)} and {_counted(len(site.studies), 'study', 'studies')}: {index}")
@@ -62,10 +75,24 @@ def report(
             click.echo(f"Warning: there is no browser to show it; open {index} yourself.", err=True)
     if not site.runs:  # nothing that MLflow should keep, and perhaps no store to keep it in
         return None
-    from obowlab.lab.report.send import send_report
+    _send(site, folder=out, machine=machine, wait=wait)
+    return None
 
-    published = send_report(site, folder=out, machine=machine)
-    if published.warning is not None:
+
+def _send(site: Site, *, folder: Path, machine: Machine, wait: bool) -> None:
+    from obowlab.lab.report.send import make_parcel, send, send_behind
+
+    parcel = make_parcel(site, folder=folder, machine=machine)
+    if not wait:
+        try:
+            log = send_behind(parcel)
+        except OSError as error:
+            return click.echo(f"Warning: MLflow does not get it ({error.filename}: {error.strerror}).", err=True)
+        return click.echo(f"MLflow gets it in the background; {log} says how that went.", err=True)
+    published = send(parcel)
+    if published is None:
+        click.echo("Warning: another report took its place before MLflow had it; that one is sent instead.", err=True)
+    elif published.warning is not None:
         click.echo(f"Warning: {published.warning}", err=True)
     return None
 

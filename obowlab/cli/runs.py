@@ -246,10 +246,6 @@ def _headlines(results: list[dict[str, Any]]) -> list[str]:
 
 
 def _metric_row(name: str, value: float) -> tuple[str, str, str]:
-    from obowlab.track.metrics import lookup
+    from obowlab.track.metrics import unit_of
 
-    try:
-        unit = lookup(name).unit
-    except KeyError:  # written by another version of obowlab
-        unit = ""
-    return name, f"{value:.6g}", unit
+    return name, f"{value:.6g}", unit_of(name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ TEACHER = "teacher."
 """What the keys of the stage before begin with."""
 
 
+@cache
 def project_root() -> Path:
     """Return the folder that holds `experiments/`, `ablations/` and `dashboards/`.
 
@@ -188,6 +190,9 @@ def flatten(section: Section) -> dict[str, Any]:
 
 
 def _recipe_path(name: str) -> Path:
+    path = project_root() / "experiments" / f"{name}.toml"
+    if Path(name).name == name and path.is_file():  # most often so, and a table asks two hundred times
+        return path
     return find_file(name, shipped=recipe_files(), kind="recipe")
 
 

@@ -5,6 +5,7 @@ Every model here is a section of a TOML file (`files`); the settings of the meth
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -191,7 +192,12 @@ class Recipe(Section):
         Title and evaluation are left out: they do not change the weights, and measuring again must not train again. So are
         settings at their default: a run keeps its identity when a later version knows one more setting.
         """
-        return canonical_hash({"version": FINGERPRINT_VERSION, "recipe": self._distinct(), "seed": seed})
+        return self.fingerprints(seeds=[seed])[seed]
+
+    def fingerprints(self, *, seeds: Iterable[int]) -> dict[int, str]:
+        """Return `fingerprint` for several seeds, by seed."""
+        distinct = self._distinct()
+        return {seed: canonical_hash({"version": FINGERPRINT_VERSION, "recipe": distinct, "seed": seed}) for seed in seeds}
 
     def _distinct(self) -> dict[str, Any]:
         """Return what identifies the recipe, the stages before it included."""

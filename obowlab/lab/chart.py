@@ -114,33 +114,32 @@ def line_chart(lines: Sequence[Line], *, title: str, x: Axis, y: Axis) -> str:
     across = span([v for line in lines for v in line.x], x, padded=False)
     up = span([v for line in lines for v in (*line.y, *line.low, *line.high)], y, padded=True)
     place_x = scale(across, (LEFT, WIDTH - right), log=x.log)
-    onto = scale(up, (HEIGHT - BOTTOM, TOP), log=y.log)
+    all_x, all_y = scale_all(across, (LEFT, WIDTH - right), log=x.log), scale_all(up, (HEIGHT - BOTTOM, TOP), log=y.log)
 
     def place_y(value: float) -> float:
-        return onto(min(max(value, up[0]), up[1]))
+        return all_y(_within([value], up))[0]
 
     parts = [*axes(x, y, across=across, up=up, place_x=place_x, place_y=place_y)]
     classes = _colours(lines)
-    for line, name in zip(lines, classes, strict=True):
+    placed = [(all_x(line.x), all_y(_within(line.y, up))) for line in lines]
+    for line, (xs, _), name in zip(lines, placed, classes, strict=True):
         if line.low:
-            edge = [*zip(line.x, line.high, strict=True), *reversed(list(zip(line.x, line.low, strict=True)))]
-            parts.append(
-                f'<path class="band {name}" d="{_path(edge, place_x, place_y)}Z">{tooltip(f"{line.label}: {line.band}")}</path>'
-            )
-    for line, name in zip(lines, classes, strict=True):
+            edge = [*all_y(_within(line.high, up)), *reversed(all_y(_within(line.low, up)))]
+            path = _path([*xs, *reversed(xs)], edge)
+            parts.append(f'<path class="band {name}" d="{path}Z">{tooltip(f"{line.label}: {line.band}")}</path>')
+    for line, (xs, ys), name in zip(lines, placed, classes, strict=True):
         said = tooltip(
             f"{line.label}: {number(line.y[-1])} at {number(line.x[-1])}; from {number(min(line.y))} to {number(max(line.y))}"
         )
-        points = list(zip(line.x, line.y, strict=True))
-        if line.kind == "points" or len(points) == 1:
+        if line.kind == "points" or len(xs) == 1:
             parts += [
-                f'<circle class="dot {name}" cx="{place_x(a):.1f}" cy="{place_y(b):.1f}" r="3.2">'
-                f"{tooltip(f'{line.label}: {number(b)} at {number(a)}')}</circle>"
-                for a, b in points
+                f'<circle class="dot {name}" cx="{a:.1f}" cy="{b:.1f}" r="3.2">'
+                f"{tooltip(f'{line.label}: {number(value)} at {number(place)}')}</circle>"
+                for a, b, place, value in zip(xs, ys, line.x, line.y, strict=True)
             ]
         else:
-            joined = _stairs(points) if line.kind == "steps" else points
-            parts.append(f'<path class="line {name}" d="{_path(joined, place_x, place_y)}">{said}</path>')
+            path = _path(*_stairs(xs, ys)) if line.kind == "steps" else _path(xs, ys)
+            parts.append(f'<path class="line {name}" d="{path}">{said}</path>')
     if len(lines) > 1:
         parts += _end_labels(lines, named=named, classes=classes, place_x=place_x, place_y=place_y)
     return svg(parts, title=title)
@@ -305,10 +304,25 @@ def span(values: Sequence[float], axis: Axis, *, padded: bool) -> tuple[float, f
 
 
 def scale(span: tuple[float, float], onto: tuple[float, float], *, log: bool) -> Callable[[float], float]:
-    """Return the map from values to user units."""
+    """Return the map from a value to user units."""
+    place = scale_all(span, onto, log=log)
+    return lambda value: place([value])[0]
+
+
+def scale_all(span: tuple[float, float], onto: tuple[float, float], *, log: bool) -> Callable[[Sequence[float]], list[float]]:
+    """Return the map from many values to user units: the report of 200 runs draws half a million."""
     low, high = (math.log(span[0]), math.log(span[1])) if log else span
     start, end = onto
-    return lambda value: start + ((math.log(value) if log else value) - low) / (high - low) * (end - start)
+    width, room = high - low, end - start
+    if log:
+        return lambda values: [start + (math.log(value) - low) / width * room for value in values]
+    return lambda values: [start + (value - low) / width * room for value in values]
+
+
+def _within(values: Sequence[float], ends: tuple[float, float]) -> Sequence[float]:
+    """Return the values, those beyond an end at it."""
+    low, high = ends
+    return values if low <= min(values) and max(values) <= high else [min(max(value, low), high) for value in values]
 
 
 def axes(
@@ -345,15 +359,17 @@ def _colours(lines: Sequence[Line]) -> list[str]:
     return ["base" if line.base else f"c{next(free)}" for line in lines]
 
 
-def _path(points: Sequence[tuple[float, float]], place_x: Callable[[float], float], place_y: Callable[[float], float]) -> str:
-    return "M" + "L".join(f"{place_x(a):.1f},{place_y(b):.1f}" for a, b in points)
+def _path(xs: Sequence[float], ys: Sequence[float]) -> str:
+    """Join points in user units; one format for all of them takes a third of the time of one each."""
+    both = [0.0] * (2 * len(xs))
+    both[::2], both[1::2] = xs, ys
+    return "M" + "L".join(["%.1f,%.1f"] * len(xs)) % tuple(both)
 
 
-def _stairs(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    stairs = [points[0]]
-    for a, b in points[1:]:
-        stairs += [(a, stairs[-1][1]), (a, b)]
-    return stairs
+def _stairs(xs: Sequence[float], ys: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Return the points with a corner before each but the first: first across, then up or down."""
+    across = [xs[0], *(value for value in xs[1:] for _ in range(2))]
+    return across, [value for value in ys for _ in range(2)][:-1]
 
 
 def _rows(label: str) -> list[str]:

@@ -45,15 +45,17 @@ class _Measured:
     basis: str
 
 
-def build_table(planned: PlannedTable, *, seeds: Sequence[int], records: Records) -> Table:
+def build_table(planned: PlannedTable, *, seeds: Sequence[int], records: Records, at_paper: PlannedTable | None = None) -> Table:
     """Return a table as the records have it.
 
     Args:
         planned: the table at its scale.
         seeds: the seeds a row should have.
         records: of the run store.
+        at_paper: the same table at the paper's scale, from whoever has it already; loaded when it is absent.
     """
-    at_paper = planned if planned.scale == COMPARABLE else load_table_at_paper(planned)
+    if at_paper is None and planned.scale != COMPARABLE:
+        at_paper = load_table_at_paper(planned)
     comparable = planned.scale == COMPARABLE
     base_runs = _runs_of(planned.base, seeds=seeds, records=records)
     footnotes: list[str] = [] if comparable else [NOTICE]
@@ -113,22 +115,28 @@ def load_table_at_paper(planned: PlannedTable) -> PlannedTable | None:
 
 
 def finished_seeds(planned: PlannedTable, *, records: Records) -> tuple[int, ...]:
-    """Return the seeds of which some row has a run, ascending; (0,) when there are none."""
-    fingerprints = {record.fingerprint: record.seed for record in records.values()}
+    """Return the seeds that a table is shown with: `seeds_with_runs`, or (0,) when there are none."""
+    return seeds_with_runs(planned, records=records) or (0,)
+
+
+def seeds_with_runs(planned: PlannedTable, *, records: Records) -> tuple[int, ...]:
+    """Return the seeds of which some row has a run, ascending."""
+    known = {record.fingerprint for record in records.values()}
+    candidates = {record.seed for record in records.values()}
     seeds = {
         seed
         for row in planned.rows
-        for seed in set(fingerprints.values())
-        if row.loaded.recipe.fingerprint(seed=seed) in fingerprints
+        for seed, fingerprint in row.loaded.recipe.fingerprints(seeds=candidates).items()
+        if fingerprint in known
     }
-    return tuple(sorted(seeds)) or (0,)
+    return tuple(sorted(seeds))
 
 
 # -------------------------------------------------------------------------------------------------------------- helpers
 
 
 def _runs_of(row: PlannedRow, *, seeds: Sequence[int], records: Records) -> dict[int, Record | None]:
-    return {seed: records.get(row.loaded.recipe.fingerprint(seed=seed)) for seed in seeds}
+    return {seed: records.get(fingerprint) for seed, fingerprint in row.loaded.recipe.fingerprints(seeds=seeds).items()}
 
 
 def _reference(row: PlannedRow, *, seed: int, record: Record | None) -> RunRef:

@@ -201,6 +201,10 @@ def launch(
             )
         if code == 0:
             settle(folder)
+    if code == 0:
+        from obowlab.lab.report.gather import draw_ahead
+
+        draw_ahead(folder)
     _say_pending(mirror.sync(timeout_s=LAST_SYNC_TIMEOUT_S[code == 0]))
     return code
 

@@ -99,14 +99,21 @@ Records = Mapping[str, Record]
 
 
 def store_runs(runs_root: Path, *, fingerprints: Collection[str] | None = None) -> dict[str, RunSummary]:
-    """Return the runs of a store by fingerprint, all or those of the given fingerprints.
+    """Return the runs of a store by fingerprint, all or those of the given fingerprints; see `by_fingerprint`."""
+    runs = list_runs(runs_root)
+    return by_fingerprint(run for run in runs if fingerprints is None or run.info.fingerprint in fingerprints)
 
-    Of several runs of one fingerprint (a recipe under two names) the one that is furthest counts.
+
+def by_fingerprint(runs: Iterable[RunSummary]) -> dict[str, RunSummary]:
+    """Return runs by fingerprint; of several with one (a recipe under two names) the one that is furthest counts.
+
+    Args:
+        runs: the newest first, as `list_runs` has them.
     """
     found: dict[str, RunSummary] = {}
-    for run in reversed(list_runs(runs_root)):  # the oldest first, so that ties go to it
+    for run in reversed(list(runs)):  # the oldest first, so that ties go to it
         key = run.info.fingerprint
-        if (fingerprints is None or key in fingerprints) and (key not in found or _rank(run) > _rank(found[key])):
+        if key not in found or _rank(run) > _rank(found[key]):
             found[key] = run
     return found
 

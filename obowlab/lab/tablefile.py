@@ -7,8 +7,9 @@ have the same fingerprint are one training.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +104,9 @@ def load_table(name: str | Path, *, scale: str) -> PlannedTable:
     """
     path = name if isinstance(name, Path) else _find(name)
     file = _read(path)
+    base = cache(lambda: load_recipe(_base_recipe(file.base, folder=path.parent, scale=scale)).recipe.fingerprint(seed=0))
     try:
-        rows = tuple(_plan(row, file=file, folder=path.parent, scale=scale) for row in file.row)
+        rows = tuple(_plan(row, file=file, folder=path.parent, scale=scale, base=base) for row in file.row)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     bases = [row.row.key for row in rows if row.is_base]
@@ -176,9 +178,9 @@ def _read(path: Path) -> TableFile:
     return file
 
 
-def _plan(row: TableRow, *, file: TableFile, folder: Path, scale: str) -> PlannedRow:
+def _plan(row: TableRow, *, file: TableFile, folder: Path, scale: str, base: Callable[[], str]) -> PlannedRow:
+    """Resolve a row; `base` gives the fingerprint of the table's base recipe, asked for once the row itself is sound."""
     name = _base_recipe(row.base or file.base, folder=folder, scale=scale)
-    table_base = _base_recipe(file.base, folder=folder, scale=scale)
     here = row.at.get(scale, AtScale())
     overrides = {**row.set, **here.set}
     try:
@@ -190,7 +192,7 @@ def _plan(row: TableRow, *, file: TableFile, folder: Path, scale: str) -> Planne
         loaded=loaded,
         base_recipe=name,
         overrides=overrides,
-        is_base=loaded.recipe.fingerprint(seed=0) == load_recipe(table_base).recipe.fingerprint(seed=0),
+        is_base=loaded.recipe.fingerprint(seed=0) == base(),
         footnotes=(*row.footnotes, *here.footnotes),
     )
 

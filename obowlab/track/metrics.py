@@ -101,6 +101,14 @@ def lookup(name: str) -> Metric:
     raise KeyError(f"metric '{name}' is not described in track/metrics.py")
 
 
+def unit_of(name: str) -> str:
+    """Return a metric's unit; empty for one that this version does not know."""
+    try:
+        return lookup(name).unit
+    except KeyError:
+        return ""
+
+
 def mlflow_name(name: str, *, subject: str | None = None, online: bool = False) -> str:
     """Return the name under which MLflow groups a metric: `train/`, `online/`, `system/` or `eval/SUBJECT/` and its own.
 

@@ -1,7 +1,9 @@
-"""Run every benchmark, one after another, each as a process of its own: `make bench [PHOTOS=folder or .tar]`.
+"""Run every benchmark, one after another, each as a process of its own: `make bench [PHOTOS=folder or .tar] [STORE=folder]`.
 
 PHOTOS is an ImageFolder (CLASS/*.JPEG) of full-size photographs, or a .tar of one. Without it the archive photos200.tar is looked
-for where the tests look; without that the loaders are left out. Figures are ratios taken side by side: run it on an idle machine.
+for where the tests look; without that the loaders are left out. STORE is a run store that `tests/benchmarks/store.py` made.
+Without it one is made, and MLflow's part is left out, as filling that takes a quarter of an hour. Figures are ratios taken side
+by side: run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+STORE = os.environ.get("STORE", "")
 
 
 def photos(scratch: Path) -> Path | None:
@@ -51,6 +54,9 @@ def main() -> int:
         failures += bench("One step, batch 64", "bench_step.py", "--batch-size", "64", "--rounds", "3", *threads)
         failures += bench("Peak memory of the BoW targets", "bench_targets.py", *threads)
         failures += bench("Few-shot episodes", "bench_fewshot.py")
+        failures += bench(
+            "Commands on a store of 200 runs", "bench_store.py", *(("--store", STORE) if STORE else ("--no-mlflow",))
+        )
     return 1 if failures else 0
 
 

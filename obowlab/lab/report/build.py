@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,9 @@ def refuse_foreign(out: Path) -> None:
 def _write(site: Site, *, folder: Path) -> int:
     pages = _pages(site)
     templates = project_root() / TEMPLATES
-    environment = Environment(loader=FileSystemLoader(templates), autoescape=True, undefined=StrictUndefined, lstrip_blocks=True)
+    environment = Environment(
+        loader=FileSystemLoader(templates), autoescape=True, undefined=StrictUndefined, lstrip_blocks=True, auto_reload=False
+    )
     environment.filters.update(
         {
             "estimate": estimate_text,
@@ -93,6 +96,8 @@ def _write(site: Site, *, folder: Path) -> int:
     )
     environment.globals.update({"MARKS": MARKS, "LEGEND": LEGEND, "RULES": RULES, "site": site, "figures": figures})
     environment.globals["menu"] = _menu(pages)
+    # Runs of one recipe share these hundred rows, which are most of what a page escapes.
+    environment.globals["setting_rows"] = cache(environment.get_template("macros.html").module.setting_rows)  # type: ignore[attr-defined]
     for page in pages:
         path = folder / page.path
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -177,8 +182,6 @@ def _run_page(run: Run) -> _Page:
     def values() -> dict[str, Any]:
         return {
             "run": run,
-            "training": figures.run_figures(run, metrics=figures.TRAINING),
-            "vocabulary": figures.run_figures(run, metrics=figures.VOCABULARY),
             "gallery": gallery_of(run) if run.gallery is not None else "",
         }
 

@@ -4,22 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pydantic_core
 
-from obowlab.track.journal import read_all, write_atomic
-
-METRIC_FILES = ("metrics.jsonl", "online.jsonl")
-CACHE_VERSION = 1
-"""Raise it when the same metrics would give other curves."""
-
-EDGES = ("epoch", "mean", "low", "high")
+from obowlab.track.journal import read_all
 
 NUM_BINS = 100
 """At most so many points of a line are drawn, and twice as many of its band."""
@@ -52,36 +44,6 @@ class Curve:
     high: tuple[float, ...]
     last: float
     omitted: int = 0
-
-
-def read_run_curves(folder: Path, *, epochs: float, cache: Path) -> dict[str, Curve]:
-    """Read the drawn metrics of a run, those measured during training included, or what an earlier call kept of them.
-
-    A store has hundreds of megabytes of metrics, nearly all of runs that no longer change: what is drawn of one is kept in a
-    small file, which counts as long as size and time of the metric files are the same.
-
-    Args:
-        folder: of the run.
-        epochs: of the whole training.
-        cache: the small file; its folder need not exist. Where it cannot be written the metrics are read again next time.
-    """
-    files = [folder / name for name in METRIC_FILES]
-    stamps = [f"{path.stat().st_size}-{path.stat().st_mtime_ns}" if path.exists() else "" for path in files]
-    stamp = f"{CACHE_VERSION} {epochs:g} {' '.join(stamps)}"
-    try:
-        kept = pydantic_core.from_json(cache.read_bytes())
-        if kept["stamp"] == stamp:
-            return {
-                name: Curve(**{**curve, **{edge: tuple(curve[edge]) for edge in EDGES}}) for name, curve in kept["curves"].items()
-            }
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # there is none, or it is damaged: the metric files are the truth
-    curves = {name: curve for path in files for name, curve in read_curves(path, epochs=epochs).items()}
-    content = pydantic_core.to_json({"stamp": stamp, "curves": {name: vars(curve) for name, curve in curves.items()}})
-    with suppress(OSError):
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(cache, content)
-    return curves
 
 
 def read_curves(path: Path, *, epochs: float) -> dict[str, Curve]:
@@ -149,9 +111,14 @@ def over_seeds(curves: Sequence[Curve]) -> Curve:
     Args:
         curves: one per seed, at least one; of the same metric and the same length of training.
     """
-    by_place = [dict(zip(curve.epoch, curve.mean, strict=True)) for curve in curves]
-    shared = sorted(set(by_place[0]).intersection(*by_place[1:]))
-    values = [[place[epoch] for place in by_place] for epoch in shared]
+    shared: Sequence[float] = curves[0].epoch
+    values: Sequence[Sequence[float]]
+    if all(curve.epoch == shared for curve in curves) and len(set(shared)) == len(shared):  # whole runs of one recipe
+        values = list(zip(*(curve.mean for curve in curves), strict=True))
+    else:
+        by_place = [dict(zip(curve.epoch, curve.mean, strict=True)) for curve in curves]
+        shared = sorted(set(by_place[0]).intersection(*by_place[1:]))
+        values = [[place[epoch] for place in by_place] for epoch in shared]
     return Curve(
         epoch=tuple(shared),
         mean=tuple(sum(seeds) / len(seeds) for seeds in values),

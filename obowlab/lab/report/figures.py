@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from obowlab.lab.chart import Axis, Bar, Interval, Line, bar_chart, interval_chart, line_chart, number
 from obowlab.lab.parameter_map import Mark, Spot, parameter_map
 from obowlab.lab.report.curves import Curve, over_seeds
-from obowlab.lab.report.gather import unit_of
-from obowlab.lab.report.site import Run, Site
+from obowlab.lab.report.site import Figure, Run, Site
 from obowlab.lab.report.studies import Parameter, Study
 from obowlab.lab.table import Row, Table
+from obowlab.track.metrics import unit_of
 
 LINES_PER_CHART = 6
 """Beside the base row; more are hard to tell apart."""
@@ -36,15 +36,6 @@ START = 25
 
 FLAT = 0.02
 """Curves of a vocabulary whose later half moves by less than this share of its highest value are left out."""
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One chart of a page: a heading, the SVG and what one must know to read it."""
-
-    title: str
-    svg: str
-    caption: str = ""
 
 
 @dataclass(frozen=True)
@@ -131,10 +122,10 @@ def curve_figures(groups: Sequence[Group], *, metrics: Sequence[str], heading: s
     return figures
 
 
-def run_figures(run: Run, *, metrics: Sequence[str]) -> list[Figure]:
+def run_figures(curves: Mapping[str, Curve], *, metrics: Sequence[str]) -> list[Figure]:
     """Draw the curves of one run, its levels in one chart."""
     by_name: dict[str, list[tuple[str, Curve]]] = {}
-    for name, curve in run.curves.items():
+    for name, curve in curves.items():
         if base_name(name) in metrics:
             key, level = _without_level(name)
             by_name.setdefault(key, []).append((level or key, curve))
@@ -250,7 +241,7 @@ def _axis(metric: str, lines: Sequence[Line]) -> tuple[Axis, str]:
     """Return the axis of a metric's values, and a sentence when the first steps are cut off because they hide all others."""
     key, _ = _without_level(metric)
     unit = unit_of(metric) or unit_of(f"{metric}_conv5")
-    log = key in LOGARITHMIC and all(v > 0 for line in lines for v in (*line.y, *line.low))
+    log = key in LOGARITHMIC and all(min(values) > 0 for line in lines for values in (line.y, line.low) if values)
     kind = "squared distance" if key == "distance" else ""
     label = (unit or kind) + (", logarithmic" if log else "")
     if key != "loss":

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache
@@ -15,17 +16,17 @@ from obowlab import __version__
 from obowlab.config import Recipe, canonical_hash, flatten, load_recipe, recipe_files
 from obowlab.config.checking import flat_pairs
 from obowlab.errors import UserError
-from obowlab.lab.collect import build_table, finished_seeds
-from obowlab.lab.records import store_records
-from obowlab.lab.report.curves import Curve, read_run_curves, with_point
+from obowlab.lab.collect import COMPARABLE, build_table, seeds_with_runs
+from obowlab.lab.records import Record, Records, by_fingerprint
+from obowlab.lab.report.drawn import drawn
 from obowlab.lab.report.health import judge
 from obowlab.lab.report.site import Gallery, Measured, Run, Setting, Site
 from obowlab.lab.report.studies import read_studies
 from obowlab.lab.scales import SCALES
 from obowlab.lab.table import Table
-from obowlab.lab.tablefile import load_table, table_files
-from obowlab.track.folder import RunFolder, RunInfo, RunSummary, list_runs
-from obowlab.track.metrics import lookup
+from obowlab.lab.tablefile import PlannedTable, load_table, table_files
+from obowlab.track.folder import RunFolder, RunSummary, list_runs
+from obowlab.track.metrics import unit_of
 
 NOT_TRAINED_WITH = re.compile(r"(teacher\.)*(title$|evaluation\.)")
 """Settings that do not make another training."""
@@ -44,9 +45,6 @@ MACHINE_FACTS = {
 }
 """Fact of an attempt -> its name in a report."""
 
-CACHE = ".curves"
-"""Folder of the run store for what was drawn of each run."""
-
 PICTURES = (".jpg", ".png", ".webp")
 
 
@@ -58,98 +56,143 @@ class Tables:
     problems: tuple[str, ...] = ()
 
 
-def gather(runs_root: Path, *, tables: Tables) -> Site:
-    """Read everything a report shows; writes nothing but `CACHE`.
+@dataclass(frozen=True)
+class Store:
+    """A run store, read once for its tables and its pages.
 
-    Args:
-        runs_root: the run store.
-        tables: as `tables_at` builds them.
+    Attributes:
+        root: its folder.
+        as_of: day and time of the newest thing in it, UTC; empty when there is none.
+        runs: newest first, each with its record.
+        problems: sentences on runs that cannot be read.
     """
-    runs, problems, newest = [], list(tables.problems), 0.0
+
+    root: Path
+    as_of: str
+    runs: tuple[tuple[RunSummary, Record], ...]
+    problems: tuple[str, ...]
+
+    @property
+    def records(self) -> Records:
+        """The records that count for tables."""
+        record_of = {record.run_id: record for _, record in self.runs}
+        return {key: record_of[run.info.run_id] for key, run in by_fingerprint(run for run, _ in self.runs).items()}
+
+
+DAMAGED = (UserError, OSError, ValueError, KeyError, TypeError)
+"""What reading a run of another version, or a damaged one, may raise."""
+
+
+def read_store(runs_root: Path) -> Store:
+    """Read a run store, all but the metrics."""
+    runs, problems, newest = [], [], 0.0
     for summary in list_runs(runs_root):
         newest = max(newest, summary.info.created_at, summary.state.updated_at)
         try:
-            runs.append(read_run(summary))
-        except (UserError, OSError, ValueError, KeyError, TypeError) as error:  # of another version, or damaged
-            problems.append(f"Run {summary.info.run_id} cannot be shown: {type(error).__name__}: {error}")
+            runs.append((summary, Record.of(summary)))
+        except DAMAGED as error:
+            problems.append(_cannot_be_shown(summary, error))
+    return Store(root=runs_root, as_of=moment(newest) if newest else "", runs=tuple(runs), problems=tuple(problems))
+
+
+def gather(store: Store, *, tables: Tables) -> Site:
+    """Read everything a report shows; writes nothing but what `drawn` keeps.
+
+    Args:
+        store: as `read_store` reads it.
+        tables: as `tables_at` builds them.
+    """
+    runs, problems = [], [*tables.problems, *store.problems]
+    for summary, record in store.runs:
+        try:
+            runs.append(read_run(summary, record=record))
+        except DAMAGED as error:
+            problems.append(_cannot_be_shown(summary, error))
     return Site(
-        as_of=moment(newest) if newest else "",
+        as_of=store.as_of,
         version=__version__,
         tables=tables.tables,
         runs=tuple(runs),
-        studies=read_studies(runs_root),
+        studies=read_studies(store.root),
         problems=tuple(problems),
     )
 
 
-def tables_at(scales: Iterable[str], *, runs_root: Path) -> Tables:
+def tables_at(scales: Iterable[str], *, store: Store) -> Tables:
     """Return every shipped table at some scales, of the runs there are.
 
     Args:
         scales: names; when there are none, every scale at which the store has a run of some table.
-        runs_root: the run store.
+        store: as `read_store` reads it.
     """
-    asked, records = list(scales), store_records(runs_root)
+    asked, records = list(scales), store.records
+    planned = {scale: _planned(scale) for scale in {COMPARABLE, *(asked or SCALES)}}
+    at_paper = {table.name: table for table in planned[COMPARABLE][0]}
     tables: list[Table] = []
     problems: list[str] = []
     for scale in asked or SCALES:
-        found, wrong = [], []
-        for name in table_files():
-            try:
-                planned = load_table(name, scale=scale)
-                found.append(build_table(planned, seeds=finished_seeds(planned, records=records), records=records))
-            except UserError as error:
-                wrong.append(f"{name} at scale {scale} cannot be shown: {error}")
-        if asked or any(run.status != "missing" for table in found for row in table.rows for run in row.runs):
-            tables += found
+        found, wrong = planned[scale]
+        seeds = {table.name: seeds_with_runs(table, records=records) for table in found}
+        if asked or any(seeds.values()):
+            tables += [
+                build_table(table, seeds=seeds[table.name] or (0,), records=records, at_paper=at_paper.get(table.name))
+                for table in found
+            ]
             problems += wrong
     return Tables(tuple(tables), tuple(problems))
 
 
-def read_run(summary: RunSummary) -> Run:
-    """Read one run.
+def read_run(summary: RunSummary, *, record: Record) -> Run:
+    """Read one run, as far as its record does not say already.
 
     Raises:
         UserError: one of its files is damaged.
     """
-    folder, info, state = RunFolder(summary.path, summary.info), summary.info, summary.state
-    attempts, facts, results = folder.attempts(), folder.facts(), folder.results()
-    settings, base = compare(settings_of(info), name=info.name, sources=info.sources)
+    info, state = summary.info, summary.state
+    attempts = RunFolder(summary.path, info).attempts()
+    facts = {key: value for attempt in attempts for key, value in attempt.items()}
+    recipe = describe(info.name, recipe=json.dumps(info.recipe_values), sources=json.dumps(info.sources))
     epochs = int(info.recipe_values.get("training", {}).get("epochs", 1))
-    measured = tabulate(results, dataset=str(info.recipe_values.get("data", {}).get("dataset", "")))
-    cache = summary.path.parent / CACHE / f"{info.run_id}.json"
-    curves = _with_results(read_run_curves(summary.path, epochs=epochs, cache=cache), epochs=epochs, measured=measured)
-    changed = [s for s in settings if s.shipped is not None and not NOT_TRAINED_WITH.match(s.key)]
-    trained = {key: value for key, value in info.recipe_values.items() if key not in ("title", "evaluation")}
+    measured = tabulate(record.results, dataset=str(info.recipe_values.get("data", {}).get("dataset", "")))
+    pictures = drawn(summary.path, epochs=epochs, measured=measured)
     return Run(
         run_id=info.run_id,
         recipe=info.name,
         title=str(info.recipe_values.get("title", "")),
         seed=info.seed,
-        changes={setting.key: brief(setting.value) for setting in changed},
-        family=canonical_hash([info.name, trained]),
+        changes=recipe.changes,
+        family=recipe.family,
         status=state.status,
         message=state.message,
         step=state.step,
         total_steps=state.total_steps,
         epochs=epochs,
         created=moment(info.created_at),
-        elapsed_s=folder.trained_s(),
+        elapsed_s=record.trained_s,
         fingerprint=info.fingerprint,
         commit=facts.get("commit"),
         dirty=facts.get("dirty"),
         data_hash=facts.get("data_hash"),
-        mlflow_run_id=folder.mlflow_run_id(),
+        mlflow_run_id=record.mlflow_run_id,
         starts=len(attempts),
         machine={label: str(facts[key]) for key, label in MACHINE_FACTS.items() if facts.get(key) is not None},
         versions={"obowlab": info.version, **{str(k): str(v) for k, v in facts.get("versions", {}).items()}},
-        settings=settings,
-        base=base,
+        settings=recipe.settings,
+        base=recipe.base,
         measured=measured,
-        curves=curves,
-        findings=judge(curves, recipe=info.recipe_values),
+        curves=pictures.curves,
+        training=pictures.training,
+        vocabulary=pictures.vocabulary,
+        findings=judge(pictures.curves, recipe=info.recipe_values),
         gallery=find_gallery(summary.path / "words"),
     )
+
+
+def draw_ahead(folder: RunFolder) -> None:
+    """Draw a run that has just finished, so that no report has to; one that cannot be read is left to the report to name."""
+    summary = RunSummary(folder.path, folder.info, folder.state)
+    with suppress(*DAMAGED):
+        read_run(summary, record=Record.of(summary))
 
 
 def compare(values: Mapping[str, Any], *, name: str, sources: Mapping[str, str]) -> tuple[tuple[Setting, ...], str]:
@@ -169,12 +212,43 @@ def compare(values: Mapping[str, Any], *, name: str, sources: Mapping[str, str])
     return tuple(settings), base
 
 
-def settings_of(info: RunInfo) -> dict[str, Any]:
-    """Return a run's settings by dotted key; of a run of another version just as they were written."""
+@dataclass(frozen=True)
+class Described:
+    """What the pages of all runs of one recipe say of it; see `Run`."""
+
+    settings: tuple[Setting, ...]
+    base: str
+    changes: Mapping[str, str]
+    family: str
+
+
+@cache
+def describe(name: str, *, recipe: str, sources: str) -> Described:
+    """Return what a run's page says of its recipe; once for all seeds, as a store has far fewer recipes than runs.
+
+    Args:
+        name: of the recipe.
+        recipe: its resolved values, as JSON.
+        sources: dotted key to the file or option that set it, as JSON.
+    """
+    values = json.loads(recipe)
+    settings, base = compare(settings_of(recipe), name=name, sources=json.loads(sources))
+    changed = [s for s in settings if s.shipped is not None and not NOT_TRAINED_WITH.match(s.key)]
+    trained = {key: value for key, value in values.items() if key not in ("title", "evaluation")}
+    return Described(
+        settings=settings,
+        base=base,
+        changes={setting.key: brief(setting.value) for setting in changed},
+        family=canonical_hash([name, trained]),
+    )
+
+
+def settings_of(recipe: str) -> dict[str, Any]:
+    """Return the settings of a recipe in JSON by dotted key; one of another version just as it was written."""
     try:
-        return flatten(info.recipe)
-    except UserError:
-        return dict(flat_pairs(info.recipe_values))
+        return flatten(Recipe.model_validate_json(recipe))
+    except ValueError:
+        return dict(flat_pairs(json.loads(recipe)))
 
 
 def tabulate(results: Iterable[Mapping[str, Any]], *, dataset: str) -> tuple[Measured, ...]:
@@ -217,14 +291,6 @@ def find_gallery(folder: Path) -> Gallery | None:
     return Gallery(folder=folder, preview=tuple(first.values()))
 
 
-def unit_of(metric: str) -> str:
-    """Return a metric's unit; empty for one that this version does not know."""
-    try:
-        return lookup(metric).unit
-    except KeyError:
-        return ""
-
-
 def as_text(value: Any) -> str:
     """Return a setting as `--set` takes it: words without quotes, lists as TOML writes them."""
     if isinstance(value, str) and re.fullmatch(r"[A-Za-z_][\w.-]*", value):
@@ -245,18 +311,24 @@ def moment(timestamp: float) -> str:
     return datetime.fromtimestamp(timestamp, tz=UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
+def _planned(scale: str) -> tuple[list[PlannedTable], list[str]]:
+    """Return every shipped table at a scale, and a sentence on each that has something wrong with it."""
+    found, wrong = [], []
+    for name in table_files():
+        try:
+            found.append(load_table(name, scale=scale))
+        except UserError as error:
+            wrong.append(f"{name} at scale {scale} cannot be shown: {error}")
+    return found, wrong
+
+
+def _cannot_be_shown(run: RunSummary, error: Exception) -> str:
+    return f"Run {run.info.run_id} cannot be shown: {type(error).__name__}: {error}"
+
+
 @cache
 def _shipped(name: str) -> tuple[Mapping[str, Any], str]:
     """Return the values of the shipped recipe of this name, or the defaults, and which of them it was."""
     if name in recipe_files():
         return flatten(load_recipe(name).recipe), f"the recipe {name} of this version"
     return flatten(Recipe()), "the defaults of this version, which has no such recipe"
-
-
-def _with_results(curves: Mapping[str, Curve], *, epochs: int, measured: Sequence[Measured]) -> dict[str, Curve]:
-    """Return the curves, those of results during training with the final result at their end."""
-    final = {m.metric: m.student[0] for m in reversed(measured) if m.student is not None}
-    return {
-        name: with_point(curve, epoch=float(epochs), value=final[name]) if name in final and curve.epoch[-1] < epochs else curve
-        for name, curve in curves.items()
-    }

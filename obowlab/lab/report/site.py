@@ -54,6 +54,15 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Figure:
+    """One chart of a page: a heading, the SVG and what one must know to read it."""
+
+    title: str
+    svg: str
+    caption: str = ""
+
+
+@dataclass(frozen=True)
 class Gallery:
     """The visual words of one run.
 
@@ -96,6 +105,8 @@ class Run:
         base: what `Setting.shipped` compares with, in words.
         measured: its results.
         curves: metric to curve, online results included.
+        training: figures of its page, of the loss and of what is measured during training.
+        vocabulary: figures of its page, of its vocabulary.
         findings: on its vocabulary.
         gallery: of its visual words; None when nobody made one.
     """
@@ -125,6 +136,8 @@ class Run:
     base: str = ""
     measured: tuple[Measured, ...] = ()
     curves: Mapping[str, Curve] = field(default_factory=dict)
+    training: tuple[Figure, ...] = ()
+    vocabulary: tuple[Figure, ...] = ()
     findings: tuple[Finding, ...] = ()
     gallery: Gallery | None = None
 
