@@ -92,11 +92,10 @@ class Demo:
             if folder.state.status == "finished":
                 raise AssertionError(f"the run was over before the {what}: give it more --epochs")
             before = restarts(job)
-            wait_for_steps(folder, attempt=before + 1)
+            wait_for_steps(folder)
             events.append(f"{what} at step {folder.state.step}")
             disturb(job)
-            wait_until(lambda before=before: restarts(job) > before, timeout_s=400)
-            slurm("scontrol", "update", f"JobId={job}", "StartTime=now", "TimeLimit=60")
+            wait_for_queue(job, restarted=before + 1)
         self.obowlab("disturbed", "run", "demo", *self.changes, *NODES, "--launcher", "slurm", "--wait")
         calm = self.run("two")
         assert points(folder) == points(calm), "the metrics differ from the undisturbed run"
@@ -122,7 +121,7 @@ class Demo:
         say(f"node2 is dead, with {folder.run_id} at step {step}; Slurm notices after its SlurmdTimeout")
         wait_until(lambda: restarts(raw) >= 1, timeout_s=400)
         subprocess.run(["slurmd", "-N", "node2"], check=True)
-        slurm("scontrol", "update", f"JobId={raw}", "StartTime=now")
+        wait_for_queue(raw, restarted=1)
         shown = self.obowlab("table", *command, "--wait")
         again = [attempt["step"] for attempt in folder.attempts()][1:]
         assert folder.state.status == "finished"
@@ -253,11 +252,18 @@ def kill_node2(job: str) -> None:
             continue
 
 
-def wait_for_steps(folder: RunFolder, *, attempt: int, steps: int = 20) -> None:
-    """Wait until this attempt has begun and has made some steps of its own."""
-    wait_until(lambda: len(folder.attempts()) >= attempt, timeout_s=300)
-    begun_at = int(folder.attempts()[attempt - 1]["step"])
-    wait_until(lambda: folder.state.step >= begun_at + steps, timeout_s=600)
+def wait_for_steps(folder: RunFolder, *, steps: int = 20) -> None:
+    """Wait until a run has made so many more steps than now."""
+    goal = folder.state.step + steps
+    wait_until(lambda: folder.state.step >= goal, timeout_s=900)
+
+
+def wait_for_queue(job: str, *, restarted: int) -> None:
+    """Wait until a job is back in the queue, and let it start again now: Slurm itself would wait two minutes."""
+    wait_until(
+        lambda: restarts(job) >= restarted and slurm("squeue", "-h", "-j", job, "-o", "%T").strip() == "PENDING", timeout_s=400
+    )
+    slurm("scontrol", "update", f"JobId={job}", "StartTime=now", "TimeLimit=60")
 
 
 def wait_until(condition: Callable[[], Any], *, timeout_s: float) -> Any:
