@@ -23,6 +23,7 @@ import yaml
 
 from dashboards.services import write_env
 from tests.browser import DESKTOP, browser, complaints
+from tests.command_line import finished_run
 from tests.runs import SMALL_RECIPE
 from tests.services import COMPOSE, LOOPBACK, ROOT, Stack, interpolate, missing_tools
 from tests.studies import wait_until
@@ -322,32 +323,23 @@ def test_no_password_is_left_behind(lab: Lab, client: Any) -> None:
 
 
 def test_a_wrong_login_is_one_sentence_and_loses_nothing(lab: Lab, client: Any) -> None:
-    recipe = str(lab.place / "small.toml")
-    words = ("run", recipe, "--seed", "5", "--set", "training.epochs=1", "--set", "evaluation.protocols=[]", *HOW)
-    said = lab.obowlab(*words, MLFLOW_TRACKING_PASSWORD="wrong")
-    complaints = [line for line in said.splitlines() if "does not take the login" in line]
-    begun, ended = complaints
-    assert begun.startswith("Warning: MLflow does not follow (http://")
-    assert ended.startswith("Warning: MLflow lacks ")
-    assert all("MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD" in line for line in complaints)
-    assert "wrong" not in said
-    assert "Traceback" not in said
-    assert len(lab.runs_in_mlflow(client, seed="5")) == 0
-    said = lab.obowlab("runs", "sync", code=1, MLFLOW_TRACKING_USERNAME="", MLFLOW_TRACKING_PASSWORD="")
-    assert "does not take the login" in said
-    said = lab.obowlab("report", "--out", str(lab.place / "site"), MLFLOW_TRACKING_PASSWORD="wrong")
-    assert "does not take the login" in said
-    said = lab.obowlab("doctor", MLFLOW_TRACKING_PASSWORD="wrong")
-    assert "does not take the login that is set" in said
-    home = lab.stack.root / "home" / "worker"
-    (home / ".mlflow").mkdir()
-    (home / ".mlflow" / "credentials").write_text(
-        f"[mlflow]\nmlflow_tracking_username = worker\nmlflow_tracking_password = {lab.worker[1]}\n"
-    )
-    lab.obowlab("runs", "sync", MLFLOW_TRACKING_USERNAME="", MLFLOW_TRACKING_PASSWORD="")
-    assert "answers" in lab.obowlab("doctor", MLFLOW_TRACKING_USERNAME="", MLFLOW_TRACKING_PASSWORD="")
-    (home / ".mlflow" / "credentials").unlink()
-    (run,) = lab.runs_in_mlflow(client, seed="5")
+    folder = finished_run(lab.runs)
+    hint = "does not take the login (MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or ~/.mlflow/credentials)"
+    nobody = {"MLFLOW_TRACKING_USERNAME": "", "MLFLOW_TRACKING_PASSWORD": ""}
+    for wrong in ({"MLFLOW_TRACKING_PASSWORD": "not this one"}, nobody):
+        said = lab.obowlab("runs", "sync", folder.run_id, code=1, **wrong)
+        assert re.fullmatch(rf"{folder.run_id}: 0 sent, \d+ pending: {re.escape(f'{lab.uri} {hint}')}\n", said)
+    said = lab.obowlab("report", "--out", str(lab.place / "site"), MLFLOW_TRACKING_PASSWORD="not this one")
+    assert [line for line in said.splitlines() if line.startswith("Warning: MLflow")] == [
+        f"Warning: MLflow does not have the report 'report' as it is now ({lab.uri} {hint}); the same command sends it again."
+    ]
+    assert lab.runs_in_mlflow(client, recipe="demo") == []
+    credentials = lab.stack.root / "home" / "worker" / ".mlflow" / "credentials"
+    credentials.parent.mkdir()
+    credentials.write_text(f"[mlflow]\nmlflow_tracking_username = worker\nmlflow_tracking_password = {lab.worker[1]}\n")
+    assert "pending" not in lab.obowlab("runs", "sync", folder.run_id, **nobody)
+    credentials.unlink()
+    (run,) = lab.runs_in_mlflow(client, recipe="demo")
     assert run.info.status == "FINISHED"
 
 
@@ -413,7 +405,7 @@ def test_what_was_lost_is_there_again_after_a_restore(lab: Lab, client: Any) -> 
     assert any(f"/{extra.info.run_id}/" in key for key in lab.objects())
     assert stack.call("backup", "restore", str(backup)).returncode == 0
     assert not any(f"/{extra.info.run_id}/" in key for key in lab.objects())
-    stack.start("web")
+    stack.start("mlflow")
     assert {run.info.run_id for run in lab.runs_in_mlflow(client)} == set(before)
 
 
@@ -454,7 +446,7 @@ def test_an_object_never_becomes_a_path(lab: Lab) -> None:
         member.size = 4
         archive.addfile(member, io.BytesIO(b"evil"))
     _sign(hostile, "objects.tar")
-    stack.stop("web", "studies", "mlflow")
+    stack.stop("mlflow")
     stack.call("backup", "restore", str(hostile))
     assert not list(stack.root.glob("**/evil.txt"))
     assert not list(Path(tempfile.gettempdir()).glob("evil.txt"))
