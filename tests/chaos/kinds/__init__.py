@@ -1,8 +1,9 @@
 """Every kind of fault, by name."""
 
-from tests.chaos.kinds import kills
+from tests.chaos.kinds import kills, tampering
 from tests.chaos.ledger import Kind
 
 KINDS: dict[str, Kind] = {
     **kills.KINDS,
+    **tampering.KINDS,
 }
