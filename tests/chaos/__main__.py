@@ -126,8 +126,8 @@ class _Runner:
         verdict = "FAILED" if outcome.failed else "ok"
         counted = f"{outcome.examples} examples" if outcome.examples else f"{outcome.injected} faults"
         _say(f"{self.done}/{self.total} {outcome.kind} {outcome.seed}: {counted}, {outcome.elapsed_s:.1f} s, {verdict}")
-        for line in ledger.failures([outcome]):
-            _say(line)
+        if outcome.failed:
+            _say(outcome.problem or "points lost or doubled")
 
 
 def remove(place: Path) -> None:

@@ -125,6 +125,7 @@ def fork(work: Callable[[], int], *, place: Path, name: str = "child", environme
             os.chdir(place)
             for variable in STORE_VARIABLES:
                 os.environ.pop(variable, None)
+            os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])  # this code, also where processes are started anew
             os.environ.update({"HOME": str(place), "OMP_NUM_THREADS": "1", "OBOWLAB_NO_PROGRESS": "1", **(environment or {})})
             code = work()
         except SystemExit as ending:

@@ -67,7 +67,8 @@ def sentence(child: Child) -> str:
     Raises:
         BrokenError: there was a traceback, no sentence or several, or another exit code than 2.
     """
-    said, code = child.said(), child.wait()
+    code = child.wait()
+    said = child.said()
     lines = [line for line in child.complaints().splitlines() if line.startswith("Error: ")]
     if code != 2 or "Traceback" in said or len(lines) != 1 or not clear(lines[0].removeprefix("Error: ")):
         raise BrokenError(f"exit code {code} and not one clear sentence: {said.strip()[-700:]!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import obowlab
 from obowlab.config import Loaded, Machine, load_recipe
 from obowlab.track.folder import RunFolder
 from obowlab.track.outbox import Outbox
@@ -148,8 +150,11 @@ class Stage:
 
 def prepare(root: Path, *, say: Callable[[str], None]) -> Stage:
     """Make whatever of the stage is not there yet; each part appears whole or not at all."""
-    stage = Stage(root)
+    stage, code = Stage(root), _code_hash()
+    if root.exists() and (not (root / "code").exists() or (root / "code").read_text() != code):
+        shutil.rmtree(root)  # runs of other code prove nothing about this one
     root.mkdir(parents=True, exist_ok=True)
+    (root / "code").write_text(code)
     stage.recipe.write_text(RECIPE)
     for name, first_seed in (("small", 0), ("other", 1000)):
         if not (stage.data_root / name / "train.json").exists():
@@ -165,6 +170,14 @@ def prepare_group(stage: Stage, *, procs: int = 2) -> RunFolder:
     """Return the undisturbed run of several processes, training it if it is not there yet."""
     _once(stage.root / f"finished-{procs}", say=lambda: None, make=lambda place: _finish(stage, place, procs=procs))
     return stage.reference(procs)
+
+
+def _code_hash() -> str:
+    """Return a hash of everything that a run depends on: obowlab, and this file with its recipe."""
+    digest = hashlib.sha256()
+    for path in sorted((*Path(obowlab.__file__).parent.rglob("*.py"), Path(__file__))):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def _once(folder: Path, *, say: Callable[[], None], make: Callable[[Path], None]) -> None:

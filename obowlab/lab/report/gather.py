@@ -24,7 +24,8 @@ from obowlab.lab.report.studies import read_studies
 from obowlab.lab.scales import SCALES
 from obowlab.lab.table import Table
 from obowlab.lab.tablefile import load_table, table_files
-from obowlab.track.folder import RunFolder, RunInfo, RunSummary, list_runs
+from obowlab.track.folder import RunFolder, RunSummary, list_runs
+from obowlab.track.info import RunInfo
 from obowlab.track.metrics import lookup
 
 NOT_TRAINED_WITH = re.compile(r"(teacher\.)*(title$|evaluation\.)")

@@ -1,9 +1,6 @@
 """Every kind of fault, by name."""
 
-from tests.chaos.kinds import kills, tampering
+from tests.chaos.kinds import disks, kills, tampering
 from tests.chaos.ledger import Kind
 
-KINDS: dict[str, Kind] = {
-    **kills.KINDS,
-    **tampering.KINDS,
-}
+KINDS: dict[str, Kind] = {**kills.KINDS, **tampering.KINDS, **disks.KINDS}

@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from obowlab.data.beton import read_index
+from obowlab.data.store import read_manifest, write_manifest
 from obowlab.track.folder import RunFolder
 from tests.chaos import forks
 from tests.chaos.judge import BrokenError, ended_well, reconcile, sentence, settle, valuables
@@ -134,6 +136,7 @@ def _readers(case: Case, folder: RunFolder) -> list[list[str]]:
         ["table", "table3", "--scale", "demo", *root],
         ["report", "--out", str(out / "report"), *root],
         ["eval", folder.run_id, "--protocol", "knn", "--dry-run", *data, *root],
+        ["weights", "export", folder.run_id, "--format", "safetensors", "--out", str(out / "encoder.safetensors"), *root],
         ["words", folder.run_id, "--out", str(out / "words"), "--dry-run", *data, *root],
         case.stage.words(case.place),
     ]
@@ -225,8 +228,9 @@ def exchanged(case: Case) -> None:
     small, other = data_root / "small", case.place / "exchange"
     shutil.copytree(case.stage.data_root / "other", other)
     for split in ("train", "val"):
-        manifest = other / f"{split}.json"
-        manifest.write_text(manifest.read_text().replace('"dataset": "other"', '"dataset": "small"'))
+        manifest = read_manifest(case.stage.data_root, "other", split)
+        assert manifest is not None
+        write_manifest(other / f"{split}.json", manifest.model_copy(update={"dataset": "small"}))
     for _ in range(case.num_faults):
         _swap(small, other)
         case.fault("another data set")
@@ -250,8 +254,9 @@ def swapped(case: Case) -> None:
         while child.poll() is None and folder.state.step <= step:
             pass
         changed = bytearray(before)
-        start = len(changed) // 2
-        changed[start : start + 2000] = case.dice.randbytes(2000)
+        start = int(read_index(path).pointers[0])
+        for place in range(start, len(before) - 4000, 300):
+            changed[place] ^= 0xFF
         if case.dice.random() < 0.5:  # in place, or as a new file
             path.write_bytes(changed)
         else:
