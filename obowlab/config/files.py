@@ -221,7 +221,7 @@ def parse_override(text: str) -> tuple[str, Any]:
         raise UserError(f"--set {key} needs a value on one line.")
     try:
         return key, tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         if value[:1] in tuple("[{\"'"):
             raise UserError(f"--set {text} is not a TOML value: .1 is written 0.1, and words in lists need quotes.") from None
     try:

@@ -173,7 +173,7 @@ class RunFolder:
 
         Raises:
             RunTakenError: another process has it; names its process id and host.
-            UserError: the file system knows no locks.
+            UserError: the folder cannot be written to, or its file system knows no locks.
         """
         key = str(self.path.resolve())
         with HELD_GUARD:  # the kernel would give it to another thread of this process
@@ -188,7 +188,10 @@ class RunFolder:
 
     @contextmanager
     def _locked_file(self) -> Iterator[str]:
-        fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise UserError(f"Cannot write to the run folder {self.path} ({error.strerror}): mend that and try again.") from None
         try:
             holder = read_holder(fd)
             token = os.environ.get(LOCK_TOKEN_VARIABLE)

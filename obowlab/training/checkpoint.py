@@ -66,7 +66,7 @@ def save(folder: Path, *, checkpoint: Checkpoint) -> None:
             temporary.unlink(missing_ok=True)
         reason = error.strerror or str(error)
         raise UserError(
-            f"Cannot write the checkpoint in {folder} ({reason}): free some space there and run the command again."
+            f"Cannot write the checkpoint in {folder} ({reason}): mend that or free some space, and run the command again."
         ) from None
 
 
