@@ -130,7 +130,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in UNUSABLE:
             raise
-        return _complain(f"Cannot write {error.filename or 'to the disk'} ({error.strerror}): mend that and run the command again.")
+        return _complain(
+            f"Cannot write {error.filename or 'to the disk'} ({error.strerror}): mend that and run the command again."
+        )
     except click.Abort:  # Ctrl-C before the command began
         return INTERRUPTED
     return result if isinstance(result, int) else 0

@@ -49,7 +49,9 @@ def is_written_file(path: Path, *, manifest: Manifest) -> bool:
     if noted is not None and noted[:-1] == list(identity):
         return noted[-1] == manifest.file_sha256
     if identity.num_bytes > LARGE:
-        print(f"Hashing {path} ({identity.num_bytes / 1e9:.0f} GB), which is new here or has changed.", file=sys.stderr, flush=True)
+        print(
+            f"Hashing {path} ({identity.num_bytes / 1e9:.0f} GB), which is new here or has changed.", file=sys.stderr, flush=True
+        )
     digest = file_sha256(path)
     if identify(path) == identity:
         _note(path, identity=identity, digest=digest)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tests.chaos import forks, ledger
 from tests.chaos.kinds import KINDS
-from tests.chaos.ledger import Case, Kind, Outcome
+from tests.chaos.ledger import Case, Outcome
 from tests.chaos.stage import Stage, prepare
 
 

@@ -24,7 +24,6 @@ STORE_VARIABLES = ("OBOWLAB_MACHINE", "OBOWLAB_DATA_ROOT", "OBOWLAB_RUNS_ROOT", 
 
 def import_everything() -> None:
     """Import what commands import, so that forks need not; starts no thread and trains nothing."""
-    import mlflow.pytorch
     import sklearn.linear_model  # noqa: F401
     import torch
 
@@ -125,7 +124,9 @@ def fork(work: Callable[[], int], *, place: Path, name: str = "child", environme
             os.chdir(place)
             for variable in STORE_VARIABLES:
                 os.environ.pop(variable, None)
-            os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parents[2])  # this code, also where processes are started anew
+            os.environ["PYTHONPATH"] = str(
+                Path(__file__).resolve().parents[2]
+            )  # this code, also where processes are started anew
             os.environ.update({"HOME": str(place), "OMP_NUM_THREADS": "1", "OBOWLAB_NO_PROGRESS": "1", **(environment or {})})
             code = work()
         except SystemExit as ending:
@@ -146,7 +147,9 @@ def obowlab(words: Sequence[str], *, place: Path, name: str = "command", environ
     return fork(lambda: main(list(words)), place=place, name=name, environment=environment)
 
 
-def train(folder: Path, *, place: Path, environment: Mapping[str, str] | None = None, first: Callable[[], None] | None = None) -> Child:
+def train(
+    folder: Path, *, place: Path, environment: Mapping[str, str] | None = None, first: Callable[[], None] | None = None
+) -> Child:
     """Start the compute process of a run, as a launcher does; `first` is done in it before anything else."""
     from obowlab.training.__main__ import main
 

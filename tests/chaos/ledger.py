@@ -200,7 +200,14 @@ def _row(title: str, outcomes: Iterable[Outcome]) -> tuple[str, ...]:
     injected, survived = sum(one.injected for one in ours), sum(one.survived for one in ours)
     sentences = sum(one.sentences for one in ours)
     slowest = f"{max(one.elapsed_s for one in ours):.1f} s" if ours else "-"
-    counts = (injected, survived, max(0, survived - sentences), sentences, sum(o.lost for o in ours), sum(o.doubled for o in ours))
+    counts = (
+        injected,
+        survived,
+        max(0, survived - sentences),
+        sentences,
+        sum(o.lost for o in ours),
+        sum(o.doubled for o in ours),
+    )
     return (title, *map(str, counts), slowest)
 
 

@@ -20,7 +20,7 @@ def serve(root: Path, *, port: int) -> int:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
-        def do_PUT(self) -> None:  # noqa: N802
+        def do_PUT(self) -> None:
             path = self._path()
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             if path.parent == root:
@@ -30,7 +30,7 @@ def serve(root: Path, *, port: int) -> int:
                 write_atomic(path, body)
             self._answer(200)
 
-        def do_GET(self) -> None:  # noqa: N802
+        def do_GET(self) -> None:
             path, query = self._path(), urllib.parse.parse_qs(urllib.parse.urlsplit(self.path).query)
             if path.parent == root:
                 self._answer(200, _listing(path, query).encode())
@@ -39,11 +39,11 @@ def serve(root: Path, *, port: int) -> int:
             else:
                 self._answer(404, b"<Error><Code>NoSuchKey</Code></Error>")
 
-        def do_HEAD(self) -> None:  # noqa: N802
+        def do_HEAD(self) -> None:
             path = self._path()
             self._answer(200 if path.exists() else 404, path.read_bytes() if path.is_file() else b"", head=True)
 
-        def do_DELETE(self) -> None:  # noqa: N802
+        def do_DELETE(self) -> None:
             path = self._path()
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
             self._answer(204)
@@ -76,7 +76,9 @@ def _listing(bucket: Path, query: dict[str, list[str]]) -> str:
     names = [name for name in names if name.startswith(prefix)]
     common = set()
     if delimiter:
-        common = {prefix + name[len(prefix) :].split(delimiter)[0] + delimiter for name in names if delimiter in name[len(prefix) :]}
+        common = {
+            prefix + name[len(prefix) :].split(delimiter)[0] + delimiter for name in names if delimiter in name[len(prefix) :]
+        }
         names = [name for name in names if delimiter not in name[len(prefix) :]]
     contents = "".join(
         f"<Contents><Key>{escape(name)}</Key><Size>{(bucket / name).stat().st_size}</Size></Contents>" for name in names

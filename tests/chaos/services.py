@@ -75,7 +75,7 @@ class Services:
         for pid in forks.process_tree(process.pid):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        process.wait()
+        process.wait()  # so that nobody takes its process id for a living one
         return True
 
     def query(self, statement: str) -> list[Sequence[Any]]:
@@ -91,26 +91,33 @@ class Services:
         found = tools()
         assert found is not None
         data = self.place / "postgresql"
-        before: list[str] = []
-        if os.geteuid() == 0:  # the server refuses to run as root
-            before = ["runuser", "-u", "postgres", "--"]
+        user = "postgres" if os.geteuid() == 0 else None  # the server refuses to run as root
         if not data.exists():
             data.mkdir(parents=True)
-            if before:
-                shutil.chown(data, "postgres", "postgres")
-            command = [*before, str(found / "initdb"), "-D", str(data), "-U", "chaos", "--auth=trust", "--no-sync", "-E", "UTF8"]
-            subprocess.run(command, check=True, cwd="/", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            if user is not None:
+                shutil.chown(data, user, user)
+            command = [str(found / "initdb"), "-D", str(data), "-U", "chaos", "--auth=trust", "--no-sync", "-E", "UTF8"]
+            quiet = subprocess.DEVNULL
+            subprocess.run(command, check=True, cwd="/", stdout=quiet, stderr=quiet, user=user, group=user)
         port = self.ports["database"]
         options = ["-p", str(port), "-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories=", "-c", "fsync=off"]
         with (self.place / "postgresql.log").open("ab") as log:
             self._database = subprocess.Popen(
-                [*before, str(found / "postgres"), "-D", str(data), *options], cwd="/", stdout=log, stderr=log, start_new_session=True
+                [str(found / "postgres"), "-D", str(data), *options],
+                cwd="/",
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                user=user,
+                group=user,
             )
         _wait_for(lambda: self.query("SELECT 1"), what="the database")
 
     def _start_objects(self) -> None:
         port = self.ports["objects"]
-        self._objects = forks.fork(lambda: object_store.serve(self.place / "objects", port=port), place=self.place, name="objects")
+        self._objects = forks.fork(
+            lambda: object_store.serve(self.place / "objects", port=port), place=self.place, name="objects"
+        )
         _wait_for(lambda: _put(f"http://127.0.0.1:{port}/{BUCKET}"), what="the object store")
 
     def _start_server(self) -> None:

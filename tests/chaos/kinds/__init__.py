@@ -3,4 +3,12 @@
 from tests.chaos.kinds import disks, fuzz, gpus, hostile, kills, tampering, tracking
 from tests.chaos.ledger import Kind
 
-KINDS: dict[str, Kind] = {**kills.KINDS, **tampering.KINDS, **disks.KINDS, **tracking.KINDS, **gpus.KINDS, **hostile.KINDS, **fuzz.KINDS}
+KINDS: dict[str, Kind] = {
+    **kills.KINDS,
+    **tampering.KINDS,
+    **disks.KINDS,
+    **tracking.KINDS,
+    **gpus.KINDS,
+    **hostile.KINDS,
+    **fuzz.KINDS,
+}

@@ -22,7 +22,9 @@ from tests.chaos.ledger import Case, Kind
 EXAMPLES = int(os.environ.get("OBOWLAB_FUZZ", "10000"))
 
 KEYS = [key for key in known_keys(Recipe) if key not in ("method", "teacher")]
-METHOD_KEYS = [f"method.{name}" for name in ("name", "kappa", "num_words", "levels", "delta_base", "codes", "border", "queue_size")]
+METHOD_KEYS = [
+    f"method.{name}" for name in ("name", "kappa", "num_words", "levels", "delta_base", "codes", "border", "queue_size")
+]
 HUGE = "a number of 5000 digits"
 """Stands for such a number, which Python itself refuses to print."""
 WILD_TEXT = st.one_of(
@@ -73,7 +75,26 @@ def pairs(draw: st.DrawFn) -> tuple[str, Any]:
 
 
 EXTENDS = st.sampled_from(
-    (None, None, None, None, None, "demo", "full", "demo-full", "demo-bownet", "fuzz", "other", "../fuzz", "/etc/passwd", "", "nowhere", 7, ["demo"], "\x00")
+    (
+        None,
+        None,
+        None,
+        None,
+        None,
+        "demo",
+        "full",
+        "demo-full",
+        "demo-bownet",
+        "fuzz",
+        "other",
+        "../fuzz",
+        "/etc/passwd",
+        "",
+        "nowhere",
+        7,
+        ["demo"],
+        "\x00",
+    )
 )
 NAMES = st.one_of(st.just("fuzz"), st.sampled_from(("..", "a b", "<b>", "-x", "x" * 90, "é", "a\x1bb", ".hidden")))
 GARBAGE = st.one_of(st.text(max_size=80).map(str.encode), st.binary(max_size=80))
@@ -122,7 +143,10 @@ def judge(path: Path, overrides: tuple[str, ...]) -> bool:
             raise BrokenError(f"not a clear sentence: {said[:300]!r}") from None
         return False
     recipe = loaded.recipe
-    if recipe_from_values(flatten(recipe), sources={}) != recipe or Recipe.model_validate_json(recipe.model_dump_json()) != recipe:
+    if (
+        recipe_from_values(flatten(recipe), sources={}) != recipe
+        or Recipe.model_validate_json(recipe.model_dump_json()) != recipe
+    ):
         raise BrokenError("the recipe is another one when it is read again")
     if recipe.fingerprint(seed=1) != load_recipe(str(path), overrides=overrides).recipe.fingerprint(seed=1):
         raise BrokenError("the fingerprint is not stable")
@@ -160,9 +184,7 @@ def play(folder: Path, *, examples: int, seed: int) -> tuple[int, int]:
         over=st.lists(pairs(), max_size=2),
         garbage=st.one_of(st.none(), st.none(), st.none(), st.none(), GARBAGE),
     )
-    def one(
-        name: str, extends: Any, content: list[tuple[str, Any]], over: list[tuple[str, Any]], garbage: bytes | None
-    ) -> None:
+    def one(name: str, extends: Any, content: list[tuple[str, Any]], over: list[tuple[str, Any]], garbage: bytes | None) -> None:
         path = folder / f"{name}.toml"
         text = document(extends, content).encode("utf-8", "surrogatepass")
         path.write_bytes(garbage if garbage is not None else text)
@@ -170,7 +192,9 @@ def play(folder: Path, *, examples: int, seed: int) -> tuple[int, int]:
         try:
             counts[1] += judge(path, overrides_of(over))
         except Exception as error:
-            raise BrokenError(f"{type(error).__name__}: {error} -- recipe {path.read_bytes()!r:.400}, --set {over!r:.300}") from error
+            raise BrokenError(
+                f"{type(error).__name__}: {error} -- recipe {path.read_bytes()!r:.400}, --set {over!r:.300}"
+            ) from error
         finally:
             path.unlink()
 

@@ -41,7 +41,9 @@ def leases(case: Case) -> None:
         while len(contenders) < CONTENDERS:
             seed = case.dice.random()
             contenders.append(
-                forks.fork(lambda seed=seed: _launcher(case.place, seed), place=case.place, name=f"l{seed}", environment=environment)  # type: ignore[misc]
+                forks.fork(
+                    lambda seed=seed: _launcher(case.place, seed), place=case.place, name=f"l{seed}", environment=environment
+                )  # type: ignore[misc]
             )
         time.sleep(case.dice.random() * 0.25)
         victim = case.dice.choice(contenders)

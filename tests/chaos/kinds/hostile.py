@@ -128,7 +128,9 @@ def names(case: Case) -> None:
     root = ["--runs-root", str(folder.path.parent), "--data-root", str(case.stage.data_root)]
     whole = valuables(folder.path)
     for _ in range(case.num_faults):
-        name = case.dice.choice(("../escape", "../../etc/passwd", "/etc/passwd", "..", SCRIPT, IMAGE, "a\x1b[2Jb", "a b", "-rf", "a/b"))
+        name = case.dice.choice(
+            ("../escape", "../../etc/passwd", "/etc/passwd", "..", SCRIPT, IMAGE, "a\x1b[2Jb", "a b", "-rf", "a/b")
+        )
         attack = case.dice.choice(("recipe", "dataset", "run", "study", "prepare", "page", "page"))
         case.fault(f"{attack} {name!r}")
         if attack == "page":

@@ -11,7 +11,7 @@ import time
 from obowlab.track.folder import RunFolder
 from tests.chaos import forks
 from tests.chaos.forks import Child
-from tests.chaos.judge import BrokenError, ended_well, reconcile, sentence, settle
+from tests.chaos.judge import BrokenError, ended_well, sentence, settle
 from tests.chaos.ledger import Case, Kind
 from tests.chaos.stage import TOTAL_STEPS, prepare_group
 

@@ -13,7 +13,7 @@ from obowlab.data.beton import read_index
 from obowlab.data.store import read_manifest, write_manifest
 from obowlab.track.folder import RunFolder
 from tests.chaos import forks
-from tests.chaos.judge import BrokenError, ended_well, reconcile, sentence, settle, valuables
+from tests.chaos.judge import BrokenError, ended_well, sentence, settle, valuables
 from tests.chaos.ledger import Case, Kind
 
 RECORDS = (
@@ -63,7 +63,9 @@ def emptied(content: bytes, dice: random.Random) -> bytes:
 
 def reshaped(content: bytes, dice: random.Random) -> bytes:
     """Put valid JSON of another shape there."""
-    return dice.choice((b"[]\n", b"null\n", b'{"step": "x", "metrics": 3}\n', b'{"stores": 7, "steps": []}\n', b'"text"\n', b"1e999\n"))
+    return dice.choice(
+        (b"[]\n", b"null\n", b'{"step": "x", "metrics": 3}\n', b'{"stores": 7, "steps": []}\n', b'"text"\n', b"1e999\n")
+    )
 
 
 def scrambled(content: bytes, dice: random.Random) -> bytes:
@@ -165,7 +167,6 @@ def checkpoints(case: Case) -> None:
                 break
         child = forks.train(folder.path, place=case.place)
         if number < case.num_faults - 1:
-
             time.sleep(0.3 + case.dice.random() * 0.5)
             child.send(case.dice.choice((signal.SIGTERM, signal.SIGKILL)))
             child.wait()
@@ -180,12 +181,17 @@ def logs(case: Case) -> None:
     pristine = case.place / "pristine"
     shutil.copytree(folder.path, pristine)
     for number in range(case.num_faults):
-        name = case.dice.choice(("metrics.jsonl", "metrics.jsonl", "online.jsonl", "attempts.jsonl", "run.json", "state.json", "mirror.json"))
+        name = case.dice.choice(
+            ("metrics.jsonl", "metrics.jsonl", "online.jsonl", "attempts.jsonl", "run.json", "state.json", "mirror.json")
+        )
         path = folder.path / name
         harm(case, path)
         torn = path.read_bytes()
         if case.dice.random() < 0.4:
-            ended_well(forks.obowlab(["runs", "sync", "--runs-root", str(folder.path.parent)], place=case.place, name="sync"), codes=(0, 1, 2))
+            ended_well(
+                forks.obowlab(["runs", "sync", "--runs-root", str(folder.path.parent)], place=case.place, name="sync"),
+                codes=(0, 1, 2),
+            )
         child = forks.train(folder.path, place=case.place)
         code = ended_well(child, codes=(0, 2))
         if code == 2:

@@ -88,6 +88,10 @@ def _artifacts_are_there(folder: RunFolder, there: Services) -> None:
 
 
 KINDS = {
-    "services": Kind("kill -9 of MLflow server, PostgreSQL, object store", killed, share=60, per_case=5, lacking=services.lacking),
-    "absent": Kind("no tracking server: from the start, mid-run, at the end", absent, share=15, per_case=3, lacking=services.lacking),
+    "services": Kind(
+        "kill -9 of MLflow server, PostgreSQL, object store", killed, share=60, per_case=5, lacking=services.lacking
+    ),
+    "absent": Kind(
+        "no tracking server: from the start, mid-run, at the end", absent, share=15, per_case=3, lacking=services.lacking
+    ),
 }
