@@ -34,7 +34,7 @@ fi
 
 have_database() { command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1; }
 if ! have_database; then
-    debian "studies on a database are tested with" "those tests will be skipped" postgresql
+    debian "studies and tracking on a database are tested with" "those tests will be skipped" postgresql
 fi
 
 say "Python packages into .venv (the tested set of constraints.txt)"

@@ -101,7 +101,7 @@ def read_result(path: Path) -> dict[str, Any]:
     """
     try:
         result = read_sealed(path)
-        if not {"subject", "protocol", "protocol_hash", "measurements"} <= result.keys():
+        if not {"subject", "protocol", "protocol_hash"} <= result.keys():
             raise ValueError("no evaluation result")
     except ValueError:
         raise UserError(f"{path} is damaged: put a copy back, or remove it and measure again with 'obowlab eval'.") from None

@@ -225,8 +225,8 @@ def check_logs(work: Work, *, found: checkpoints.Checkpoint, steps_per_epoch: in
         last = max((point.step for point in work.folder.metrics(name)), default=-1)
         if last < step:
             raise UserError(
-                f"{work.folder.path / name}.jsonl ends at step {max(last, 0)}, but by the checkpoint it had step {step}: put a copy "
-                f"of it back, or remove {checkpoints.CURRENT} and {checkpoints.PREVIOUS} beside it to train these steps again."
+                f"{work.folder.path / name}.jsonl ends at step {max(last, 0)}, but by the checkpoint it had step {step}: put a "
+                f"copy of it back, or remove {checkpoints.CURRENT} and {checkpoints.PREVIOUS} beside it and train on."
             )
 
 

@@ -118,8 +118,7 @@ class _Runner:
         try:
             outcome: Outcome = pipe.recv()
         except EOFError:
-            name, seed, size = case
-            outcome = Outcome(name, seed, 0, 0, 0, 0, 0, 0.0, problem="the case itself died")
+            outcome = Outcome(case[0], case[1], 0, 0, 0, 0, 0, 0.0, problem="the case itself died")
         os.waitpid(pid, 0)
         ledger.append(self.state, outcome)
         self.done += 1

@@ -55,7 +55,7 @@ class Child:
                 self.code = os.waitstatus_to_exitcode(status)
         return self.code
 
-    def wait(self, timeout_s: float = 120.0) -> int:
+    def wait(self, timeout_s: float = 300.0) -> int:
         """Return the exit code once it has ended.
 
         Raises:

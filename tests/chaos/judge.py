@@ -209,4 +209,4 @@ def reconcile(case: Case, folder: RunFolder, *, uri: str | None = None, query: Q
     case.doubled += found.doubled
     case.notes += found.told
     folders = [path.parent.name for path in runs_root.glob("*/run.json")]
-    case.doubled += len(folders) - len(set(name.rsplit(f"-s{SEED}-", 1)[0] for name in folders))
+    case.doubled += len(folders) - len({name.rsplit(f"-s{SEED}-", 1)[0] for name in folders})

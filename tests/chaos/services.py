@@ -20,7 +20,7 @@ from tests.chaos import forks, object_store
 from tests.chaos.forks import Child
 
 BUCKET = "artifacts"
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 
 
 def tools() -> Path | None:

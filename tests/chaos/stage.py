@@ -216,10 +216,8 @@ def _make_store(place: Path) -> None:
 
 def _finish(stage: Stage, place: Path, *, procs: int = 1) -> None:
     folder = stage.new_run(place, procs=procs)
-    if procs == 1:
-        child = forks.train(folder.path, place=place)
-    else:
-        child = forks.obowlab(stage.words(place, procs=procs), place=place)
+    command = stage.words(place, procs=procs)
+    child = forks.train(folder.path, place=place) if procs == 1 else forks.obowlab(command, place=place)
     assert child.wait() == 0, child.said()
     _sync(place)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import os
 import random
 import signal
@@ -40,11 +41,8 @@ def leases(case: Case) -> None:
         contenders = [one for one in contenders if one.poll() is None]
         while len(contenders) < CONTENDERS:
             seed = case.dice.random()
-            contenders.append(
-                forks.fork(
-                    lambda seed=seed: _launcher(case.place, seed), place=case.place, name=f"l{seed}", environment=environment
-                )  # type: ignore[misc]
-            )
+            work = functools.partial(_launcher, case.place, seed)
+            contenders.append(forks.fork(work, place=case.place, name=f"launcher-{seed}", environment=environment))
         time.sleep(case.dice.random() * 0.25)
         victim = case.dice.choice(contenders)
         below = victim.family()[1:]

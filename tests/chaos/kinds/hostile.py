@@ -24,6 +24,7 @@ from tests.conftest import draw_photo
 
 SCRIPT = "<script>alert('chaos')</script>"
 IMAGE = "<img src=x onerror=alert('chaos')>"
+NAMES = ("../escape", "../../etc/passwd", "/etc/passwd", "..", SCRIPT, IMAGE, "a\x1b[2Jb", "a b", "-rf", "a/b")
 
 
 class Bomb:
@@ -128,9 +129,7 @@ def names(case: Case) -> None:
     root = ["--runs-root", str(folder.path.parent), "--data-root", str(case.stage.data_root)]
     whole = valuables(folder.path)
     for _ in range(case.num_faults):
-        name = case.dice.choice(
-            ("../escape", "../../etc/passwd", "/etc/passwd", "..", SCRIPT, IMAGE, "a\x1b[2Jb", "a b", "-rf", "a/b")
-        )
+        name = case.dice.choice(NAMES)
         attack = case.dice.choice(("recipe", "dataset", "run", "study", "prepare", "page", "page"))
         case.fault(f"{attack} {name!r}")
         if attack == "page":
@@ -140,11 +139,9 @@ def names(case: Case) -> None:
             "recipe": ["run", str(_recipe(case, name)), "--dry-run", *root],
             "dataset": ["run", str(case.stage.recipe), "--set", f"data.dataset={name}", *root],
             "run": ["runs", "show", "--runs-root", str(folder.path.parent), "--", name],
-            "study": ["tune", "--study-name", name, "--show", *root[:2], "kappa-delta"],
+            "study": ["tune", "--show", *root[:2], "--", name],
             "prepare": ["data", "prepare", "--source", str(case.stage.root / "images" / "small"), *root[2:], "--", name],
         }[attack]
-        if attack == "study":
-            words = ["tune", "--show", *root[:2], "--", name]
         case.sentence(sentence(forks.obowlab(words, place=case.place / "work")))
     if valuables(folder.path) != whole or (case.place / "escape").exists() or (case.place.parent / "escape").exists():
         raise BrokenError("a name was taken for a path")

@@ -16,6 +16,8 @@ from tests.chaos import forks
 from tests.chaos.judge import BrokenError, ended_well, sentence, settle, valuables
 from tests.chaos.ledger import Case, Kind
 
+SHAPES = (b"[]\n", b"null\n", b'{"step": "x", "metrics": 3}\n', b'{"stores": 7, "steps": []}\n', b'"text"\n', b"1e999\n")
+HALFWAY = ("metrics.jsonl", "metrics.jsonl", "online.jsonl", "attempts.jsonl", "run.json", "state.json", "mirror.json")
 RECORDS = (
     "run.json",
     "state.json",
@@ -63,9 +65,7 @@ def emptied(content: bytes, dice: random.Random) -> bytes:
 
 def reshaped(content: bytes, dice: random.Random) -> bytes:
     """Put valid JSON of another shape there."""
-    return dice.choice(
-        (b"[]\n", b"null\n", b'{"step": "x", "metrics": 3}\n', b'{"stores": 7, "steps": []}\n', b'"text"\n', b"1e999\n")
-    )
+    return dice.choice(SHAPES)
 
 
 def scrambled(content: bytes, dice: random.Random) -> bytes:
@@ -181,17 +181,13 @@ def logs(case: Case) -> None:
     pristine = case.place / "pristine"
     shutil.copytree(folder.path, pristine)
     for number in range(case.num_faults):
-        name = case.dice.choice(
-            ("metrics.jsonl", "metrics.jsonl", "online.jsonl", "attempts.jsonl", "run.json", "state.json", "mirror.json")
-        )
+        name = case.dice.choice(HALFWAY)
         path = folder.path / name
         harm(case, path)
         torn = path.read_bytes()
         if case.dice.random() < 0.4:
-            ended_well(
-                forks.obowlab(["runs", "sync", "--runs-root", str(folder.path.parent)], place=case.place, name="sync"),
-                codes=(0, 1, 2),
-            )
+            words = ["runs", "sync", "--runs-root", str(folder.path.parent)]
+            ended_well(forks.obowlab(words, place=case.place, name="sync"), codes=(0, 1, 2))
         child = forks.train(folder.path, place=case.place)
         code = ended_well(child, codes=(0, 2))
         if code == 2:

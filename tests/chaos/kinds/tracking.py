@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
+from typing import Any
 
 from obowlab.track.folder import RunFolder
 from tests.chaos import forks, services
-from tests.chaos.judge import BrokenError, ended_well, equal, reconcile, settle
+from tests.chaos.judge import BrokenError, Query, ended_well, equal, reconcile, settle
 from tests.chaos.ledger import Case, Kind
 from tests.chaos.services import Services
 
@@ -65,12 +67,12 @@ def _sync(case: Case, folder: RunFolder, there: Services) -> forks.Child:
     return forks.obowlab(words, place=case.place, name="sync", environment={"MLFLOW_TRACKING_URI": there.uri})
 
 
-def _only(folder: RunFolder, there: Services):  # type: ignore[no-untyped-def]
+def _only(folder: RunFolder, there: Services) -> Query:
     """Return a way to ask the database about the runs of one store: several stores have runs of the same name in it."""
     started = str(folder.info.created_at)
     ours = f"SELECT run_uuid FROM tags WHERE key = 'obowlab.created_at' AND value = '{started}'"
 
-    def ask(statement: str) -> list:  # type: ignore[type-arg]
+    def ask(statement: str) -> list[Sequence[Any]]:
         column = "run_id" if "model_versions" in statement else "run_uuid"
         joint = "AND" if "WHERE" in statement else "WHERE"
         return there.query(f"{statement} {joint} {column} IN ({ours})")
