@@ -267,7 +267,7 @@ def swapped(case: Case) -> None:
             beside.replace(path)
         if child.poll() is None:
             case.fault("images changed under the run")
-        code = ended_well(child, codes=(0, 2, 1))
+        code = ended_well(child, codes=(0, 2, -signal.SIGBUS))  # a mapped file that gets shorter kills
         if code == 2:
             case.sentence(sentence(child))
         path.write_bytes(before)
