@@ -38,7 +38,7 @@ def test_a_sealed_object_comes_back_and_every_flipped_bit_of_it_is_noticed(inden
     assert unseal(text.encode()) == value
     assert json.loads(text)["crc"]
     content = text.encode()
-    for position in range(content.rindex(b',', 0, content.rindex(b'"crc"'))):
+    for position in range(content.rindex(b",", 0, content.rindex(b'"crc"'))):
         for bit in range(8):
             changed = bytearray(content)
             changed[position] ^= 1 << bit
