@@ -164,6 +164,7 @@ def test_a_data_file_that_changed_is_hashed_again_and_one_that_did_not_is_not(
     hashed: list[Path] = []
     monkeypatch.setattr("obowlab.data.identity.file_sha256", lambda path: hashed.append(path) or "other")
     open_split("small", "train", data_root=tmp_path)
+    open_split("small", "train", data_root=data_root)  # hashed when it was written
     assert hashed == []
     path = tmp_path / "small" / "train.beton"
     content = bytearray(path.read_bytes())

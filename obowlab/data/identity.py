@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from obowlab.data.store import Manifest, file_sha256
+from obowlab.data.store import Manifest, beton_path, file_sha256
 from obowlab.track.journal import write_atomic
 from obowlab.track.sealed import read_sealed, seal
 
@@ -56,6 +57,13 @@ def is_written_file(path: Path, *, manifest: Manifest) -> bool:
     if identify(path) == identity:
         _note(path, identity=identity, digest=digest)
     return digest == manifest.file_sha256
+
+
+def note_written(manifests: Iterable[Manifest], *, data_root: Path) -> None:
+    """Note files that were hashed when they were written, just now; their first use need not hash them once more."""
+    for manifest in manifests:
+        path = beton_path(data_root, manifest.dataset, manifest.split)
+        _note(path, identity=identify(path), digest=manifest.file_sha256)
 
 
 def _notes(folder: Path) -> dict[str, list[int | str]]:

@@ -149,12 +149,8 @@ def plan(kinds: dict[str, Kind], *, faults: int, seed: int) -> list[tuple[str, i
     cases: list[tuple[str, int, int]] = []
     for name, kind in kinds.items():
         wanted = 1 if kind.apart else max(1, -(-faults * kind.share // weight))
-        number = 0
-        while wanted > 0:
-            size = min(kind.per_case, wanted)
-            cases.append((name, seed * 1000 + number, size))
-            wanted -= size
-            number += 1
+        number = -(-wanted // kind.per_case)
+        cases += [(name, seed * 1000 + case, -(-wanted // number)) for case in range(number)]
     random.Random(seed).shuffle(cases)
     return cases
 
