@@ -200,3 +200,5 @@ def test_numbers_and_brackets_without_end_are_no_toml(text: str, tmp_path: Path)
         load_recipe(str(tmp_path / "a.toml"))
     with pytest.raises(UserError):
         load_recipe("demo", overrides=(text.replace(" ", ""),))
+    with pytest.raises(UserError, match=r"there is no method \[\]"):
+        load_recipe("demo", overrides=("method.name=[]",))

@@ -139,6 +139,9 @@ def play(kind: Kind, case: Case) -> Outcome:
 
 # --------------------------------------------------------------------------------------------------------- plan and file
 
+MORE = 115
+"""So many percent of the faults that are asked for are planned: some find nothing to hit any more."""
+
 
 def plan(kinds: dict[str, Kind], *, faults: int, seed: int) -> list[tuple[str, int, int]]:
     """Return the cases (kind, seed, faults) that inject at least so many faults, mixed; a function of its arguments.
@@ -148,7 +151,7 @@ def plan(kinds: dict[str, Kind], *, faults: int, seed: int) -> list[tuple[str, i
     weight = sum(kind.share for kind in kinds.values() if not kind.apart)
     cases: list[tuple[str, int, int]] = []
     for name, kind in kinds.items():
-        wanted = 1 if kind.apart else max(1, -(-faults * kind.share // weight))
+        wanted = 1 if kind.apart else max(1, -(-faults * kind.share * MORE // (100 * weight)))
         number = -(-wanted // kind.per_case)
         cases += [(name, seed * 1000 + case, -(-wanted // number)) for case in range(number)]
     random.Random(seed).shuffle(cases)

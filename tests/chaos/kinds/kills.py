@@ -120,9 +120,9 @@ def group(case: Case) -> None:
     """Kill -9 one rank, the agent that started it, or all of a run of two processes."""
     expected = prepare_group(case.stage)
     folder = case.stage.new_run(case.place, procs=2)
-    for _ in range(case.num_faults):
+    for number in range(case.num_faults):
         command = _start(case, folder, procs=2)
-        time.sleep(case.dice.uniform(3.0, 10.0))
+        _wait_for_step(command, folder, step=(number + 1) * TOTAL_STEPS // (case.num_faults + 1) + case.dice.randint(-3, 3))
         below = command.family()[1:]
         if not below:
             continue
