@@ -66,7 +66,11 @@ def launcher(case: Case) -> None:
 
 
 def storm(case: Case) -> None:
-    """Send tens of SIGTERM and SIGINT within a second to the launcher, to its group or to the training process."""
+    """Send tens of SIGTERM within a second to the launcher, to its group or to the training process; to the launcher SIGINT too.
+
+    The training process is in a session of its own, so that Ctrl-C never reaches it by itself; and Python, in the first hundredth
+    of a second of its life, answers SIGINT with a trace that no program can prevent.
+    """
     folder = case.stage.new_run(case.place)
     for _ in range(case.num_faults):
         command = _start(case, folder)
@@ -84,7 +88,7 @@ def storm(case: Case) -> None:
                 break
             for pid in targets:
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, case.dice.choice((signal.SIGTERM, signal.SIGTERM, signal.SIGINT)))
+                    os.kill(pid, case.dice.choice((signal.SIGTERM, signal.SIGINT)) if abs(pid) == command.pid else signal.SIGTERM)
                     sent += 1
             time.sleep(case.dice.random() * 0.02)
         if sent:
