@@ -1,6 +1,6 @@
 # Two commands are the contract: `make demo` and `make test`. Both install what they need into .venv first.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench slurm-demo golden clean secrets images backup restore services
+.PHONY: help install demo test lint format bench chaos slurm-demo golden clean secrets images backup restore services
 BIN := .venv/bin
 CORES := $(shell nproc 2>/dev/null || echo 1)
 
@@ -31,6 +31,11 @@ bench: .venv/.installed ## Print the benchmarks, side by side (PHOTOS=an ImageFo
 
 slurm-demo: .venv/.installed ## The demo on a real two-node Slurm, requeued, preempted, a node killed (SLURM_CONF or SLURM_TOOLS=DIR; root)
 	@$(BIN)/python -m tests.slurm_demo $(if $(SLURM_TOOLS),--tools $(SLURM_TOOLS)) $(ARGS)
+
+FAULTS ?= 200
+SEED ?= 0
+chaos: .venv/.installed ## Inject faults and judge what is lost (FAULTS=200 SEED=0); stopped and typed again, it goes on
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos --faults $(FAULTS) --seed $(SEED)
 
 golden: .venv/.installed ## Write the golden files again; look at the diff before you commit it
 	@OBOWLAB_WRITE_GOLDEN=1 $(BIN)/pytest tests/test_recipes.py tests/test_cli.py

@@ -20,6 +20,7 @@ from obowlab.track.folder import LOCK_TOKEN_VARIABLE, RunTakenError
 from obowlab.track.journal import folder_written
 from obowlab.track.locks import is_locked
 from obowlab.track.metrics import mlflow_name
+from obowlab.track.sealed import read_sealed
 
 
 def loaded(name: str = "demo") -> Loaded:
@@ -231,7 +232,7 @@ def test_machine_is_kept_without_the_trackers_password(tmp_path: Path) -> None:
 
 def test_listing_many_runs_is_quick(tmp_path: Path) -> None:
     template = create(tmp_path)
-    info = json.loads((template.path / "run.json").read_text())
+    info = read_sealed(template.path / "run.json")
     for index in range(300):
         path = tmp_path / f"demo-s{index}-copy"
         path.mkdir()

@@ -6,6 +6,7 @@ for, and whatever is heavy (numpy, pydantic, torch, mlflow) only when it does so
 
 from __future__ import annotations
 
+import errno
 import importlib
 from collections.abc import Sequence
 from typing import Any
@@ -36,6 +37,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 """Command name -> (where it is, one line of help)."""
 
+
+UNUSABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
+"""What a disk may refuse anything with that a command writes."""
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 + SIGINT, as shells have it."""
@@ -123,6 +127,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except click.ClickException as error:
         return _complain(error.format_message())
+    except OSError as error:
+        if error.errno not in UNUSABLE:
+            raise
+        return _complain(
+            f"Cannot write {error.filename or 'to the disk'} ({error.strerror}): mend that and run the command again."
+        )
     except click.Abort:  # Ctrl-C before the command began
         return INTERRUPTED
     return result if isinstance(result, int) else 0

@@ -16,7 +16,8 @@ from obowlab.cli.output import moment, print_results, print_table, size
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
-    from obowlab.track.folder import RunFolder, State
+    from obowlab.track.folder import RunFolder
+    from obowlab.track.info import State
 
 BUNDLED = (
     "run.json",
@@ -56,6 +57,7 @@ def list_all(runs_root: Path | None, machine_file: Path | None, as_json: bool, d
     root = machine_from(machine_file=machine_file, runs_root=runs_root).runs_root
     if dry_run:
         return would(f"list the runs in {root}")
+    _warn_of_damage(root)
     rows = []
     for run in list_runs(root):
         results = RunFolder(run.path, run.info).results()
@@ -161,6 +163,7 @@ def sync(run: tuple[str, ...], timeout_s: float, runs_root: Path | None, machine
     if run:
         folders = [RunFolder.find(ref, runs_root=machine.runs_root) for ref in run]
     else:
+        _warn_of_damage(machine.runs_root)
         folders = [RunFolder(summary.path, summary.info) for summary in list_runs(machine.runs_root)]
     if not folders:
         click.echo(f"There are no runs in {machine.runs_root}.")
@@ -229,6 +232,13 @@ def _find(run: str, *, runs_root: Path | None, machine_file: Path | None) -> Run
     from obowlab.track.folder import RunFolder
 
     return RunFolder.find(run, runs_root=machine_from(machine_file=machine_file, runs_root=runs_root).runs_root)
+
+
+def _warn_of_damage(runs_root: Path) -> None:
+    from obowlab.track.folder import damaged_runs
+
+    for complaint in damaged_runs(runs_root):
+        click.echo(f"Warning: {complaint}", err=True)
 
 
 def _progress(state: State) -> str:

@@ -39,7 +39,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         return copy.deepcopy(_parsed(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror}.") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, a number of thousands of digits, a thousand brackets
         raise UserError(f"{path} is not valid TOML: {error}.") from None
 
 

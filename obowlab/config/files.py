@@ -153,7 +153,7 @@ def recipe_from_values(values: Mapping[str, Any], *, sources: Mapping[str, str])
 def _resolve(values: Mapping[str, Any], *, sources: Mapping[str, str], prefix: str) -> Recipe:
     own, changes = split_teacher(values)
     name = own.get("method.name", DEFAULT_METHOD)
-    if name not in METHOD_SECTIONS:
+    if not isinstance(name, str) or name not in METHOD_SECTIONS:
         key, source = set_by(f"{prefix}method.name", sources=sources)
         raise UserError(f"'{key}' ({source}): there is no method {name!r:.60}.{nearest(str(name), list(METHOD_SECTIONS))}")
     known = [key for key in known_keys(Recipe) if key not in ("method", "teacher")]
@@ -226,7 +226,7 @@ def parse_override(text: str) -> tuple[str, Any]:
         raise UserError(f"--set {key} needs a value on one line.")
     try:
         return key, tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         if value[:1] in tuple("[{\"'"):
             raise UserError(f"--set {text} is not a TOML value: .1 is written 0.1, and words in lists need quotes.") from None
     try:

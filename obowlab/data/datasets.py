@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from obowlab.data import synthetic
 from obowlab.data.beton import damaged, mend, read_index
+from obowlab.data.identity import FileIdentity, identify, is_written_file
 from obowlab.data.preparation import Plan, PrepareReport, Progress, plan_prepare, prepare, prepare_synthetic, synthetic_manifests
 from obowlab.data.sources import LAYOUT, SPLITS
 from obowlab.data.store import Manifest, Skipped, beton_path, check_name, read_manifest
@@ -108,6 +109,8 @@ class Split:
     """SHA-256 (hex) over the label and the JPEG bytes of every image in order."""
     pointers: NDArray[np.int64] = field(repr=False)
     sizes: NDArray[np.int64] = field(repr=False)
+    identity: FileIdentity = field(repr=False)
+    """Which file it was when it was opened; see `check_unchanged`."""
 
     @property
     def num_images(self) -> int:
@@ -124,6 +127,22 @@ class Split:
         assert 0 <= index < self.num_images
         start = int(self.pointers[index])
         return self._bytes[start : start + int(self.sizes[index])].data
+
+    def check_unchanged(self) -> None:
+        """Make sure that the file is still the one that was opened; asks its size and time only.
+
+        Raises:
+            UserError: somebody changed or replaced it meanwhile.
+        """
+        try:
+            same = identify(self.path) == self.identity
+        except OSError:
+            same = False
+        if not same:
+            raise UserError(
+                f"{self.path} was changed or replaced while it was in use: put the prepared file back (`obowlab data verify "
+                f"{self.dataset}` checks it) and run the command again; nothing was kept since the last checkpoint."
+            )
 
     @cached_property
     def _bytes(self) -> np.memmap[Any, np.dtype[np.uint8]]:
@@ -146,15 +165,18 @@ def open_split(dataset: str, split: str, *, data_root: Path) -> Split:
     return _open(dataset, split, data_root)
 
 
-def _open(dataset: str, split: str, data_root: Path) -> Split:
+def _open(dataset: str, split: str, data_root: Path, *, hashed: bool = True) -> Split:
     manifest = read_manifest(data_root, dataset, split)
     if manifest is None:
         raise UserError(_not_prepared(dataset, split, data_root))
     path = beton_path(data_root, dataset, split)
     try:
+        identity = identify(path)
         if path.stat().st_size != manifest.file_bytes:
             raise damaged(path, f"{path.stat().st_size} bytes where {manifest.file_bytes} were written")
         index = read_index(path)
+        if hashed and not is_written_file(path, manifest=manifest):
+            raise damaged(path, "its SHA-256 is not that of the file that was written")
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): mend that, or {mend(dataset)}.") from None
     if index.stamp != manifest.content_hash or len(index.labels) != manifest.num_images:
@@ -172,6 +194,7 @@ def _open(dataset: str, split: str, data_root: Path) -> Split:
         content_hash=manifest.content_hash,
         pointers=index.pointers,
         sizes=index.sizes,
+        identity=identity,
     )
 
 
@@ -216,7 +239,7 @@ def list_datasets(data_root: Path) -> tuple[Listing, ...]:
                 manifest = read_manifest(data_root, name, split)
                 if manifest is not None:
                     manifests.append(manifest)
-                    _open(name, split, data_root)
+                    _open(name, split, data_root, hashed=False)  # `data verify` hashes; a list answers at once
             except UserError as error:
                 problem = problem or str(error)
         if manifests or problem or name in DATASETS:

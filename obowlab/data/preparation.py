@@ -18,6 +18,7 @@ from PIL import Image, UnidentifiedImageError
 import obowlab
 from obowlab.data import synthetic
 from obowlab.data.beton import MAX_SIDE, MIN_PAGE_SIZE, BetonWriter, Record, page_size_for, read_index
+from obowlab.data.identity import note_written
 from obowlab.data.sources import SPLITS, Source, SourceImage, SourceSplit, read_source
 from obowlab.data.store import (
     Manifest,
@@ -201,6 +202,7 @@ def prepare(
             manifests.append(manifest)
             notes += _class_notes(split, skipped)
         publish(working, data_root, name)
+        note_written(manifests, data_root=data_root)
     return PrepareReport(tuple(manifests), already_prepared=False, elapsed_s=time.monotonic() - start, notes=tuple(notes))
 
 
@@ -230,6 +232,7 @@ def prepare_synthetic(
                 )
             )
         publish(working, data_root, synthetic.NAME)
+        note_written(manifests, data_root=data_root)
     return PrepareReport(tuple(manifests), already_prepared=False, elapsed_s=time.monotonic() - start, notes=())
 
 

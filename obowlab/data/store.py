@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from obowlab.data.beton import mend
 from obowlab.data.sources import SPLITS
 from obowlab.errors import UserError
+from obowlab.track.sealed import read_sealed, seal
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 
@@ -74,17 +75,17 @@ def read_manifest(data_root: Path, dataset: str, split: str) -> Manifest | None:
     """
     path = beton_path(data_root, dataset, split).with_suffix(".json")
     try:
-        text = path.read_text(encoding="utf-8")
+        manifest = Manifest.model_validate(read_sealed(path))
     except FileNotFoundError:
         return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error}): mend its permissions, or {mend(dataset)}.") from None
-    try:
-        manifest = Manifest.model_validate_json(text)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): mend its permissions, or {mend(dataset)}.") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{path} is no manifest of a data set ({where or 'JSON'}: {first['msg']}): {mend(dataset)}.") from None
+        raise UserError(f"{path} is no manifest of a data set ({where}: {first['msg']}): {mend(dataset)}.") from None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({str(error).splitlines()[0]}): {mend(dataset)}.") from None
     if (manifest.dataset, manifest.split) != (dataset, split):
         raise UserError(f"{path} describes {manifest.dataset}/{manifest.split}, not {dataset}/{split}: {mend(dataset)}.")
     return manifest
@@ -93,8 +94,7 @@ def read_manifest(data_root: Path, dataset: str, split: str) -> Manifest | None:
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Write a manifest so that it survives a power cut."""
     with path.open("w", encoding="utf-8") as file:
-        json.dump(manifest.model_dump(mode="json"), file, indent=1)
-        file.write("\n")
+        file.write(seal(json.dumps(manifest.model_dump(mode="json"), indent=1)) + "\n")
         file.flush()
         os.fsync(file.fileno())
 

@@ -25,7 +25,8 @@ from obowlab.lab.engine.leases import check_gpus, leased
 from obowlab.lab.engine.nodes import MEETING_VARIABLE, POLL_S, Call, Meeting
 from obowlab.lab.engine.processes import STOPPING, StopSignals, kill_family, shell_code, start
 from obowlab.lab.system import SystemSampler, count_gpus
-from obowlab.track.folder import LOCK_TOKEN_VARIABLE, Lock, RunFolder, RunTakenError, Status, run_id_of
+from obowlab.track.folder import LOCK_TOKEN_VARIABLE, Lock, RunFolder, RunTakenError, run_id_of
+from obowlab.track.info import Status
 from obowlab.track.journal import MetricLog
 from obowlab.track.mirror import Mirror, SyncReport
 from obowlab.track.store import shown_uri, store_uri
@@ -257,6 +258,7 @@ def _carry_out(
     signals: StopSignals,
 ) -> int:
     """Start the compute process, and again whenever it is killed, until the run has ended in one way or another."""
+    folder.metric_log("system").close()  # complains of a damaged file here, not in the thread that writes to it
     folder.write_machine(machine)
     if not signals.received:
         folder.set_state(status="running", message="")
@@ -343,10 +345,12 @@ def _watch(folder: RunFolder, mirror: Mirror, pid: int, ended: threading.Event, 
     warned = False
     timeout_s = FIRST_SYNC_TIMEOUT_S
     with folder.metric_log("system") as log:
+        # From here on by a clock that nobody sets; a resumed run goes on to the right of its past.
+        created = time.monotonic() - max(time.time() - folder.info.created_at, log.last_step + 1)
         while not ended.wait(MIRROR_EVERY_S):
-            if time.monotonic() - sampled_at >= sample_interval_s(time.time() - folder.info.created_at):
+            if time.monotonic() - sampled_at >= sample_interval_s(time.monotonic() - created):
                 sampled_at = time.monotonic()
-                _sample(folder, sampler, log)
+                _sample(log, sampler, seconds=int(sampled_at - created))
             report = mirror.sync_when_due(timeout_s=timeout_s)
             timeout_s = MIRROR_TIMEOUT_S
             if report is not None and report.error is not None and not warned:
@@ -361,8 +365,7 @@ def sample_interval_s(elapsed_s: float) -> float:
     return max(SAMPLE_EVERY_S, elapsed_s / 400)
 
 
-def _sample(folder: RunFolder, sampler: SystemSampler, log: MetricLog) -> None:
-    seconds = int(time.time() - folder.info.created_at)  # a resumed run goes on to the right of its past
+def _sample(log: MetricLog, sampler: SystemSampler, *, seconds: int) -> None:
     try:
         log.append(seconds, sampler.sample())
     except OSError as error:

@@ -14,7 +14,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from obowlab.errors import UserError
-from obowlab.track.folder import RunFolder, RunSummary, Status, list_runs
+from obowlab.track.folder import RunFolder, RunSummary, list_runs
+from obowlab.track.info import Status
 from obowlab.track.journal import write_atomic
 
 FACTS = (

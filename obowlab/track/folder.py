@@ -20,19 +20,16 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
-
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Any
 
 from obowlab import __version__
-from obowlab.config import Loaded, Machine, Recipe, canonical_hash
+from obowlab.config import Loaded, Machine, canonical_hash
 from obowlab.errors import UserError
-from obowlab.track.journal import MetricLog, Point, cut_torn_tail, parse_point, read_all, read_lines, write_atomic
+from obowlab.track.info import RunInfo, State, read_info, read_result, read_state
+from obowlab.track.journal import MetricLog, Point, append_whole, cut_torn_tail, parse_point, read_all, read_lines, write_atomic
 from obowlab.track.locks import HELD, HELD_GUARD, HOLDER_BYTE, WORKER_BYTE, is_locked, read_holder, try_lock
-
-Status = Literal["created", "running", "interrupted", "failed", "finished"]
+from obowlab.track.sealed import read_sealed, seal
 
 LOCK_TOKEN_VARIABLE = "OBOWLAB_RUN_LOCK"
 """Set by a launcher that holds the lock for the processes it starts; see `RunFolder.lock`."""
@@ -41,53 +38,6 @@ LOCK_TOKEN_VARIABLE = "OBOWLAB_RUN_LOCK"
 COST_FILE = "cost.json"
 STALE_AFTER_S = 3600.0
 """A running state of another host is believed for so long after its last update, once nobody holds the lock."""
-
-
-class RunInfo(BaseModel):
-    """What a run is (`run.json`); written once."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True)
-
-    run_id: str
-    name: str
-    seed: int
-    fingerprint: str
-    recipe_values: dict[str, Any] = Field(alias="recipe")
-    sources: dict[str, str] = {}
-    created_at: float
-    version: str
-
-    @cached_property
-    def recipe(self) -> Recipe:
-        """The resolved recipe this run was created with.
-
-        Raises:
-            UserError: this version of obowlab does not know one of its settings.
-        """
-        try:
-            return Recipe.model_validate_json(json.dumps(self.recipe_values))
-        except ValueError:
-            raise UserError(
-                f"Run '{self.run_id}' was created by obowlab {self.version}, whose recipe version {__version__} cannot read; "
-                "install that version, or start the run again with --fresh."
-            ) from None
-
-
-class State(BaseModel):
-    """How far a run is (`state.json`); replaced atomically."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-    status: Status = "created"
-    step: int = 0
-    total_steps: int | None = None
-    message: str = ""
-    pid: int | None = None
-    host: str | None = None
-    attempt: int = 0
-    trained_s: float | None = None
-    memory_mib: float | None = None
-    updated_at: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -148,9 +98,8 @@ class RunFolder:
         try:
             path.mkdir(parents=True, exist_ok=True)
             write_atomic(path / "state.json", State(updated_at=info.created_at).model_dump_json(indent=1))
-            write_atomic(
-                path / "run.json", info.model_dump_json(indent=1, by_alias=True)
-            )  # last: its presence makes the folder a run
+            # Last: its presence makes the folder a run.
+            write_atomic(path / "run.json", seal(info.model_dump_json(indent=1, by_alias=True)))
         except OSError as error:
             raise UserError(f"Cannot create the run folder {path} (--runs-root): {error.strerror}.") from None
         return cls(path, info)
@@ -162,7 +111,7 @@ class RunFolder:
         Raises:
             UserError: it is not a run folder, or its `run.json` is damaged.
         """
-        return cls(path, _read_info(path))
+        return cls(path, read_info(path))
 
     @classmethod
     def find(cls, ref: str, *, runs_root: Path) -> RunFolder:
@@ -193,7 +142,7 @@ class RunFolder:
     @property
     def state(self) -> State:
         """The state as last written."""
-        return _read_state(self.path)
+        return read_state(self.path)
 
     def current_state(self) -> State:
         """Return the state, `interrupted` when it says `running` but nothing trains the run any more."""
@@ -224,7 +173,7 @@ class RunFolder:
 
         Raises:
             RunTakenError: another process has it; names its process id and host.
-            UserError: the file system knows no locks.
+            UserError: the folder cannot be written to, or its file system knows no locks.
         """
         key = str(self.path.resolve())
         with HELD_GUARD:  # the kernel would give it to another thread of this process
@@ -239,7 +188,10 @@ class RunFolder:
 
     @contextmanager
     def _locked_file(self) -> Iterator[str]:
-        fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise UserError(f"Cannot write to the run folder {self.path} ({error.strerror}): mend that and try again.") from None
         try:
             holder = read_holder(fd)
             token = os.environ.get(LOCK_TOKEN_VARIABLE)
@@ -286,9 +238,9 @@ class RunFolder:
         path = self.path / "attempts.jsonl"
         cut_torn_tail(path)
         number = len(self.attempts()) + 1
-        line = json.dumps({"attempt": number, "time": round(time.time(), 3), **facts}, default=str)
+        line = seal(json.dumps({"attempt": number, "time": round(time.time(), 3), **facts}, default=str))
         with path.open("ab", buffering=0) as file:
-            file.write(line.encode() + b"\n")
+            append_whole(file, line.encode() + b"\n")
             os.fsync(file.fileno())
         return number
 
@@ -312,12 +264,20 @@ class RunFolder:
         return MetricLog(self.path / f"{name}.jsonl")
 
     def metrics(self, name: str = "metrics") -> list[Point]:
-        """Read every complete line of a metric file."""
-        return [parse_point(line) for line in read_lines(self.path / f"{name}.jsonl")]
+        """Read every complete line of a metric file.
+
+        Raises:
+            UserError: a line is damaged.
+        """
+        return [parse_point(line) for line in read_lines(self.path / f"{name}.jsonl", check=parse_point)]
 
     def results(self) -> list[dict[str, Any]]:
-        """Return every evaluation result, the oldest first."""
-        results = [json.loads(path.read_bytes()) for path in sorted((self.path / "results").glob("*.json"))]
+        """Return every evaluation result, the oldest first.
+
+        Raises:
+            UserError: one is damaged.
+        """
+        results = [read_result(path) for path in sorted((self.path / "results").glob("*.json"))]
         return sorted(results, key=lambda result: float(result.get("measured_at", 0.0)))
 
     def add_result(self, result: Mapping[str, Any]) -> Path:
@@ -329,7 +289,7 @@ class RunFolder:
         identity = [result.get(key) for key in ("subject", "protocol", "version", "protocol_hash", "weights_hash", "data_hash")]
         name = f"{result['subject']}-{result['protocol']}-{canonical_hash(identity)[:8]}.json"
         dated = {**result, "measured_at": round(time.time(), 3)}
-        return self.write_artifact(f"results/{name}", json.dumps(dated, indent=1, allow_nan=False))
+        return self.write_artifact(f"results/{name}", seal(json.dumps(dated, indent=1, allow_nan=False)))
 
     def trained_s(self) -> float | None:
         """Return the seconds spent on training steps, all starts together; None when nothing was logged."""
@@ -345,23 +305,26 @@ class RunFolder:
     def mlflow_run_id(self) -> str | None:
         """Return the id of the MLflow run that mirrors this one, in the store it was sent to last; None when it never was."""
         try:
-            stores = json.loads(self.mirror_path.read_bytes())["stores"]
-        except (FileNotFoundError, ValueError, KeyError):
+            stores = read_sealed(self.mirror_path)["stores"]
+            ids = [sent["run_id"] for sent in stores.values() if sent.get("run_id")]
+        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
             return None
-        ids = [sent["run_id"] for sent in stores.values() if sent.get("run_id")]
         return str(ids[-1]) if ids else None
 
     def cost(self) -> dict[str, dict[str, Any]]:
         """Return what this run was expected to cost (`quote`) and, once finished, what it did (`truth`), as far as known."""
         try:
             return dict(json.loads((self.path / COST_FILE).read_bytes()))
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, ValueError, TypeError):
             return {}  # nothing depends on it
 
     def labels(self) -> dict[str, str]:
         """Return what studies and tables said about this run: MLflow tag name to text."""
         try:
-            return dict(json.loads((self.path / "labels.json").read_bytes()))
+            labels = read_sealed(self.path / "labels.json")
+            if not all(isinstance(text, str) for text in labels.values()):
+                raise ValueError("a label is no text")
+            return labels
         except FileNotFoundError:
             return {}
         except ValueError:
@@ -384,7 +347,7 @@ class RunFolder:
             before = self.labels()
             if before | dict(labels) == before:
                 return False
-            write_atomic(self.path / "labels.json", json.dumps(before | dict(labels), indent=1))
+            write_atomic(self.path / "labels.json", seal(json.dumps(before | dict(labels), indent=1)))
         return True
 
     @property
@@ -415,11 +378,22 @@ def list_runs(runs_root: Path) -> list[RunSummary]:
     for run_id in _run_ids(runs_root):
         path = runs_root / run_id
         try:
-            info = _read_info(path)
+            info = read_info(path)
         except UserError:
             continue  # `find` and `open` say what is wrong with it
-        runs.append(RunSummary(path=path, info=info, state=_believable(_read_state(path), path)))
+        runs.append(RunSummary(path=path, info=info, state=_believable(read_state(path), path)))
     return sorted(runs, key=lambda run: run.info.created_at, reverse=True)
+
+
+def damaged_runs(runs_root: Path) -> list[str]:
+    """Return a sentence for every run folder that `list_runs` leaves out."""
+    complaints = []
+    for run_id in _run_ids(runs_root):
+        try:
+            read_info(runs_root / run_id)
+        except UserError as error:
+            complaints.append(str(error))
+    return complaints
 
 
 # ------------------------------------------------------------------------------------------------------------- helpers
@@ -431,25 +405,6 @@ def _run_ids(runs_root: Path) -> list[str]:
     return sorted(
         entry.name for entry in runs_root.iterdir() if not entry.name.startswith(".") and (entry / "run.json").is_file()
     )
-
-
-def _read_info(path: Path) -> RunInfo:
-    file = path / "run.json"
-    try:
-        return RunInfo.model_validate_json(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} is not a run folder: it has no run.json.") from None
-    except (ValueError, OSError):
-        raise UserError(f"{file} is damaged; move the folder away and start the run again.") from None
-
-
-def _read_state(path: Path) -> State:
-    try:
-        return State.model_validate_json((path / "state.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return State()
-    except ValueError:
-        raise UserError(f"{path / 'state.json'} is damaged; remove it; the run then continues from its checkpoint.") from None
 
 
 def _believable(state: State, path: Path) -> State:

@@ -11,14 +11,18 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from pydantic_core import from_json
+
+from obowlab.errors import UserError
+from obowlab.track.sealed import is_whole, seal, unseal
 
 
 @dataclass(frozen=True)
@@ -45,13 +49,16 @@ class MetricLog:
     """
 
     def __init__(self, path: Path) -> None:
+        """Open or create the file.
+
+        Raises:
+            UserError: a line in the middle is damaged, and what stands behind it cannot be trusted to be all.
+        """
         self.path = path
         self.last_step = -1
-        cut_torn_tail(path)
-        if path.exists():
-            for line in reversed(path.read_bytes().splitlines()):
-                self.last_step = int(json.loads(line)["step"])
-                break
+        cut_torn_tail(path, check=parse_point)
+        for line in read_lines(path, check=parse_point):
+            self.last_step = int(line["step"])
         self._file = path.open("ab", buffering=0)
 
     def append(self, step: int, values: Mapping[str, float], *, time_s: float | None = None) -> bool:
@@ -73,7 +80,7 @@ class MetricLog:
             "time": round(time.time() if time_s is None else time_s, 3),
             "metrics": {name: _to_json(float(value)) for name, value in values.items()},
         }
-        self._file.write(json.dumps(line, allow_nan=False, separators=(",", ":")).encode() + b"\n")
+        append_whole(self._file, seal(json.dumps(line, allow_nan=False, separators=(",", ":"))).encode() + b"\n")
         self.last_step = step
         return True
 
@@ -95,10 +102,32 @@ class MetricLog:
 
 
 def parse_point(line: Mapping[str, Any]) -> Point:
-    """Turn a parsed line of a metric file into a Point."""
-    return Point(
-        step=int(line["step"]), time=float(line["time"]), values={name: float(value) for name, value in line["metrics"].items()}
-    )
+    """Turn a parsed line of a metric file into a Point.
+
+    Raises:
+        ValueError: it is no such line.
+    """
+    try:
+        values = {str(name): float(value) for name, value in line["metrics"].items()}
+        return Point(step=int(line["step"]), time=float(line["time"]), values=values)
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(f"no line of a metric file: {error!r}") from None
+
+
+def append_whole(file: FileIO, line: bytes) -> None:
+    """Append a line to a file of one writer, whole or not at all: a full disk takes a part of it and only then complains.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    before = os.fstat(file.fileno()).st_size
+    rest = memoryview(line)
+    try:
+        while rest:
+            rest = rest[file.write(rest) :]
+    except OSError:
+        os.ftruncate(file.fileno(), before)
+        raise
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
@@ -135,57 +164,83 @@ def folder_written(path: Path) -> Iterator[Path]:
             shutil.rmtree(rest, ignore_errors=True)
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield every complete line; one that is still being written is left for the next reading."""
-    if not path.exists():
-        return
-    content = path.read_bytes()
-    for line in content[: content.rfind(b"\n") + 1].splitlines():
-        yield json.loads(line)
+def read_lines(path: Path, *, check: Callable[[dict[str, Any]], object] = len) -> Iterator[dict[str, Any]]:
+    """Yield every complete line; one that is still being written is left for the next reading.
+
+    Damaged lines at the end are left out: a crash of the machine leaves such, and the writer cuts them off when it goes on.
+
+    Args:
+        path: a line file; one that is not there has no lines.
+        check: raises ValueError for a line of another shape.
+
+    Raises:
+        UserError: a line is damaged and a whole one follows it.
+    """
+    damaged = 0
+    for number, line in enumerate(_complete_lines(path), start=1):
+        try:
+            value = unseal(line)
+            check(value)
+        except ValueError:
+            damaged = damaged or number
+            continue
+        if damaged:
+            raise damaged_line(path, damaged)
+        yield value
 
 
 def read_all(path: Path) -> list[dict[str, Any]]:
     """Return what `read_lines` yields, parsed at once: four times as fast, for the large files of many runs.
 
-    Stops before a line that is not JSON, which a crash of the machine can leave.
+    Raises:
+        UserError: as `read_lines`.
     """
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return []
-    whole = content[: content.rfind(b"\n") + 1].rstrip(b"\n")
-    lines: list[dict[str, Any]] = []
-    try:
-        lines = from_json(b"[" + whole.replace(b"\n", b",") + b"]")
-    except ValueError:
-        for line in whole.split(b"\n"):
-            try:
-                lines.append(from_json(line))
-            except ValueError:
-                break
-    return lines
+    lines = _complete_lines(path)
+    if all(is_whole(line) for line in lines):
+        try:
+            values: list[dict[str, Any]] = from_json(b"[" + b",".join(lines) + b"]")
+        except ValueError:
+            return list(read_lines(path))
+        if len(values) == len(lines) and all(isinstance(value, dict) for value in values):
+            return values
+    return list(read_lines(path))
 
 
-def cut_torn_tail(path: Path) -> None:
-    """Cut a line file back to its last complete line that is JSON (a crash can leave half a line, or zeros)."""
+def damaged_line(path: Path, number: int) -> UserError:
+    """Return the complaint about a line of a line file, from 1."""
+    return UserError(f"{path} is damaged at line {number}: put a copy of the file back, or delete that line to go on without it.")
+
+
+def cut_torn_tail(path: Path, *, check: Callable[[dict[str, Any]], object] = len) -> None:
+    """Cut a line file back to its last complete line that is whole (a crash can leave half a line, or zeros)."""
     if not path.exists():
         return
     content = path.read_bytes()
     end = len(content)
     while end:
         start = content.rfind(b"\n", 0, end - 1) + 1
-        if content[end - 1 : end] == b"\n" and _is_json(content[start : end - 1]):
+        if content[end - 1 : end] == b"\n" and _is_good(content[start : end - 1], check):
             break
         end = start
     if end < len(content):
         os.truncate(path, end)
 
 
-def _is_json(line: bytes) -> bool:
+def _complete_lines(path: Path) -> list[bytes]:
     try:
-        return isinstance(json.loads(line), dict)
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    end = content.rfind(b"\n")
+    return content[:end].split(b"\n") if end >= 0 else []
+
+
+def _is_good(line: bytes, check: Callable[[dict[str, Any]], object]) -> bool:
+    try:
+        check(unseal(line))
     except ValueError:
         return False
+    return True
 
 
 def _to_json(value: float) -> float | str:

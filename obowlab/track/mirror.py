@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from obowlab.config import flatten
 from obowlab.errors import UserError
 from obowlab.track.folder import RunFolder
+from obowlab.track.info import read_result
 from obowlab.track.model import save_encoder_model
 from obowlab.track.outbox import ENDED, MODEL_FOLDER, POINT_FILES, Outbox, Sent
 from obowlab.track.store import (
@@ -53,7 +54,7 @@ class SyncReport:
 
     Attributes:
         sent: metric values, files and facts sent.
-        pending: how many of these are still to be sent.
+        pending: how many of these are still to be sent; 0 when a damaged file of the run keeps them from being counted.
         error: one sentence when the store could not be reached or refused; None when all is well.
     """
 
@@ -105,7 +106,11 @@ class Mirror:
                 self._wait_until = time.monotonic() + WAITS_S[min(self._failures, len(WAITS_S) - 1)]
             finally:
                 self._turn.release()
-        return SyncReport(sent=self._sent - before, pending=self.pending(), error=error)
+        try:
+            pending = self.pending()
+        except UserError as damage:  # of the run folder: what stands behind it cannot be counted
+            pending, error = 0, error or str(damage)
+        return SyncReport(sent=self._sent - before, pending=pending, error=error)
 
     def sync_when_due(self, *, timeout_s: float = 10.0) -> SyncReport | None:
         """Do as `sync` does, but after failures wait a while first (`WAITS_S`); None while waiting."""
@@ -248,13 +253,13 @@ class Mirror:
             self._done(sent, count=len(batch))
 
     def _send_result(self, client: MlflowClient, sent: Sent, path: Path) -> None:
-        result = json.loads(path.read_bytes())
+        result = read_result(path)
         values = {}
         for measurement in result["measurements"]:
             values[measurement["name"]] = float(measurement["value"])
             values[f"{measurement['name']}_ci95"] = float(measurement["interval"])
-        # The file's own time: sent again, a value is the same point.
-        time_s = path.stat().st_mtime_ns / 1e9
+        # The time it was measured, which stays with copies of the file: sent again, a value is the same point.
+        time_s = float(result.get("measured_at", path.stat().st_mtime_ns / 1e9))
         metrics, odd = _metrics(values, step=self.folder.state.step, time_s=time_s, prefix=f"eval/{self.outbox.place(result)}/")
         client.log_batch(_id(sent), metrics=metrics)
         client.log_artifact(_id(sent), str(path), "results")

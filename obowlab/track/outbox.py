@@ -9,9 +9,11 @@ from typing import Any, BinaryIO
 
 from pydantic import BaseModel, ConfigDict
 
-from obowlab.track.folder import RunFolder, Status
-from obowlab.track.journal import Point, parse_point, write_atomic
+from obowlab.track.folder import RunFolder
+from obowlab.track.info import Status
+from obowlab.track.journal import Point, damaged_line, parse_point, read_lines, write_atomic
 from obowlab.track.metrics import METRICS
+from obowlab.track.sealed import read_sealed, seal, unseal
 
 STATUSES: dict[Status, str] = {
     "created": "SCHEDULED",
@@ -67,17 +69,20 @@ class Outbox:
 
     def load(self) -> Sent:
         """Return what the store has; nothing when `mirror.json` is lost, for then all is sent once more and recognised."""
-        return Sent.model_validate(self._stores().get(self.store, {}))
+        try:
+            return Sent.model_validate(self._stores().get(self.store, {}))
+        except ValueError:
+            return Sent()
 
     def save(self, sent: Sent) -> None:
         """Remember what the store has."""
         stores = {**self._stores(), self.store: sent.model_dump()}
-        write_atomic(self.folder.mirror_path, json.dumps({"stores": stores}, indent=1))
+        write_atomic(self.folder.mirror_path, seal(json.dumps({"stores": stores}, indent=1)))
 
     def _stores(self) -> dict[str, Any]:
         try:
-            return dict(json.loads(self.folder.mirror_path.read_bytes())["stores"])
-        except (FileNotFoundError, ValueError, KeyError):
+            return dict(read_sealed(self.folder.mirror_path)["stores"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
             return {}
 
     # -------------------------------------------------------------------------------------------------- items
@@ -107,14 +112,25 @@ class Outbox:
             file.seek(offset)
             for line in file:
                 try:
-                    point = parse_point(json.loads(line)) if line.endswith(b"\n") else None
+                    point = parse_point(unseal(line)) if line.endswith(b"\n") else None
                 except ValueError:
                     point = None
                 if point is None:  # still being written, or torn: the writer cuts it off when it goes on
+                    self._complain_of_damage(path)
                     return
                 offset += len(line)
                 if point.step > last_step:
                     yield offset, point
+
+    def _complain_of_damage(self, path: Path) -> None:
+        """Refuse to stop for good before a damaged line: nobody will write what follows it once more.
+
+        Raises:
+            UserError: whole lines follow, or the run is finished.
+        """
+        list(read_lines(path, check=parse_point))
+        if self.folder.state.status == "finished":
+            raise damaged_line(path, 1 + sum(1 for _ in read_lines(path, check=parse_point)))
 
     def results(self) -> list[Path]:
         """Return the files of all evaluation results."""
@@ -211,7 +227,7 @@ def _step_before(file: BinaryIO, offset: int) -> int | None:
     if len(before) < min(offset, LONGEST_LINE) or not lines or not lines[-1].endswith(b"\n"):
         return None
     try:
-        return parse_point(json.loads(lines[-1])).step
+        return parse_point(unseal(lines[-1])).step
     except ValueError:
         return None
 

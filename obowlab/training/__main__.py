@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
     stop_with_parent()
     try:
         folder = RunFolder.open(Path(argv[0]))
-        machine = folder.machine
+        machine, _ = folder.machine, folder.state  # complains of a damaged one before anything begins
         if machine.threads is not None:
             torch.set_num_threads(machine.threads)
         with (
@@ -74,15 +74,20 @@ def carry_out(work: Work) -> int:
     if work.world.is_main:
         try:
             work.folder.set_state(**ending)
-        except OSError as error:  # the disk that ended the run may refuse this as well; the launcher sees the exit code
-            print(f"Error: {unusable(error, folder=work.folder.path)}", file=sys.stderr)
+        # The disk that ended the run may refuse this as well, or the state be damaged; the launcher sees the exit code.
+        except (UserError, OSError) as error:
+            if code != 2:  # one sentence is enough
+                sentence = str(error) if isinstance(error, UserError) else unusable(error, folder=work.folder.path)
+                print(f"Error: {sentence}", file=sys.stderr)
             return 2
     return code
 
 
 def unusable(error: OSError, *, folder: Path) -> str:
     """Say in one sentence which file the operating system refused."""
-    return f"Cannot use {error.filename or folder} ({error.strerror or error}): mend that and run the command again."
+    named = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else folder
+    place = named.parent if named.name.startswith(".") else named  # a file beside the one that was to be replaced
+    return f"Cannot use {place} ({error.strerror or error}): mend that and run the command again."
 
 
 def stop_with_parent() -> None:

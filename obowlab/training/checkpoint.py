@@ -10,6 +10,7 @@ import io
 import os
 import pickle
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,13 +28,23 @@ CURRENT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a run goes on from; `step` is the number of optimiser updates done."""
+    """What a run goes on from.
+
+    Attributes:
+        step: optimiser updates done.
+        fingerprint: of the run.
+        data_hash: of the training images.
+        method: state of the method.
+        optimizer: state of the optimiser.
+        logged_step: of the last point in the metric file by then; None in checkpoints of earlier versions.
+    """
 
     step: int
     fingerprint: str
     data_hash: str
     method: dict[str, Any]
     optimizer: dict[str, Any]
+    logged_step: int | None = None
 
 
 def save(folder: Path, *, checkpoint: Checkpoint) -> None:
@@ -51,10 +62,11 @@ def save(folder: Path, *, checkpoint: Checkpoint) -> None:
             current.replace(folder / PREVIOUS)
         temporary.replace(current)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a disk that may only be read refuses this too
+            temporary.unlink(missing_ok=True)
         reason = error.strerror or str(error)
         raise UserError(
-            f"Cannot write the checkpoint in {folder} ({reason}): free some space there and run the command again."
+            f"Cannot write the checkpoint in {folder} ({reason}): mend that or free some space, and run the command again."
         ) from None
 
 
@@ -89,7 +101,8 @@ def _read(path: Path, *, map_location: torch.device) -> Checkpoint | str:
         content = torch.load(path, map_location=map_location, weights_only=True)
     except (OSError, zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         return f"{path} is damaged ({str(error).splitlines()[0]})."
-    if not isinstance(content, dict) or content.pop("format", None) != FORMAT or set(content) != set(Checkpoint.__annotations__):
+    names = set(Checkpoint.__annotations__)
+    if not isinstance(content, dict) or content.pop("format", None) != FORMAT or {*content, "logged_step"} != names:
         return f"{path} is not a checkpoint of this version of obowlab."
     return Checkpoint(**content)
 

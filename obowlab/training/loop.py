@@ -53,11 +53,12 @@ def train(work: Work) -> Method[Any]:
         lr=recipe.optimizer.learning_rate,
         momentum=recipe.optimizer.momentum,
     )
-    resumed = resume(work, method=method, optimizer=optimizer, data_hash=split.content_hash)
+    resumed = resume(work, method=method, optimizer=optimizer, data_hash=split.content_hash, steps_per_epoch=steps_per_epoch)
     step = resumed or 0
 
     def save() -> None:
         if world.is_main:
+            split.check_unchanged()  # nothing learnt from other images is kept
             metric_log.sync()
             state = checkpoints.Checkpoint(
                 step=step,
@@ -65,6 +66,7 @@ def train(work: Work) -> Method[Any]:
                 data_hash=split.content_hash,
                 method=method.state_dict(),
                 optimizer=optimizer.state_dict(),
+                logged_step=metric_log.last_step,
             )
             checkpoints.save(folder.path, checkpoint=state)
         world.wait()
@@ -186,7 +188,9 @@ def build(work: Work, *, split: Split, total_steps: int) -> Method[Any]:
     return method.to(work.world.device)
 
 
-def resume(work: Work, *, method: Method[Any], optimizer: torch.optim.Optimizer, data_hash: str) -> int | None:
+def resume(
+    work: Work, *, method: Method[Any], optimizer: torch.optim.Optimizer, data_hash: str, steps_per_epoch: int
+) -> int | None:
     """Load the newest valid checkpoint of the run and return the step to go on from; None when there is no checkpoint."""
     folder = work.folder
     found, complaints = checkpoints.newest(folder.path, fingerprint=folder.info.fingerprint, map_location=work.world.device)
@@ -199,9 +203,31 @@ def resume(work: Work, *, method: Method[Any], optimizer: torch.optim.Optimizer,
             f"The training images are not those that {folder.run_id} began with (content hash {data_hash[:12]}, "
             f"was {found.data_hash[:12]}): restore the data set, or start over with --fresh."
         )
+    if work.world.is_main:
+        check_logs(work, found=found, steps_per_epoch=steps_per_epoch)
     step = checkpoints.restore(found, method=method, optimizer=optimizer)
     work.reporter.say(f"Going on from step {step}.")
     return step
+
+
+def check_logs(work: Work, *, found: checkpoints.Checkpoint, steps_per_epoch: int) -> None:
+    """Refuse to go on from a checkpoint whose points are no longer all in the metric files: nobody would log them again.
+
+    Raises:
+        UserError: names the file and the step at which it ends.
+    """
+    measured = [epoch * steps_per_epoch for epoch in range(work.recipe.training.epochs) if online.is_due(work, epoch=epoch)]
+    expected = {
+        "metrics": found.logged_step if found.logged_step is not None else -1,
+        online.ONLINE: max((step for step in measured if step < found.step), default=-1),
+    }
+    for name, step in expected.items():
+        last = max((point.step for point in work.folder.metrics(name)), default=-1)
+        if last < step:
+            raise UserError(
+                f"{work.folder.path / name}.jsonl ends at step {max(last, 0)}, but by the checkpoint it had step {step}: put a "
+                f"copy of it back, or remove {checkpoints.CURRENT} and {checkpoints.PREVIOUS} beside it and train on."
+            )
 
 
 def announce(work: Work, *, split: Split, loader: TrainLoader, teacher: Teacher | None, step: int, total_steps: int) -> None:

@@ -1,0 +1,14 @@
+"""Every kind of fault, by name."""
+
+from tests.chaos.kinds import disks, fuzz, gpus, hostile, kills, tampering, tracking
+from tests.chaos.ledger import Kind
+
+KINDS: dict[str, Kind] = {
+    **kills.KINDS,
+    **tampering.KINDS,
+    **disks.KINDS,
+    **tracking.KINDS,
+    **gpus.KINDS,
+    **hostile.KINDS,
+    **fuzz.KINDS,
+}
