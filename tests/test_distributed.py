@@ -90,6 +90,41 @@ def test_two_processes_do_the_same_mathematics(method_config: MethodSection, tmp
         assert name not in alone or alone[name].abs().sum() > 0
 
 
+def four_starts(rank: int, file: str) -> None:
+    """Train six steps in one start and in two, the second of which goes on from the first."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=4)
+    world = World(rank=rank, world_size=4, device=torch.device("cpu"))
+    ends = []
+    for starts in ((6,), (3, 3)):
+        method = METHODS["obow"](METHOD, backbone=SMALL, total_steps=6, seed=0, num_classes=None, comm=world)
+        synchronise_batchnorm(method, world=world)
+        optimizer = torch.optim.SGD(method.param_groups(weight_decay=5e-4), lr=0.05, momentum=0.9)
+        generator = torch.Generator().manual_seed(rank)
+        step = 0
+        for steps in starts:
+            parallel = parallelise(method, world=world).train()
+            for _ in range(steps):
+                original = torch.randn(2, 3, 24, 24, generator=generator)
+                crops = torch.randn(4, 3, 16, 16, generator=generator)
+                draws = torch.rand(2, method.num_draws, generator=generator, dtype=torch.float64)
+                output = parallel(original, {"crops": crops}, step=step, draws=draws)
+                optimizer.zero_grad()
+                output.loss.backward()
+                optimizer.step()
+                step += 1
+        ends.append(method.state_dict())
+    torch.save({name: torch.equal(value, ends[1][name]) for name, value in ends[0].items()}, f"{file}.{rank}")
+
+
+def test_four_processes_go_on_to_the_bit(tmp_path: Path) -> None:
+    """With more than two, a sum depends on the order it is taken in, and a new start must not change that."""
+    torch.multiprocessing.spawn(four_starts, args=(str(tmp_path / "meet"),), nprocs=4)  # type: ignore[no-untyped-call]
+    for rank in range(4):
+        equal = torch.load(tmp_path / f"meet.{rank}", weights_only=True)
+        assert [name for name, same in equal.items() if not same] == []
+
+
 def run(folder: Path, *, data_root: Path, **machine_values: object) -> RunFolder:
     folder.mkdir()
     machine = Machine.model_validate(

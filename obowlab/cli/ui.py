@@ -70,9 +70,9 @@ def _serve_runs(machine: Machine, *, port: int, dry_run: bool) -> int:
     if dry_run:
         would(f"serve {shown_uri(store)} at http://{HOST}:{port}")
         return 0
-    _refuse_taken(port)
     if not machine.runs_root.is_dir():
         raise UserError(f"There are no runs in {machine.runs_root} (--runs-root); `obowlab run demo` makes one.")
+    _refuse_taken(port)
     prepare_store(store)
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--host", HOST, "--port", str(port)]
     artifacts = artifact_location(store, runs_root=machine.runs_root)
@@ -96,9 +96,9 @@ def _serve_studies(machine: Machine, *, storage: str | None, port: int, dry_run:
     if dry_run:
         would(f"serve the studies of {shown_uri(url)} at http://{HOST}:{port}/dashboard")
         return 0
-    _refuse_taken(port)
     if not exists(url):
         raise UserError(f"There are no studies in {shown_uri(url)}; `obowlab tune kappa-delta --scale demo` begins one.")
+    _refuse_taken(port)
     command = [sys.executable, "-m", "obowlab.lab.study.dashboard", HOST, str(port)]
     what = f"Optuna dashboard of {shown_uri(url)}"
     return _serve(command, cwd=Path.cwd(), environment={STORAGE_VARIABLE: url}, port=port, health="/dashboard", what=what)

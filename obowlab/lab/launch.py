@@ -333,6 +333,8 @@ def environment_of(machine: Machine, *, token: str, progress: bool) -> dict[str,
         LOCK_TOKEN_VARIABLE: token,
         "OMP_NUM_THREADS": str(threads_of(machine)),
     }
+    if machine.device != "cuda" and machine.procs > 1:  # gloo's processes would complain of a setting that is meant
+        environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if not progress:
         environment[NO_PROGRESS_VARIABLE] = "1"
     return environment

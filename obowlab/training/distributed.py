@@ -105,7 +105,10 @@ def parallelise(method: nn.Module, *, world: World) -> nn.Module:
     if world.world_size == 1:
         return method
     ids = [world.device.index] if world.device.type == "cuda" else None
-    parallel = nn.parallel.DistributedDataParallel(method, device_ids=ids)
+    # On the CPU a run goes on to the bit. So buckets must not be laid out anew after the first step of a start: with more than
+    # two processes the order of sums follows the layout. To look for unused parameters is what keeps it.
+    keep_layout = world.device.type == "cpu"
+    parallel = nn.parallel.DistributedDataParallel(method, device_ids=ids, find_unused_parameters=keep_layout)
     parallel.broadcast_buffers = False  # as an argument it was renamed; the attribute is there in old and new torch
     return parallel
 
