@@ -279,6 +279,7 @@ def test_a_run_a_row_and_a_study_are_in_mlflow_and_postgresql(lab: Lab, client: 
     assert table.data.tags["obowlab.name"] == "heads demo"
     (study,) = lab.runs_in_mlflow(client, kind="study")
     assert study.data.metrics["study/completed"] == 2.0
+    wait_until(lambda: lab.runs_in_mlflow(client, kind="report") != [])  # the pages are there before MLflow has them
     (report,) = lab.runs_in_mlflow(client, kind="report")
     assert report.info.status == "FINISHED"
     shown = lab.obowlab("tune", str(lab.place / "search.toml"), "--scale", "demo", "--show")
@@ -329,7 +330,7 @@ def test_a_wrong_login_is_one_sentence_and_loses_nothing(lab: Lab, client: Any) 
     for wrong in ({"MLFLOW_TRACKING_PASSWORD": "not this one"}, nobody):
         said = lab.obowlab("runs", "sync", folder.run_id, code=1, **wrong)
         assert re.fullmatch(rf"{folder.run_id}: 0 sent, \d+ pending: {re.escape(f'{lab.uri} {hint}')}\n", said)
-    said = lab.obowlab("report", "--out", str(lab.place / "site"), MLFLOW_TRACKING_PASSWORD="not this one")
+    said = lab.obowlab("report", "--wait", "--out", str(lab.place / "site"), MLFLOW_TRACKING_PASSWORD="not this one")
     assert [line for line in said.splitlines() if line.startswith("Warning: MLflow")] == [
         f"Warning: MLflow does not have the report 'report' as it is now ({lab.uri} {hint}); the same command sends it again."
     ]
