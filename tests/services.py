@@ -314,12 +314,17 @@ def _give_to_postgres(path: Path) -> None:
 def main(words: Sequence[str]) -> None:
     """Keep the services running at the ports of docker-compose.yml until Ctrl-C; their volumes lie in FOLDER."""
     if len(words) != 1:
-        raise SystemExit("Usage: python -m tests.services FOLDER (outside a home that PostgreSQL's user cannot enter)")
+        raise SystemExit("Usage: python -m tests.services FOLDER")
     if lacks := missing_tools():
         raise SystemExit(f"Cannot start: {lacks}.")
     if taken := [port for port in PORTS if not _is_free(port)]:
         raise SystemExit(f"Cannot start: port {taken[0]} of {LOOPBACK} is taken.")
-    stack = Stack(Path(words[0]).absolute(), ports=PORTS)
+    root = Path(words[0]).absolute()
+    root.mkdir(parents=True, exist_ok=True)
+    if subprocess.run([*_as_postgres(), "test", "-x", str(root)], check=False).returncode:
+        raise SystemExit(f"Cannot start: PostgreSQL's user cannot enter {root}; choose another folder (make services TO=FOLDER).")
+    stack = Stack(root, ports=PORTS)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         stack.start("web")
         print(f"MLflow   {stack.address(5000)}   as admin, password MLFLOW_ADMIN_PASSWORD of {stack.root / '.env'}")

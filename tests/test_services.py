@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import boto3
 import numpy as np
 import pytest
 import requests
@@ -24,6 +23,7 @@ import yaml
 from dashboards.services import write_env
 from tests.browser import DESKTOP, browser, complaints
 from tests.command_line import finished_run
+from tests.lab import HOW, STUDY, TABLE, Lab
 from tests.runs import SMALL_RECIPE
 from tests.services import COMPOSE, LOOPBACK, ROOT, Stack, interpolate, missing_tools
 from tests.studies import wait_until
@@ -33,108 +33,6 @@ __all__ = ["browser"]
 SECRETS = [name for name in write_env.values((ROOT / ".env.example").read_text()) if write_env.SECRET.fullmatch(name)]
 SERVICES: dict[str, Any] = yaml.safe_load(COMPOSE.read_text(encoding="utf-8"))["services"]
 LONG_RUNNING = ("database", "objects", "mlflow", "studies", "web", "reporter")
-
-TABLE = """
-title = "Two heads"
-base = "small.toml"
-primary = "fewshot_1shot"
-
-[columns]
-fewshot_1shot = "1-shot"
-
-[[row]]
-key = "dynamic"
-label = "dynamic head"
-
-[[row]]
-key = "fixed"
-label = "fixed head"
-set = { "method.head" = "fixed" }
-"""
-
-STUDY = """
-base = "vanilla"
-objective = "fewshot_1shot"
-trials = 2
-
-[overrides]
-"data.dataset" = "small"
-"views.original_size" = 24
-"views.original_resize" = 27
-"views.crop_size" = 16
-"backbone.width" = 4
-"method.num_words" = 16
-"training.epochs" = 1
-"training.batch_size" = 8
-"evaluation.protocols" = ["fewshot"]
-"evaluation.random_baseline" = false
-"evaluation.fewshot.num_ways" = 3
-"evaluation.fewshot.shots" = [1]
-"evaluation.fewshot.num_episodes" = 10
-
-[parameters."method.kappa"]
-kind = "float"
-low = 1.0
-high = 20.0
-
-[paper]
-"method.kappa" = 5.0
-
-[pruner]
-kind = "none"
-"""
-HOW = ("--loader", "torch", "--device", "cpu")
-
-
-class Lab:
-    """A running stack, and a user who works in a folder of it."""
-
-    def __init__(self, stack: Stack) -> None:
-        self.stack = stack
-        self.place = stack.root / "work"
-        self.runs = stack.folders("worker")["/lab/runs"]
-        self.uri = stack.address(5000)
-        self.worker = ("worker", stack.settings["WORKER_PASSWORD"])
-        self.admin = ("admin", stack.settings["MLFLOW_ADMIN_PASSWORD"])
-
-    def obowlab(self, *words: str, code: int = 0, **changed: str) -> str:
-        """Call the command line as `docker compose run --rm worker` does; return all it says."""
-        done = self.stack.call("worker", *words, **changed)
-        said = done.stdout + done.stderr
-        assert done.returncode == code, said
-        return said
-
-    def settled(self, *words: str) -> None:
-        """Call a command until MLflow has all of it: a busy server may be late, and the same command sends what it lacks."""
-        for _ in range(3):
-            warnings = [line for line in self.obowlab(*words).splitlines() if line.startswith("Warning")]
-            assert all("did not answer" in line or "is slow" in line for line in warnings), warnings
-            if not warnings:
-                return
-        raise AssertionError(f"MLflow never got what {words} made")
-
-    def ask(self, path: str, *, port: int = 5000, account: tuple[str, str] | None = None, **options: Any) -> Any:
-        """Send a request without MLflow's client; POST when there is something to send."""
-        method = "POST" if "json" in options else "GET"
-        return requests.request(method, self.stack.address(port) + path, auth=account, timeout=30, **options)
-
-    def objects(self) -> list[str]:
-        """Return the key of every object in the bucket."""
-        found = self.stack.environment("mlflow")
-        store = boto3.client(
-            "s3",
-            endpoint_url=found["AWS_ENDPOINT_URL_S3"],
-            aws_access_key_id=found["AWS_ACCESS_KEY_ID"],
-            aws_secret_access_key=found["AWS_SECRET_ACCESS_KEY"],
-            region_name=found["AWS_DEFAULT_REGION"],
-        )
-        return [entry["Key"] for entry in store.list_objects_v2(Bucket="mlflow").get("Contents", [])]
-
-    def runs_in_mlflow(self, client: Any, **tags: str) -> list[Any]:
-        """Return the runs with these tags (`obowlab.` left out)."""
-        experiment = client.get_experiment_by_name("obowlab").experiment_id
-        wanted = {f"obowlab.{name}": text for name, text in tags.items()}
-        return [run for run in client.search_runs([experiment]) if wanted.items() <= run.data.tags.items()]
 
 
 @pytest.fixture(scope="module")
@@ -279,6 +177,7 @@ def test_a_run_a_row_and_a_study_are_in_mlflow_and_postgresql(lab: Lab, client: 
     assert table.data.tags["obowlab.name"] == "heads demo"
     (study,) = lab.runs_in_mlflow(client, kind="study")
     assert study.data.metrics["study/completed"] == 2.0
+    wait_until(lambda: lab.runs_in_mlflow(client, kind="report") != [])  # the pages are there before MLflow has them
     (report,) = lab.runs_in_mlflow(client, kind="report")
     assert report.info.status == "FINISHED"
     shown = lab.obowlab("tune", str(lab.place / "search.toml"), "--scale", "demo", "--show")
@@ -329,7 +228,7 @@ def test_a_wrong_login_is_one_sentence_and_loses_nothing(lab: Lab, client: Any) 
     for wrong in ({"MLFLOW_TRACKING_PASSWORD": "not this one"}, nobody):
         said = lab.obowlab("runs", "sync", folder.run_id, code=1, **wrong)
         assert re.fullmatch(rf"{folder.run_id}: 0 sent, \d+ pending: {re.escape(f'{lab.uri} {hint}')}\n", said)
-    said = lab.obowlab("report", "--out", str(lab.place / "site"), MLFLOW_TRACKING_PASSWORD="not this one")
+    said = lab.obowlab("report", "--wait", "--out", str(lab.place / "site"), MLFLOW_TRACKING_PASSWORD="not this one")
     assert [line for line in said.splitlines() if line.startswith("Warning: MLflow")] == [
         f"Warning: MLflow does not have the report 'report' as it is now ({lab.uri} {hint}); the same command sends it again."
     ]
