@@ -407,11 +407,11 @@ def test_ui_ends_the_whole_group_of_its_server(tmp_path: Path, monkeypatch: pyte
 
     with pytest.raises(KeyboardInterrupt):
         serve_until_terminated()
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 9  # not the ten seconds it would have served on
     server, grandchild = map(int, pids.read_text().split())
     assert not is_alive(server)
     while is_alive(grandchild):  # killed, though not waited for
-        assert time.monotonic() - started < 8
+        assert time.monotonic() - started < 60
         time.sleep(0.01)
     assert signal.getsignal(signal.SIGTERM) is before
 
