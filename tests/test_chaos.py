@@ -8,6 +8,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -109,7 +110,17 @@ def test_a_fork_can_be_killed_with_all_below_it(tmp_path: Path) -> None:
     assert child.kill_family()
     assert child.wait() == -signal.SIGKILL
     assert not child.send(signal.SIGKILL)
-    assert not Path(f"/proc/{below}/cmdline").exists() or Path(f"/proc/{below}/cmdline").read_bytes() == b""
+    end = time.monotonic() + 30
+    while is_running(below):
+        assert time.monotonic() < end, "it outlived its parent"
+        time.sleep(0.01)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes() != b""  # empty: dead, and nobody has asked how it ended
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def kind(title: str, *, share: int, per_case: int = 1, apart: bool = False) -> Kind:

@@ -66,6 +66,13 @@ def test_a_damaged_line_in_the_middle_is_named_and_at_the_end_left_out(tmp_path:
         with pytest.raises(UserError, match=r"metrics\.jsonl is damaged at line 2: put a copy of the file back, or delete"):
             read()
     path.write_bytes(whole)
+    other = seal('{"words": "no point"}').encode() + b"\n"
+    path.write_bytes(other + whole)
+    with pytest.raises(UserError, match="line 1"):
+        run.metrics()
+    path.write_bytes(whole + other)
+    assert [point.step for point in run.metrics()] == [1, 2, 3]
+    path.write_bytes(whole)
     flip(path, at=b'"step":3,"time":')
     assert [point.step for point in run.metrics()] == [1, 2]
     assert [line["step"] for line in read_all(path)] == [1, 2]

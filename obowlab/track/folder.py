@@ -27,7 +27,17 @@ from obowlab import __version__
 from obowlab.config import Loaded, Machine, canonical_hash
 from obowlab.errors import UserError
 from obowlab.track.info import RunInfo, State, read_info, read_result, read_state
-from obowlab.track.journal import MetricLog, Point, append_whole, cut_torn_tail, parse_point, read_all, read_lines, write_atomic
+from obowlab.track.journal import (
+    MetricLog,
+    Point,
+    append_whole,
+    cut_torn_tail,
+    parse_point,
+    read_all,
+    read_lines,
+    read_points,
+    write_atomic,
+)
 from obowlab.track.locks import HELD, HELD_GUARD, HOLDER_BYTE, WORKER_BYTE, is_locked, read_holder, try_lock
 from obowlab.track.sealed import read_sealed, seal
 
@@ -269,7 +279,7 @@ class RunFolder:
         Raises:
             UserError: a line is damaged.
         """
-        return [parse_point(line) for line in read_lines(self.path / f"{name}.jsonl", check=parse_point)]
+        return read_points(self.path / f"{name}.jsonl")
 
     def results(self) -> list[dict[str, Any]]:
         """Return every evaluation result, the oldest first.

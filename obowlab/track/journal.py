@@ -206,6 +206,18 @@ def read_all(path: Path) -> list[dict[str, Any]]:
     return list(read_lines(path))
 
 
+def read_points(path: Path) -> list[Point]:
+    """Return every complete line of a metric file.
+
+    Raises:
+        UserError: as `read_lines`.
+    """
+    try:
+        return [parse_point(line) for line in read_all(path)]
+    except ValueError:  # a whole line that is no point: found with its number, or left out at the end
+        return [parse_point(line) for line in read_lines(path, check=parse_point)]
+
+
 def damaged_line(path: Path, number: int) -> UserError:
     """Return the complaint about a line of a line file, from 1."""
     return UserError(f"{path} is damaged at line {number}: put a copy of the file back, or delete that line to go on without it.")
