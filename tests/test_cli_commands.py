@@ -94,14 +94,14 @@ def test_run_hands_everything_to_the_launcher_and_prints_the_results(
         "--data-root",
         str(data_root),
     ]
-    words += ["--runs-root", "elsewhere", "--gpus", "2", "--workers", "1", "--loader", "torch", "--fresh", "--no-progress"]
+    words += ["--runs-root", "elsewhere", "--gpus", "2", "--workers", "1", "--loader", "torch", "--fresh", "--no-progress", "--no-quote"]
     code, out, err = obowlab(*words)
     assert (code, err) == (0, "")
     assert "knn_top1" in out
     assert "12.50 ± 0.50 %" in out
     (call,) = calls
     machine = call.pop("machine")
-    assert call == {"name": "demo", "kappa": 3.0, "seed": 7, "fresh": True, "progress": False}
+    assert call == {"name": "demo", "kappa": 3.0, "seed": 7, "fresh": True, "progress": False, "cost": None}
     assert machine == Machine(
         data_root=data_root, runs_root=workplace / "elsewhere", device="cuda", procs=2, workers=1, loader="torch"
     )

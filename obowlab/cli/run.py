@@ -183,7 +183,7 @@ def quoted(recipe: Recipe, *, machine: Machine, measure: bool) -> Cost:
     cost = book.cost(recipe)
     if measure and cost.seconds is not None:
         on_cpu = machine.device == "cpu" or (machine.device == "auto" and count_gpus() == 0)
-        click.echo(cost.words(procs=machine.procs, device="cpu" if on_cpu else machine.device))
+        click.echo(cost.words(procs=machine.procs, device="cpu" if on_cpu else machine.device), err=True)
     return cost
 
 

@@ -47,6 +47,9 @@ def leased(
         say: prints one line.
         given_up: asked while waiting; when it says yes, nothing is taken.
 
+    Raises:
+        UserError: there are fewer.
+
     Yields:
         Variables for the training processes: which GPUs they see. Empty for a CPU, and when given up.
     """
@@ -57,6 +60,7 @@ def leased(
     with ExitStack() as held:
         told = False
         while not (mine := _take(count)):
+            check_gpus(machine.model_copy(update={"device": "cuda"}))  # there have to be so many, or this would never end
             if given_up():
                 yield {}
                 return
