@@ -94,7 +94,8 @@ def test_run_hands_everything_to_the_launcher_and_prints_the_results(
         "--data-root",
         str(data_root),
     ]
-    words += ["--runs-root", "elsewhere", "--gpus", "2", "--workers", "1", "--loader", "torch", "--fresh", "--no-progress", "--no-quote"]
+    words += ["--runs-root", "elsewhere", "--gpus", "2", "--workers", "1", "--loader", "torch", "--fresh"]
+    words += ["--no-progress", "--no-quote"]
     code, out, err = obowlab(*words)
     assert (code, err) == (0, "")
     assert "knn_top1" in out
