@@ -21,6 +21,7 @@ from obowlab.lab.report.health import RULES, Finding, judge
 from obowlab.lab.report.site import Measured
 from obowlab.lab.report.studies import read_studies
 from obowlab.track.folder import RunFolder, RunSummary
+from obowlab.track.sealed import read_sealed
 from tests.command_line import result
 from tests.report_store import add_gallery, add_run, add_study
 
@@ -249,7 +250,8 @@ def test_several_may_draw_one_run_at_once(metrics_run: Path) -> None:
 
 def test_a_run_is_drawn_ahead_and_one_that_cannot_be_read_does_not_matter(tmp_path: Path) -> None:
     good, damaged = add_run(tmp_path), add_run(tmp_path, seed=1)
-    (damaged.path / "attempts.jsonl").write_text("{\n")
+    attempts = damaged.path / "attempts.jsonl"
+    attempts.write_text("{\n" + attempts.read_text())  # with whole lines behind it: none that is still being written
     for folder in (good, damaged):
         gather.draw_ahead(folder)
     assert [path.name for path in (tmp_path / drawn.FOLDER).iterdir()] == [f"{good.run_id}.json"]
@@ -307,7 +309,7 @@ def test_newest_measurement_counts_and_own_data_come_first() -> None:
 
 def test_run_of_another_version_is_shown_and_a_damaged_one_named(tmp_path: Path) -> None:
     old, damaged = add_run(tmp_path), add_run(tmp_path, seed=1)
-    values = json.loads((old.path / "run.json").read_text())
+    values = read_sealed(old.path / "run.json")
     values["recipe"]["method"]["unheard_of"] = 3
     values["name"] = "gone"
     (old.path / "run.json").write_text(json.dumps(values))
