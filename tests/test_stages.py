@@ -18,6 +18,7 @@ from obowlab.config import Loaded, Machine, load_recipe
 from obowlab.methods import build_backbone
 from obowlab.track.folder import RunFolder
 from obowlab.track.lineage import find_run
+from obowlab.track.sealed import read_sealed
 from obowlab.training.__main__ import main as train_here
 from obowlab.training.weights import read_encoder, save_encoder
 from tests.command_line import Obowlab
@@ -110,7 +111,7 @@ def interrupted_copy(folder: Path, trained: tuple[Loaded, Machine, list[RunFolde
 def test_a_teacher_under_another_name_will_do(tmp_path: Path, trained: tuple[Loaded, Machine, list[RunFolder]]) -> None:
     first, second, _ = interrupted_copy(tmp_path, trained)
     other = first.path.rename(tmp_path / "mine-s3-00000000")
-    info = json.loads((other / "run.json").read_text())
+    info = read_sealed(other / "run.json")
     (other / "run.json").write_text(json.dumps({**info, "run_id": other.name, "name": "mine"}))
     assert train_here([str(second.path)]) == 0
     assert second.attempts()[-1]["teacher_run"] == "mine-s3-00000000"
