@@ -27,6 +27,7 @@ from obowlab.lab.report.curves import Curve
 from obowlab.lab.report.gather import Tables, gather, read_store, tables_at
 from obowlab.lab.report.send import LOG, make_parcel, pack, send
 from obowlab.lab.report.site import Site
+from obowlab.track.sealed import read_sealed
 from tests.browser import PHONE, browser, complaints, open_page, requests
 from tests.command_line import Obowlab, contents, empty_workplace
 from tests.report_store import add_gallery, add_run, add_study, make_table
@@ -261,7 +262,7 @@ def test_empty_store_gives_a_site_that_says_so(tmp_path: Path) -> None:
 def test_no_name_becomes_markup(tmp_path: Path) -> None:
     root = tmp_path / "runs"
     run = add_run(root, status="failed", message=HOSTILE)
-    values = json.loads((run.path / "run.json").read_text())
+    values = read_sealed(run.path / "run.json")
     values["name"], values["recipe"]["title"], values["recipe"]["data"]["dataset"] = HOSTILE, HOSTILE, HOSTILE
     (run.path / "run.json").write_text(json.dumps(values))
     add_study(root, name=HOSTILE, title=HOSTILE, run_id=HOSTILE)
