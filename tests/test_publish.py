@@ -152,7 +152,7 @@ def test_report_is_kept_as_one_file(
     obowlab, opened = Obowlab(capsys), []
     monkeypatch.setattr("webbrowser.open", lambda address: opened.append(address) is None)
     add_run(machine.runs_root, overrides=("training.epochs=7",))  # in no table
-    command = ("report", "--out", "site", "--runs-root", str(machine.runs_root))
+    command = ("report", "--out", "site", "--wait", "--runs-root", str(machine.runs_root))
     index = place / "site" / "index.html"
     assert obowlab(*command, "--open") == (0, f"5 pages on 1 run, 0 tables and 0 studies: {index}\n", "")
     assert opened == [index.as_uri()]
