@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import sqlite3
 import subprocess
@@ -12,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from obowlab.track.folder import RunFolder
 from tests.chaos import forks, judge, ledger
@@ -78,7 +78,10 @@ def test_judges_find_a_run_that_is_not_equal(finished: RunFolder, work: Path) ->
     with pytest.raises(BrokenError, match=r"metrics.jsonl differs"):
         judge.equal(finished, expected)
     path.write_bytes(b"".join(lines))
-    shutil.copyfile(expected.path / "checkpoint.previous.pt", finished.path / "checkpoint.pt")
+    content = torch.load(finished.path / "checkpoint.pt", weights_only=True)
+    name = next(name for name, value in content["method"].items() if value.dtype == torch.float32)
+    content["method"][name] = torch.nextafter(content["method"][name], torch.tensor(9.0))
+    torch.save(content, finished.path / "checkpoint.pt")
     with pytest.raises(BrokenError, match="tensors differ"):
         judge.equal(finished, expected)
 

@@ -43,29 +43,33 @@ def batch(step: int) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     return original, {"crops": crops, "patches": patches}, torch.rand(NUM_IMAGES, 2, generator=generator, dtype=torch.float64)
 
 
-def train_both(method: Obow, *, dtype: torch.dtype, num_steps: int, tolerance: float) -> None:
+def disagreement(method: Obow, *, dtype: torch.dtype, num_steps: int) -> float:
+    """Train ours and the oracle side by side; return the largest relative error of any loss, gradient, weight or vocabulary."""
     model, optimizer, oracle = build(method, dtype)
+    errors: dict[str, float] = {}
     for step in range(num_steps):
         original, views, draws = batch(step)
         output = model(original.to(dtype), {kind: images.to(dtype) for kind, images in views.items()}, step=step, draws=draws)
         optimizer.zero_grad()
         output.loss.backward()
         expected_loss, expected_grads = oracle.step(original, views, step=step, draws=draws)
-        assert float(output.loss.detach()) == pytest.approx(expected_loss, rel=tolerance)
+        errors[f"loss {step}"] = relative_error(output.loss.detach(), torch.tensor(expected_loss, dtype=torch.float64))
         grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         assert grads.keys() == expected_grads.keys()
         if step in (0, num_steps - 1):
-            for name, expected in expected_grads.items():
-                assert relative_error(grads[name], expected) < tolerance, (step, name)
+            errors |= {f"gradient {step} {name}": relative_error(grads[name], grad) for name, grad in expected_grads.items()}
         optimizer.step()
     state = model.state_dict()
-    for name, expected in (oracle.learnt() | {f"teacher.{k}": v for k, v in oracle.teacher.items()}).items():
-        assert relative_error(state[name], expected) < tolerance, name
+    learnt = oracle.learnt() | {f"teacher.{name}": value for name, value in oracle.teacher.items()}
+    errors |= {name: relative_error(state[name], expected) for name, expected in learnt.items()}
     for level in method.levels:
         vocabulary = model.vocabularies[level]
-        assert relative_error(vocabulary.words, torch.stack(oracle.words[level])) < tolerance
-        assert float(vocabulary.msd) == pytest.approx(oracle.msd[level], rel=tolerance)
+        errors[f"words {level}"] = relative_error(vocabulary.words, torch.stack(oracle.words[level]))
+        errors[f"msd {level}"] = relative_error(vocabulary.msd, torch.tensor(oracle.msd[level], dtype=torch.float64))
         assert int(vocabulary.pointer) == oracle.pointer[level]
+    value, index = torch.tensor(list(errors.values())).max(dim=0)  # nan, where there is one
+    print(f"{len(errors)} tensors compared; the worst, {list(errors)[int(index)]}: {float(value):.1e}")
+    return float(value)
 
 
 @pytest.mark.parametrize(("codes", "queue_vector", "num_levels"), CASES)
@@ -73,13 +77,13 @@ def test_twelve_steps_equal_the_oracle(codes: str, queue_vector: str, num_levels
     # 26 words and 4 images a step: the ring wraps around within a step, twice.
     # delta_base is high enough for codes that are soft in earnest while mu_MSD is on its way from 0.5.
     method = Obow(codes=codes, queue_vector=queue_vector, levels=LEVELS[num_levels], num_words=26, delta_base=2.0)
-    train_both(method, dtype=torch.float64, num_steps=12, tolerance=1e-7)
+    assert disagreement(method, dtype=torch.float64, num_steps=12) < 1e-7
 
 
 @pytest.mark.parametrize("codes", ["soft", "hard"])
 def test_one_step_in_float32_equals_the_oracle(codes: str) -> None:
     method = Obow(codes=codes, levels=LEVELS[2], num_words=26, delta_base=2.0)
-    train_both(method, dtype=torch.float32, num_steps=1, tolerance=1e-5)
+    assert disagreement(method, dtype=torch.float32, num_steps=1) < 1e-5
 
 
 def test_the_options_equal_the_oracle() -> None:
@@ -92,4 +96,4 @@ def test_the_options_equal_the_oracle() -> None:
         msd_start="first_batch",
         teacher_momentum_schedule="constant",
     )
-    train_both(method, dtype=torch.float64, num_steps=3, tolerance=1e-7)
+    assert disagreement(method, dtype=torch.float64, num_steps=3) < 1e-7
