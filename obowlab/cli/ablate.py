@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import click
 
 from obowlab.cli.options import (
+    CLUSTER,
+    HARDWARE,
     PATH,
+    ROOTS,
+    MachineOptions,
     dry_run_option,
-    hardware,
-    launcher_option,
-    machine_from,
-    machine_option,
-    roots,
-    runs_root_option,
-    wait_option,
+    machine_options,
     would,
 )
 from obowlab.cli.output import print_table
@@ -53,10 +52,7 @@ names_argument = click.argument("names", nargs=-1, required=True, metavar="TABLE
 @click.option("--gpus", type=click.IntRange(min=1), metavar="N", help="N trainings at a time, each on a GPU of its own.")
 @click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="Trainings at a time on the CPU. [default: one per core]")
 @click.option("--records", type=PATH, metavar="DIR", help="Write what the tables are made of (small JSON files) to a folder.")
-@launcher_option
-@wait_option
-@hardware
-@roots
+@machine_options(*CLUSTER, *HARDWARE, *ROOTS)
 @dry_run_option
 def ablate(
     names: tuple[str, ...],
@@ -66,14 +62,7 @@ def ablate(
     gpus: int | None,
     jobs: int | None,
     records: Path | None,
-    launcher: str | None,
-    wait: bool,
-    device: str | None,
-    workers: int | None,
-    loader: str | None,
-    data_root: Path | None,
-    runs_root: Path | None,
-    machine_file: Path | None,
+    options: MachineOptions,
     dry_run: bool,
 ) -> int:
     """Train what the rows of tables need and lack, then show the tables.
@@ -81,28 +70,18 @@ def ablate(
     TABLE is a table of the paper (table1 to table5, table7), `all`, or a TOML file. Rows with the same recipe are trained once.
     Killed and typed again, the command goes on; a row that fails does not stop the others.
     """
-    from obowlab.cli.submit import refuse_wait, submit_plan
+    from obowlab.cli.submit import submit_plan
     from obowlab.lab.ablate import make_plan
     from obowlab.lab.cost import CostBook
     from obowlab.lab.engine.leases import check_gpus
     from obowlab.lab.records import store_runs
     from obowlab.lab.tablefile import load_table, resolve_names
 
-    if gpus is not None and (jobs is not None or device not in (None, "cuda")):
+    if gpus is not None and (jobs is not None or options.device not in (None, "cuda")):
         raise UserError("--gpus N runs one training on each of N GPUs; leave --jobs and --device out.")
     tables = [load_table(name, scale=scale) for name in resolve_names(names)]
     rows = _rows(row_words, tables=tables)
-    machine = machine_from(
-        machine_file=machine_file,
-        data_root=data_root,
-        runs_root=runs_root,
-        device="cuda" if gpus is not None else device,
-        procs=gpus,
-        workers=workers,
-        loader=loader,
-        launcher=launcher,
-    )
-    refuse_wait(machine, wait=wait)
+    machine = (replace(options, device="cuda") if gpus is not None else options).machine(procs=gpus)
     on_cluster = machine.launcher == "slurm"
     if not dry_run and not on_cluster:
         check_gpus(machine)
@@ -120,12 +99,12 @@ def ablate(
         return 0
     machine = machine.model_copy(update={"procs": 1})
     if on_cluster:
-        left = submit_plan(plan, machine=machine, machine_file=machine_file, at_a_time=slots, wait=wait)
+        left = submit_plan(plan, machine=machine, options=options, at_a_time=slots)
         return left if left is not None else _present(plan, machine=machine, records=records)
     return _carry_out(
         plan,
         machine=machine,
-        machine_file=machine_file,
+        machine_file=options.machine_file,
         slots=slots,
         gpus=gpus is not None,
         records=records,
@@ -140,8 +119,7 @@ def ablate(
 @click.option("--runs", "with_runs", is_flag=True, help="With rich: print the run behind every number too.")
 @click.option("--records", type=PATH, metavar="DIR", help="Rebuild from the records of `ablate --records`, not from the store.")
 @click.option("--out", type=PATH, metavar="FILE", help="Write to a file.")
-@runs_root_option
-@machine_option
+@machine_options("runs_root", "machine_file")
 @dry_run_option
 def table(
     names: tuple[str, ...],
@@ -151,15 +129,14 @@ def table(
     with_runs: bool,
     records: Path | None,
     out: Path | None,
-    runs_root: Path | None,
-    machine_file: Path | None,
+    options: MachineOptions,
     dry_run: bool,
 ) -> None:
     """Show tables of the paper beside what the run store has; trains nothing."""
     from obowlab.lab.records import read_records
     from obowlab.lab.tablefile import load_table, resolve_names
 
-    machine = machine_from(machine_file=machine_file, runs_root=runs_root)
+    machine = options.machine()
     tables = [load_table(name, scale=scale) for name in resolve_names(names)]
     if out is not None and not out.absolute().parent.is_dir():
         raise UserError(f"The folder of --out {out} does not exist.")

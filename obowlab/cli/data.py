@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING
 import click
 
 from obowlab.cli import Family
-from obowlab.cli.options import PATH, data_root_option, dry_run_option, json_flag, machine_from, machine_option, would
+from obowlab.cli.options import (
+    PATH,
+    MachineOptions,
+    dry_run_option,
+    json_flag,
+    machine_options,
+    would,
+)
 from obowlab.cli.output import duration, print_table, size
 
 if TYPE_CHECKING:
@@ -30,18 +37,9 @@ def data() -> None:
 @click.option("--source", type=PATH, help="Folder or .tar with train/CLASS/*.JPEG and val/CLASS/*.JPEG.")
 @click.option("--force", is_flag=True, help="Replace what was prepared under this name from another source.")
 @click.option("--workers", type=click.IntRange(min=1), metavar="N", help="Decoding threads. [default: one per core]")
-@data_root_option
-@machine_option
+@machine_options("data_root", "machine_file")
 @dry_run_option
-def prepare(
-    name: str,
-    source: Path | None,
-    force: bool,
-    workers: int | None,
-    data_root: Path | None,
-    machine_file: Path | None,
-    dry_run: bool,
-) -> None:
+def prepare(name: str, source: Path | None, force: bool, workers: int | None, options: MachineOptions, dry_run: bool) -> None:
     """Write a data set's images into .beton files, once and for all recipes.
 
     Every image is decoded once; those that cannot be read are skipped and listed. Nothing is visible before everything is
@@ -51,7 +49,7 @@ def prepare(
     from obowlab.data.datasets import prepare as prepare_dataset
     from obowlab.errors import UserError
 
-    root = machine_from(machine_file=machine_file, data_root=data_root).data_root
+    root = options.machine().data_root
     if dry_run:
         if source is None:
             if name != "synthetic":
@@ -77,14 +75,13 @@ def prepare(
 @click.option(
     "--sample", type=click.IntRange(min=1), default=256, show_default=True, metavar="N", help="Images compared with the source."
 )
-@data_root_option
-@machine_option
+@machine_options("data_root", "machine_file")
 @dry_run_option
-def verify(name: str, source: Path | None, sample: int, data_root: Path | None, machine_file: Path | None, dry_run: bool) -> int:
+def verify(name: str, source: Path | None, sample: int, options: MachineOptions, dry_run: bool) -> int:
     """Read a prepared data set again: hashes of everything, and a sample against its source."""
     from obowlab.data.datasets import verify as verify_dataset
 
-    root = machine_from(machine_file=machine_file, data_root=data_root).data_root
+    root = options.machine().data_root
     if dry_run:
         would(f"hash {root / name}, decode {sample} images of each split and compare them with their source")
         return 0
@@ -99,15 +96,14 @@ def verify(name: str, source: Path | None, sample: int, data_root: Path | None, 
 
 
 @data.command("list")
-@data_root_option
-@machine_option
+@machine_options("data_root", "machine_file")
 @json_flag
 @dry_run_option
-def list_all(data_root: Path | None, machine_file: Path | None, as_json: bool, dry_run: bool) -> None:
+def list_all(as_json: bool, options: MachineOptions, dry_run: bool) -> None:
     """List the data sets the recipes know and those that are prepared."""
     from obowlab.data.datasets import list_datasets
 
-    root = machine_from(machine_file=machine_file, data_root=data_root).data_root
+    root = options.machine().data_root
     if dry_run:
         return would(f"list the data sets under {root}")
     listings = list_datasets(root)

@@ -18,7 +18,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from obowlab.cli.options import dry_run_option, json_flag, machine_from, roots, would
+from obowlab.cli.options import (
+    ROOTS,
+    MachineOptions,
+    dry_run_option,
+    json_flag,
+    machine_options,
+    would,
+)
 from obowlab.cli.output import size
 from obowlab.errors import UserError
 
@@ -68,15 +75,15 @@ class Check:
 
 
 @click.command()
-@roots
+@machine_options(*ROOTS)
 @json_flag
 @dry_run_option
-def doctor(machine_file: Path | None, data_root: Path | None, runs_root: Path | None, as_json: bool, dry_run: bool) -> int:
+def doctor(as_json: bool, options: MachineOptions, dry_run: bool) -> int:
     """Check this machine and say how to mend what is missing.
 
     The exit code is 1 when something a run needs is missing; what is optional only warns.
     """
-    machine = machine_from(machine_file=machine_file, data_root=data_root, runs_root=runs_root)
+    machine = options.machine()
     if dry_run:
         would("import torch, mlflow and ffcv in processes of their own and look at disk, memory, data and the tracking server")
         return 0

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from obowlab.cli.options import (
+    CLUSTER,
+    HARDWARE,
     PATH,
+    ROOTS,
+    MachineOptions,
     absolute,
     dry_run_option,
-    hardware,
     job_words,
-    launcher_option,
-    machine_from,
-    roots,
-    wait_option,
+    machine_options,
     would,
 )
 from obowlab.cli.output import print_measurements
@@ -68,10 +68,7 @@ class Subject:
     help="For a run: measure its untrained weights too. [default: the recipe's]",
 )
 @click.option("--json", "json_file", type=PATH, metavar="FILE", help="Write the results to a file as well.")
-@launcher_option
-@wait_option
-@hardware
-@roots
+@machine_options(*CLUSTER, *HARDWARE, *ROOTS)
 @dry_run_option
 def evaluate(
     subject: str,
@@ -81,14 +78,7 @@ def evaluate(
     overrides: tuple[str, ...],
     untrained: bool | None,
     json_file: Path | None,
-    launcher: str | None,
-    wait: bool,
-    device: str | None,
-    workers: int | None,
-    loader: str | None,
-    data_root: Path | None,
-    runs_root: Path | None,
-    machine_file: Path | None,
+    options: MachineOptions,
     dry_run: bool,
 ) -> int:
     """Measure the encoder of a run or of a weights file.
@@ -96,18 +86,7 @@ def evaluate(
     RUN is a run id, the beginning of one, or a run folder: its results are added to the run and mirrored to MLflow. FILE is a
     weights file (ours, torchvision's or the authors'): its results are printed.
     """
-    from obowlab.cli.submit import refuse_wait
-
-    machine = machine_from(
-        machine_file=machine_file,
-        data_root=data_root,
-        runs_root=runs_root,
-        device=device,
-        workers=workers,
-        loader=loader,
-        launcher=launcher,
-    )
-    refuse_wait(machine, wait=wait)
+    machine = options.machine()
     chosen = _subject(subject, recipe_name=recipe_name, overrides=overrides, machine=machine)
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise UserError(f"The folder of --json {json_file} does not exist.")
@@ -127,7 +106,7 @@ def evaluate(
         words += ["--recipe", absolute(recipe_name)] if recipe_name is not None else []
         words += [] if untrained is None else ["--random" if untrained else "--no-random"]
         words += ["--json", str(json_file.absolute())] if json_file is not None else []
-        return _submit(words, name=chosen.name, machine=machine, machine_file=machine_file, wait=wait)
+        return _submit(words, name=chosen.name, machine=machine, options=options)
     from obowlab.lab.engine.leases import using_gpus
 
     with using_gpus(machine.model_copy(update={"procs": 1, "nodes": 1}), say=lambda line: click.echo(line, err=True)):
@@ -146,14 +125,14 @@ def evaluate(
     return 0
 
 
-def _submit(words: list[str], *, name: str, machine: Machine, machine_file: Path | None, wait: bool) -> int:
+def _submit(words: list[str], *, name: str, machine: Machine, options: MachineOptions) -> int:
     """Measure in a job of the cluster."""
     from obowlab.cli.submit import FOLLOW, submit, wait_for
     from obowlab.lab.engine.slurm import Errand, Needs
 
-    errand = Errand(words=job_words(words, machine=machine, machine_file=machine_file), runs=(), what=f"eval {name}")
+    errand = Errand(words=job_words(words, machine=machine, options=options), runs=(), what=f"eval {name}")
     jobs = submit([errand], machine=machine, needs=Needs(gpus=machine.device != "cpu"), name="eval")
-    if wait:
+    if options.wait:
         return wait_for(jobs, machine=machine)
     click.echo(FOLLOW)
     return 0
@@ -198,7 +177,12 @@ def _override(recipe: Recipe, overrides: tuple[str, ...]) -> Recipe:
 
 
 def _measure(
-    chosen: Subject, *, names: tuple[str, ...], dataset: str | None, with_random: bool, machine: Machine
+    chosen: Subject,
+    *,
+    names: tuple[str, ...],
+    dataset: str | None,
+    with_random: bool,
+    machine: Machine,
 ) -> list[Result]:
     """Measure the encoder, and the untrained weights of the same seed when asked."""
     import torch

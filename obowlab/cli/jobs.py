@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING
 import click
 
 from obowlab.cli import Family
-from obowlab.cli.options import dry_run_option, json_flag, machine_from, machine_option, runs_root_option, would
+from obowlab.cli.options import (
+    MachineOptions,
+    dry_run_option,
+    json_flag,
+    machine_options,
+    would,
+)
 from obowlab.cli.output import duration, moment, print_table
 from obowlab.errors import UserError
 
@@ -32,19 +38,10 @@ COLUMNS = ("job", "launcher", "status", "where", "what", "steps", "left", "since
 @click.option("--watch", is_flag=True, help="Renew the list until nothing is queued or running.")
 @click.option("--all", "everything", is_flag=True, help="Also what ended more than a day ago.")
 @json_flag
-@runs_root_option
-@machine_option
+@machine_options("runs_root", "machine_file")
 @dry_run_option
 @click.pass_context
-def jobs(
-    context: click.Context,
-    watch: bool,
-    everything: bool,
-    as_json: bool,
-    runs_root: Path | None,
-    machine_file: Path | None,
-    dry_run: bool,
-) -> None:
+def jobs(context: click.Context, watch: bool, everything: bool, as_json: bool, options: MachineOptions, dry_run: bool) -> None:
     """Show what is queued, running and over, where, how far and how long it will take.
 
     Without a command: the list, of this machine and of the cluster that jobs were submitted to.
@@ -53,7 +50,7 @@ def jobs(
         return None
     if watch and as_json:
         raise UserError("--watch draws a list; leave --json out.")
-    root = machine_from(machine_file=machine_file, runs_root=runs_root).runs_root
+    root = options.machine().runs_root
     if dry_run:
         return would(f"list the jobs of {root}")
     from obowlab.lab.jobs import overview
@@ -70,12 +67,11 @@ def jobs(
 @jobs.command("logs")
 @click.argument("what", metavar="RUN|JOB")
 @click.option("--follow", "-f", is_flag=True, help="Go on printing what comes, until Ctrl-C.")
-@runs_root_option
-@machine_option
+@machine_options("runs_root", "machine_file")
 @dry_run_option
-def logs(what: str, follow: bool, runs_root: Path | None, machine_file: Path | None, dry_run: bool) -> None:
+def logs(what: str, follow: bool, options: MachineOptions, dry_run: bool) -> None:
     """Print what a run, or a job of the cluster, has printed; of several nodes one after the other."""
-    root = machine_from(machine_file=machine_file, runs_root=runs_root).runs_root
+    root = options.machine().runs_root
     from obowlab.lab.jobs import logs_of
 
     files = logs_of(what, runs_root=root)
@@ -92,12 +88,11 @@ def logs(what: str, follow: bool, runs_root: Path | None, machine_file: Path | N
 
 @jobs.command("cancel")
 @click.argument("what", metavar="RUN|JOB")
-@runs_root_option
-@machine_option
+@machine_options("runs_root", "machine_file")
 @dry_run_option
-def cancel(what: str, runs_root: Path | None, machine_file: Path | None, dry_run: bool) -> None:
+def cancel(what: str, options: MachineOptions, dry_run: bool) -> None:
     """Ask a run, or a job of the cluster, to save itself and end."""
-    root = machine_from(machine_file=machine_file, runs_root=runs_root).runs_root
+    root = options.machine().runs_root
     if dry_run:
         return would(f"ask {what} to stop")
     from obowlab.lab.jobs import stop
@@ -106,12 +101,11 @@ def cancel(what: str, runs_root: Path | None, machine_file: Path | None, dry_run
 
 
 @jobs.command("reap")
-@runs_root_option
-@machine_option
+@machine_options("runs_root", "machine_file")
 @dry_run_option
-def reap(runs_root: Path | None, machine_file: Path | None, dry_run: bool) -> None:
+def reap(options: MachineOptions, dry_run: bool) -> None:
     """Mark runs of dead processes as interrupted, in MLflow too."""
-    machine = machine_from(machine_file=machine_file, runs_root=runs_root)
+    machine = options.machine()
     if dry_run:
         return would(f"mark the runs of dead processes in {machine.runs_root} as interrupted")
     from obowlab.lab.jobs import reap as mark

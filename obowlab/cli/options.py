@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from obowlab.errors import UserError
+
 if TYPE_CHECKING:
     from obowlab.config import Machine
 
-Decorated = TypeVar("Decorated", bound=Callable[..., Any])
+Returned = TypeVar("Returned")
 
 DEVICES = ("auto", "cpu", "cuda")
 LOADERS = ("auto", "ffcv", "torch")
@@ -22,57 +26,96 @@ dry_run_option = click.option("--dry-run", is_flag=True, help="Say what would be
 set_option = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one setting of the recipe; repeatable."
 )
-data_root_option = click.option("--data-root", type=PATH, help="Where prepared data sets are. [default: data]")
-runs_root_option = click.option("--runs-root", type=PATH, help="Where run folders are. [default: runs]")
-machine_option = click.option(
-    "--machine", "machine_file", type=PATH, help="Machine file (TOML). [default: ~/.config/obowlab/machine.toml]"
-)
 json_flag = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
+ROOTS = ("data_root", "runs_root", "machine_file")
+"""The options that say where things are."""
 
-launcher_option = click.option(
-    "--launcher", type=click.Choice(("local", "slurm")), help="Here and now, or as jobs of a Slurm cluster. [default: local]"
-)
-wait_option = click.option("--wait", is_flag=True, help="With --launcher slurm: wait until the jobs are over.")
+HARDWARE = ("device", "workers", "loader")
+"""The options that say with what a command computes."""
 
+CLUSTER = ("launcher", "wait")
+"""The options that say whether it does so here."""
 
-def roots(command: Decorated) -> Decorated:
-    """Add the options that say where things are."""
-    for option in (machine_option, runs_root_option, data_root_option):
-        command = option(command)
-    return command
-
-
-def hardware(command: Decorated) -> Decorated:
-    """Add the options that say with what a command computes."""
-    options = (
-        click.option("--device", type=click.Choice(DEVICES), help="Device to compute on. [default: auto]"),
-        click.option("--workers", type=click.IntRange(min=0), metavar="N", help="Loader workers per process; 0: in the process."),
-        click.option("--loader", type=click.Choice(LOADERS), help="Loader backend; the pixels are the same. [default: auto]"),
-    )
-    for option in reversed(options):
-        command = option(command)
-    return command
-
-
-def machine_from(*, machine_file: Path | None = None, **overrides: Any) -> Machine:
-    """Return the Machine of the machine file, the environment and the given options; None leaves a field alone."""
-    from obowlab.config import load_machine
-
-    return load_machine(file=machine_file, overrides=overrides)
+_DECLARED = {
+    "launcher": click.option(
+        "--launcher", type=click.Choice(("local", "slurm")), help="Here and now, or as jobs of a Slurm cluster. [default: local]"
+    ),
+    "wait": click.option("--wait", is_flag=True, help="With --launcher slurm: wait until the jobs are over."),
+    "device": click.option("--device", type=click.Choice(DEVICES), help="Device to compute on. [default: auto]"),
+    "workers": click.option(
+        "--workers", type=click.IntRange(min=0), metavar="N", help="Loader workers per process; 0: in the process."
+    ),
+    "loader": click.option(
+        "--loader", type=click.Choice(LOADERS), help="Loader backend; the pixels are the same. [default: auto]"
+    ),
+    "data_root": click.option("--data-root", type=PATH, help="Where prepared data sets are. [default: data]"),
+    "runs_root": click.option("--runs-root", type=PATH, help="Where run folders are. [default: runs]"),
+    "machine_file": click.option(
+        "--machine", "machine_file", type=PATH, help="Machine file (TOML). [default: ~/.config/obowlab/machine.toml]"
+    ),
+}
 
 
-def job_words(words: Sequence[str], *, machine: Machine, machine_file: Path | None) -> tuple[str, ...]:
+@dataclass(frozen=True)
+class MachineOptions:
+    """What a command was told of the machine; None where it was told nothing.
+
+    Attributes:
+        machine_file: holds the machine's other settings; None for the usual place.
+        wait: until the jobs of a cluster are over.
+    """
+
+    data_root: Path | None = None
+    runs_root: Path | None = None
+    machine_file: Path | None = None
+    device: str | None = None
+    workers: int | None = None
+    loader: str | None = None
+    launcher: str | None = None
+    wait: bool = False
+
+    def machine(self, **overrides: Any) -> Machine:
+        """Return the Machine of the machine file, the environment, these options and further values; None leaves a field alone.
+
+        Raises:
+            UserError: one of them is not valid, or there is nothing to wait for.
+        """
+        from obowlab.config import load_machine
+
+        said = {name: getattr(self, name) for name in (*ROOTS, *HARDWARE, "launcher") if name != "machine_file"}
+        machine = load_machine(file=self.machine_file, overrides=said | overrides)
+        if self.wait and machine.launcher != "slurm":
+            raise UserError("--wait is for jobs of a cluster (--launcher slurm): here the command waits anyway.")
+        return machine
+
+
+def machine_options(*names: str) -> Callable[[Callable[..., Returned]], Callable[..., Returned]]:
+    """Add options of the machine to a command, which takes them as one argument, `options`."""
+
+    def decorate(command: Callable[..., Returned]) -> Callable[..., Returned]:
+        @functools.wraps(command)
+        def with_options(*args: Any, **given: Any) -> Returned:
+            return command(*args, options=MachineOptions(**{name: given.pop(name) for name in names}), **given)
+
+        for name in reversed(names):
+            with_options = _DECLARED[name](with_options)
+        return with_options
+
+    return decorate
+
+
+def job_words(words: Sequence[str], *, machine: Machine, options: MachineOptions) -> tuple[str, ...]:
     """Return a command as a job of a cluster has to carry it out: with everything that options said here.
 
     Args:
         words: the command's own words.
         machine: where and with what.
-        machine_file: holds the machine's other settings; None for the usual place.
+        options: where the machine's other settings are.
     """
     from obowlab.config import command_options
 
-    file = ("--machine", str(machine_file.absolute())) if machine_file is not None else ()
+    file = ("--machine", str(options.machine_file.absolute())) if options.machine_file is not None else ()
     return (*words, *command_options(machine), "--device", machine.device, "--launcher", "local", *file)
 
 

@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from obowlab.cli.options import PATH, dry_run_option, machine_from, machine_option, runs_root_option, would
+from obowlab.cli.options import (
+    PATH,
+    MachineOptions,
+    dry_run_option,
+    machine_options,
+    would,
+)
 
 if TYPE_CHECKING:
     from obowlab.config import Machine
@@ -33,18 +39,9 @@ SCALES = ("paper", "tiny", "demo")
 )
 @click.option("--wait", is_flag=True, help="Return once MLflow has it, not before.")
 @click.option("--open", "opened", is_flag=True, help="Show it in the browser.")
-@runs_root_option
-@machine_option
+@machine_options("runs_root", "machine_file")
 @dry_run_option
-def report(
-    scales: tuple[str, ...],
-    out: Path,
-    wait: bool,
-    opened: bool,
-    runs_root: Path | None,
-    machine_file: Path | None,
-    dry_run: bool,
-) -> None:
+def report(scales: tuple[str, ...], out: Path, wait: bool, opened: bool, options: MachineOptions, dry_run: bool) -> None:
     """Write tables, curves, vocabulary health, studies and provenance as a static site.
 
     The pages need no network and no server: open index.html, copy the folder anywhere. MLflow gets the same as one file, in a run
@@ -53,7 +50,7 @@ def report(
     from obowlab.lab.report.build import build_site, refuse_foreign
     from obowlab.lab.report.gather import gather, read_store, tables_at
 
-    machine = machine_from(machine_file=machine_file, runs_root=runs_root)
+    machine = options.machine()
     index = out.absolute() / "index.html"
     refuse_foreign(out)
     if dry_run:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
 
 from obowlab.cli.options import (
+    CLUSTER,
+    HARDWARE,
+    ROOTS,
+    MachineOptions,
     absolute,
     dry_run_option,
-    hardware,
-    launcher_option,
-    machine_from,
-    roots,
+    machine_options,
     set_option,
-    wait_option,
     would,
 )
 from obowlab.cli.output import print_results
@@ -37,16 +37,13 @@ if TYPE_CHECKING:
     "--resume/--fresh", "resume", default=None, help="Insist on continuing a run, or begin again. [default: continue if there]"
 )
 @click.option("--procs", type=click.IntRange(min=1), metavar="N", help="Processes that share every batch. [default: 1]")
-@launcher_option
 @click.option(
     "--nodes",
     type=click.IntRange(min=1),
     metavar="N",
     help="Spread them over N nodes of the cluster. [default: as few as will do]",
 )
-@wait_option
-@hardware
-@roots
+@machine_options(*CLUSTER, *HARDWARE, *ROOTS)
 @click.option("--no-progress", is_flag=True, help="Print no progress; the run's log.txt has it.")
 @click.option("--stage", type=click.IntRange(min=1), metavar="K", help="Stop after stage K of a recipe with several.")
 @click.option("--quote/--no-quote", default=True, help="Say first what it will cost, from earlier runs or a few timed steps.")
@@ -58,18 +55,11 @@ def run(
     overrides: tuple[str, ...],
     resume: bool | None,
     procs: int | None,
-    launcher: str | None,
     nodes: int | None,
-    wait: bool,
-    device: str | None,
-    workers: int | None,
-    loader: str | None,
-    data_root: Path | None,
-    runs_root: Path | None,
-    machine_file: Path | None,
     no_progress: bool,
     stage: int | None,
     quote: bool,
+    options: MachineOptions,
     dry_run: bool,
 ) -> int:
     """Pretrain a recipe, then evaluate the encoder; the same command again continues.
@@ -83,28 +73,17 @@ def run(
     from obowlab.config import load_recipe
 
     if gpus is not None:
-        if device not in (None, "cuda") or procs not in (None, gpus):
+        if options.device not in (None, "cuda") or procs not in (None, gpus):
             raise UserError("--gpus N stands for --device cuda --procs N; leave those out.")
-        device, procs = "cuda", gpus
+        options, procs = replace(options, device="cuda"), gpus
     loaded = load_recipe(name, overrides=overrides)
-    machine = machine_from(
-        machine_file=machine_file,
-        data_root=data_root,
-        runs_root=runs_root,
-        device=device,
-        procs=procs,
-        workers=workers,
-        loader=loader,
-        launcher=launcher,
-        nodes=nodes,
-    )
-    from obowlab.cli.submit import refuse_wait, spread, submit_run
+    machine = options.machine(procs=procs, nodes=nodes)
+    from obowlab.cli.submit import spread, submit_run
     from obowlab.lab.engine.leases import check_gpus
     from obowlab.lab.launch import launch, plan
     from obowlab.track.folder import RunFolder, run_id_of
     from obowlab.track.lineage import stages_of
 
-    refuse_wait(machine, wait=wait)
     if machine.launcher == "slurm":
         machine = spread(machine, nodes=nodes)
     else:
@@ -128,7 +107,7 @@ def run(
     if machine.launcher == "slurm" and due and not dry_run:
         words = ["run", absolute(name), "--seed", str(seed), *(word for text in overrides for word in ("--set", text))]
         words += ["--stage", str(stage)] if stage is not None else []
-        return submit_run(words, due, seed=seed, fresh=fresh, machine=machine, machine_file=machine_file, wait=wait)
+        return submit_run(words, due, seed=seed, fresh=fresh, machine=machine, options=options)
     for number, each in enumerate(chosen, start=1):
         if len(stages) > 1:
             click.echo(f"Stage {number} of {len(stages)}: {each.recipe.title}")

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from obowlab.cli import Family
-from obowlab.cli.options import PATH, dry_run_option, json_flag, machine_from, machine_option, runs_root_option, would
+from obowlab.cli.options import (
+    PATH,
+    MachineOptions,
+    dry_run_option,
+    json_flag,
+    machine_options,
+    would,
+)
 from obowlab.cli.output import moment, print_results, print_table, size
 from obowlab.errors import UserError
 
@@ -46,15 +53,14 @@ def runs() -> None:
 
 
 @runs.command("list")
-@runs_root_option
-@machine_option
+@machine_options("runs_root", "machine_file")
 @json_flag
 @dry_run_option
-def list_all(runs_root: Path | None, machine_file: Path | None, as_json: bool, dry_run: bool) -> None:
+def list_all(as_json: bool, options: MachineOptions, dry_run: bool) -> None:
     """List what was trained, newest first."""
     from obowlab.track.folder import RunFolder, list_runs
 
-    root = machine_from(machine_file=machine_file, runs_root=runs_root).runs_root
+    root = options.machine().runs_root
     if dry_run:
         return would(f"list the runs in {root}")
     _warn_of_damage(root)
@@ -90,16 +96,15 @@ def list_all(runs_root: Path | None, machine_file: Path | None, as_json: bool, d
 
 @runs.command("show")
 @click.argument("run")
-@runs_root_option
-@machine_option
+@machine_options("runs_root", "machine_file")
 @json_flag
 @dry_run_option
-def show(run: str, runs_root: Path | None, machine_file: Path | None, as_json: bool, dry_run: bool) -> None:
+def show(run: str, as_json: bool, options: MachineOptions, dry_run: bool) -> None:
     """Show one run: its state, last metrics and results.
 
     RUN is a run id, the beginning of one, or a run folder.
     """
-    folder = _find(run, runs_root=runs_root, machine_file=machine_file)
+    folder = _find(run, options=options)
     if dry_run:
         return would(f"show run '{folder.run_id}'")
     state, points = folder.current_state(), folder.metrics()
@@ -147,10 +152,9 @@ def show(run: str, runs_root: Path | None, machine_file: Path | None, as_json: b
 @click.option(
     "--timeout", "timeout_s", type=click.FloatRange(min=1), default=60.0, show_default=True, metavar="S", help="Seconds per run."
 )
-@runs_root_option
-@machine_option
+@machine_options("runs_root", "machine_file")
 @dry_run_option
-def sync(run: tuple[str, ...], timeout_s: float, runs_root: Path | None, machine_file: Path | None, dry_run: bool) -> int:
+def sync(run: tuple[str, ...], timeout_s: float, options: MachineOptions, dry_run: bool) -> int:
     """Send to MLflow what is not there yet, of all runs or of those named.
 
     Nothing is sent twice, so it may be repeated at will. The exit code is 1 when something could not be sent.
@@ -159,7 +163,7 @@ def sync(run: tuple[str, ...], timeout_s: float, runs_root: Path | None, machine
     from obowlab.track.mirror import Mirror
     from obowlab.track.store import shown_uri
 
-    machine = machine_from(machine_file=machine_file, runs_root=runs_root)
+    machine = options.machine()
     if run:
         folders = [RunFolder.find(ref, runs_root=machine.runs_root) for ref in run]
     else:
@@ -184,17 +188,14 @@ def sync(run: tuple[str, ...], timeout_s: float, runs_root: Path | None, machine
 @click.argument("run")
 @click.option("--out", type=PATH, metavar="FILE", help="Where to write. [default: RUN_ID.tar.gz]")
 @click.option("--checkpoint", is_flag=True, help="Take the checkpoint along, so that training can continue elsewhere.")
-@runs_root_option
-@machine_option
+@machine_options("runs_root", "machine_file")
 @dry_run_option
-def export(
-    run: str, out: Path | None, checkpoint: bool, runs_root: Path | None, machine_file: Path | None, dry_run: bool
-) -> None:
+def export(run: str, out: Path | None, checkpoint: bool, options: MachineOptions, dry_run: bool) -> None:
     """Write a run into one .tar.gz: recipe, metrics, results, encoder.
 
     Unpacked into another runs folder it is a run again there: `obowlab runs show` and `obowlab runs sync` work on it.
     """
-    folder = _find(run, runs_root=runs_root, machine_file=machine_file)
+    folder = _find(run, options=options)
     target = out or Path(f"{folder.run_id}.tar.gz")
     names = [name for name in (*BUNDLED, *([CHECKPOINT] if checkpoint else [])) if (folder.path / name).exists()]
     if checkpoint and CHECKPOINT not in names:
@@ -228,10 +229,10 @@ def write_bundle(folder: RunFolder, *, names: list[str], target: Path) -> None:
         beside.unlink(missing_ok=True)
 
 
-def _find(run: str, *, runs_root: Path | None, machine_file: Path | None) -> RunFolder:
+def _find(run: str, *, options: MachineOptions) -> RunFolder:
     from obowlab.track.folder import RunFolder
 
-    return RunFolder.find(run, runs_root=machine_from(machine_file=machine_file, runs_root=runs_root).runs_root)
+    return RunFolder.find(run, runs_root=options.machine().runs_root)
 
 
 def _warn_of_damage(runs_root: Path) -> None:

@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from obowlab.cli.options import job_words
+from obowlab.cli.options import MachineOptions, job_words
 from obowlab.cli.output import print_results
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from obowlab.config import Loaded, Machine
     from obowlab.lab.ablate import Plan
     from obowlab.lab.engine.slurm import Errand, Needs, SlurmJob
@@ -55,16 +53,6 @@ def wait_for(jobs: Sequence[SlurmJob], *, machine: Machine) -> int:
     return 0
 
 
-def refuse_wait(machine: Machine, *, wait: bool) -> None:
-    """Refuse `--wait` where there is nothing to wait for.
-
-    Raises:
-        UserError: the command is carried out here.
-    """
-    if wait and machine.launcher != "slurm":
-        raise UserError("--wait is for jobs of a cluster (--launcher slurm): here the command waits anyway.")
-
-
 def spread(machine: Machine, *, nodes: int | None) -> Machine:
     """Return the machine with as few nodes as its GPUs need, unless their number was given.
 
@@ -88,8 +76,7 @@ def submit_run(
     seed: int,
     fresh: bool,
     machine: Machine,
-    machine_file: Path | None,
-    wait: bool,
+    options: MachineOptions,
 ) -> int:
     """Submit what is due of a recipe as one job, unless a job has it already.
 
@@ -99,8 +86,7 @@ def submit_run(
         seed: of all of them.
         fresh: put the present folder of the last one aside first.
         machine: where and with what.
-        machine_file: holds the machine's other settings; None for the usual place.
-        wait: until the job is over; then print the results.
+        options: what the command was told; with `wait`, until the job is over: then print the results.
 
     Returns:
         0; when waiting, 1 if the run did not finish and 130 if the user left.
@@ -126,10 +112,10 @@ def submit_run(
         for each in due:
             RunFolder.create(each, seed=seed, runs_root=machine.runs_root)
         command = [*words, "--procs", str(machine.procs), "--nodes", str(machine.nodes), "--no-progress"]
-        errand = Errand(words=job_words(command, machine=machine, machine_file=machine_file), runs=tuple(runs), what=runs[-1])
+        errand = Errand(words=job_words(command, machine=machine, options=options), runs=tuple(runs), what=runs[-1])
         needs = Needs(nodes=machine.nodes, procs=machine.procs, gpus=machine.device != "cpu")
         jobs = submit([errand], machine=machine, needs=needs, name=runs[-1])
-    if not wait:
+    if not options.wait:
         click.echo(FOLLOW)
         return 0
     if code := wait_for(jobs, machine=machine):
@@ -144,15 +130,14 @@ def submit_run(
     return 0
 
 
-def submit_plan(plan: Plan, *, machine: Machine, machine_file: Path | None, at_a_time: int, wait: bool) -> int | None:
+def submit_plan(plan: Plan, *, machine: Machine, options: MachineOptions, at_a_time: int) -> int | None:
     """Submit what tables lack, as arrays of jobs: first the stages that others need, then those.
 
     Args:
         plan: of the tables.
         machine: of every job; one process each.
-        machine_file: holds the machine's other settings; None for the usual place.
+        options: what the command was told; with `wait`, until all jobs are over.
         at_a_time: at most so many jobs of an array run together.
-        wait: until all jobs are over.
 
     Returns:
         The exit code when there is nothing to show yet; None when nothing is left, or the waiting is over.
@@ -188,7 +173,7 @@ def submit_plan(plan: Plan, *, machine: Machine, machine_file: Path | None, at_a
             folder.add_labels(labels_of(job, plan=plan))
         errands = [
             Errand(
-                words=job_words([*job.command, "--no-progress"], machine=machine, machine_file=machine_file),
+                words=job_words([*job.command, "--no-progress"], machine=machine, options=options),
                 runs=(names[job.fingerprint],),
                 what=names[job.fingerprint],
             )
@@ -198,7 +183,7 @@ def submit_plan(plan: Plan, *, machine: Machine, machine_file: Path | None, at_a
         name = "-".join(table.name for table in plan.tables)
         new = submit(errands, machine=machine, needs=Needs(gpus=gpus), name=name, at_a_time=at_a_time, after=after)
         jobs |= {job.fingerprint: each for job, each in zip(ready, new, strict=True)}
-    if wait:
+    if options.wait:
         code = wait_for(list(jobs.values()), machine=machine)
         return code or None
     click.echo(f"{FOLLOW} The same command again shows the tables once all is trained.")

@@ -5,22 +5,22 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import click
 
 from obowlab.cli.options import (
+    CLUSTER,
+    HARDWARE,
+    ROOTS,
+    MachineOptions,
     absolute,
     dry_run_option,
-    hardware,
     job_words,
     json_flag,
-    launcher_option,
-    machine_from,
-    roots,
+    machine_options,
     set_option,
-    wait_option,
     would,
 )
 from obowlab.cli.output import duration, print_table
@@ -51,10 +51,7 @@ SCALES = ("paper", "tiny", "demo")
 @click.option("--show", is_flag=True, help="Train nothing; print the trials and what is best, and renew study.json.")
 @click.option("--list", "list_studies", is_flag=True, help="List the studies.")
 @json_flag
-@launcher_option
-@wait_option
-@hardware
-@roots
+@machine_options(*CLUSTER, *HARDWARE, *ROOTS)
 @dry_run_option
 def tune(
     study: str | None,
@@ -68,14 +65,7 @@ def tune(
     show: bool,
     list_studies: bool,
     as_json: bool,
-    launcher: str | None,
-    wait: bool,
-    device: str | None,
-    workers: int | None,
-    loader: str | None,
-    data_root: Path | None,
-    runs_root: Path | None,
-    machine_file: Path | None,
+    options: MachineOptions,
     dry_run: bool,
 ) -> int:
     """Search the settings of a recipe with Optuna; the same command again continues.
@@ -89,32 +79,20 @@ def tune(
     if study is None:
         raise UserError("Name a study or its TOML file; `obowlab tune --list` lists them.")
     if gpus is not None:
-        if device not in (None, "cuda") or jobs is not None:
+        if options.device not in (None, "cuda") or jobs is not None:
             raise UserError("--gpus N stands for --device cuda with N trials at a time; leave --device and --jobs out.")
-        device = "cuda"
-    from obowlab.cli.submit import refuse_wait
+        options = replace(options, device="cuda")
     from obowlab.lab.study.spec import plan_study
 
     tuning = plan_study(study, scale=scale, overrides=overrides, study_name=study_name)
-    machine = machine_from(
-        machine_file=machine_file,
-        data_root=data_root,
-        runs_root=runs_root,
-        device=device,
-        workers=workers,
-        loader=loader,
-        launcher=launcher,
-    )
-    refuse_wait(machine, wait=wait)
+    machine = options.machine()
     budget = trials or tuning.spec.trials
     if show or dry_run:
         return _look(tuning, machine=machine, storage=storage, budget=budget, show=show, as_json=as_json, jobs=gpus or jobs or 1)
     if machine.launcher == "slurm":
         words = ["tune", absolute(study), "--scale", scale, "--name", tuning.name, "--trials", str(budget)]
         words += [word for text in overrides for word in ("--set", text)]
-        return _submit(
-            tuning, words, machine=machine, machine_file=machine_file, storage=storage, count=gpus or jobs or 1, wait=wait
-        )
+        return _submit(tuning, words, machine=machine, options=options, storage=storage, count=gpus or jobs or 1)
     if gpus is not None:
         from obowlab.lab.engine.leases import check_gpus
 
@@ -142,10 +120,9 @@ def _submit(
     words: list[str],
     *,
     machine: Machine,
-    machine_file: Path | None,
+    options: MachineOptions,
     storage: str | None,
     count: int,
-    wait: bool,
 ) -> int:
     """Let so many jobs of the cluster, with one trial at a time each, work on a study; those already there count."""
     import os
@@ -169,10 +146,10 @@ def _submit(
     if len(jobs) < count:
         os.environ[STORAGE_VARIABLE] = url  # Slurm hands it on; on a command line a password would be seen by everybody
         gpus = machine.device != "cpu"
-        errand = Errand(words=job_words(words, machine=machine, machine_file=machine_file), runs=(), what=what)
+        errand = Errand(words=job_words(words, machine=machine, options=options), runs=(), what=what)
         errands = [errand] * (count - len(jobs))
         jobs += submit(errands, machine=machine, needs=Needs(gpus=gpus), name=what.replace(" ", "-"))
-    if not wait:
+    if not options.wait:
         click.echo(f"{FOLLOW} `obowlab tune ... --show` shows the trials.")
         return 0
     return wait_for(jobs, machine=machine)

@@ -18,7 +18,12 @@ from typing import TYPE_CHECKING
 
 import click
 
-from obowlab.cli.options import dry_run_option, machine_from, machine_option, runs_root_option, would
+from obowlab.cli.options import (
+    MachineOptions,
+    dry_run_option,
+    machine_options,
+    would,
+)
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,22 +43,14 @@ PORT, STUDIES_PORT = 5000, 8080
 @click.option(
     "--storage", metavar="URL", envvar="OBOWLAB_STUDY_STORAGE", help="Of the studies. [default: the journal in the run store]"
 )
-@runs_root_option
-@machine_option
+@machine_options("runs_root", "machine_file")
 @dry_run_option
-def ui(
-    port: int | None,
-    studies: bool,
-    storage: str | None,
-    runs_root: Path | None,
-    machine_file: Path | None,
-    dry_run: bool,
-) -> int:
+def ui(port: int | None, studies: bool, storage: str | None, options: MachineOptions, dry_run: bool) -> int:
     """Browse the runs in MLflow on this machine.
 
     Serves the local store on the loopback interface until Ctrl-C. From another machine, use the printed ssh line.
     """
-    machine = machine_from(machine_file=machine_file, runs_root=runs_root)
+    machine = options.machine()
     if studies:
         return _serve_studies(machine, storage=storage, port=port or STUDIES_PORT, dry_run=dry_run)
     return _serve_runs(machine, port=port or PORT, dry_run=dry_run)

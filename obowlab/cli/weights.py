@@ -7,7 +7,13 @@ from pathlib import Path
 import click
 
 from obowlab.cli import Family
-from obowlab.cli.options import PATH, dry_run_option, machine_from, machine_option, runs_root_option, would
+from obowlab.cli.options import (
+    PATH,
+    MachineOptions,
+    dry_run_option,
+    machine_options,
+    would,
+)
 from obowlab.errors import UserError
 
 FORMATS = ("torchvision", "safetensors")
@@ -57,17 +63,14 @@ def import_file(file: Path, out: Path | None, force: bool, dry_run: bool) -> Non
 @click.option("--format", "format_", type=click.Choice(FORMATS), default="torchvision", show_default=True, help="What to write.")
 @click.option("--out", type=PATH, required=True, metavar="FILE", help="File to write.")
 @click.option("--force", is_flag=True, help="Replace --out if it is there.")
-@runs_root_option
-@machine_option
+@machine_options("runs_root", "machine_file")
 @dry_run_option
-def export_file(
-    run: str, format_: str, out: Path, force: bool, runs_root: Path | None, machine_file: Path | None, dry_run: bool
-) -> None:
+def export_file(run: str, format_: str, out: Path, force: bool, options: MachineOptions, dry_run: bool) -> None:
     """Write the encoder of a run (or of a weights file) for use elsewhere, and check it.
 
     The file is read back and the features of a random batch are compared; a file whose features differ is not kept.
     """
-    machine = machine_from(machine_file=machine_file, runs_root=runs_root)
+    machine = options.machine()
     _refuse_present(out, force=force)
     if not Path(run).is_file():
         from obowlab.track.folder import RunFolder

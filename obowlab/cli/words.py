@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from obowlab.cli.options import PATH, dry_run_option, hardware, json_flag, machine_from, roots, would
+from obowlab.cli.options import (
+    HARDWARE,
+    PATH,
+    ROOTS,
+    MachineOptions,
+    dry_run_option,
+    json_flag,
+    machine_options,
+    would,
+)
 from obowlab.cli.output import print_table
 from obowlab.errors import UserError
 
@@ -32,8 +41,7 @@ MIRROR_TIMEOUT_S = 60.0
 )
 @click.option("--out", type=PATH, metavar="DIR", help="Folder to write, kept apart from the run. [default: words/ of the run]")
 @json_flag
-@hardware
-@roots
+@machine_options(*HARDWARE, *ROOTS)
 @dry_run_option
 def words(
     run: str,
@@ -43,12 +51,7 @@ def words(
     per_word: int,
     out: Path | None,
     as_json: bool,
-    device: str | None,
-    workers: int | None,
-    loader: str | None,
-    data_root: Path | None,
-    runs_root: Path | None,
-    machine_file: Path | None,
+    options: MachineOptions,
     dry_run: bool,
 ) -> None:
     """Show the visual words of a run: the patches that each of them stands for.
@@ -60,9 +63,7 @@ def words(
     from obowlab.track.folder import RunFolder
     from obowlab.track.outbox import WORDS_FOLDER
 
-    machine = machine_from(
-        machine_file=machine_file, data_root=data_root, runs_root=runs_root, device=device, workers=workers, loader=loader
-    )
+    machine = options.machine()
     folder = RunFolder.find(run, runs_root=machine.runs_root)
     target = (out or folder.path / WORDS_FOLDER).absolute()
     _refuse_target(target)
