@@ -25,38 +25,6 @@ key = "fixed"
 label = "fixed head"
 set = { "method.head" = "fixed" }
 """
-
-STUDY = """
-base = "vanilla"
-objective = "fewshot_1shot"
-trials = 2
-
-[overrides]
-"data.dataset" = "small"
-"views.original_size" = 24
-"views.original_resize" = 27
-"views.crop_size" = 16
-"backbone.width" = 4
-"method.num_words" = 16
-"training.epochs" = 1
-"training.batch_size" = 8
-"evaluation.protocols" = ["fewshot"]
-"evaluation.random_baseline" = false
-"evaluation.fewshot.num_ways" = 3
-"evaluation.fewshot.shots" = [1]
-"evaluation.fewshot.num_episodes" = 10
-
-[parameters."method.kappa"]
-kind = "float"
-low = 1.0
-high = 20.0
-
-[paper]
-"method.kappa" = 5.0
-
-[pruner]
-kind = "none"
-"""
 HOW = ("--loader", "torch", "--device", "cpu")
 
 

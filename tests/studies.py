@@ -54,6 +54,39 @@ startup_trials = 1
 warmup_points = 1
 """
 
+REAL_STUDY = """
+base = "vanilla"
+objective = "fewshot_1shot"
+trials = {trials}
+
+[overrides]
+"data.dataset" = "small"
+"views.original_size" = 24
+"views.original_resize" = 27
+"views.crop_size" = 16
+"backbone.width" = 4
+"method.num_words" = 16
+"training.epochs" = {epochs}
+"training.batch_size" = 8
+"evaluation.protocols" = ["fewshot"]
+"evaluation.random_baseline" = false
+"evaluation.fewshot.num_ways" = 3
+"evaluation.fewshot.shots" = [1]
+"evaluation.fewshot.num_episodes" = 10
+
+[parameters."method.kappa"]
+kind = "float"
+low = 1.0
+high = 20.0
+
+[paper]
+"method.kappa" = 5.0
+
+[pruner]
+kind = "{pruner}"
+"""
+"""A study whose trials train in earnest, in seconds each, on the data set `small`."""
+
 COMPUTE = """
 import math, os, signal, sys, time
 from pathlib import Path

@@ -10,9 +10,12 @@ import torch
 import torch.distributed as dist
 
 from obowlab.config import Backbone, Bownet, Machine, MethodSection, Moco, Obow, Recipe, Rotnet
+from obowlab.evaluation import evaluate
 from obowlab.methods import METHODS, Method
+from obowlab.methods.backbones import build_backbone
 from obowlab.track.folder import RunFolder
 from obowlab.training.distributed import World, parallelise, synchronise_batchnorm
+from obowlab.training.weights import read_encoder
 from tests.contracts import small_preparation
 from tests.runs import complete, points, small_recipe, weights
 
@@ -125,7 +128,7 @@ def test_four_processes_go_on_to_the_bit(tmp_path: Path) -> None:
         assert [name for name, same in equal.items() if not same] == []
 
 
-def run(folder: Path, *, data_root: Path, **machine_values: object) -> RunFolder:
+def run(folder: Path, *, data_root: Path, protocols: str = "[]", **machine_values: object) -> RunFolder:
     folder.mkdir()
     machine = Machine.model_validate(
         {
@@ -137,8 +140,8 @@ def run(folder: Path, *, data_root: Path, **machine_values: object) -> RunFolder
             **machine_values,
         }
     )
-    # No measuring: this is about training. Small steps, or rounding grows by itself until the runs part.
-    overrides = ("evaluation.protocols=[]", "optimizer.learning_rate=0.002")
+    # Small steps, or rounding grows by itself until the runs part.
+    overrides = (f"evaluation.protocols={protocols}", "optimizer.learning_rate=0.002")
     return complete(small_recipe(folder, dataset="small", epochs=2, batch_size=8, overrides=overrides), machine=machine)
 
 
@@ -160,6 +163,28 @@ def test_two_processes_equal_one(tmp_path: Path, data_root: Path, alone: RunFold
         assert pairs[0][1][1][name] == pytest.approx(pairs[0][0][1][name], rel=1e-4), name
     for one, two in losses:
         assert two == pytest.approx(one, rel=0.02)
+
+
+def test_what_two_processes_trained_measures_in_one_as_it_did_there(tmp_path: Path, data_root: Path) -> None:
+    both = run(tmp_path / "both", data_root=data_root, procs=2, protocols='["fewshot", "knn"]')
+    recipe = both.info.recipe
+    encoder = read_encoder(both.path / "encoder.safetensors").model
+    assert {type(module) for module in encoder.modules() if "BatchNorm" in type(module).__name__} == {torch.nn.BatchNorm2d}
+    machine = Machine(data_root=data_root, runs_root=tmp_path / "elsewhere", device="cpu", loader="torch", workers=0)
+    here: dict[tuple[str, str], Any] = {}
+    for subject, model in (("student", encoder), ("random", build_backbone(recipe.backbone, seed=both.info.seed))):
+        results = evaluate(
+            model,
+            recipe=recipe,
+            machine=machine,
+            subject=subject,
+            cache_dir=machine.runs_root,
+            device=torch.device("cpu"),
+            report=lambda line: None,
+        )
+        here |= {(subject, result.protocol): result.to_json()["measurements"] for result in results}
+    assert {(result["subject"], result["protocol"]): result["measurements"] for result in both.results()} == here
+    assert len(here) == 4
 
 
 @pytest.mark.parametrize("workers", [1, 3])

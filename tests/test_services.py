@@ -23,10 +23,10 @@ import yaml
 from dashboards.services import write_env
 from tests.browser import DESKTOP, browser, complaints
 from tests.command_line import finished_run
-from tests.lab import HOW, STUDY, TABLE, Lab
+from tests.lab import HOW, TABLE, Lab
 from tests.runs import SMALL_RECIPE
 from tests.services import COMPOSE, LOOPBACK, ROOT, Stack, interpolate, missing_tools
-from tests.studies import wait_until
+from tests.studies import REAL_STUDY, wait_until
 
 __all__ = ["browser"]
 
@@ -49,7 +49,7 @@ def lab(data_root: Path) -> Iterator[Lab]:
     lab.place.mkdir()
     (lab.place / "small.toml").write_text(SMALL_RECIPE.format(dataset="small", epochs=2, batch_size=8))
     (lab.place / "heads.toml").write_text(TABLE)
-    (lab.place / "search.toml").write_text(STUDY)
+    (lab.place / "search.toml").write_text(REAL_STUDY.format(trials=2, epochs=1, pruner="none"))
     try:
         stack.start("web")
         lab.settled("run", str(lab.place / "small.toml"), *HOW)

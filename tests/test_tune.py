@@ -16,39 +16,7 @@ from obowlab.lab.study.claims import Claims
 from obowlab.lab.study.shape import StudyReport, StudyTrial
 from obowlab.track.folder import RunFolder
 from tests.command_line import Obowlab, contents, empty_workplace
-from tests.studies import Search, tuning_of, wait_until
-
-REAL = """
-base = "vanilla"
-objective = "fewshot_1shot"
-trials = 1
-
-[overrides]
-"data.dataset" = "small"
-"views.original_size" = 24
-"views.original_resize" = 27
-"views.crop_size" = 16
-"backbone.width" = 4
-"method.num_words" = 16
-"training.epochs" = 2
-"training.batch_size" = 8
-"evaluation.protocols" = ["fewshot"]
-"evaluation.random_baseline" = false
-"evaluation.fewshot.num_ways" = 3
-"evaluation.fewshot.shots" = [1]
-"evaluation.fewshot.num_episodes" = 10
-
-[parameters."method.kappa"]
-kind = "float"
-low = 1.0
-high = 20.0
-
-[paper]
-"method.kappa" = 5.0
-
-[pruner]
-kind = "median"
-"""
+from tests.studies import REAL_STUDY, NoMirror, Search, tuning_of, wait_until
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +43,7 @@ def test_a_real_study_from_the_command_to_mlflow(
         return log_inputs(*words, **options)
 
     monkeypatch.setattr(mlflow.MlflowClient, "log_inputs", collides_once)
-    (workplace / "small.toml").write_text(REAL)
+    (workplace / "small.toml").write_text(REAL_STUDY.format(trials=1, epochs=2, pruner="median"))
     words = ("tune", "small.toml", "--scale", "demo", "--data-root", str(data_root), "--loader", "torch", "--device", "cpu")
     code, out, err = obowlab(*words)
     assert code == 0, err
@@ -120,7 +88,6 @@ def test_a_study_is_shown_with_its_figures(workplace: Path, obowlab: Obowlab, mo
     from obowlab.lab import launch as launching
     from obowlab.lab.study import report as reporting
     from obowlab.track.publish import Published
-    from tests.studies import NoMirror
 
     monkeypatch.setattr(launching, "Mirror", NoMirror)
     monkeypatch.setattr(reporting, "publish", lambda *_, **__: Published(warning="MLflow is away."))
