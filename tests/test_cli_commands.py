@@ -121,6 +121,20 @@ def test_a_class_list_that_is_not_there_stops_the_run_before_it_trains(obowlab: 
     assert "novel_classes_1" in err
 
 
+@pytest.mark.parametrize(
+    ("recipe", "procs", "setting"),
+    [("demo", 3, "training.batch_size (64)"), ("demo-moco", 16, "method.batchnorm_splits (8)")],
+)
+def test_processes_that_cannot_share_a_batch_are_refused_before_anything_begins(
+    recipe: str, procs: int, setting: str, workplace: Path, obowlab: Obowlab
+) -> None:
+    for more in ((), ("--dry-run",)):
+        code, out, err = obowlab("run", recipe, "--procs", str(procs), *more)
+        assert (code, out) == (2, "")
+        assert err.startswith(f"Error: {setting} must be a multiple of the number of processes ({procs}): change --procs")
+    assert contents(workplace) == {}
+
+
 def test_finished_run_is_not_started_again(obowlab: Obowlab, finished: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("obowlab.lab.launch.launch", lambda loaded, **how: pytest.fail("started again"))
     code, out, _ = obowlab("run", "demo", "--set", "evaluation.knn.num_neighbours=5")

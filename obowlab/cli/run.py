@@ -101,6 +101,8 @@ def run(
     due = [
         each for each, folder in zip(chosen, folders, strict=True) if not _is_finished(folder) or (fresh and each is chosen[-1])
     ]
+    for each in due:
+        each.recipe.check_procs(machine.procs)
     different = [each for number, each in enumerate(due) if each.recipe.data not in [one.recipe.data for one in due[:number]]]
     for each in different:
         check_data(each, machine=machine, dry_run=dry_run)

@@ -85,7 +85,7 @@ def load_machine(*, file: Path | None = None, overrides: Mapping[str, Any] | Non
     machine = validate(Machine, nest(values), sources=sources)
     if machine.procs % machine.nodes:
         raise UserError(
-            f"{machine.procs} processes do not spread evenly over {machine.nodes} nodes: change --nodes, --gpus or --procs."
+            f"{machine.procs} process(es) cannot spread evenly over {machine.nodes} nodes: change --nodes, --gpus or --procs."
         )
     roots = {"data_root": machine.data_root, "runs_root": machine.runs_root}
     return machine.model_copy(update={name: path.expanduser().absolute() for name, path in roots.items()})

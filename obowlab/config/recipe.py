@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from obowlab.config.base import Count, Fraction, Positive, Range, Section, canonical_hash
-from obowlab.config.methods import AnyMethod, Obow
+from obowlab.config.methods import AnyMethod, Moco, Obow
+from obowlab.errors import UserError
 
 FINGERPRINT_VERSION = 2
 """Raise it when the same recipe would no longer give the same weights, or a default changes (see CHANGELOG, *Numerics*)."""
@@ -185,6 +186,22 @@ class Recipe(Section):
         if self.teacher is not None and self.teacher.backbone != self.backbone:
             raise ValueError("teacher.backbone must be the same as backbone")
         return self
+
+    def check_procs(self, procs: int) -> None:
+        """Refuse a number of processes over which a batch cannot be shared out evenly.
+
+        Raises:
+            UserError: names the setting that stands against it.
+        """
+        shared = {"training.batch_size": self.training.batch_size}
+        if isinstance(self.method, Moco):
+            shared["method.batchnorm_splits"] = self.method.batchnorm_splits
+        for name, value in shared.items():
+            if value % procs:
+                raise UserError(
+                    f"{name} ({value}) must be a multiple of the number of processes ({procs}): change --procs or --gpus, or the "
+                    "setting, which makes another run."
+                )
 
     def fingerprint(self, *, seed: int) -> str:
         """Return the SHA-256 (hex) that identifies a run: the resolved recipe and the seed.

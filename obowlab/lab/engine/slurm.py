@@ -155,7 +155,8 @@ def submit(
     except (FailedJobError, UncompletedJobError, subprocess.CalledProcessError) as error:
         shutil.rmtree(folder, ignore_errors=True)
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = next((line for line in reversed(lines) if "error:" in line), lines[-1] if lines else type(error).__name__)
+        complaints = [line for line in lines if "error:" in line or "fatal:" in line]
+        reason = (complaints or lines or [type(error).__name__])[-1]
         raise UserError(f"Slurm refuses the job: {reason.removeprefix('sbatch: ')}; see [slurm] of the machine file.") from None
     now = round(time.time(), 3)
     jobs = [SlurmJob(job.job_id, folder, errand, now) for job, errand in zip(submitted, errands, strict=True)]
