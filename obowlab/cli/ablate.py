@@ -10,16 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from obowlab.cli.options import (
-    CLUSTER,
-    HARDWARE,
-    PATH,
-    ROOTS,
-    MachineOptions,
-    dry_run_option,
-    machine_options,
-    would,
-)
+from obowlab.cli.options import CLUSTER, HARDWARE, PATH, ROOTS, MachineOptions, dry_run_option, machine_options, would
 from obowlab.cli.output import print_table
 from obowlab.errors import UserError
 

@@ -10,14 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from obowlab.cli import Family
-from obowlab.cli.options import (
-    PATH,
-    MachineOptions,
-    dry_run_option,
-    json_flag,
-    machine_options,
-    would,
-)
+from obowlab.cli.options import PATH, MachineOptions, dry_run_option, json_flag, machine_options, would
 from obowlab.cli.output import duration, print_table, size
 
 if TYPE_CHECKING:

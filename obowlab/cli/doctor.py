@@ -18,14 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from obowlab.cli.options import (
-    ROOTS,
-    MachineOptions,
-    dry_run_option,
-    json_flag,
-    machine_options,
-    would,
-)
+from obowlab.cli.options import ROOTS, MachineOptions, dry_run_option, json_flag, machine_options, would
 from obowlab.cli.output import size
 from obowlab.errors import UserError
 

@@ -177,12 +177,7 @@ def _override(recipe: Recipe, overrides: tuple[str, ...]) -> Recipe:
 
 
 def _measure(
-    chosen: Subject,
-    *,
-    names: tuple[str, ...],
-    dataset: str | None,
-    with_random: bool,
-    machine: Machine,
+    chosen: Subject, *, names: tuple[str, ...], dataset: str | None, with_random: bool, machine: Machine
 ) -> list[Result]:
     """Measure the encoder, and the untrained weights of the same seed when asked."""
     import torch

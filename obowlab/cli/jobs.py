@@ -12,13 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from obowlab.cli import Family
-from obowlab.cli.options import (
-    MachineOptions,
-    dry_run_option,
-    json_flag,
-    machine_options,
-    would,
-)
+from obowlab.cli.options import MachineOptions, dry_run_option, json_flag, machine_options, would
 from obowlab.cli.output import duration, moment, print_table
 from obowlab.errors import UserError
 

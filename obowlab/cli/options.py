@@ -83,7 +83,7 @@ class MachineOptions:
         """
         from obowlab.config import load_machine
 
-        said = {name: getattr(self, name) for name in (*ROOTS, *HARDWARE, "launcher") if name != "machine_file"}
+        said = {name: value for name, value in vars(self).items() if name not in ("machine_file", "wait")}
         machine = load_machine(file=self.machine_file, overrides=said | overrides)
         if self.wait and machine.launcher != "slurm":
             raise UserError("--wait is for jobs of a cluster (--launcher slurm): here the command waits anyway.")

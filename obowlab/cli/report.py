@@ -7,13 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from obowlab.cli.options import (
-    PATH,
-    MachineOptions,
-    dry_run_option,
-    machine_options,
-    would,
-)
+from obowlab.cli.options import PATH, MachineOptions, dry_run_option, machine_options, would
 
 if TYPE_CHECKING:
     from obowlab.config import Machine

@@ -11,14 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from obowlab.cli import Family
-from obowlab.cli.options import (
-    PATH,
-    MachineOptions,
-    dry_run_option,
-    json_flag,
-    machine_options,
-    would,
-)
+from obowlab.cli.options import PATH, MachineOptions, dry_run_option, json_flag, machine_options, would
 from obowlab.cli.output import moment, print_results, print_table, size
 from obowlab.errors import UserError
 

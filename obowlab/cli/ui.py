@@ -18,12 +18,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from obowlab.cli.options import (
-    MachineOptions,
-    dry_run_option,
-    machine_options,
-    would,
-)
+from obowlab.cli.options import MachineOptions, dry_run_option, machine_options, would
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:

@@ -7,13 +7,7 @@ from pathlib import Path
 import click
 
 from obowlab.cli import Family
-from obowlab.cli.options import (
-    PATH,
-    MachineOptions,
-    dry_run_option,
-    machine_options,
-    would,
-)
+from obowlab.cli.options import PATH, MachineOptions, dry_run_option, machine_options, would
 from obowlab.errors import UserError
 
 FORMATS = ("torchvision", "safetensors")

@@ -8,16 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-from obowlab.cli.options import (
-    HARDWARE,
-    PATH,
-    ROOTS,
-    MachineOptions,
-    dry_run_option,
-    json_flag,
-    machine_options,
-    would,
-)
+from obowlab.cli.options import HARDWARE, PATH, ROOTS, MachineOptions, dry_run_option, json_flag, machine_options, would
 from obowlab.cli.output import print_table
 from obowlab.errors import UserError
 
