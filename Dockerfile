@@ -48,7 +48,7 @@ RUN apt-get update \
         gcc libc6-dev libgl1 libglib2.0-0t64 libopencv-core406t64 libopencv-imgproc406t64 libturbojpeg libxcb1 python3 python3-dev \
     && rm -rf /var/lib/apt/lists/*
 COPY --from=build /opt/obowlab /opt/obowlab
-RUN ["/opt/obowlab/bin/python", "-c", "import ffcv.loader, torch, obowlab.data.ffcv_backend"]
+RUN ["/opt/obowlab/bin/python", "-c", "import ffcv.loader, torch, obowlab.views.ffcv_backend"]
 
 # Uid 1000 belongs to a user of the base image. Volumes that are mounted below /lab take over the owner.
 RUN userdel --remove ubuntu \

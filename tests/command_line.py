@@ -10,8 +10,8 @@ import pytest
 
 from obowlab.cli import main
 from obowlab.config import load_recipe
-from obowlab.track.folder import RunFolder
-from obowlab.track.samples import pack
+from obowlab.runs.folder import RunFolder
+from obowlab.runs.results import pack
 
 
 @dataclass(frozen=True)

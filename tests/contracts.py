@@ -11,7 +11,7 @@ from torch import Tensor
 
 from obowlab.config import Recipe, recipe_from_values
 from obowlab.methods import METHODS, Method, OneProcess, Preparation, StepOutput, build_backbone
-from obowlab.track.metrics import lookup
+from obowlab.runs.metrics import lookup
 
 NUM_IMAGES = 4
 NUM_CLASSES = 3

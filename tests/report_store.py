@@ -9,8 +9,8 @@ from pathlib import Path
 from PIL import Image
 
 from obowlab.config import load_recipe
-from obowlab.lab.table import Cell, Column, Estimate, Row, RunRef, Table
-from obowlab.track.folder import RunFolder
+from obowlab.runs.folder import RunFolder
+from obowlab.tables.model import Cell, Column, Estimate, Row, RunRef, Table
 from tests.command_line import result
 
 STARTED = 1_795_000_000.0

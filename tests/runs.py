@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from obowlab.config import Loaded, Machine, load_recipe
-from obowlab.track.folder import RunFolder
+from obowlab.runs.folder import RunFolder
 
 TIMING_METRICS = {"images_per_s", "step_time_s", "data_wait_s"}
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from obowlab.track.folder import RunFolder
+from obowlab.runs.folder import RunFolder
 from tests.runs import points, weights
 
 PACKAGES = ["slurmctld", "slurmd", "slurm-client", "munge", "slurmdbd", "slurm-wlm-mysql-plugin", "mariadb-server"]

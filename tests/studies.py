@@ -13,16 +13,16 @@ from typing import Any
 import optuna
 
 from obowlab.config import Machine
-from obowlab.lab import launch as launching
-from obowlab.lab.study import trial as trials
-from obowlab.lab.study import worker as workers
-from obowlab.lab.study.claims import Claims
-from obowlab.lab.study.report import Reporter
-from obowlab.lab.study.shape import StudyReport
-from obowlab.lab.study.spec import Tuning, plan_study
-from obowlab.lab.study.storage import open_storage, quiet, storage_url
-from obowlab.lab.study.worker import Ended, Worker, open_study, study_folder
-from obowlab.track.mirror import SyncReport
+from obowlab.launch import local as launching
+from obowlab.studies import trial as trials
+from obowlab.studies import worker as workers
+from obowlab.studies.schema import StudyReport
+from obowlab.studies.spec import Tuning, plan_study
+from obowlab.studies.storage import open_storage, quiet, storage_url
+from obowlab.studies.summary import Reporter
+from obowlab.studies.trial_locks import Claims
+from obowlab.studies.worker import Ended, Worker, open_study, study_folder
+from obowlab.tracking.mirror import SyncReport
 
 STUDY = """
 title = "a search"
@@ -90,7 +90,7 @@ kind = "{pruner}"
 COMPUTE = """
 import math, os, signal, sys, time
 from pathlib import Path
-from obowlab.track import RunFolder
+from obowlab.runs import RunFolder
 
 folder, behaviour, delay = RunFolder.open(Path(sys.argv[1])), sys.argv[2], float(sys.argv[3])
 stopped = []

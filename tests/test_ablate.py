@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from obowlab.lab.ablate import make_plan
-from obowlab.lab.tablefile import load_table
-from obowlab.track.folder import RunFolder, list_runs
+from obowlab.runs.folder import RunFolder, list_runs
+from obowlab.tables.execute import make_plan
+from obowlab.tables.spec import load_table
 from tests.runs import SMALL_RECIPE
 
 TABLE = """

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from obowlab.track.folder import RunFolder
+from obowlab.runs.folder import RunFolder
 from tests.chaos import forks, judge, ledger
 from tests.chaos.kinds import KINDS, fuzz
 from tests.chaos.ledger import BrokenError, Case, Kind, Outcome

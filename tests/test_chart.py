@@ -10,9 +10,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from obowlab.lab import chart
-from obowlab.lab.chart import Axis, Bar, Interval, Line, bar_chart, interval_chart, line_chart
-from obowlab.lab.parameter_map import CIVIDIS, Spot, blend, convex_hull, parameter_map, step_of
+from obowlab.report import chart
+from obowlab.report.chart import Axis, Bar, Interval, Line, bar_chart, interval_chart, line_chart
+from obowlab.report.parameter_map import CIVIDIS, Spot, blend, convex_hull, parameter_map, step_of
 
 HOSTILE = "</title><script>alert(1)</script>\"'&<b>"
 SVG = "{http://www.w3.org/2000/svg}"

@@ -19,9 +19,9 @@ from obowlab.cli import weights as weights_module
 from obowlab.cli import words as words_module
 from obowlab.cli.output import print_table
 from obowlab.config import Evaluation, Level, Machine
+from obowlab.config.scales import SCALES
 from obowlab.data.sources import SPLITS
-from obowlab.lab.scales import SCALES
-from obowlab.track.folder import RunFolder
+from obowlab.runs.folder import RunFolder
 from tests.command_line import Obowlab, contents, empty_workplace, finished_run
 
 GOLDEN = Path(__file__).parent / "golden" / "cli.txt"
@@ -119,7 +119,7 @@ def test_every_command_has_a_dry_run_and_help_for_every_option() -> None:
 
 
 def test_choices_are_those_of_the_code_they_stand_for() -> None:
-    from obowlab.training.weights import Format
+    from obowlab.weights.encoder_file import Format
 
     assert get_args(Machine.model_fields["device"].annotation) == options.DEVICES
     assert get_args(Machine.model_fields["loader"].annotation) == options.LOADERS

@@ -17,8 +17,8 @@ from obowlab.cli import doctor, ui
 from obowlab.cli import eval as eval_module
 from obowlab.config import Machine, load_recipe
 from obowlab.errors import UserError
-from obowlab.track.folder import RunFolder
-from obowlab.track.mirror import SyncReport
+from obowlab.runs.folder import RunFolder
+from obowlab.tracking.mirror import SyncReport
 from tests.command_line import Obowlab, contents, empty_workplace, finished_run, result
 
 
@@ -80,8 +80,8 @@ def test_run_hands_everything_to_the_launcher_and_prints_the_results(
         folder.add_result(result("knn", "student", 12.5))
         return 0
 
-    monkeypatch.setattr("obowlab.lab.launch.launch", launch)
-    monkeypatch.setattr("obowlab.lab.engine.leases.count_gpus", lambda: 2)
+    monkeypatch.setattr("obowlab.launch.local.launch", launch)
+    monkeypatch.setattr("obowlab.launch.gpu_leases.count_gpus", lambda: 2)
     words = [
         "run",
         "demo",
@@ -109,7 +109,7 @@ def test_run_hands_everything_to_the_launcher_and_prints_the_results(
 
 
 def test_the_launchers_exit_code_is_the_commands(obowlab: Obowlab, data_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("obowlab.lab.launch.launch", lambda loaded, **how: 130)
+    monkeypatch.setattr("obowlab.launch.local.launch", lambda loaded, **how: 130)
     code, out, _ = obowlab("run", "demo", "--set", "data.dataset=small", "--data-root", str(data_root))
     assert (code, out) == (130, "")
 
@@ -136,7 +136,7 @@ def test_processes_that_cannot_share_a_batch_are_refused_before_anything_begins(
 
 
 def test_finished_run_is_not_started_again(obowlab: Obowlab, finished: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("obowlab.lab.launch.launch", lambda loaded, **how: pytest.fail("started again"))
+    monkeypatch.setattr("obowlab.launch.local.launch", lambda loaded, **how: pytest.fail("started again"))
     code, out, _ = obowlab("run", "demo", "--set", "evaluation.knn.num_neighbours=5")
     assert code == 0
     assert f"Run {finished.run_id} is finished" in out
@@ -190,7 +190,7 @@ def test_sync_reports_every_run_and_fails_when_something_is_pending(
         def sync(self, *, timeout_s: float) -> SyncReport:
             return SyncReport(sent=2, pending=3, error=f"no answer within {timeout_s:.0f} s")
 
-    monkeypatch.setattr("obowlab.track.mirror.Mirror", Broken)
+    monkeypatch.setattr("obowlab.tracking.mirror.Mirror", Broken)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     code, out, _ = obowlab("runs", "sync", "--timeout", "5")
     assert (code, out) == (1, f"{finished.run_id}: 2 sent, 3 pending: no answer within 5 s\n")
@@ -218,7 +218,7 @@ def test_results_of_eval_are_printed_filed_and_sent_on(
             return SyncReport(sent=1, pending=0)
 
     monkeypatch.setattr(eval_module, "_measure", measure)
-    monkeypatch.setattr("obowlab.track.mirror.Mirror", Mirror)
+    monkeypatch.setattr("obowlab.tracking.mirror.Mirror", Mirror)
     words = [
         "eval",
         "demo",
@@ -262,7 +262,7 @@ def test_weights_go_out_and_come_back(obowlab: Obowlab, workplace: Path) -> None
 
 def test_eval_of_a_file_measures_it(obowlab: Obowlab, workplace: Path, data_root: Path) -> None:
     from obowlab.methods.backbones import build_backbone
-    from obowlab.training.weights import save_encoder
+    from obowlab.weights.encoder_file import save_encoder
 
     overrides = ["backbone.width=4", "views.original_size=16", "views.original_resize=18"]
     recipe = load_recipe("tiny-vanilla", overrides=overrides).recipe

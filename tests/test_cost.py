@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from obowlab.config import Machine, Recipe, load_recipe
-from obowlab.lab.cost import Cost, CostBook, duration, num_steps, quote, settle
-from obowlab.track.folder import RunFolder, list_runs
-from obowlab.track.outbox import Outbox, Sent
+from obowlab.launch.cost import Cost, CostBook, duration, num_steps, quote, settle
+from obowlab.runs.folder import RunFolder, list_runs
+from obowlab.tracking.outbox import Outbox, Sent
 from tests.runs import small_recipe
 
 

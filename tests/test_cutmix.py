@@ -12,11 +12,12 @@ from scipy import stats
 
 from obowlab.config import Backbone, Obow, Views
 from obowlab.data.datasets import open_split
-from obowlab.data.loaders import train_loader
-from obowlab.data.photometric import cutmix, render
-from obowlab.data.views import Stream, cutmix_boxes, uniforms
 from obowlab.errors import UserError
 from obowlab.methods import OBoW, OneProcess, bow
+from obowlab.randomness import Stream, uniforms
+from obowlab.views.loaders import train_loader
+from obowlab.views.photometric import cutmix, render
+from obowlab.views.views import cutmix_boxes
 
 VIEWS = Views(
     original_size=24,

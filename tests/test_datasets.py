@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from obowlab.data import preparation
+from obowlab.data import prepare as preparation
 from obowlab.data.beton import BetonWriter, ContentHash, Record, page_size_for, read_index
 from obowlab.data.datasets import DATASETS, list_datasets, open_split, plan_prepare, prepare, subset, verify
 from obowlab.data.identity import NOTES

@@ -13,9 +13,9 @@ from obowlab.config import Backbone, Bownet, Machine, MethodSection, Moco, Obow,
 from obowlab.evaluation import evaluate
 from obowlab.methods import METHODS, Method
 from obowlab.methods.backbones import build_backbone
-from obowlab.track.folder import RunFolder
+from obowlab.runs.folder import RunFolder
 from obowlab.training.distributed import World, parallelise, synchronise_batchnorm
-from obowlab.training.weights import read_encoder
+from obowlab.weights.encoder_file import read_encoder
 from tests.contracts import small_preparation
 from tests.runs import complete, points, small_recipe, weights
 

@@ -13,11 +13,11 @@ from torchvision import transforms
 
 from obowlab.config import Backbone, Data, Evaluation, FewShot, Knn, Linear, Machine, Recipe, Views
 from obowlab.data.datasets import open_split
-from obowlab.data.photometric import MEAN, STD
 from obowlab.errors import UserError
 from obowlab.evaluation import EVALUATORS, Result, evaluate, features
 from obowlab.evaluation.features import FeatureStore, frozen, weights_hash
 from obowlab.methods.backbones import ResNet, build_backbone
+from obowlab.views.photometric import MEAN, STD
 
 VIEWS = Views(original_size=24, original_resize=28, num_crops=1, crop_size=16)
 CPU = torch.device("cpu")

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from obowlab.config import FewShot
+from obowlab.data.class_lists import class_list
 from obowlab.errors import UserError
-from obowlab.evaluation.fewshot import Episodes, authors_episodes, class_list, counter_episodes, episode_answers, few_shot
+from obowlab.evaluation.fewshot import Episodes, authors_episodes, counter_episodes, episode_answers, few_shot
 from obowlab.evaluation.result import Measurement, Result, mean_with_interval, proportion_with_interval
-from obowlab.track.samples import pack, unpack
+from obowlab.runs.results import pack, unpack
 
 # ImageNet's validation images have this shape: 1000 classes of 50 images in order. 300 classes to draw from.
 IMAGES_OF = {label: list(range(50 * label, 50 * label + 50)) for label in range(1000)}

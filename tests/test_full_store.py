@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from obowlab.config import Machine
-from obowlab.track.folder import RunFolder
-from obowlab.track.outbox import Outbox
-from obowlab.track.samples import unpack
+from obowlab.runs.folder import RunFolder
+from obowlab.runs.results import unpack
+from obowlab.tracking.outbox import Outbox
 from tests.benchmarks import store as stores
 from tests.command_line import Obowlab, empty_workplace
 

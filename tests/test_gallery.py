@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from obowlab.config import project_root
-from obowlab.lab.gallery import TEMPLATE, render_words
+from obowlab.evaluation.words.page import TEMPLATE, render_words
 from tests.browser import PHONE, browser, complaints, open_page, requests
 
 __all__ = ["browser"]

@@ -13,17 +13,18 @@ import pytest
 
 from obowlab.config import Loaded, Machine, Recipe
 from obowlab.errors import UserError
-from obowlab.lab import launch as launching
-from obowlab.lab import system
-from obowlab.lab.engine import leases
-from obowlab.lab.launch import SAMPLE_EVERY_S, compute_command, launch, plan, sample_interval_s
-from obowlab.track import RunFolder
-from obowlab.track.mirror import SyncReport
+from obowlab.launch import gpu_leases as leases
+from obowlab.launch import local as launching
+from obowlab.launch import system
+from obowlab.launch.compute_command import compute_command
+from obowlab.launch.local import SAMPLE_EVERY_S, launch, plan, sample_interval_s
+from obowlab.runs import RunFolder
+from obowlab.tracking.mirror import SyncReport
 
 COMPUTE = """
 import os, signal, sys, time
 from pathlib import Path
-from obowlab.track import RunFolder
+from obowlab.runs import RunFolder
 
 folder = RunFolder.open(Path(sys.argv[1]))
 behaviour = sys.argv[2]
@@ -62,7 +63,7 @@ LAUNCH = """
 import sys
 from pathlib import Path
 from tests.test_launch import NoMirror, loaded, machine_of, stand_in
-from obowlab.lab import launch as launching
+from obowlab.launch import local as launching
 launching.Mirror = NoMirror
 root = Path(sys.argv[1])
 command = stand_in(root, sys.argv[2])

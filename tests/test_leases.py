@@ -10,13 +10,12 @@ import pytest
 
 from obowlab.config import Machine
 from obowlab.errors import UserError
-from obowlab.lab.engine.leases import check_gpus, leased
-from obowlab.track.gpus import GPUS_VARIABLE, hold, hold_as_worker, take
+from obowlab.launch.gpu_leases import GPUS_VARIABLE, check_gpus, hold, hold_as_worker, leased, take
 from tests.gpus import stand_in_gpus
 
 HOLD = """
 import sys, time
-from obowlab.track.gpus import hold_as_worker, take
+from obowlab.launch.gpu_names import hold_as_worker, take
 gpu, role = sys.argv[1:]
 name = take(gpu) if role == "launcher" else hold_as_worker(local_rank=0, gpus=[gpu])
 assert name is not None

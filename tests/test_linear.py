@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from obowlab.config import Linear
-from obowlab.data.views import Stream, epoch_order, uniforms
 from obowlab.errors import UserError
 from obowlab.evaluation.linear import PROBE_LANE, linear_probe, probe_learning_rate, train_probe
+from obowlab.randomness import Stream, epoch_order, uniforms
 
 
 def clusters(

@@ -15,13 +15,13 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 
 from obowlab.config import Views
-from obowlab.data import loaders
-from obowlab.data.cutter import Cutter, decode
 from obowlab.data.datasets import open_split
-from obowlab.data.loaders import centre_loader, resolve_backend, train_loader
-from obowlab.data.preparation import prepare
-from obowlab.data.views import epoch_order
+from obowlab.data.prepare import prepare
 from obowlab.errors import UserError
+from obowlab.randomness import epoch_order
+from obowlab.views import loaders
+from obowlab.views.loaders import centre_loader, resolve_backend, train_loader
+from obowlab.views.pil_views import Cutter, decode
 
 VIEWS = Views(
     original_size=40,
@@ -264,7 +264,7 @@ def test_leaving_early_ends_the_workers(split):
 @pytest.mark.ffcv
 def test_resampling_equals_pil_to_the_bit():
     pytest.importorskip("numba", reason="numba, which comes with ffcv, is not installed")
-    from obowlab.data.resample import cut_view, transpose
+    from obowlab.views.pil_resize import cut_view, transpose
 
     rng = np.random.default_rng(0)
     for height, width, resized_height, resized_width in [

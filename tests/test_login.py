@@ -12,7 +12,7 @@ import pytest
 
 from obowlab.cli import doctor
 from obowlab.config import Machine
-from obowlab.track.store import answers, complaint, login
+from obowlab.tracking.server import answers, complaint, login
 from tests.command_line import empty_workplace
 
 SECRET = "se cret:%&/"

@@ -19,11 +19,11 @@ import pytest
 
 from obowlab.config import Loaded, Machine, Recipe
 from obowlab.errors import UserError
-from obowlab.lab import launch as launching
-from obowlab.lab.launch import launch
-from obowlab.track import RunFolder
-from obowlab.track.mirror import Mirror
-from obowlab.track.store import prepare_store, shown_uri, store_uri
+from obowlab.launch import local as launching
+from obowlab.launch.local import launch
+from obowlab.runs import RunFolder
+from obowlab.tracking.mirror import Mirror
+from obowlab.tracking.server import prepare_store, shown_uri, store_uri
 
 mlflow = pytest.importorskip("mlflow")
 
@@ -53,7 +53,7 @@ def train(folder: RunFolder, *steps: int) -> None:
 @pytest.fixture(scope="module")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An empty database, created by two processes at once; creating one costs seconds, copying it nothing."""
-    code = "import sys; from obowlab.track.store import prepare_store; prepare_store(sys.argv[1])"
+    code = "import sys; from obowlab.tracking.server import prepare_store; prepare_store(sys.argv[1])"
     path = tmp_path_factory.mktemp("store") / "runs" / "mlflow.db"
     makers = [subprocess.Popen([sys.executable, "-c", code, f"sqlite:///{path}"]) for _ in range(2)]
     assert [maker.wait() for maker in makers] == [0, 0]
@@ -396,7 +396,7 @@ def test_the_encoder_is_a_model_version_that_loads_without_this_package(root: Pa
     torch = pytest.importorskip("torch")
     import numpy as np
 
-    from obowlab.track.mirror import save_encoder_model
+    from obowlab.tracking.mirror import save_encoder_model
 
     torch.manual_seed(0)
     layers = [torch.nn.Conv2d(3, 8, 3, stride=2), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1)]
@@ -441,7 +441,7 @@ def test_a_launched_run_is_mirrored_while_it_trains_and_after(root: Path) -> Non
     script.write_text(
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from obowlab.track import RunFolder\n"
+        "from obowlab.runs import RunFolder\n"
         "folder = RunFolder.open(Path(sys.argv[1]))\n"
         "log = folder.metric_log()\n"
         "for step in range(50):\n"

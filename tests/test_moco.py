@@ -12,7 +12,7 @@ from obowlab.config import Backbone, Moco, Views
 from obowlab.errors import UserError
 from obowlab.methods import MoCo, OneProcess
 from obowlab.methods.moco import contrast_logits
-from obowlab.methods.splitnorm import SplitBatchNorm2d, split_batchnorm
+from obowlab.methods.split_batchnorm import SplitBatchNorm2d, split_batchnorm
 from obowlab.training.distributed import World, synchronise_batchnorm
 from tests.oracles import MocoOracle
 

@@ -16,16 +16,16 @@ import pytest
 import torch
 
 from obowlab.config import Loaded, Machine
-from obowlab.lab import launch as launching
-from obowlab.lab.engine import nodes
-from obowlab.lab.engine.nodes import MEETING_VARIABLE, Meeting
-from obowlab.lab.launch import compute_command
-from obowlab.lab.system import process_tree
-from obowlab.track.folder import RunFolder
+from obowlab.launch import local as launching
+from obowlab.launch import nodes
+from obowlab.launch.compute_command import compute_command
+from obowlab.launch.nodes import MEETING_VARIABLE, Meeting
+from obowlab.launch.system import process_tree
+from obowlab.runs.folder import RunFolder
 from tests.runs import complete, points, small_recipe, weights
 from tests.test_launch import NoMirror, wait_until
 
-NODE = [sys.executable, "-m", "obowlab.lab.engine.follow"]
+NODE = [sys.executable, "-m", "obowlab.launch.follower"]
 
 
 @pytest.fixture(autouse=True)

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from obowlab.config import Machine
-from obowlab.track.folder import RunFolder
-from obowlab.track.metrics import lookup, mlflow_name
-from obowlab.training import online
+from obowlab.runs.folder import RunFolder
+from obowlab.runs.metrics import lookup, mlflow_name
+from obowlab.training import online_evaluation as online
+from obowlab.training.context import Interrupted, StopRequest, Work
 from obowlab.training.distributed import join
 from obowlab.training.loop import train
-from obowlab.training.progress import Reporter
-from obowlab.training.work import Interrupted, StopRequest, Work
+from obowlab.training.reporter import Reporter
 from tests.runs import points, small_recipe, weights
 
 EPOCHS = 5

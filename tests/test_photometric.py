@@ -7,10 +7,10 @@ import torchvision.transforms.functional as F
 from PIL import Image, ImageFilter
 
 from obowlab.config import Views
-from obowlab.data import photometric
-from obowlab.data.loaders import Batch
-from obowlab.data.photometric import MEAN, STD, blur, coloured, jitter, luma, normalise, render
-from obowlab.data.views import Colour, colour, flips, patch_positions
+from obowlab.views import photometric
+from obowlab.views.loaders import Batch
+from obowlab.views.photometric import MEAN, STD, blur, coloured, jitter, luma, normalise, render
+from obowlab.views.views import Colour, colour, flips, patch_positions
 
 CPU = torch.device("cpu")
 SMALL = Views(

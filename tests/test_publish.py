@@ -13,8 +13,8 @@ import pytest
 
 from obowlab.config import Machine
 from obowlab.errors import UserError
-from obowlab.track.publish import Published, publish
-from obowlab.track.store import prepare_store
+from obowlab.tracking.publish import Published, publish
+from obowlab.tracking.server import prepare_store
 from tests.command_line import Obowlab, empty_workplace
 from tests.report_store import add_run
 

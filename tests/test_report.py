@@ -17,17 +17,19 @@ from typing import Any
 
 import pytest
 
-from obowlab.config import Machine, checking
+from obowlab.config import Machine
+from obowlab.config import validation as checking
 from obowlab.errors import UserError
-from obowlab.lab import chart
-from obowlab.lab.report import build, drawn, figures
-from obowlab.lab.report import gather as gather_module
-from obowlab.lab.report.build import build_site
-from obowlab.lab.report.curves import Curve
-from obowlab.lab.report.gather import Tables, gather, read_store, tables_at
-from obowlab.lab.report.send import LOG, make_parcel, pack, send
-from obowlab.lab.report.site import Site
-from obowlab.track.sealed import read_sealed
+from obowlab.files import read_sealed
+from obowlab.report import chart, figures
+from obowlab.report import figure_cache as drawn
+from obowlab.report import pages as build
+from obowlab.report import read as gather_module
+from obowlab.report.curves import Curve
+from obowlab.report.model import Site
+from obowlab.report.pages import build_site
+from obowlab.report.publish import LOG, make_parcel, pack, send
+from obowlab.report.read import Tables, gather, read_store, tables_at
 from tests.browser import PHONE, browser, complaints, open_page, requests
 from tests.command_line import Obowlab, contents, empty_workplace
 from tests.report_store import add_gallery, add_run, add_study, make_table
@@ -420,8 +422,8 @@ def test_command_refuses_what_is_not_a_report(obowlab: Obowlab, tmp_path: Path) 
 def test_report_does_not_import_torch_or_mlflow(tmp_path: Path) -> None:
     program = (
         "import sys; from pathlib import Path\n"
-        "from obowlab.lab.report.gather import gather, read_store, tables_at\n"
-        "from obowlab.lab.report.build import build_site\n"
+        "from obowlab.report.read import gather, read_store, tables_at\n"
+        "from obowlab.report.pages import build_site\n"
         f"root = Path({str(tmp_path)!r})\n"
         "build_site(gather(read_store(root), tables=tables_at([], store=read_store(root))), out=root / 'site')\n"
         "assert not {'torch', 'mlflow', 'optuna', 'plotly', 'pandas'} & set(sys.modules)"
@@ -431,7 +433,7 @@ def test_report_does_not_import_torch_or_mlflow(tmp_path: Path) -> None:
 
 def test_scales_are_those_of_the_code() -> None:
     from obowlab.cli.report import SCALES
-    from obowlab.lab import scales
+    from obowlab.config import scales
 
     assert tuple(scales.SCALES) == SCALES
 

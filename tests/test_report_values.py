@@ -14,14 +14,16 @@ import numpy as np
 import pytest
 
 from obowlab.config import load_recipe
-from obowlab.lab.records import Record, store_records
-from obowlab.lab.report import curves, drawn, gather
-from obowlab.lab.report.curves import Curve, over_seeds, read_curves, reduce, with_point
-from obowlab.lab.report.health import RULES, Finding, judge
-from obowlab.lab.report.site import Measured
-from obowlab.lab.report.studies import read_studies
-from obowlab.track.folder import RunFolder, RunSummary
-from obowlab.track.sealed import read_sealed
+from obowlab.files import read_sealed
+from obowlab.report import curves
+from obowlab.report import figure_cache as drawn
+from obowlab.report import read as gather
+from obowlab.report.curves import Curve, over_seeds, read_curves, reduce, with_point
+from obowlab.report.model import Measured
+from obowlab.report.studies import read_studies
+from obowlab.report.vocabulary_health import RULES, Finding, judge
+from obowlab.runs.folder import RunFolder, RunSummary
+from obowlab.runs.records import Record, store_records
 from tests.command_line import result
 from tests.report_store import add_gallery, add_run, add_study
 

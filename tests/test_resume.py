@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from obowlab.config import Machine
-from obowlab.track.folder import RunFolder
+from obowlab.runs.folder import RunFolder
 from tests.runs import complete, points, small_recipe, start, weights
 
 NUM_KILLS = int(os.environ.get("OBOWLAB_KILLS", "20"))

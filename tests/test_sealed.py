@@ -17,10 +17,10 @@ from obowlab.config import load_recipe
 from obowlab.data.datasets import open_split
 from obowlab.data.identity import NOTES
 from obowlab.errors import UserError
-from obowlab.track.folder import RunFolder, damaged_runs, list_runs
-from obowlab.track.journal import append_whole, cut_torn_tail, parse_point, read_all, read_lines
-from obowlab.track.outbox import Outbox, Sent
-from obowlab.track.sealed import is_whole, seal, unseal
+from obowlab.files import append_whole, cut_torn_tail, is_whole, read_all, read_lines, seal, unseal
+from obowlab.runs.folder import RunFolder, damaged_runs, list_runs
+from obowlab.runs.metric_log import parse_point
+from obowlab.tracking.outbox import Outbox, Sent
 from tests.command_line import Obowlab, finished_run
 
 

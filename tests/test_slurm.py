@@ -18,9 +18,9 @@ import pytest
 
 from obowlab.config import Loaded, Machine, Recipe
 from obowlab.errors import UserError
-from obowlab.lab.engine.slurm import Errand, Needs, live_runs, states, submit, submitted_jobs
-from obowlab.lab.jobs import logs_of, overview, reap, stop
-from obowlab.track.folder import RunFolder
+from obowlab.launch.jobs import logs_of, overview, reap, stop
+from obowlab.launch.slurm import Errand, Needs, live_runs, states, submit, submitted_jobs
+from obowlab.runs.folder import RunFolder
 from tests.command_line import Obowlab, empty_workplace, finished_run
 
 
@@ -153,7 +153,7 @@ def test_slurm_that_is_not_there_or_refuses_is_told_in_one_sentence(
 TASK = """
 import sys
 from pathlib import Path
-from obowlab.lab.engine import slurm
+from obowlab.launch import slurm
 slurm.GRACE_S = 3.0
 task = slurm.NodeTask((), folder=Path(sys.argv[1]), cwd=Path(sys.argv[1]), nodes=1)
 task._command = lambda: [sys.executable, "-c", sys.argv[2]]
@@ -268,7 +268,7 @@ def test_a_job_of_the_cluster_is_cancelled_and_a_run_here_is_told_to_stop(tmp_pa
         stop(idle.run_id, runs_root=tmp_path / "runs")
     with pytest.raises(UserError, match="No job 99 was submitted"):
         stop("99", runs_root=tmp_path / "runs")
-    held = "import sys, time; from pathlib import Path; from obowlab.track.folder import RunFolder\n"
+    held = "import sys, time; from pathlib import Path; from obowlab.runs.folder import RunFolder\n"
     held += "with RunFolder.open(Path(sys.argv[1])).lock(): print('held', flush=True); time.sleep(60)"
     here = run_in(tmp_path, 1, status="running")
     holder = subprocess.Popen([sys.executable, "-c", held, str(here.path)], stdout=subprocess.PIPE, text=True)
@@ -322,7 +322,7 @@ def test_a_run_is_submitted_once_with_everything_said_on_the_command_line(
 def test_the_stages_of_a_table_are_submitted_before_the_rows_that_need_them(
     obowlab: Obowlab, data_root: Path, workplace: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("obowlab.cli.run.check_data", lambda loaded, **_: None)
+    monkeypatch.setattr("obowlab.launch.preflight.check_data", lambda loaded, **_: None)
     words = ["ablate", "table5", "--scale", "demo", "--launcher", "slurm", "--device", "cpu", "--jobs", "3"]
     code, out, err = obowlab(*words, "--runs-root", str(workplace / "runs"))
     assert (code, err) == (0, "")
@@ -341,7 +341,7 @@ def test_the_stages_of_a_table_are_submitted_before_the_rows_that_need_them(
 def test_workers_of_a_study_are_jobs_on_one_storage(
     obowlab: Obowlab, data_root: Path, workplace: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("obowlab.cli.run.check_data", lambda loaded, **_: None)
+    monkeypatch.setattr("obowlab.launch.preflight.check_data", lambda loaded, **_: None)
     monkeypatch.delenv("OBOWLAB_STUDY_STORAGE", raising=False)
     words = ["tune", "kappa-delta", "--scale", "demo", "--launcher", "slurm", "--device", "cpu", "--jobs", "3"]
     words += ["--runs-root", str(workplace / "runs")]

@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from obowlab.config import Loaded, Machine, load_recipe
+from obowlab.files import read_sealed
 from obowlab.methods import build_backbone
-from obowlab.track.folder import RunFolder
-from obowlab.track.lineage import find_run
-from obowlab.track.sealed import read_sealed
+from obowlab.runs.folder import RunFolder
+from obowlab.runs.lineage import find_run
 from obowlab.training.__main__ import main as train_here
-from obowlab.training.weights import read_encoder, save_encoder
+from obowlab.weights.encoder_file import read_encoder, save_encoder
 from tests.command_line import Obowlab
 from tests.runs import chain_recipe, complete, points, small_recipe, start, weights
 

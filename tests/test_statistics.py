@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from obowlab.lab.statistics import Matrix, estimate, mean_variance, verdict
-from obowlab.lab.table import Estimate
+from obowlab.tables.model import Estimate
+from obowlab.tables.statistics import Matrix, estimate, mean_variance, verdict
 
 
 def table(seeds: int, episodes: int, *, of_seeds: float = 1.0, of_episodes: float = 3.0, seed: int = 0) -> Matrix:

@@ -22,16 +22,16 @@ from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState, create_trial
 
 from obowlab.errors import UserError
-from obowlab.lab import launch as launching
-from obowlab.lab.statistics import estimate
-from obowlab.lab.study import storage as storages
-from obowlab.lab.study import trial as trials
-from obowlab.lab.study import worker as workers
-from obowlab.lab.study.claims import Claims
-from obowlab.lab.study.storage import open_storage, storage_url
-from obowlab.lab.study.worker import distributions
-from obowlab.track.folder import RunFolder, list_runs
-from obowlab.track.samples import unpack
+from obowlab.launch import local as launching
+from obowlab.runs.folder import RunFolder, list_runs
+from obowlab.runs.results import unpack
+from obowlab.studies import storage as storages
+from obowlab.studies import trial as trials
+from obowlab.studies import worker as workers
+from obowlab.studies.storage import open_storage, storage_url
+from obowlab.studies.trial_locks import Claims
+from obowlab.studies.worker import distributions
+from obowlab.tables.statistics import estimate
 from tests.gpus import stand_in_gpus
 from tests.studies import NoMirror, Search, stand_in, start_worker, tuning_of, wait_until
 

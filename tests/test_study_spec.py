@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from obowlab.config.scales import SCALES, recipe_for
 from obowlab.errors import UserError
-from obowlab.lab.scales import SCALES, recipe_for
-from obowlab.lab.study.spec import choice_label, load_study, plan_study, study_files
-from obowlab.track.metrics import lookup
+from obowlab.runs.metrics import lookup
+from obowlab.studies.spec import choice_label, load_study, plan_study, study_files
 from tests.studies import STUDY, tuning_of
 
 GOOD = STUDY.replace("{pruner}", "median").replace("{seeds}", "[0]")
@@ -127,5 +127,5 @@ def test_studies_are_found_by_name_or_path(tmp_path: Path) -> None:
 
 
 def test_reading_a_study_and_its_report_needs_no_optuna() -> None:
-    program = "import sys, obowlab.lab.study.spec, obowlab.lab.study.shape; sys.exit('optuna' in sys.modules)"
+    program = "import sys, obowlab.studies.spec, obowlab.studies.schema; sys.exit('optuna' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 
 from obowlab.config import load_recipe
+from obowlab.config.scales import SCALES, recipe_for
 from obowlab.errors import UserError
-from obowlab.lab import render
-from obowlab.lab.ablate import make_plan, shown_command
-from obowlab.lab.collect import NOTICE, ONE_SEED, build_table, finished_seeds
-from obowlab.lab.records import Record, read_records, write_records
-from obowlab.lab.scales import SCALES, recipe_for
-from obowlab.lab.tablefile import PlannedTable, load_table, resolve_names, table_files
-from obowlab.track.samples import pack
+from obowlab.runs.records import Record, read_records, write_records
+from obowlab.runs.results import pack
+from obowlab.tables import render
+from obowlab.tables.build import NOTICE, ONE_SEED, build_table, finished_seeds
+from obowlab.tables.execute import make_plan, shown_command
+from obowlab.tables.spec import PlannedTable, load_table, resolve_names, table_files
 
 ONE_TO_FIVE = ["table1", "table2", "table3", "table4", "table5"]
 PAPERS = [*ONE_TO_FIVE, "table7"]
@@ -149,7 +149,7 @@ def test_a_table_of_one_scale_is_shown_there(tmp_path: Path, monkeypatch: pytest
     path = tmp_path / "mine.toml"
     row = '[[row]]\nkey = "demo"\nlabel = "demo only"\nbase = "only-here"\n'
     path.write_text(VALID + row)
-    monkeypatch.setattr("obowlab.lab.tablefile.recipe_for", lambda base, scale: recipe_at(base, scale=scale))
+    monkeypatch.setattr("obowlab.tables.spec.recipe_for", lambda base, scale: recipe_at(base, scale=scale))
     planned = load_table(str(path), scale="demo")
     assert [row.key for row in build_table(planned, seeds=[0], records={}).rows] == ["base", "demo"]
 

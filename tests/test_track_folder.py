@@ -15,12 +15,11 @@ import pytest
 
 from obowlab.config import Loaded, Machine, Recipe
 from obowlab.errors import UserError
-from obowlab.track import METRICS, MetricLog, RunFolder, list_runs, lookup, provenance
-from obowlab.track.folder import LOCK_TOKEN_VARIABLE, RunTakenError
-from obowlab.track.journal import folder_written
-from obowlab.track.locks import is_locked
-from obowlab.track.metrics import mlflow_name
-from obowlab.track.sealed import read_sealed
+from obowlab.files import folder_written, read_sealed
+from obowlab.runs import METRICS, MetricLog, RunFolder, list_runs, lookup, provenance
+from obowlab.runs.folder import LOCK_TOKEN_VARIABLE, RunTakenError
+from obowlab.runs.locks import is_locked
+from obowlab.runs.metrics import mlflow_name
 
 
 def loaded(name: str = "demo") -> Loaded:
@@ -98,7 +97,7 @@ def test_appended_lines_survive_kill_9(tmp_path: Path) -> None:
 import sys
 import threading
 from pathlib import Path
-from obowlab.track import MetricLog
+from obowlab.runs import MetricLog
 log = MetricLog(Path(sys.argv[1]))
 for step in range(10**9):
     log.append(step, {"loss": step / 3})
@@ -123,7 +122,7 @@ for step in range(10**9):
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from obowlab.track import RunFolder
+from obowlab.runs import RunFolder
 with RunFolder.open(Path(sys.argv[1])).lock() as lock:
     if "fork" in sys.argv and os.fork() == 0:
         time.sleep(3)
@@ -274,7 +273,7 @@ def test_provenance_knows_versions_without_importing_them() -> None:
     code = """
 import sys
 import threading
-from obowlab.track.provenance import environment
+from obowlab.runs.provenance import environment
 print(environment()["versions"]["torch"], "torch" in sys.modules)
 """
     child = run_python(code)
@@ -297,7 +296,7 @@ def test_provenance_of_an_image_is_the_commit_it_was_made_of(tmp_path: Path, mon
 
 
 def test_track_imports_nothing_heavy() -> None:
-    code = "import sys, obowlab.track; print(sorted({'torch', 'mlflow', 'numpy', 'click'} & set(sys.modules)))"
+    code = "import sys, obowlab.runs; print(sorted({'torch', 'mlflow', 'numpy', 'click'} & set(sys.modules)))"
     assert run_python(code).communicate()[0].strip() == "[]"
 
 

@@ -12,8 +12,8 @@ import torch
 from obowlab.config import Machine
 from obowlab.data.datasets import prepare
 from obowlab.errors import UserError
-from obowlab.track.folder import RunFolder
-from obowlab.track.journal import MetricLog
+from obowlab.runs.folder import RunFolder
+from obowlab.runs.metric_log import MetricLog
 from obowlab.training import checkpoint as checkpoints
 from obowlab.training.__main__ import main
 from tests.conftest import draw_photo

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from obowlab.lab.study.claims import Claims
-from obowlab.lab.study.shape import StudyReport, StudyTrial
-from obowlab.track.folder import RunFolder
+from obowlab.runs.folder import RunFolder
+from obowlab.studies.schema import StudyReport, StudyTrial
+from obowlab.studies.trial_locks import Claims
 from tests.command_line import Obowlab, contents, empty_workplace
 from tests.studies import REAL_STUDY, NoMirror, Search, tuning_of, wait_until
 
@@ -85,9 +85,9 @@ def test_a_real_study_from_the_command_to_mlflow(
 
 
 def test_a_study_is_shown_with_its_figures(workplace: Path, obowlab: Obowlab, monkeypatch: pytest.MonkeyPatch) -> None:
-    from obowlab.lab import launch as launching
-    from obowlab.lab.study import report as reporting
-    from obowlab.track.publish import Published
+    from obowlab.launch import local as launching
+    from obowlab.studies import summary as reporting
+    from obowlab.tracking.publish import Published
 
     monkeypatch.setattr(launching, "Mirror", NoMirror)
     monkeypatch.setattr(reporting, "publish", lambda *_, **__: Published(warning="MLflow is away."))

@@ -7,20 +7,8 @@ import torchvision.transforms as T
 from torchvision.transforms.functional import _compute_resized_output_size
 
 from obowlab.config import Views
-from obowlab.data.views import (
-    CROP_RATIO,
-    CROP_TRIES,
-    Stream,
-    centre_geometry,
-    colour,
-    epoch_order,
-    flips,
-    geometry,
-    patch_positions,
-    philox4x32,
-    random_boxes,
-    uniforms,
-)
+from obowlab.randomness import Stream, epoch_order, philox4x32, uniforms
+from obowlab.views.views import CROP_RATIO, CROP_TRIES, centre_geometry, colour, flips, geometry, patch_positions, random_boxes
 
 FULL = Views(num_crops=2, num_patches=5)
 

@@ -15,9 +15,9 @@ from obowlab.config import Backbone, Obow, Recipe, Views, load_recipe
 from obowlab.errors import UserError
 from obowlab.evaluation.features import frozen, weights_hash
 from obowlab.methods import OBoW, OneProcess, ResNet, build_backbone
-from obowlab.track.folder import RunFolder
-from obowlab.training import weights
-from obowlab.training.weights import Encoder, export, import_authors, load_encoder, read_encoder, save_encoder, write_method
+from obowlab.runs.folder import RunFolder
+from obowlab.weights import encoder_file as weights
+from obowlab.weights.encoder_file import Encoder, export, import_authors, load_encoder, read_encoder, save_encoder, write_method
 
 State = dict[str, Tensor]
 SMALL = Backbone(stem="small", width=4)

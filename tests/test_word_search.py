@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from obowlab.evaluation.word_search import TopPatches, best_locations
-from obowlab.evaluation.word_sheets import TILE, Likeness, draw_sheet, map_places, patch_corners
+from obowlab.evaluation.words.search import TopPatches, best_locations
+from obowlab.evaluation.words.sheets import TILE, Likeness, draw_sheet, map_places, patch_corners
 from obowlab.methods import LevelWords
 
 # ------------------------------------------------------------------------------------------------------------ the search

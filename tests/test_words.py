@@ -14,16 +14,16 @@ from PIL import Image
 
 from obowlab.config import Backbone, Bownet, Data, Loaded, Machine, Recipe, Views, load_recipe
 from obowlab.data.datasets import open_split
-from obowlab.data.photometric import normalise
-from obowlab.evaluation import word_sheets
 from obowlab.evaluation.features import frozen
-from obowlab.evaluation.word_search import CentreViews
-from obowlab.evaluation.word_sheets import TILE, WORDS_PER_SHEET
-from obowlab.evaluation.words import show_words
+from obowlab.evaluation.words.gallery import sheets as word_sheets
+from obowlab.evaluation.words.gallery import show_words
+from obowlab.evaluation.words.search import CentreViews
+from obowlab.evaluation.words.sheets import TILE, WORDS_PER_SHEET
 from obowlab.methods import METHODS, Method, OBoW, OneProcess
-from obowlab.track.folder import RunFolder
-from obowlab.track.mirror import Mirror
+from obowlab.runs.folder import RunFolder
+from obowlab.tracking.mirror import Mirror
 from obowlab.training import checkpoint as checkpoints
+from obowlab.views.photometric import normalise
 from tests.command_line import Obowlab, contents, empty_workplace
 from tests.runs import small_recipe
 from tests.test_word_search import level_words, search_slowly

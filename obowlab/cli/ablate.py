@@ -10,18 +10,28 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from obowlab.cli.options import CLUSTER, HARDWARE, PATH, ROOTS, MachineOptions, dry_run_option, machine_options, would
+from obowlab.cli.options import (
+    CLUSTER,
+    HARDWARE,
+    PATH,
+    ROOTS,
+    MachineOptions,
+    dry_run_option,
+    machine_options,
+    submitter_of,
+    would,
+)
 from obowlab.cli.output import print_table
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
     from obowlab.config import Machine
-    from obowlab.lab.ablate import Plan
-    from obowlab.lab.cost import CostBook
-    from obowlab.lab.records import Records
-    from obowlab.lab.table import Table
-    from obowlab.lab.tablefile import PlannedTable
-    from obowlab.track.folder import RunFolder, RunSummary
+    from obowlab.launch.cost import CostBook
+    from obowlab.runs.folder import RunFolder, RunSummary
+    from obowlab.runs.records import Records
+    from obowlab.tables.execute import Plan
+    from obowlab.tables.model import Table
+    from obowlab.tables.spec import PlannedTable
 
 Format = Literal["rich", "md", "json", "csv", "html"]
 MIRROR_TIMEOUT_S = 60.0
@@ -61,12 +71,12 @@ def ablate(
     TABLE is a table of the paper (table1 to table5, table7), `all`, or a TOML file. Rows with the same recipe are trained once.
     Killed and typed again, the command goes on; a row that fails does not stop the others.
     """
-    from obowlab.cli.submit import submit_plan
-    from obowlab.lab.ablate import make_plan
-    from obowlab.lab.cost import CostBook
-    from obowlab.lab.engine.leases import check_gpus
-    from obowlab.lab.records import store_runs
-    from obowlab.lab.tablefile import load_table, resolve_names
+    from obowlab.launch.cost import CostBook
+    from obowlab.launch.gpu_leases import check_gpus
+    from obowlab.runs.records import store_runs
+    from obowlab.tables.execute import make_plan
+    from obowlab.tables.spec import load_table, resolve_names
+    from obowlab.tables.submit import submit_plan
 
     if gpus is not None and (jobs is not None or options.device not in (None, "cuda")):
         raise UserError("--gpus N runs one training on each of N GPUs; leave --jobs and --device out.")
@@ -90,7 +100,7 @@ def ablate(
         return 0
     machine = machine.model_copy(update={"procs": 1})
     if on_cluster:
-        left = submit_plan(plan, machine=machine, options=options, at_a_time=slots)
+        left = submit_plan(plan, submitter=submitter_of(machine, options=options), at_a_time=slots)
         return left if left is not None else _present(plan, machine=machine, records=records)
     return _carry_out(
         plan,
@@ -124,8 +134,8 @@ def table(
     dry_run: bool,
 ) -> None:
     """Show tables of the paper beside what the run store has; trains nothing."""
-    from obowlab.lab.records import read_records
-    from obowlab.lab.tablefile import load_table, resolve_names
+    from obowlab.runs.records import read_records
+    from obowlab.tables.spec import load_table, resolve_names
 
     machine = options.machine()
     tables = [load_table(name, scale=scale) for name in resolve_names(names)]
@@ -148,8 +158,8 @@ def table(
 
 def build(planned: PlannedTable, *, machine: Machine, known: Records | None, seeds: Sequence[int] | None) -> Table:
     """Build a table from given records, or from those of the run store that its rows need."""
-    from obowlab.lab.collect import build_table, finished_seeds
-    from obowlab.lab.records import store_records, store_runs
+    from obowlab.runs.records import store_records, store_runs
+    from obowlab.tables.build import build_table, finished_seeds
 
     if known is None:
         candidates = sorted({run.info.seed for run in store_runs(machine.runs_root).values()} | set(seeds or ()))
@@ -160,7 +170,7 @@ def build(planned: PlannedTable, *, machine: Machine, known: Records | None, see
 
 def text_of(tables: Sequence[Table], *, form: Format) -> str:
     """Return tables as text in a format."""
-    from obowlab.lab import render
+    from obowlab.tables import render
 
     if form == "json":
         return render.as_json(tables)
@@ -173,7 +183,7 @@ def text_of(tables: Sequence[Table], *, form: Format) -> str:
 
 def show(table: Table, *, with_runs: bool = False) -> None:
     """Print a table on the terminal."""
-    from obowlab.lab import render
+    from obowlab.tables import render
 
     columns, rows = render.overview(table)
     numbers = [column for column in columns if column not in ("row", "direction")]
@@ -215,7 +225,7 @@ def _default_jobs(machine: Machine) -> int:
 
 
 def _print_plan(plan: Plan, *, runs: Mapping[str, RunSummary], book: CostBook, slots: int, scale: str, on_cluster: bool) -> None:
-    from obowlab.lab.cost import duration
+    from obowlab.launch.cost import duration
 
     lines, left_s, unknown, counts = [], 0.0, 0, dict.fromkeys(("done", "running", "missing"), 0)
     for job in plan.jobs:
@@ -269,11 +279,11 @@ def _shares(plan: Plan) -> list[str]:
 
 
 def _carry_out(plan: Plan, *, machine: Machine, machine_file: Path | None, slots: int, gpus: bool, records: Path | None) -> int:
-    from obowlab.cli.run import check_data
-    from obowlab.lab.ablate import Ablation
+    from obowlab.launch.preflight import check_data
+    from obowlab.tables.execute import Ablation
 
     for loaded in {job.loaded.recipe.data.dataset: job.loaded for job in plan.jobs}.values():
-        check_data(loaded, machine=machine, dry_run=False)
+        check_data(loaded, machine=machine, dry_run=False, say=click.echo)
     ablation = Ablation(
         plan, machine=machine, slots=slots, gpus=gpus, say=lambda line: click.echo(line, err=True), machine_file=machine_file
     )
@@ -291,7 +301,7 @@ def _carry_out(plan: Plan, *, machine: Machine, machine_file: Path | None, slots
 
 def _present(plan: Plan, *, machine: Machine, records: Path | None) -> int:
     """Show the tables of a plan, keep them in MLflow, and write their records if asked; 1 when runs are missing."""
-    from obowlab.lab.records import store_records, store_runs, write_records
+    from obowlab.runs.records import store_records, store_runs, write_records
 
     known = store_records(machine.runs_root, fingerprints={job.fingerprint for job in plan.jobs})
     if records is not None:
@@ -310,8 +320,8 @@ def _present(plan: Plan, *, machine: Machine, records: Path | None) -> int:
 
 def _publish(tables: Sequence[Table], *, machine: Machine) -> None:
     """Keep each table in MLflow: one run per table and scale, whose artifacts are the rendered table."""
-    from obowlab.lab import render
-    from obowlab.track.publish import publish
+    from obowlab.tables import render
+    from obowlab.tracking.publish import publish
 
     for each in tables:
         published = publish(
@@ -332,7 +342,7 @@ def _publish(tables: Sequence[Table], *, machine: Machine) -> None:
 
 def _sync_labels(folders: Sequence[RunFolder], *, machine: Machine) -> None:
     """Send the labels that a run got after its own mirror was done; a store that does not answer gets them with the next sync."""
-    from obowlab.track.mirror import Mirror
+    from obowlab.tracking.mirror import Mirror
 
     for folder in folders:
         report = Mirror(folder, tracking_uri=machine.tracking_uri).sync(timeout_s=MIRROR_TIMEOUT_S)
@@ -342,7 +352,7 @@ def _sync_labels(folders: Sequence[RunFolder], *, machine: Machine) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    from obowlab.track.journal import write_atomic
+    from obowlab.files import write_atomic
 
     try:
         write_atomic(path, text)

@@ -246,7 +246,7 @@ def _disk(machine: Machine) -> list[Check]:
 
 
 def _tracking(machine: Machine) -> list[Check]:
-    from obowlab.track.store import answers, login, shown_uri, store_uri
+    from obowlab.tracking.server import answers, login, shown_uri, store_uri
 
     try:
         uri = store_uri(machine.tracking_uri, runs_root=machine.runs_root)

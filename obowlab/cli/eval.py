@@ -17,8 +17,8 @@ from obowlab.cli.options import (
     MachineOptions,
     absolute,
     dry_run_option,
-    job_words,
     machine_options,
+    submitter_of,
     would,
 )
 from obowlab.cli.output import print_measurements
@@ -27,7 +27,7 @@ from obowlab.errors import UserError
 if TYPE_CHECKING:
     from obowlab.config import Machine, Recipe
     from obowlab.evaluation import Result
-    from obowlab.track.folder import RunFolder
+    from obowlab.runs.folder import RunFolder
 
 PROTOCOLS = ("fewshot", "linear", "knn")
 MIRROR_TIMEOUT_S = 60.0
@@ -107,14 +107,14 @@ def evaluate(
         words += [] if untrained is None else ["--random" if untrained else "--no-random"]
         words += ["--json", str(json_file.absolute())] if json_file is not None else []
         return _submit(words, name=chosen.name, machine=machine, options=options)
-    from obowlab.lab.engine.leases import using_gpus
+    from obowlab.launch.gpu_leases import using_gpus
 
     with using_gpus(machine.model_copy(update={"procs": 1, "nodes": 1}), say=lambda line: click.echo(line, err=True)):
         results = _measure(chosen, names=names, dataset=dataset, with_random=with_random, machine=machine)
     values = [result.to_json() for result in results]
     print_measurements(values)
     if json_file is not None:
-        from obowlab.track.journal import write_atomic
+        from obowlab.files import write_atomic
 
         try:
             write_atomic(json_file, json.dumps(values, indent=1))
@@ -127,21 +127,17 @@ def evaluate(
 
 def _submit(words: list[str], *, name: str, machine: Machine, options: MachineOptions) -> int:
     """Measure in a job of the cluster."""
-    from obowlab.cli.submit import FOLLOW, submit, wait_for
-    from obowlab.lab.engine.slurm import Errand, Needs
+    from obowlab.launch.slurm import Errand, Needs
 
-    errand = Errand(words=job_words(words, machine=machine, options=options), runs=(), what=f"eval {name}")
-    jobs = submit([errand], machine=machine, needs=Needs(gpus=machine.device != "cpu"), name="eval")
-    if options.wait:
-        return wait_for(jobs, machine=machine)
-    click.echo(FOLLOW)
-    return 0
+    submitter = submitter_of(machine, options=options)
+    errand = Errand(words=submitter.complete(words), runs=(), what=f"eval {name}")
+    return submitter.follow(submitter.submit([errand], needs=Needs(gpus=machine.device != "cpu"), name="eval"))
 
 
 def _subject(ref: str, *, recipe_name: str | None, overrides: tuple[str, ...], machine: Machine) -> Subject:
     """Find the run or file and resolve how it is measured."""
     from obowlab.config import Recipe, Views, load_recipe
-    from obowlab.track.folder import RunFolder
+    from obowlab.runs.folder import RunFolder
 
     path = Path(ref)
     if not path.is_file():
@@ -151,7 +147,7 @@ def _subject(ref: str, *, recipe_name: str | None, overrides: tuple[str, ...], m
         if recipe_name is not None:
             raise UserError("--recipe is for weights files; a run has its own (change it with --set).")
         return Subject(recipe=_override(folder.info.recipe, overrides), folder=folder, file=None)
-    from obowlab.training.weights import read_encoder
+    from obowlab.weights.encoder_file import read_encoder
 
     info = read_encoder(path).info
     views = Views(original_size=info.original_size, original_resize=info.original_resize)
@@ -185,7 +181,7 @@ def _measure(
     from obowlab.evaluation import evaluate as measure
     from obowlab.methods import build_backbone
     from obowlab.training.distributed import join
-    from obowlab.training.weights import load_encoder
+    from obowlab.weights.encoder_file import load_encoder
 
     if machine.threads is not None:
         torch.set_num_threads(machine.threads)
@@ -213,7 +209,7 @@ def _measure(
 
 def _file_results(folder: RunFolder, values: list[dict[str, Any]], *, machine: Machine) -> None:
     """Add results to a run and send them on; a store that does not answer gets them with the next sync."""
-    from obowlab.track.mirror import Mirror
+    from obowlab.tracking.mirror import Mirror
 
     for value in values:
         folder.add_result(value)

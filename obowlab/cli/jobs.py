@@ -17,7 +17,7 @@ from obowlab.cli.output import duration, moment, print_table
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
-    from obowlab.lab.jobs import Job, Overview
+    from obowlab.launch.jobs import Job, Overview
 
 WATCH_S = 5.0
 PLAIN_WATCH_S = 60.0
@@ -47,7 +47,7 @@ def jobs(context: click.Context, watch: bool, everything: bool, as_json: bool, o
     root = options.machine().runs_root
     if dry_run:
         return would(f"list the jobs of {root}")
-    from obowlab.lab.jobs import overview
+    from obowlab.launch.jobs import overview
 
     found = overview(root, everything=everything)
     if as_json:
@@ -66,7 +66,7 @@ def jobs(context: click.Context, watch: bool, everything: bool, as_json: bool, o
 def logs(what: str, follow: bool, options: MachineOptions, dry_run: bool) -> None:
     """Print what a run, or a job of the cluster, has printed; of several nodes one after the other."""
     root = options.machine().runs_root
-    from obowlab.lab.jobs import logs_of
+    from obowlab.launch.jobs import logs_of
 
     files = logs_of(what, runs_root=root)
     if dry_run:
@@ -89,7 +89,7 @@ def cancel(what: str, options: MachineOptions, dry_run: bool) -> None:
     root = options.machine().runs_root
     if dry_run:
         return would(f"ask {what} to stop")
-    from obowlab.lab.jobs import stop
+    from obowlab.launch.jobs import stop
 
     return click.echo(stop(what, runs_root=root))
 
@@ -102,8 +102,8 @@ def reap(options: MachineOptions, dry_run: bool) -> None:
     machine = options.machine()
     if dry_run:
         return would(f"mark the runs of dead processes in {machine.runs_root} as interrupted")
-    from obowlab.lab.jobs import reap as mark
-    from obowlab.track.mirror import Mirror
+    from obowlab.launch.jobs import reap as mark
+    from obowlab.tracking.mirror import Mirror
 
     reaped = mark(machine.runs_root)
     for folder in reaped:
@@ -138,7 +138,7 @@ def _warn(found: Overview) -> None:
 
 
 def _watch(root: Path, *, everything: bool) -> None:
-    from obowlab.lab.jobs import overview
+    from obowlab.launch.jobs import overview
 
     on_terminal = sys.stdout.isatty()
     while True:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -14,6 +14,7 @@ from obowlab.errors import UserError
 
 if TYPE_CHECKING:
     from obowlab.config import Machine
+    from obowlab.launch.submit import Submitter
 
 Returned = TypeVar("Returned")
 
@@ -105,18 +106,20 @@ def machine_options(*names: str) -> Callable[[Callable[..., Returned]], Callable
     return decorate
 
 
-def job_words(words: Sequence[str], *, machine: Machine, options: MachineOptions) -> tuple[str, ...]:
-    """Return a command as a job of a cluster has to carry it out: with everything that options said here.
-
-    Args:
-        words: the command's own words.
-        machine: where and with what.
-        options: where the machine's other settings are.
-    """
+def submitter_of(machine: Machine, *, options: MachineOptions) -> Submitter:
+    """Return what makes jobs of a command: they carry it out with everything that its options said here."""
     from obowlab.config import command_options
+    from obowlab.launch.submit import Submitter
 
     file = ("--machine", str(options.machine_file.absolute())) if options.machine_file is not None else ()
-    return (*words, *command_options(machine), "--device", machine.device, "--launcher", "local", *file)
+    rest = (*command_options(machine), "--device", machine.device, "--launcher", "local", *file)
+    return Submitter(
+        machine=machine,
+        complete=lambda words: (*words, *rest),
+        wait=options.wait,
+        say=click.echo,
+        warn=lambda line: click.echo(line, err=True),
+    )
 
 
 def absolute(name: str) -> str:

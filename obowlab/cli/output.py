@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 if TYPE_CHECKING:
-    from obowlab.track.folder import RunFolder
+    from obowlab.runs.folder import RunFolder
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str = "", right: Sequence[str] = ()) -> None:
@@ -62,7 +62,7 @@ def print_measurements(results: Iterable[Mapping[str, Any]]) -> None:
 
     Values are percent with the half-width of their 95 % interval; n counts what the interval was taken over.
     """
-    from obowlab.track.metrics import lookup
+    from obowlab.runs.metrics import lookup
 
     rows: dict[tuple[str, str, str], dict[str, tuple[str, int]]] = {}
     for result in results:

@@ -11,7 +11,7 @@ from obowlab.cli.options import PATH, MachineOptions, dry_run_option, machine_op
 
 if TYPE_CHECKING:
     from obowlab.config import Machine
-    from obowlab.lab.report.site import Site
+    from obowlab.report.model import Site
 
 SCALES = ("paper", "tiny", "demo")
 
@@ -41,14 +41,14 @@ def report(scales: tuple[str, ...], out: Path, wait: bool, opened: bool, options
     The pages need no network and no server: open index.html, copy the folder anywhere. MLflow gets the same as one file, in a run
     tagged obowlab.kind = report; a process in the background sends it, and says in RUNS_ROOT/.logs/report.log how that went.
     """
-    from obowlab.lab.report.build import build_site, refuse_foreign
-    from obowlab.lab.report.gather import gather, read_store, tables_at
+    from obowlab.report.pages import build_site, refuse_foreign
+    from obowlab.report.read import gather, read_store, tables_at
 
     machine = options.machine()
     index = out.absolute() / "index.html"
     refuse_foreign(out)
     if dry_run:
-        from obowlab.track.store import shown_uri, store_uri
+        from obowlab.tracking.server import shown_uri, store_uri
 
         would(f"write a report of the runs in {machine.runs_root} to {index}")
         return would(f"send it to {shown_uri(store_uri(machine.tracking_uri, runs_root=machine.runs_root))}")
@@ -71,7 +71,7 @@ def report(scales: tuple[str, ...], out: Path, wait: bool, opened: bool, options
 
 
 def _send(site: Site, *, folder: Path, machine: Machine, wait: bool) -> None:
-    from obowlab.lab.report.send import make_parcel, send, send_behind
+    from obowlab.report.publish import make_parcel, send, send_behind
 
     parcel = make_parcel(site, folder=folder, machine=machine)
     if not wait:

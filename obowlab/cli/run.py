@@ -16,16 +16,18 @@ from obowlab.cli.options import (
     dry_run_option,
     machine_options,
     set_option,
+    submitter_of,
     would,
 )
 from obowlab.cli.output import print_results
 from obowlab.errors import UserError
+from obowlab.launch.preflight import check_data, check_nodes
 
 if TYPE_CHECKING:
     from obowlab.config import Loaded, Machine, Recipe
-    from obowlab.lab.cost import Cost
-    from obowlab.lab.launch import Plan
-    from obowlab.track.folder import RunFolder
+    from obowlab.launch.cost import Cost
+    from obowlab.launch.local import Plan
+    from obowlab.runs.folder import RunFolder
 
 
 @click.command()
@@ -78,11 +80,12 @@ def run(
         options, procs = replace(options, device="cuda"), gpus
     loaded = load_recipe(name, overrides=overrides)
     machine = options.machine(procs=procs, nodes=nodes)
-    from obowlab.cli.submit import spread, submit_run
-    from obowlab.lab.engine.leases import check_gpus
-    from obowlab.lab.launch import launch, plan
-    from obowlab.track.folder import RunFolder, run_id_of
-    from obowlab.track.lineage import stages_of
+    from obowlab.launch.gpu_leases import check_gpus
+    from obowlab.launch.local import launch, plan
+    from obowlab.launch.submit import spread, submit_run
+    from obowlab.report.read import draw_ahead
+    from obowlab.runs.folder import RunFolder, run_id_of
+    from obowlab.runs.lineage import stages_of
 
     if machine.launcher == "slurm":
         machine = spread(machine, nodes=nodes)
@@ -105,11 +108,15 @@ def run(
         each.recipe.check_procs(machine.procs)
     different = [each for number, each in enumerate(due) if each.recipe.data not in [one.recipe.data for one in due[:number]]]
     for each in different:
-        check_data(each, machine=machine, dry_run=dry_run)
+        check_data(each, machine=machine, dry_run=dry_run, say=click.echo)
     if machine.launcher == "slurm" and due and not dry_run:
         words = ["run", absolute(name), "--seed", str(seed), *(word for text in overrides for word in ("--set", text))]
         words += ["--stage", str(stage)] if stage is not None else []
-        return submit_run(words, due, seed=seed, fresh=fresh, machine=machine, options=options)
+        submitter = submitter_of(machine, options=options)
+        code = submit_run(words, due, seed=seed, fresh=fresh, submitter=submitter)
+        if submitter.wait and code == 0:
+            print_results(RunFolder.open(machine.runs_root / run_id_of(chosen[-1], seed=seed)))
+        return code
     for number, each in enumerate(chosen, start=1):
         if len(stages) > 1:
             click.echo(f"Stage {number} of {len(stages)}: {each.recipe.title}")
@@ -126,22 +133,10 @@ def run(
             continue
         if code := launch(each, seed=seed, machine=machine, fresh=again, progress=not no_progress, cost=cost):
             return code
-        print_results(RunFolder.open(machine.runs_root / run_id_of(each, seed=seed)))
+        folder = RunFolder.open(machine.runs_root / run_id_of(each, seed=seed))
+        draw_ahead(folder)
+        print_results(folder)
     return 0
-
-
-def check_nodes(machine: Machine) -> None:
-    """Refuse several nodes where no job of a cluster brought them together.
-
-    Raises:
-        UserError: says how it is done.
-    """
-    import os
-
-    from obowlab.lab.engine.nodes import MEETING_VARIABLE
-
-    if machine.nodes > 1 and MEETING_VARIABLE not in os.environ:
-        raise UserError("--nodes is for a cluster: add --launcher slurm, or leave --nodes out.")
 
 
 def quoted(recipe: Recipe, *, machine: Machine, measure: bool) -> Cost:
@@ -152,9 +147,9 @@ def quoted(recipe: Recipe, *, machine: Machine, measure: bool) -> Cost:
         machine: where and with what.
         measure: time a few steps if nothing is known yet; else say only what is known.
     """
-    from obowlab.lab.cost import CostBook
-    from obowlab.lab.records import store_runs
-    from obowlab.lab.system import count_gpus
+    from obowlab.launch.cost import CostBook
+    from obowlab.launch.system import count_gpus
+    from obowlab.runs.records import store_runs
 
     book = CostBook(machine, runs=store_runs(machine.runs_root).values())
     if measure and book.cost(recipe).source == "unknown":
@@ -170,7 +165,7 @@ def quoted(recipe: Recipe, *, machine: Machine, measure: bool) -> Cost:
 
 def _folder(loaded: Loaded, *, seed: int, machine: Machine) -> RunFolder | None:
     """Return the folder of a run; None when there is none yet."""
-    from obowlab.track.folder import RunFolder, run_id_of
+    from obowlab.runs.folder import RunFolder, run_id_of
 
     path = machine.runs_root / run_id_of(loaded, seed=seed)
     return RunFolder.open(path) if (path / "run.json").is_file() else None
@@ -189,31 +184,6 @@ def _say_finished(folder: RunFolder, loaded: Loaded, *, machine: Machine, last: 
     _say_if_evaluation_differs(folder, loaded)
     print_results(folder)
     _say_if_pending(folder, machine)
-
-
-def check_data(loaded: Loaded, *, machine: Machine, dry_run: bool) -> None:
-    """Refuse a run whose images or class lists would be missed hours later; draw the synthetic images on first use.
-
-    Raises:
-        UserError: a split is not prepared or damaged, or a class list is absent.
-    """
-    from obowlab.data.datasets import open_split
-
-    recipe = loaded.recipe
-    folder = machine.data_root / recipe.data.dataset
-    if recipe.data.dataset == "synthetic" and not (folder / "train.json").is_file():
-        if dry_run:
-            return would(f"draw the synthetic images into {folder}")
-        click.echo(f"Drawing the synthetic images into {folder}, this once.")
-    open_split(recipe.data.dataset, "train", data_root=machine.data_root)
-    measured = {*recipe.evaluation.protocols, *(("fewshot",) if recipe.evaluation.every_epochs else ())}
-    if measured:
-        split = open_split(recipe.data.dataset, "val", data_root=machine.data_root)
-        if "fewshot" in measured and recipe.evaluation.fewshot.classes != "all":
-            from obowlab.evaluation.fewshot import class_list
-
-            class_list(recipe.evaluation.fewshot.classes, class_names=split.class_names, folder=folder)
-    return None
 
 
 def _print_plan(loaded: Loaded, *, plan: Plan, machine: Machine, cost: Cost | None) -> None:
@@ -240,7 +210,7 @@ def _print_plan(loaded: Loaded, *, plan: Plan, machine: Machine, cost: Cost | No
 
 
 def _say_if_pending(folder: RunFolder, machine: Machine) -> None:
-    from obowlab.track.mirror import Mirror
+    from obowlab.tracking.mirror import Mirror
 
     pending = Mirror(folder, tracking_uri=machine.tracking_uri).pending()
     if pending:

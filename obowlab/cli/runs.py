@@ -16,8 +16,8 @@ from obowlab.cli.output import moment, print_results, print_table, size
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
-    from obowlab.track.folder import RunFolder
-    from obowlab.track.info import State
+    from obowlab.runs.folder import RunFolder
+    from obowlab.runs.info import State
 
 BUNDLED = (
     "run.json",
@@ -51,7 +51,7 @@ def runs() -> None:
 @dry_run_option
 def list_all(as_json: bool, options: MachineOptions, dry_run: bool) -> None:
     """List what was trained, newest first."""
-    from obowlab.track.folder import RunFolder, list_runs
+    from obowlab.runs.folder import RunFolder, list_runs
 
     root = options.machine().runs_root
     if dry_run:
@@ -152,9 +152,9 @@ def sync(run: tuple[str, ...], timeout_s: float, options: MachineOptions, dry_ru
 
     Nothing is sent twice, so it may be repeated at will. The exit code is 1 when something could not be sent.
     """
-    from obowlab.track.folder import RunFolder, list_runs
-    from obowlab.track.mirror import Mirror
-    from obowlab.track.store import shown_uri
+    from obowlab.runs.folder import RunFolder, list_runs
+    from obowlab.tracking.mirror import Mirror
+    from obowlab.tracking.server import shown_uri
 
     machine = options.machine()
     if run:
@@ -223,13 +223,13 @@ def write_bundle(folder: RunFolder, *, names: list[str], target: Path) -> None:
 
 
 def _find(run: str, *, options: MachineOptions) -> RunFolder:
-    from obowlab.track.folder import RunFolder
+    from obowlab.runs.folder import RunFolder
 
     return RunFolder.find(run, runs_root=options.machine().runs_root)
 
 
 def _warn_of_damage(runs_root: Path) -> None:
-    from obowlab.track.folder import damaged_runs
+    from obowlab.runs.folder import damaged_runs
 
     for complaint in damaged_runs(runs_root):
         click.echo(f"Warning: {complaint}", err=True)
@@ -250,6 +250,6 @@ def _headlines(results: list[dict[str, Any]]) -> list[str]:
 
 
 def _metric_row(name: str, value: float) -> tuple[str, str, str]:
-    from obowlab.track.metrics import unit_of
+    from obowlab.runs.metrics import unit_of
 
     return name, f"{value:.6g}", unit_of(name)

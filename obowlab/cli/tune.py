@@ -17,10 +17,10 @@ from obowlab.cli.options import (
     MachineOptions,
     absolute,
     dry_run_option,
-    job_words,
     json_flag,
     machine_options,
     set_option,
+    submitter_of,
     would,
 )
 from obowlab.cli.output import duration, print_table
@@ -28,8 +28,8 @@ from obowlab.errors import UserError
 
 if TYPE_CHECKING:
     from obowlab.config import Machine
-    from obowlab.lab.study.shape import StudyReport, StudyTrial
-    from obowlab.lab.study.spec import Tuning
+    from obowlab.studies.schema import StudyReport, StudyTrial
+    from obowlab.studies.spec import Tuning
 
 SCALES = ("paper", "tiny", "demo")
 
@@ -82,7 +82,7 @@ def tune(
         if options.device not in (None, "cuda") or jobs is not None:
             raise UserError("--gpus N stands for --device cuda with N trials at a time; leave --device and --jobs out.")
         options = replace(options, device="cuda")
-    from obowlab.lab.study.spec import plan_study
+    from obowlab.studies.spec import plan_study
 
     tuning = plan_study(study, scale=scale, overrides=overrides, study_name=study_name)
     machine = options.machine()
@@ -94,14 +94,14 @@ def tune(
         words += [word for text in overrides for word in ("--set", text)]
         return _submit(tuning, words, machine=machine, options=options, storage=storage, count=gpus or jobs or 1)
     if gpus is not None:
-        from obowlab.lab.engine.leases import check_gpus
+        from obowlab.launch.gpu_leases import check_gpus
 
         check_gpus(machine.model_copy(update={"procs": gpus}))
     return _work(tuning, machine=machine, storage=storage, budget=budget, slots=gpus or jobs or 1)
 
 
 def _list(*, as_json: bool) -> int:
-    from obowlab.lab.study.spec import load_study, study_files
+    from obowlab.studies.spec import load_study, study_files
 
     studies = {name: load_study(name)[1] for name in study_files()}
     if as_json:
@@ -127,16 +127,16 @@ def _submit(
     """Let so many jobs of the cluster, with one trial at a time each, work on a study; those already there count."""
     import os
 
-    from obowlab.cli.run import check_data
-    from obowlab.cli.submit import FOLLOW, submit, wait_for
-    from obowlab.lab.engine.slurm import Errand, Needs, check_slurm, states, submitted_jobs
-    from obowlab.lab.study.storage import STORAGE_VARIABLE, storage_url
+    from obowlab.launch.preflight import check_data
+    from obowlab.launch.slurm import Errand, Needs, check_slurm, states, submitted_jobs
+    from obowlab.studies.storage import STORAGE_VARIABLE, storage_url
 
+    submitter = submitter_of(machine, options=options)
     check_slurm()
     url = storage_url(storage, runs_root=machine.runs_root)
     if url.startswith("sqlite"):
         raise UserError("SQLite is no storage for several nodes: use postgresql:// or, on a file system with locks, journal://.")
-    check_data(tuning.base, machine=machine, dry_run=False)
+    check_data(tuning.base, machine=machine, dry_run=False, say=click.echo)
     what = f"tune {tuning.name}"
     mine = [job for job in submitted_jobs(machine.runs_root) if job.errand.what == what]
     alive = states(mine)
@@ -146,27 +146,24 @@ def _submit(
     if len(jobs) < count:
         os.environ[STORAGE_VARIABLE] = url  # Slurm hands it on; on a command line a password would be seen by everybody
         gpus = machine.device != "cpu"
-        errand = Errand(words=job_words(words, machine=machine, options=options), runs=(), what=what)
+        errand = Errand(words=submitter.complete(words), runs=(), what=what)
         errands = [errand] * (count - len(jobs))
-        jobs += submit(errands, machine=machine, needs=Needs(gpus=gpus), name=what.replace(" ", "-"))
-    if not options.wait:
-        click.echo(f"{FOLLOW} `obowlab tune ... --show` shows the trials.")
-        return 0
-    return wait_for(jobs, machine=machine)
+        jobs += submitter.submit(errands, needs=Needs(gpus=gpus), name=what.replace(" ", "-"))
+    return submitter.follow(jobs, hint="`obowlab tune ... --show` shows the trials.")
 
 
 def _work(tuning: Tuning, *, machine: Machine, storage: str | None, budget: int, slots: int) -> int:
-    from obowlab.cli.run import check_data
-    from obowlab.lab.study.claims import Claims
-    from obowlab.lab.study.report import Reporter
-    from obowlab.lab.study.storage import open_storage, quiet, storage_url
-    from obowlab.lab.study.worker import MAX_FAILURES, Worker, open_study, study_folder
+    from obowlab.launch.preflight import check_data
+    from obowlab.studies.storage import open_storage, quiet, storage_url
+    from obowlab.studies.summary import Reporter
+    from obowlab.studies.trial_locks import Claims
+    from obowlab.studies.worker import MAX_FAILURES, Worker, open_study, study_folder
 
     url = storage_url(storage, runs_root=machine.runs_root)
     stages = tuning.base.stages()
     for number, stage in enumerate(stages):
         if stage.recipe.data not in [before.recipe.data for before in stages[:number]]:
-            check_data(stage, machine=machine, dry_run=False)
+            check_data(stage, machine=machine, dry_run=False, say=click.echo)
     with quiet():
         claims = Claims(study_folder(tuning, machine=machine))
         with claims.alone():  # two workers must not make the tables at once
@@ -203,8 +200,8 @@ def _work(tuning: Tuning, *, machine: Machine, storage: str | None, budget: int,
 
 def _say_cost(tuning: Tuning, *, machine: Machine, left: int, slots: int) -> None:
     """Say what the trials that are left will take, as far as earlier runs of the base recipe tell."""
-    from obowlab.lab.cost import CostBook
-    from obowlab.lab.records import store_runs
+    from obowlab.launch.cost import CostBook
+    from obowlab.runs.records import store_runs
 
     if left <= 0:
         return
@@ -218,10 +215,10 @@ def _say_cost(tuning: Tuning, *, machine: Machine, left: int, slots: int) -> Non
 
 def _look(tuning: Tuning, *, machine: Machine, storage: str | None, budget: int, show: bool, as_json: bool, jobs: int) -> int:
     """Print what there is, or what would be done; make no storage."""
-    from obowlab.lab.study.claims import Claims
-    from obowlab.lab.study.report import Reporter, collect
-    from obowlab.lab.study.storage import exists, open_storage, quiet, storage_url
-    from obowlab.lab.study.worker import find_study, study_folder
+    from obowlab.studies.storage import exists, open_storage, quiet, storage_url
+    from obowlab.studies.summary import Reporter, collect
+    from obowlab.studies.trial_locks import Claims
+    from obowlab.studies.worker import find_study, study_folder
 
     url = storage_url(storage, runs_root=machine.runs_root)
     folder = study_folder(tuning, machine=machine)
@@ -251,7 +248,7 @@ def _look(tuning: Tuning, *, machine: Machine, storage: str | None, budget: int,
 
 
 def _print_plan(tuning: Tuning, *, machine: Machine, url: str, budget: int, report: StudyReport | None, jobs: int) -> None:
-    from obowlab.track.store import shown_uri
+    from obowlab.tracking.server import shown_uri
 
     spec, epochs = tuning.spec, tuning.base.recipe.training.epochs
     completed = report.counts["completed"] if report else 0

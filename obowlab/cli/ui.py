@@ -52,7 +52,7 @@ def ui(port: int | None, studies: bool, storage: str | None, options: MachineOpt
 
 
 def _serve_runs(machine: Machine, *, port: int, dry_run: bool) -> int:
-    from obowlab.track.store import artifact_location, prepare_store, shown_uri, store_uri
+    from obowlab.tracking.server import artifact_location, prepare_store, shown_uri, store_uri
 
     if machine.tracking_uri is not None and machine.tracking_uri.startswith(("http://", "https://")):
         raise UserError(
@@ -81,8 +81,8 @@ def _serve_runs(machine: Machine, *, port: int, dry_run: bool) -> int:
 
 
 def _serve_studies(machine: Machine, *, storage: str | None, port: int, dry_run: bool) -> int:
-    from obowlab.lab.study.storage import STORAGE_VARIABLE, exists, storage_url
-    from obowlab.track.store import shown_uri
+    from obowlab.studies.storage import STORAGE_VARIABLE, exists, storage_url
+    from obowlab.tracking.server import shown_uri
 
     url = storage_url(storage, runs_root=machine.runs_root)
     if dry_run:
@@ -91,7 +91,7 @@ def _serve_studies(machine: Machine, *, storage: str | None, port: int, dry_run:
     if not exists(url):
         raise UserError(f"There are no studies in {shown_uri(url)}; `obowlab tune kappa-delta --scale demo` begins one.")
     _refuse_taken(port)
-    command = [sys.executable, "-m", "obowlab.lab.study.dashboard", HOST, str(port)]
+    command = [sys.executable, "-m", "obowlab.studies.dashboard", HOST, str(port)]
     what = f"Optuna dashboard of {shown_uri(url)}"
     return _serve(command, cwd=Path.cwd(), environment={STORAGE_VARIABLE: url}, port=port, health="/dashboard", what=what)
 

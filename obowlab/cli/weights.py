@@ -37,7 +37,7 @@ def import_file(file: Path, out: Path | None, force: bool, dry_run: bool) -> Non
     _refuse_present(target, force=force)
     if dry_run:
         return would(f"read {file} and write its encoder to {target}")
-    from obowlab.training.weights import Encoder, export, import_authors, write_method
+    from obowlab.weights.encoder_file import Encoder, export, import_authors, write_method
 
     imported = import_authors(file)
     backbone = imported.info.backbone
@@ -67,12 +67,12 @@ def export_file(run: str, format_: str, out: Path, force: bool, options: Machine
     machine = options.machine()
     _refuse_present(out, force=force)
     if not Path(run).is_file():
-        from obowlab.track.folder import RunFolder
+        from obowlab.runs.folder import RunFolder
 
         run = str(RunFolder.find(run, runs_root=machine.runs_root).path)
     if dry_run:
         return would(f"write the encoder of {run} to {out} as {format_}")
-    from obowlab.training.weights import export, load_encoder
+    from obowlab.weights.encoder_file import export, load_encoder
 
     encoder = load_encoder(run, runs_root=machine.runs_root)
     written = export(encoder, format="torchvision" if format_ == "torchvision" else "safetensors", path=out)

@@ -15,7 +15,7 @@ from obowlab.errors import UserError
 if TYPE_CHECKING:
     from obowlab.config import Level, Machine
     from obowlab.methods import VisualWords
-    from obowlab.track.folder import RunFolder
+    from obowlab.runs.folder import RunFolder
 
 LEVELS = ("conv4", "conv5")
 SPLITS = ("train", "val")
@@ -51,8 +51,8 @@ def words(
     and written as a gallery, index.html, with the facts in words.json. In the run's own folder it is mirrored to MLflow as
     well. RUN is a run id, the beginning of one, or a run folder.
     """
-    from obowlab.track.folder import RunFolder
-    from obowlab.track.outbox import WORDS_FOLDER
+    from obowlab.runs.folder import RunFolder
+    from obowlab.tracking.outbox import WORDS_FOLDER
 
     machine = options.machine()
     folder = RunFolder.find(run, runs_root=machine.runs_root)
@@ -98,10 +98,10 @@ def _show(
     import torch
 
     from obowlab.data.datasets import open_split
-    from obowlab.evaluation.words import show_words
-    from obowlab.lab.engine.leases import using_gpus
-    from obowlab.lab.gallery import render_words
-    from obowlab.track.journal import folder_written
+    from obowlab.evaluation.words.gallery import show_words
+    from obowlab.evaluation.words.page import render_words
+    from obowlab.files import folder_written
+    from obowlab.launch.gpu_leases import using_gpus
     from obowlab.training.checkpoint import open_method
     from obowlab.training.distributed import join
 
@@ -197,7 +197,7 @@ def _number(value: Any) -> str:
 
 def _mirror(folder: RunFolder, *, machine: Machine) -> None:
     """Send the gallery on; a store that does not answer gets it with the next sync."""
-    from obowlab.track.mirror import Mirror
+    from obowlab.tracking.mirror import Mirror
 
     report = Mirror(folder, tracking_uri=machine.tracking_uri).sync(timeout_s=MIRROR_TIMEOUT_S)
     if report.error is not None:

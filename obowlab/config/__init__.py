@@ -6,8 +6,7 @@ sums.
 """
 
 from obowlab.config.base import Count, Fraction, Level, Positive, Range, Section, canonical_hash
-from obowlab.config.checking import nearest, read_toml, set_by
-from obowlab.config.files import (
+from obowlab.config.loading import (
     Loaded,
     find_file,
     flatten,
@@ -33,6 +32,7 @@ from obowlab.config.recipe import (
     Training,
     Views,
 )
+from obowlab.config.validation import nearest, read_toml, set_by
 
 __all__ = [
     "FINGERPRINT_VERSION",

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from obowlab.config.base import Count, Positive, Section
-from obowlab.config.checking import check_keys, flat_pairs, known_keys, nest, read_toml, validate
+from obowlab.config.validation import check_keys, flat_pairs, known_keys, nest, read_toml, validate
 from obowlab.errors import UserError
 
 

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from obowlab.data import synthetic
 from obowlab.data.beton import damaged, mend, read_index
 from obowlab.data.identity import FileIdentity, identify, is_written_file
-from obowlab.data.preparation import Plan, PrepareReport, Progress, plan_prepare, prepare, prepare_synthetic, synthetic_manifests
+from obowlab.data.manifest import Manifest, Skipped, beton_path, check_name, read_manifest
+from obowlab.data.prepare import Plan, PrepareReport, Progress, plan_prepare, prepare, prepare_synthetic, synthetic_manifests
 from obowlab.data.sources import LAYOUT, SPLITS
-from obowlab.data.store import Manifest, Skipped, beton_path, check_name, read_manifest
 from obowlab.data.verification import Problem, VerifyReport, verify
 from obowlab.errors import UserError
 

@@ -12,9 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from obowlab.data.store import Manifest, beton_path, file_sha256
-from obowlab.track.journal import write_atomic
-from obowlab.track.sealed import read_sealed, seal
+from obowlab.data.manifest import Manifest, beton_path, file_sha256
+from obowlab.files import read_sealed, seal, write_atomic
 
 NOTES = ".hashed.json"
 LARGE = 2**30

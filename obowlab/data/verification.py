@@ -12,9 +12,9 @@ from PIL import Image
 
 from obowlab.data import synthetic
 from obowlab.data.beton import BetonIndex, ContentHash, mend, read_index
-from obowlab.data.preparation import UnreadableImageError, to_rgb_jpeg
+from obowlab.data.manifest import Manifest, beton_path, check_name, file_sha256, read_manifest
+from obowlab.data.prepare import UnreadableImageError, to_rgb_jpeg
 from obowlab.data.sources import SPLITS, Source, read_source
-from obowlab.data.store import Manifest, beton_path, check_name, file_sha256, read_manifest
 from obowlab.errors import UserError
 
 SAME_PIXELS = 4.0

@@ -16,13 +16,14 @@ import torch
 from torch import nn
 
 from obowlab.config import Evaluation, Machine, Recipe, canonical_hash, nearest
-from obowlab.data.photometric import MEAN, STD
+from obowlab.data.class_lists import class_list
 from obowlab.errors import UserError
 from obowlab.evaluation.features import FeatureStore, View
-from obowlab.evaluation.fewshot import class_list, few_shot
+from obowlab.evaluation.fewshot import few_shot
 from obowlab.evaluation.knn import nearest_neighbours
 from obowlab.evaluation.linear import linear_probe
 from obowlab.evaluation.result import Measurement, Result
+from obowlab.views.photometric import MEAN, STD
 
 __all__ = ["EVALUATORS", "Evaluator", "Measurement", "Outcome", "Result", "evaluate"]
 

@@ -24,9 +24,9 @@ from torch import nn
 
 from obowlab.config import Recipe, Views, canonical_hash
 from obowlab.data.datasets import Split, open_split, subset
-from obowlab.data.loaders import centre_loader
-from obowlab.data.photometric import MEAN, STD, normalise
 from obowlab.errors import UserError
+from obowlab.views.loaders import centre_loader
+from obowlab.views.photometric import MEAN, STD, normalise
 
 FEATURES_VERSION = 1
 """Raise it when the same weights and images would give other features."""

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 
 from obowlab.config import Linear
-from obowlab.data.views import Stream, epoch_order, uniforms
 from obowlab.errors import UserError
 from obowlab.evaluation.result import Measurement, proportion_with_interval
+from obowlab.randomness import Stream, epoch_order, uniforms
 
 PROBE_LANE = 1
 """Keeps the probe's draws apart from those of the episodes, which use lane 0 of the same stream."""

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from statistics import fmean, stdev
 from typing import Any
 
-from obowlab.track.samples import pack
+from obowlab.runs.results import pack
 
 Z_95 = 1.959963984540054
 """Two-sided 95 % quantile of the normal distribution."""
@@ -23,7 +23,7 @@ class Measurement:
         value: percent.
         interval: half-width of the 95 % interval, in percent.
         count: number of independent observations behind it (episodes or images).
-        samples: the observations themselves, as `obowlab.track.samples` packs them, so that runs can be compared in pairs.
+        samples: the observations themselves, as `obowlab.runs.results` packs them, so that runs can be compared in pairs.
     """
 
     name: str

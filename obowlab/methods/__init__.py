@@ -3,10 +3,10 @@
 from typing import Any
 
 from obowlab.methods.backbones import ResNet, build_backbone
+from obowlab.methods.base import Comm, LevelWords, Method, OneProcess, Preparation, StepOutput, VisualWords
 from obowlab.methods.bownet import BoWNet
 from obowlab.methods.moco import MoCo
 from obowlab.methods.obow import OBoW
-from obowlab.methods.protocol import Comm, LevelWords, Method, OneProcess, Preparation, StepOutput, VisualWords
 from obowlab.methods.rotnet import RotNet
 
 METHODS: dict[str, type[Method[Any]]] = {"obow": OBoW, "bownet": BoWNet, "rotnet": RotNet, "moco": MoCo}

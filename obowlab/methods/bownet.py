@@ -12,10 +12,10 @@ from obowlab.config import Backbone, Bownet, Views
 from obowlab.errors import UserError
 from obowlab.methods import bow
 from obowlab.methods.backbones import ResNet, build_backbone, map_size
+from obowlab.methods.base import Comm, LevelWords, Method, Preparation, StepOutput, VisualWords
 from obowlab.methods.heads import FixedHead
 from obowlab.methods.kmeans import kmeans
-from obowlab.methods.monitor import Monitor
-from obowlab.methods.protocol import Comm, LevelWords, Method, Preparation, StepOutput, VisualWords
+from obowlab.methods.online_classifier import Monitor
 from obowlab.methods.vocabulary import Reading, level_metrics
 
 REPORT_EVERY = 50

@@ -18,9 +18,9 @@ from obowlab.config import Backbone, Moco, Views
 from obowlab.errors import UserError
 from obowlab.methods import bow
 from obowlab.methods.backbones import ResNet, build_backbone
-from obowlab.methods.monitor import Monitor
-from obowlab.methods.protocol import Comm, Method, StepOutput, refuse_cutmix
-from obowlab.methods.splitnorm import split_batchnorm
+from obowlab.methods.base import Comm, Method, StepOutput, refuse_cutmix
+from obowlab.methods.online_classifier import Monitor
+from obowlab.methods.split_batchnorm import split_batchnorm
 
 
 class Projection(nn.Module):

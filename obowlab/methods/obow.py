@@ -13,9 +13,9 @@ from obowlab.config import Backbone, Level, Obow, Views
 from obowlab.errors import UserError
 from obowlab.methods import bow
 from obowlab.methods.backbones import ResNet, build_backbone, map_size
+from obowlab.methods.base import Comm, LevelWords, Method, StepOutput, VisualWords
 from obowlab.methods.heads import DynamicHead, FixedHead
-from obowlab.methods.monitor import Monitor
-from obowlab.methods.protocol import Comm, LevelWords, Method, StepOutput, VisualWords
+from obowlab.methods.online_classifier import Monitor
 from obowlab.methods.schedules import teacher_momentum
 from obowlab.methods.vocabulary import VOCABULARIES, Vocabulary, level_metrics
 

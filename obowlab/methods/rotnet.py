@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from obowlab.config import Backbone, Rotnet, Views
 from obowlab.methods import bow
 from obowlab.methods.backbones import ResNet, build_backbone
-from obowlab.methods.monitor import Monitor
-from obowlab.methods.protocol import Comm, Method, StepOutput, refuse_cutmix
+from obowlab.methods.base import Comm, Method, StepOutput, refuse_cutmix
+from obowlab.methods.online_classifier import Monitor
 
 NUM_ROTATIONS = 4
 

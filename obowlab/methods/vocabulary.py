@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from obowlab.config import Level, Obow
 from obowlab.methods import bow
-from obowlab.methods.protocol import Comm
+from obowlab.methods.base import Comm
 
 AUTHORS_MSD = 0.5
 """Where mu_MSD starts in the authors' code; far from its true value for hundreds of steps."""

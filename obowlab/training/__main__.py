@@ -17,13 +17,13 @@ from pathlib import Path
 import torch
 
 from obowlab.errors import UserError
-from obowlab.track.folder import RunFolder
-from obowlab.track.gpus import hold_as_worker
+from obowlab.launch.gpu_leases import hold_as_worker
+from obowlab.runs.folder import RunFolder
+from obowlab.training.context import Interrupted, StopRequest, Work
 from obowlab.training.distributed import join
-from obowlab.training.finish import finish
+from obowlab.training.final_evaluation import finish
 from obowlab.training.loop import train
-from obowlab.training.progress import Reporter
-from obowlab.training.work import Interrupted, StopRequest, Work
+from obowlab.training.reporter import Reporter
 
 PR_SET_PDEATHSIG = 1
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from obowlab.errors import UserError
 from obowlab.methods import METHODS, Method, OneProcess
-from obowlab.track.folder import RunFolder
+from obowlab.runs.folder import RunFolder
 
 FORMAT = 1
 CURRENT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"

@@ -10,19 +10,19 @@ from typing import Any
 import torch
 
 from obowlab.data.datasets import Split, open_split, subset
-from obowlab.data.loaders import TrainLoader, train_loader
-from obowlab.data.photometric import render
-from obowlab.data.views import Stream, uniforms
 from obowlab.errors import UserError
 from obowlab.methods import METHODS, Method
 from obowlab.methods.schedules import learning_rate
-from obowlab.track import provenance
+from obowlab.randomness import Stream, uniforms
+from obowlab.runs import provenance
 from obowlab.training import checkpoint as checkpoints
-from obowlab.training import online
+from obowlab.training import online_evaluation as online
+from obowlab.training.context import Interrupted, Work
 from obowlab.training.distributed import parallelise, synchronise_batchnorm
 from obowlab.training.memory import peak_mib
-from obowlab.training.preparation import Teacher, find_teacher, prepare
-from obowlab.training.work import Interrupted, Work
+from obowlab.training.stages import Teacher, find_teacher, prepare
+from obowlab.views.loaders import TrainLoader, train_loader
+from obowlab.views.photometric import render
 
 SHOWN = ("loss", "perplexity_image_conv5", "rotation_accuracy", "contrast_accuracy", "monitor_accuracy")
 """Metrics beside the progress bar."""

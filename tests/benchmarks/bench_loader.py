@@ -33,12 +33,12 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 
 from obowlab.config import Views
-from obowlab.data import photometric
-from obowlab.data.cutter import decode
 from obowlab.data.datasets import Split, open_split
-from obowlab.data.loaders import resolve_backend, train_loader
-from obowlab.data.preparation import prepare
-from obowlab.data.views import Colour
+from obowlab.data.prepare import prepare
+from obowlab.views import photometric
+from obowlab.views.loaders import resolve_backend, train_loader
+from obowlab.views.pil_views import decode
+from obowlab.views.views import Colour
 
 VIEWS = {
     "full": Views(num_crops=2, num_patches=5),

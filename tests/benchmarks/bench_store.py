@@ -18,8 +18,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from obowlab.lab.report.drawn import FOLDER
-from obowlab.track.store import DATABASE
+from obowlab.report.figure_cache import FOLDER
+from obowlab.tracking.server import DATABASE
 from tests.benchmarks import store as stores
 from tests.browser import chromium, complaints
 

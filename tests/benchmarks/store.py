@@ -21,14 +21,14 @@ import numpy as np
 
 from obowlab.config import Machine, canonical_hash
 from obowlab.evaluation.result import Measurement, Result, mean_with_interval, proportion_with_interval
-from obowlab.lab.ablate import Job, make_plan
-from obowlab.lab.cost import num_steps
-from obowlab.lab.launch import sample_interval_s
-from obowlab.lab.report.gather import draw_ahead
-from obowlab.lab.tablefile import load_table, table_files
-from obowlab.track import provenance
-from obowlab.track.folder import RunFolder
-from obowlab.track.mirror import Mirror
+from obowlab.launch.cost import num_steps
+from obowlab.launch.local import sample_interval_s
+from obowlab.report.read import draw_ahead
+from obowlab.runs import provenance
+from obowlab.runs.folder import RunFolder
+from obowlab.tables.execute import Job, make_plan
+from obowlab.tables.spec import load_table, table_files
+from obowlab.tracking.mirror import Mirror
 
 CONTENT = ((("table1", "table3"), "tiny", 10), (("table1", "table3"), "demo", 8), (tuple(table_files()), "tiny", 2))
 """Tables, their scale and how many seeds of them; a run that several of them need is there once."""
@@ -62,7 +62,7 @@ import sys, torch
 from pathlib import Path
 from obowlab.methods.backbones import ResNet, build_backbone
 from obowlab.config import Backbone
-from obowlab.track.model import save_encoder_model
+from obowlab.tracking.model import save_encoder_model
 encoder = build_backbone(Backbone(stem="small", width=4), seed=0)
 save_encoder_model(encoder, path=Path(sys.argv[1]), example=torch.zeros(2, 3, 32, 32))
 """

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from obowlab.cli import main
-from obowlab.lab.system import process_tree
+from obowlab.launch.system import process_tree
 
 STORE_VARIABLES = ("OBOWLAB_MACHINE", "OBOWLAB_DATA_ROOT", "OBOWLAB_RUNS_ROOT", "MLFLOW_TRACKING_URI", "OBOWLAB_RUN_LOCK")
 
@@ -30,9 +30,9 @@ def import_everything() -> None:
     import obowlab.cli.eval
     import obowlab.cli.runs
     import obowlab.evaluation
-    import obowlab.lab.launch
+    import obowlab.launch.local
     import obowlab.training.__main__
-    import obowlab.training.finish  # noqa: F401
+    import obowlab.training.final_evaluation  # noqa: F401
 
     torch.set_num_threads(1)
 

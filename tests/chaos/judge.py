@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from obowlab.track.folder import RunFolder, list_runs
-from obowlab.track.outbox import POINT_FILES, Outbox
+from obowlab.runs.folder import RunFolder, list_runs
+from obowlab.tracking.outbox import POINT_FILES, Outbox
 from tests.chaos.forks import Child, obowlab
 from tests.chaos.ledger import BrokenError, Case
 from tests.chaos.stage import SEED

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import obowlab
 from obowlab.config import Loaded, Machine, load_recipe
-from obowlab.track.folder import RunFolder
-from obowlab.track.outbox import Outbox
-from obowlab.track.store import shown_uri
+from obowlab.runs.folder import RunFolder
+from obowlab.tracking.outbox import Outbox
+from obowlab.tracking.server import shown_uri
 from tests.chaos import forks
 
 SEED = 3
@@ -208,7 +208,7 @@ def _prepare_data(root: Path, *, name: str, first_seed: int) -> None:
 
 
 def _make_store(place: Path) -> None:
-    from obowlab.track.store import prepare_store
+    from obowlab.tracking.server import prepare_store
 
     child = forks.fork(lambda: prepare_store(f"sqlite:///{place / 'mlflow.db'}") or 0, place=place)
     assert child.wait() == 0, child.said()

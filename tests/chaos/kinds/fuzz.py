@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from obowlab.config import Recipe, flatten, load_recipe, recipe_from_values
-from obowlab.config.checking import known_keys
+from obowlab.config.validation import known_keys
 from obowlab.errors import UserError
-from obowlab.track.folder import run_id_of
+from obowlab.runs.folder import run_id_of
 from tests.chaos.judge import BrokenError, clear
 from tests.chaos.ledger import Case, Kind
 

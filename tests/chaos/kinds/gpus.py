@@ -13,9 +13,8 @@ from pathlib import Path
 
 from obowlab.config import Machine
 from obowlab.errors import UserError
-from obowlab.lab.engine.leases import leased
-from obowlab.lab.engine.processes import tied_to_this_process
-from obowlab.track.gpus import GPUS_VARIABLE, hold_as_worker, take
+from obowlab.launch.gpu_leases import GPUS_VARIABLE, hold_as_worker, leased, take
+from obowlab.launch.processes import tied_to_this_process
 from tests.chaos import forks
 from tests.chaos.forks import Child
 from tests.chaos.judge import BrokenError

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from obowlab.data.beton import read_index
-from obowlab.track.folder import RunFolder
-from obowlab.track.info import RunInfo
-from obowlab.track.sealed import seal
+from obowlab.files import seal
+from obowlab.runs.folder import RunFolder
+from obowlab.runs.info import RunInfo
 from tests.chaos import forks
 from tests.chaos.judge import BrokenError, ended_well, sentence, settle, valuables
 from tests.chaos.ledger import Case, Kind

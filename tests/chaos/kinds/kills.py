@@ -8,7 +8,7 @@ import random
 import signal
 import time
 
-from obowlab.track.folder import RunFolder
+from obowlab.runs.folder import RunFolder
 from tests.chaos import forks
 from tests.chaos.forks import Child
 from tests.chaos.judge import BrokenError, ended_well, sentence, settle
@@ -197,7 +197,7 @@ def _wait_for_step(child: Child, folder: RunFolder, *, step: int) -> None:
 
 
 def _wait_until_free(case: Case, folder: RunFolder) -> None:
-    from obowlab.track.locks import is_locked
+    from obowlab.runs.locks import is_locked
 
     end = time.monotonic() + 30
     while is_locked(folder.path):

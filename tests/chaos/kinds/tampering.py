@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from obowlab.data.beton import read_index
-from obowlab.data.store import read_manifest, write_manifest
-from obowlab.track.folder import RunFolder
+from obowlab.data.manifest import read_manifest, write_manifest
+from obowlab.runs.folder import RunFolder
 from tests.chaos import forks
 from tests.chaos.judge import BrokenError, ended_well, sentence, settle, valuables
 from tests.chaos.ledger import Case, Kind

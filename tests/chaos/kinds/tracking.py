@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from obowlab.track.folder import RunFolder
+from obowlab.runs.folder import RunFolder
 from tests.chaos import forks, services
 from tests.chaos.judge import BrokenError, Query, ended_well, equal, reconcile, settle
 from tests.chaos.ledger import Case, Kind

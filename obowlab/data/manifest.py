@@ -1,0 +1,160 @@
+"""What lies in DATA_ROOT/NAME: one `.beton` and one manifest per split, put there whole or not at all."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from obowlab.data.beton import mend
+from obowlab.data.sources import SPLITS
+from obowlab.errors import UserError
+from obowlab.files import read_sealed, seal
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
+
+
+class Skipped(BaseModel):
+    """An image of the source that could not be read, and why."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    reason: str
+
+
+class Manifest(BaseModel):
+    """What a prepared split is made of; the content hash identifies the images, the file hash the file."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dataset: str
+    split: str
+    num_images: int
+    class_names: tuple[str, ...]
+    content_hash: str
+    file_bytes: int
+    file_sha256: str
+    source: str
+    source_hash: str
+    """SHA-256 of the names and sizes of the source's files, or the recipe of a generated set."""
+    created_at: str
+    obowlab_version: str
+    skipped: tuple[Skipped, ...] = ()
+
+
+def check_name(name: str) -> str:
+    """Return `name` if it can name a data set (and so never a path).
+
+    Raises:
+        UserError: it cannot.
+    """
+    if not _NAME.fullmatch(name):
+        raise UserError(f"'{name}' cannot name a data set: use lower-case letters, digits, - and _, as in `my-photos`.")
+    return name
+
+
+def beton_path(data_root: Path, dataset: str, split: str) -> Path:
+    """Return where the images of a split lie."""
+    return data_root / dataset / f"{split}.beton"
+
+
+def read_manifest(data_root: Path, dataset: str, split: str) -> Manifest | None:
+    """Return the manifest of a split; None if that split was never prepared.
+
+    Raises:
+        UserError: the manifest is no manifest.
+    """
+    path = beton_path(data_root, dataset, split).with_suffix(".json")
+    try:
+        manifest = Manifest.model_validate(read_sealed(path))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): mend its permissions, or {mend(dataset)}.") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{path} is no manifest of a data set ({where}: {first['msg']}): {mend(dataset)}.") from None
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({str(error).splitlines()[0]}): {mend(dataset)}.") from None
+    if (manifest.dataset, manifest.split) != (dataset, split):
+        raise UserError(f"{path} describes {manifest.dataset}/{manifest.split}, not {dataset}/{split}: {mend(dataset)}.")
+    return manifest
+
+
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Write a manifest so that it survives a power cut."""
+    with path.open("w", encoding="utf-8") as file:
+        file.write(seal(json.dumps(manifest.model_dump(mode="json"), indent=1)) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 (hex) of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def workplace(data_root: Path, dataset: str, *, wait: bool) -> Iterator[Path]:
+    """Lock a data set for writing and yield an empty folder beside it, which is removed at the end.
+
+    What an interrupted process left there is removed first. The lock is the system's and dies with its process.
+
+    Args:
+        data_root: folder of all data sets; created if absent.
+        dataset: name of the data set to write.
+        wait: wait for a process that writes the same data set, or complain.
+
+    Raises:
+        UserError: another process writes it, or the data root cannot be written.
+    """
+    working = data_root / f".{dataset}.preparing"
+    try:
+        data_root.mkdir(parents=True, exist_ok=True)
+        lock = (data_root / f".{dataset}.lock").open("wb")
+    except OSError as error:
+        raise UserError(
+            f"Cannot write to the data root {data_root} ({error.strerror}): choose another with --data-root."
+        ) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise UserError(f"Another process is preparing '{dataset}' in {data_root}: wait until it is done.") from None
+        if working.exists():
+            shutil.rmtree(working)
+        working.mkdir()
+        try:
+            yield working
+        finally:
+            shutil.rmtree(working)
+
+
+def publish(working: Path, data_root: Path, dataset: str) -> None:
+    """Move finished files into DATA_ROOT/NAME; manifests leave first and come last, so no reader sees a mixture."""
+    target = data_root / dataset
+    target.mkdir(exist_ok=True)
+    for suffix in (".json", ".beton"):
+        for split in SPLITS:
+            (target / f"{split}{suffix}").unlink(missing_ok=True)
+    for suffix in (".beton", ".json"):
+        for split in SPLITS:
+            if (working / f"{split}{suffix}").exists():
+                (working / f"{split}{suffix}").replace(target / f"{split}{suffix}")
+    for folder in (target, data_root):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,202 @@
+"""Files that outlive their writer: checksummed JSON, lines that are appended, whole files and folders that are replaced.
+
+A line file survives `kill -9` of its writer up to the last complete line; a replaced file is the old one or the new one.
+
+JSON objects end in a checksum: the last entry, `crc`, is the CRC-32 of every byte before it. A torn file is no JSON any more,
+but a bit that flips inside a number still is; the checksum tells both apart from what was written. It protects against
+accidents of disks and editors, not against somebody who computes it anew. JSON without one, which earlier versions wrote, is
+taken as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+from pydantic_core import from_json
+
+from obowlab.errors import UserError
+
+KEY = "crc"
+_SEAL = re.compile(rb',\s*"crc":\s*"([0-9a-f]{8})"\s*\}\s*$')
+_LONGEST = 48
+"""No seal is longer, in bytes."""
+
+
+def seal(text: str) -> str:
+    """Return the text of a JSON object, with at least one entry, with its seal as last entry; indented if the text is."""
+    body = text.rstrip()
+    assert body.startswith("{")
+    assert body.endswith("}")
+    between = "\n " if body.endswith("\n}") else ""
+    body = body[:-1].rstrip()
+    return f'{body},{between}"{KEY}":"{zlib.crc32(body.encode()):08x}"{between.rstrip(" ")}}}'
+
+
+def is_whole(content: bytes) -> bool:
+    """Return whether the seal fits to the bytes; also without a seal."""
+    found = _SEAL.search(content, max(0, len(content) - _LONGEST))
+    return found is None or zlib.crc32(content[: found.start()]) == int(found[1], 16)
+
+
+def unseal(content: bytes) -> dict[str, Any]:
+    """Parse a JSON object and return it without its seal.
+
+    Raises:
+        ValueError: it is no JSON object, or its seal does not fit.
+    """
+    if not is_whole(content):
+        raise ValueError("its checksum does not fit")
+    value = json.loads(content)
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds no object but {type(value).__name__}")
+    value.pop(KEY, None)
+    return value
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Parse a file that `seal` made.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged.
+    """
+    return unseal(path.read_bytes())
+
+
+def append_whole(file: FileIO, line: bytes) -> None:
+    """Append a line to a file of one writer, whole or not at all: a full disk takes a part of it and only then complains.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    before = os.fstat(file.fileno()).st_size
+    rest = memoryview(line)
+    try:
+        while rest:
+            rest = rest[file.write(rest) :]
+    except OSError:
+        os.ftruncate(file.fileno(), before)
+        raise
+
+
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write beside, sync and rename: a reader sees the old file or the new one, never a part."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    try:
+        with beside.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def folder_written(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `path`; when the block ends well it takes that place, replacing a folder that is there.
+
+    A block that is left by an error or by Ctrl-C leaves what was there before, and nothing else.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    before = beside.with_name(f"{beside.name}.before")
+    beside.mkdir(parents=True)
+    try:
+        yield beside
+        if path.exists():
+            path.rename(before)
+        beside.rename(path)
+    finally:
+        if before.exists() and not path.exists():
+            before.rename(path)
+        for rest in (beside, before):
+            shutil.rmtree(rest, ignore_errors=True)
+
+
+def read_lines(path: Path, *, check: Callable[[dict[str, Any]], object] = len) -> Iterator[dict[str, Any]]:
+    """Yield every complete line; one that is still being written is left for the next reading.
+
+    Damaged lines at the end are left out: a crash of the machine leaves such, and the writer cuts them off when it goes on.
+
+    Args:
+        path: a line file; one that is not there has no lines.
+        check: raises ValueError for a line of another shape.
+
+    Raises:
+        UserError: a line is damaged and a whole one follows it.
+    """
+    damaged = 0
+    for number, line in enumerate(_complete_lines(path), start=1):
+        try:
+            value = unseal(line)
+            check(value)
+        except ValueError:
+            damaged = damaged or number
+            continue
+        if damaged:
+            raise damaged_line(path, damaged)
+        yield value
+
+
+def read_all(path: Path) -> list[dict[str, Any]]:
+    """Return what `read_lines` yields, parsed at once: four times as fast, for the large files of many runs.
+
+    Raises:
+        UserError: as `read_lines`.
+    """
+    lines = _complete_lines(path)
+    if all(is_whole(line) for line in lines):
+        try:
+            values: list[dict[str, Any]] = from_json(b"[" + b",".join(lines) + b"]")
+        except ValueError:
+            return list(read_lines(path))
+        if len(values) == len(lines) and all(isinstance(value, dict) for value in values):
+            return values
+    return list(read_lines(path))
+
+
+def damaged_line(path: Path, number: int) -> UserError:
+    """Return the complaint about a line of a line file, from 1."""
+    return UserError(f"{path} is damaged at line {number}: put a copy of the file back, or delete that line to go on without it.")
+
+
+def cut_torn_tail(path: Path, *, check: Callable[[dict[str, Any]], object] = len) -> None:
+    """Cut a line file back to its last complete line that is whole (a crash can leave half a line, or zeros)."""
+    if not path.exists():
+        return
+    content = path.read_bytes()
+    end = len(content)
+    while end:
+        start = content.rfind(b"\n", 0, end - 1) + 1
+        if content[end - 1 : end] == b"\n" and _is_good(content[start : end - 1], check):
+            break
+        end = start
+    if end < len(content):
+        os.truncate(path, end)
+
+
+def _complete_lines(path: Path) -> list[bytes]:
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    end = content.rfind(b"\n")
+    return content[:end].split(b"\n") if end >= 0 else []
+
+
+def _is_good(line: bytes, check: Callable[[dict[str, Any]], object]) -> bool:
+    try:
+        check(unseal(line))
+    except ValueError:
+        return False
+    return True

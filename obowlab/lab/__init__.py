@@ -1,1 +1,0 @@
-"""What runs where: starting runs on this machine and watching over them; never imports torch."""

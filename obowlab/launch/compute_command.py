@@ -1,0 +1,75 @@
+"""The command and the environment of a compute process, which trains and evaluates a run."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from obowlab.config import Machine
+from obowlab.launch.system import count_gpus
+from obowlab.runs.folder import LOCK_TOKEN_VARIABLE
+
+CommandFactory = Callable[[Path, Machine], list[str]]
+
+
+NO_PROGRESS_VARIABLE = "OBOWLAB_NO_PROGRESS"
+
+
+PATIENCE_VARIABLE = "OBOWLAB_PATIENCE_S"
+"""Seconds to wait for a run that another process has, before giving up; set for jobs of a cluster, where that process is often
+the last breath of the job's own start before."""
+
+
+def compute_command(path: Path, machine: Machine) -> list[str]:
+    """Return the command that trains and evaluates the run of a folder on this node, through torchrun for several processes.
+
+    torchrun's own restarts are not used: a group that died is started anew by the launcher, so that nothing of the dead is met.
+    """
+    launcher: list[str] = []
+    if machine.procs > 1:
+        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(machine.procs // machine.nodes), "--max-restarts", "0"]
+        if machine.nodes == 1:
+            launcher += ["--standalone"]  # finds a free port itself, without a race
+        else:
+            launcher += ["--nnodes", str(machine.nodes), "--rdzv-backend", "c10d", "--rdzv-conf", "store_type=file"]
+    return [sys.executable, *launcher, "-m", "obowlab.training", str(path)]
+
+
+def environment_of(machine: Machine, *, token: str, progress: bool) -> dict[str, str]:
+    """Return the variables of a compute process.
+
+    Args:
+        machine: with what it computes.
+        token: of the run's lock.
+        progress: whether it shows its progress on the terminal.
+    """
+    environment = {
+        **os.environ,
+        LOCK_TOKEN_VARIABLE: token,
+        "OMP_NUM_THREADS": str(threads_of(machine)),
+    }
+    if machine.device != "cuda" and machine.procs > 1:  # gloo's processes would complain of a setting that is meant
+        environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if not progress:
+        environment[NO_PROGRESS_VARIABLE] = "1"
+    return environment
+
+
+def threads_of(machine: Machine) -> int:
+    """Return the CPU threads of one process: as set, as OMP_NUM_THREADS says, or the default.
+
+    Beside a GPU that is the process's share of the cores. On the CPU it is 1: two threads that wait for each other within every
+    operation fall to a hundredth of their speed as soon as anything else runs on the machine, and with one thread the bits of a
+    result do not depend on the number of cores.
+    """
+    if machine.threads is not None:
+        return machine.threads
+    inherited = os.environ.get("OMP_NUM_THREADS", "")
+    if inherited.isdigit() and int(inherited) > 0:
+        return int(inherited)
+    if machine.device == "cpu" or (machine.device == "auto" and count_gpus() == 0):
+        return 1
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // (machine.procs // machine.nodes))

@@ -1,0 +1,247 @@
+"""What a training will cost before it begins: its time, memory and disk.
+
+They come, the best first, from a finished run of the same recipe on the same kind of device, or from a micro-benchmark: a few
+steps on random images in a process of its own (`obowlab.training.benchmark`), kept in RUNS_ROOT/.costs.json for the next time.
+What was quoted and what it came to are kept in the run's `cost.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+from obowlab.config import Machine, Recipe
+from obowlab.data.datasets import DATASETS
+from obowlab.data.manifest import read_manifest
+from obowlab.errors import UserError
+from obowlab.files import write_atomic
+from obowlab.launch.gpu_leases import leased
+from obowlab.runs.folder import COST_FILE, RunFolder, RunSummary
+
+COSTS = ".costs.json"
+MIB = 2**20
+SMALL_FILES_MIB = 3.0
+"""Metrics, results and logs of a run."""
+
+BENCHMARK_TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one training takes.
+
+    Attributes:
+        steps: optimiser updates; None when the data set is not known here.
+        seconds: of training, evaluation not counted; None when nothing was measured.
+        source: where the numbers come from: `run`, `benchmark` or `unknown`.
+        memory_mib: peak of one process, on its GPU or else of the process itself; None when not measured.
+        disk_mib: of the run folder in the end; None when not measured.
+    """
+
+    steps: int | None
+    seconds: float | None
+    source: Literal["run", "benchmark", "unknown"]
+    memory_mib: float | None = None
+    disk_mib: float | None = None
+
+    def words(self, *, procs: int, device: str) -> str:
+        """Return the cost as a sentence.
+
+        Args:
+            procs: processes that train.
+            device: `cpu`, or whatever else computes on GPUs.
+        """
+        if self.seconds is None:
+            return "Cost: unknown."
+        hours = "CPU-hours" if device == "cpu" else "GPU-hours"
+        parts = [f"{duration(self.seconds)} of training, {procs * self.seconds / 3600:.2g} {hours}"]
+        if self.memory_mib is not None:
+            parts.append(f"{_size(self.memory_mib)} of {'' if device == 'cpu' else 'GPU '}memory for each of {procs} process(es)")
+        if self.disk_mib is not None:
+            parts.append(f"{_size(self.disk_mib)} on disk")
+        return f"Cost, from {'a finished run' if self.source == 'run' else 'a micro-benchmark'}: {', '.join(parts)}."
+
+
+class Measured(BaseModel):
+    """What the micro-benchmark says of a recipe.
+
+    Attributes:
+        step_s: seconds of a step of the whole batch in one process.
+        memory_mib: what a process takes without any image.
+        memory_mib_per_image: what every image of its share of the batch adds.
+        checkpoint_mib: of one checkpoint.
+        encoder_mib: of the encoder alone.
+    """
+
+    step_s: float
+    memory_mib: float
+    memory_mib_per_image: float
+    checkpoint_mib: float
+    encoder_mib: float
+
+
+class CostBook:
+    """The costs of recipes on this machine."""
+
+    def __init__(self, machine: Machine, *, runs: Iterable[RunSummary]) -> None:
+        """Read what was measured.
+
+        Args:
+            machine: its run store keeps the measurements.
+            runs: the finished ones among them tell their own time.
+        """
+        self._machine = machine
+        self._path = machine.runs_root / COSTS
+        self._finished: dict[str, list[Cost]] = {}
+        for run in runs:
+            if run.state.status == "finished":
+                self._note(RunFolder(run.path, run.info))
+        self._measured = _read(self._path)
+
+    def cost(self, recipe: Recipe) -> Cost:
+        """Return what a training of this recipe takes, as far as it is known."""
+        key, steps = recipe.fingerprint(seed=0), num_steps(recipe, data_root=self._machine.data_root)
+        if key in self._finished:
+            runs = self._finished[key]
+            return Cost(
+                steps,
+                median(run.seconds for run in runs if run.seconds is not None),
+                "run",
+                memory_mib=max((run.memory_mib for run in runs if run.memory_mib is not None), default=None),
+                disk_mib=max((run.disk_mib for run in runs if run.disk_mib is not None), default=None),
+            )
+        measured = self._measured.get(self._place(key))
+        if measured is None or steps is None:
+            return Cost(steps, None, "unknown")
+        images = recipe.training.batch_size / self._machine.procs
+        return Cost(
+            steps,
+            steps * measured.step_s / self._machine.procs,
+            "benchmark",
+            memory_mib=round(measured.memory_mib + images * measured.memory_mib_per_image, 1),
+            disk_mib=round(2 * measured.checkpoint_mib + 2 * measured.encoder_mib + SMALL_FILES_MIB, 1),
+        )
+
+    def measure(self, recipes: Sequence[Recipe]) -> str:
+        """Time a few steps of the recipes that were never measured here, in one process.
+
+        Returns:
+            Why not all of them could be timed, in a few words; empty when all is well. A cost is nothing to fail for.
+        """
+        missing = {recipe.fingerprint(seed=0): recipe for recipe in recipes if self.cost(recipe).source == "unknown"}
+        if not missing:
+            return ""
+        request = json.dumps(
+            {"device": self._machine.device, "recipes": {key: recipe.model_dump(mode="json") for key, recipe in missing.items()}}
+        )
+        environment = {**os.environ, "OMP_NUM_THREADS": str(self._machine.threads or os.environ.get("OMP_NUM_THREADS") or 1)}
+        one = self._machine.model_copy(update={"procs": 1, "nodes": 1})
+        try:
+            with leased(one, say=lambda line: print(line, file=sys.stderr, flush=True)) as gpus:
+                done = subprocess.run(
+                    [sys.executable, "-m", "obowlab.training.benchmark"],
+                    input=request,
+                    env={**environment, **gpus},
+                    capture_output=True,
+                    text=True,
+                    timeout=BENCHMARK_TIMEOUT_S,
+                    check=False,
+                )
+        except subprocess.TimeoutExpired:
+            return f"it took more than {duration(BENCHMARK_TIMEOUT_S)}"
+        for line in done.stdout.splitlines():
+            answer = json.loads(line)
+            self._measured[self._place(answer.pop("key"))] = Measured.model_validate(answer)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        values = {place: measured.model_dump() for place, measured in self._measured.items()}
+        write_atomic(self._path, json.dumps(values, indent=1, sort_keys=True))
+        return "" if done.returncode == 0 else (done.stderr.splitlines() or [f"exit code {done.returncode}"])[-1]
+
+    def _note(self, folder: RunFolder) -> None:
+        try:
+            key = folder.info.recipe.fingerprint(seed=0)
+        except UserError:
+            return  # made by another version: it cannot be what is planned now
+        trained_s, facts = folder.trained_s(), folder.facts()
+        if trained_s is not None and self._machine.device in ("auto", facts.get("device")):
+            seconds = trained_s * int(facts.get("procs", 1)) / self._machine.procs
+            truth = folder.cost().get("truth", {})
+            cost = Cost(None, seconds, "run", memory_mib=folder.state.memory_mib, disk_mib=truth.get("disk_mib"))
+            self._finished.setdefault(key, []).append(cost)
+
+    def _place(self, key: str) -> str:
+        return f"{socket.gethostname()} {self._machine.device} {key}"
+
+
+# ---------------------------------------------------------------------------------------------------- quote and truth
+
+
+def quote(folder: RunFolder, *, cost: Cost, procs: int) -> None:
+    """Keep what a run is expected to cost beside it, unless that was done when it began."""
+    if not (folder.path / COST_FILE).exists():
+        _write(folder, {"quote": {**_numbers(cost, procs=procs), "source": cost.source}})
+
+
+def settle(folder: RunFolder) -> None:
+    """Keep what a finished run did cost beside what was quoted."""
+    files = [path.stat().st_size for path in folder.path.rglob("*") if path.is_file()]
+    procs = int(folder.facts().get("procs", 1))
+    truth = Cost(None, folder.trained_s(), "run", folder.state.memory_mib, round(sum(files) / MIB, 1))
+    _write(folder, {**folder.cost(), "truth": _numbers(truth, procs=procs)})
+
+
+def _numbers(cost: Cost, *, procs: int) -> dict[str, Any]:
+    hours = None if cost.seconds is None else round(procs * cost.seconds / 3600, 5)
+    seconds = None if cost.seconds is None else round(cost.seconds, 1)
+    numbers = {"hours": hours, "seconds": seconds, "memory_mib": cost.memory_mib, "disk_mib": cost.disk_mib}
+    return {key: value for key, value in numbers.items() if value is not None}
+
+
+def _write(folder: RunFolder, values: Mapping[str, Any]) -> None:
+    folder.write_artifact(COST_FILE, json.dumps(values, indent=1))
+
+
+def _size(mib: float) -> str:
+    return f"{mib / 1024:.1f} GiB" if mib >= 1024 else f"{mib:.0f} MiB"
+
+
+def num_steps(recipe: Recipe, *, data_root: Path) -> int | None:
+    """Return the optimiser updates of a recipe from the prepared data set, or from what is known of it; else None."""
+    data = recipe.data
+    manifest = read_manifest(data_root, data.dataset, "train")
+    info = DATASETS.get(data.dataset)
+    if manifest is not None:
+        num_images, num_classes = manifest.num_images, len(manifest.class_names)
+    elif info is not None:
+        num_images, num_classes = info.num_images["train"], info.num_classes
+    else:
+        return None
+    if data.images_per_class is not None:
+        num_images = min(num_images, data.images_per_class * num_classes)
+    return recipe.training.epochs * (num_images // recipe.training.batch_size)
+
+
+def duration(seconds: float) -> str:
+    """Return `40 s`, `12 min`, `3.5 h` or `2.1 days`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
+
+
+def _read(path: Path) -> dict[str, Measured]:
+    try:
+        return {str(place): Measured.model_validate(values) for place, values in json.loads(path.read_bytes()).items()}
+    except (FileNotFoundError, ValueError, AttributeError):
+        return {}  # measured again when it is needed

@@ -1,0 +1,49 @@
+"""What is checked before a run begins, without torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+from obowlab.config import Loaded, Machine
+from obowlab.data.class_lists import class_list
+from obowlab.data.datasets import open_split
+from obowlab.errors import UserError
+from obowlab.launch.nodes import MEETING_VARIABLE
+
+
+def check_nodes(machine: Machine) -> None:
+    """Refuse several nodes where no job of a cluster brought them together.
+
+    Raises:
+        UserError: says how it is done.
+    """
+    if machine.nodes > 1 and MEETING_VARIABLE not in os.environ:
+        raise UserError("--nodes is for a cluster: add --launcher slurm, or leave --nodes out.")
+
+
+def check_data(loaded: Loaded, *, machine: Machine, dry_run: bool, say: Callable[[str], None]) -> None:
+    """Refuse a run whose images or class lists would be missed hours later; draw the synthetic images on first use.
+
+    Args:
+        loaded: the recipe of the run.
+        machine: where its data are.
+        dry_run: draw nothing, say what would be drawn.
+        say: prints one line.
+
+    Raises:
+        UserError: a split is not prepared or damaged, or a class list is absent.
+    """
+    recipe = loaded.recipe
+    folder = machine.data_root / recipe.data.dataset
+    if recipe.data.dataset == "synthetic" and not (folder / "train.json").is_file():
+        if dry_run:
+            return say(f"Would draw the synthetic images into {folder}")
+        say(f"Drawing the synthetic images into {folder}, this once.")
+    open_split(recipe.data.dataset, "train", data_root=machine.data_root)
+    measured = {*recipe.evaluation.protocols, *(("fewshot",) if recipe.evaluation.every_epochs else ())}
+    if measured:
+        split = open_split(recipe.data.dataset, "val", data_root=machine.data_root)
+        if "fewshot" in measured and recipe.evaluation.fewshot.classes != "all":
+            class_list(recipe.evaluation.fewshot.classes, class_names=split.class_names, folder=folder)
+    return None

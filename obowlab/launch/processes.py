@@ -1,0 +1,110 @@
+"""Child processes of a launcher: tied to its life, told to stop once, killed with their whole family the second time."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from obowlab.launch.system import process_tree
+
+STOPPING = (signal.SIGINT, signal.SIGTERM)
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass
+class StopSignals:
+    """Passes the first stopping signal on to the child and kills its whole family at the second.
+
+    Attributes:
+        received: what came, in order.
+        reason: why the run is stopped, for its state; empty for a plain signal.
+        child: the process at work, while there is one.
+    """
+
+    received: list[int] = field(default_factory=list)
+    reason: str = ""
+    child: subprocess.Popen[bytes] | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take the signals of this process for as long as the context lasts; in another thread than the main one, none."""
+        if threading.current_thread() is not threading.main_thread():  # Python allows handlers in the main thread only
+            yield
+            return
+        before = {number: signal.signal(number, self._receive) for number in STOPPING}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def watch(self, child: subprocess.Popen[bytes]) -> None:
+        """Pass signals on to this child from now on, and do now what one asked for before there was a child."""
+        self.child = child
+        if self.received:
+            child.send_signal(self.received[0])
+
+    def send(self, number: int, *, reason: str = "") -> None:
+        """Do as if this signal had come; for threads, which receive none."""
+        if not self.received:
+            self.reason = reason
+        self._receive(number, None)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self.received.append(number)
+        if self.child is None or self.child.returncode is not None:
+            return
+        if len(self.received) == 1:
+            self.child.send_signal(number)
+        else:
+            kill_family(self.child)
+
+
+def start(command: list[str], *, environment: Mapping[str, str], output: Path | None) -> subprocess.Popen[bytes]:
+    """Start a process that does not outlive this one.
+
+    Args:
+        command: the command line.
+        environment: all its variables.
+        output: where to append what it prints; the terminal if absent.
+    """
+    # A session of its own: Ctrl-C reaches the launcher alone, which passes it on once.
+    with output.open("ab") if output is not None else nullcontext() as sink:
+        return subprocess.Popen(
+            command, env=environment, start_new_session=True, preexec_fn=tied_to_this_process(), stdout=sink, stderr=sink
+        )
+
+
+def kill_family(child: subprocess.Popen[bytes]) -> None:
+    """Kill a child and all its descendants at once."""
+    for pid in process_tree(child.pid) or [child.pid]:
+        with suppress(ProcessLookupError):  # it was quicker
+            os.kill(pid, signal.SIGKILL)
+
+
+def tied_to_this_process() -> Callable[[], None]:
+    """Return what a child does between fork and exec so that Linux sends it a SIGTERM when this process dies."""
+    parent = os.getpid()
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: little is safe between fork and exec
+
+    def die_with_parent() -> None:
+        if libc is not None:
+            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+            if os.getppid() != parent:  # it died before the line above
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    return die_with_parent
+
+
+def shell_code(returncode: int) -> int:
+    """Return a process's exit code as a shell has it: 128 + N after signal N."""
+    return 128 - returncode if returncode < 0 else returncode

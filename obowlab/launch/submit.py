@@ -1,0 +1,137 @@
+"""Commands as jobs of a cluster: what `run`, `eval`, `ablate` and `tune` share when they are submitted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from obowlab.config import Loaded, Machine
+from obowlab.errors import UserError
+from obowlab.launch import jobs as cluster_jobs
+from obowlab.launch import slurm
+from obowlab.launch.local import put_aside
+from obowlab.launch.slurm import Errand, Needs, SlurmJob, check_slurm, live_runs
+from obowlab.runs.folder import RunFolder, run_id_of
+
+FOLLOW = "`obowlab jobs --watch` shows how far they are, `obowlab jobs logs RUN` what they print."
+
+
+@dataclass(frozen=True)
+class Submitter:
+    """How the commands of one command line become jobs.
+
+    Attributes:
+        machine: where and with what.
+        complete: adds to the words of a command everything that options said here.
+        wait: whether the command waits until its jobs are over.
+        say: prints one line of output.
+        warn: prints one line beside the output.
+    """
+
+    machine: Machine
+    complete: Callable[[Sequence[str]], tuple[str, ...]]
+    wait: bool
+    say: Callable[[str], None]
+    warn: Callable[[str], None]
+
+    def submit(
+        self,
+        errands: Sequence[Errand],
+        *,
+        needs: Needs,
+        name: str,
+        at_a_time: int | None = None,
+        after: Sequence[SlurmJob] = (),
+    ) -> list[SlurmJob]:
+        """Submit commands and say under which numbers."""
+        jobs = slurm.submit(errands, machine=self.machine, needs=needs, name=name, at_a_time=at_a_time, after=after)
+        what = errands[0].what if len(errands) == 1 else f"{len(errands)} jobs"
+        numbers = jobs[0].id if len(jobs) == 1 else f"{jobs[0].id} to {jobs[-1].id}"
+        limit = f", {at_a_time} at a time" if at_a_time is not None and at_a_time < len(jobs) else ""
+        nodes = f" on {needs.nodes} nodes" if needs.nodes > 1 else ""
+        with_gpus = f", {needs.procs} GPU{'s' * (needs.procs > 1)} each" if needs.gpus else ""
+        self.say(f"Submitted {what} as job {numbers}{nodes}{with_gpus}{limit}.")
+        return jobs
+
+    def wait_for(self, jobs: Sequence[SlurmJob]) -> int:
+        """Wait until jobs are over; Ctrl-C ends the waiting alone. Return 0, or 130 when the user left."""
+        try:
+            cluster_jobs.wait_for(jobs, runs_root=self.machine.runs_root, say=self.warn)
+        except KeyboardInterrupt:
+            self.warn("The jobs go on; `obowlab jobs cancel RUN` ends them.")
+            return 130
+        return 0
+
+    def follow(self, jobs: Sequence[SlurmJob], *, hint: str = "") -> int:
+        """Wait for jobs if the command was told to; else say how to follow them, and a hint. Return the exit code."""
+        if self.wait:
+            return self.wait_for(jobs)
+        self.say(f"{FOLLOW} {hint}".rstrip())
+        return 0
+
+
+def spread(machine: Machine, *, nodes: int | None) -> Machine:
+    """Return the machine with as few nodes as its GPUs need, unless their number was given.
+
+    Raises:
+        UserError: a node of the cluster has fewer GPUs than it would be asked for.
+    """
+    most = machine.slurm.gpus_per_node
+    if nodes is None and machine.nodes == 1 and machine.device != "cpu":
+        fewest = -(-machine.procs // most)
+        enough = next(count for count in range(fewest, machine.procs + 1) if machine.procs % count == 0)
+        machine = machine.model_copy(update={"nodes": enough})
+    if machine.device != "cpu" and machine.procs // machine.nodes > most:
+        raise UserError(f"A node has {most} GPUs (slurm.gpus_per_node), not {machine.procs // machine.nodes}: raise --nodes.")
+    return machine
+
+
+def submit_run(
+    words: Sequence[str],
+    due: Sequence[Loaded],
+    *,
+    seed: int,
+    fresh: bool,
+    submitter: Submitter,
+) -> int:
+    """Submit what is due of a recipe as one job, unless a job has it already.
+
+    Args:
+        words: the command, without what options say of machine and place.
+        due: the stages that are not finished, the run itself last.
+        seed: of all of them.
+        fresh: put the present folder of the last one aside first.
+        submitter: makes the job; with `wait`, this returns when it is over.
+
+    Returns:
+        0; when waiting, 1 if the run did not finish and 130 if the user left.
+
+    Raises:
+        UserError: there is no Slurm, it refuses the job, or a job has the run that is to begin afresh.
+    """
+    machine = submitter.machine
+    check_slurm()
+    runs = [run_id_of(each, seed=seed) for each in due]
+    job = live_runs(machine.runs_root).get(runs[-1])
+    if job is not None and fresh:
+        raise UserError(f"Run '{runs[-1]}' belongs to job {job.id}: `obowlab jobs cancel {job.id}` ends it first.")
+    if job is not None:
+        submitter.say(f"Run {runs[-1]} has job {job.id} already.")
+        jobs = [job]
+    else:
+        if fresh and (machine.runs_root / runs[-1] / "run.json").is_file():
+            put_aside(RunFolder.open(machine.runs_root / runs[-1]))
+        for each in due:
+            RunFolder.create(each, seed=seed, runs_root=machine.runs_root)
+        command = [*words, "--procs", str(machine.procs), "--nodes", str(machine.nodes), "--no-progress"]
+        errand = Errand(words=submitter.complete(command), runs=tuple(runs), what=runs[-1])
+        needs = Needs(nodes=machine.nodes, procs=machine.procs, gpus=machine.device != "cpu")
+        jobs = submitter.submit([errand], needs=needs, name=runs[-1])
+    if (code := submitter.follow(jobs)) or not submitter.wait:
+        return code
+    for run in runs:
+        state = RunFolder.open(machine.runs_root / run).current_state()
+        if state.status != "finished":
+            submitter.warn(f"Run {run} did not finish ({state.status}): {state.message or 'see its log'}.")
+            return 1
+    return 0

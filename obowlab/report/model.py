@@ -1,0 +1,187 @@
+"""What a report says, as plain values: `gather` fills it from the run store, `build` turns it into pages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from obowlab.report.curves import Curve
+from obowlab.report.studies import Study
+from obowlab.report.vocabulary_health import Finding
+from obowlab.tables.model import Status, Table
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One value of a run's recipe.
+
+    Attributes:
+        key: dotted.
+        value: as TOML writes it.
+        source: the file or option that set it; `default` otherwise.
+        shipped: the value of the recipe of that name, when this run's is another; None when they are the same.
+    """
+
+    key: str
+    value: str
+    source: str
+    shipped: str | None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One metric of one run, student and random initialisation side by side; all in the metric's unit.
+
+    Attributes:
+        metric: as in `track.metrics`.
+        unit: of its values.
+        dataset: on which it was measured.
+        protocol: name, version and the beginning of its hash.
+        student: value and half-width of the 95 % interval; None when not measured.
+        random: the same for the untrained weights.
+        count: what the interval was taken over.
+    """
+
+    metric: str
+    unit: str
+    dataset: str
+    protocol: str
+    student: tuple[float, float] | None
+    random: tuple[float, float] | None
+    count: int
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One chart of a page: a heading, the SVG and what one must know to read it."""
+
+    title: str
+    svg: str
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """The visual words of one run.
+
+    Attributes:
+        folder: holds `index.html` and its pictures; copied into the site.
+        preview: names of a few of its pictures.
+    """
+
+    folder: Path
+    preview: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run with everything its page shows.
+
+    Attributes:
+        run_id: its name.
+        recipe: name of its recipe.
+        title: of its recipe.
+        seed: of weights and data.
+        changes: what differs from the recipe of that name and makes another training, dotted key to value (four digits).
+        family: the same for all seeds of one recipe.
+        status: as of the report.
+        message: why it stopped or failed.
+        step: optimiser updates done.
+        total_steps: of the whole training; None when unknown.
+        epochs: of the whole training.
+        created: day and time, UTC.
+        elapsed_s: seconds of training over all its starts; None before the first step.
+        fingerprint: hash of recipe and seed.
+        commit: of the code; None when unknown.
+        dirty: whether that checkout had changes.
+        data_hash: of the training images.
+        mlflow_run_id: in the tracking store; None when it was never sent.
+        starts: how often it was started.
+        machine: what it ran on, name to value.
+        versions: package to version.
+        settings: its recipe.
+        base: what `Setting.shipped` compares with, in words.
+        measured: its results.
+        curves: metric to curve, online results included.
+        training: figures of its page, of the loss and of what is measured during training.
+        vocabulary: figures of its page, of its vocabulary.
+        findings: on its vocabulary.
+        gallery: of its visual words; None when nobody made one.
+    """
+
+    run_id: str
+    recipe: str
+    title: str
+    seed: int
+    changes: Mapping[str, str]
+    family: str
+    status: Status
+    message: str
+    step: int
+    total_steps: int | None
+    epochs: int
+    created: str
+    elapsed_s: float | None
+    fingerprint: str
+    commit: str | None
+    dirty: bool | None
+    data_hash: str | None
+    mlflow_run_id: str | None
+    starts: int
+    machine: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    settings: tuple[Setting, ...] = ()
+    base: str = ""
+    measured: tuple[Measured, ...] = ()
+    curves: Mapping[str, Curve] = field(default_factory=dict)
+    training: tuple[Figure, ...] = ()
+    vocabulary: tuple[Figure, ...] = ()
+    findings: tuple[Finding, ...] = ()
+    gallery: Gallery | None = None
+
+    @property
+    def variant(self) -> str:
+        """What differs from the recipe, `key=value, ...`; empty when nothing does."""
+        return ", ".join(f"{key}={value}" for key, value in self.changes.items())
+
+    @property
+    def label(self) -> str:
+        """The recipe and what differs from it."""
+        return f"{self.recipe}: {self.variant}" if self.variant else self.recipe
+
+    @property
+    def warnings(self) -> tuple[Finding, ...]:
+        """What is not healthy."""
+        return tuple(finding for finding in self.findings if not finding.healthy)
+
+    def value(self, metric: str) -> tuple[float, float] | None:
+        """Return the student's value and interval on the run's own data set; None when it was not measured."""
+        return next((m.student for m in self.measured if m.metric == metric and m.student is not None), None)
+
+
+@dataclass(frozen=True)
+class Site:
+    """Everything a report says.
+
+    Attributes:
+        as_of: day and time of the newest thing in the store, UTC; empty for an empty store.
+        version: of obowlab.
+        tables: the paper's tables beside ours.
+        runs: newest first.
+        studies: by name.
+        problems: sentences on what could not be read.
+    """
+
+    as_of: str
+    version: str
+    tables: tuple[Table, ...] = ()
+    runs: tuple[Run, ...] = ()
+    studies: tuple[Study, ...] = ()
+    problems: tuple[str, ...] = ()
+
+    @cached_property
+    def by_id(self) -> Mapping[str, Run]:
+        """Every run by its name."""
+        return {run.run_id: run for run in self.runs}

@@ -1,0 +1,334 @@
+"""From the run store to a `Site`: small files only, and of the large metric files just what is drawn."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from obowlab import __version__
+from obowlab.config import Recipe, canonical_hash, flatten, load_recipe, recipe_files
+from obowlab.config.scales import SCALES
+from obowlab.config.validation import flat_pairs
+from obowlab.errors import UserError
+from obowlab.report.figure_cache import drawn
+from obowlab.report.model import Gallery, Measured, Run, Setting, Site
+from obowlab.report.studies import read_studies
+from obowlab.report.vocabulary_health import judge
+from obowlab.runs.folder import RunFolder, RunSummary, list_runs
+from obowlab.runs.metrics import unit_of
+from obowlab.runs.records import Record, Records, by_fingerprint
+from obowlab.tables.build import COMPARABLE, build_table, seeds_with_runs
+from obowlab.tables.model import Table
+from obowlab.tables.spec import PlannedTable, load_table, table_files
+
+NOT_TRAINED_WITH = re.compile(r"(teacher\.)*(title$|evaluation\.)")
+"""Settings that do not make another training."""
+
+MACHINE_FACTS = {
+    "host": "host",
+    "cpu_model": "processor",
+    "cpus": "cores",
+    "memory_mib": "memory, MiB",
+    "device": "device",
+    "procs": "processes",
+    "threads": "threads",
+    "loader": "loader",
+    "python": "Python",
+    "platform": "system",
+}
+"""Fact of an attempt -> its name in a report."""
+
+PICTURES = (".jpg", ".png", ".webp")
+
+
+@dataclass(frozen=True)
+class Tables:
+    """The tables of some scales, and what is wrong with those that could not be read."""
+
+    tables: tuple[Table, ...] = ()
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Store:
+    """A run store, read once for its tables and its pages.
+
+    Attributes:
+        root: its folder.
+        as_of: day and time of the newest thing in it, UTC; empty when there is none.
+        runs: newest first, each with its record.
+        problems: sentences on runs that cannot be read.
+    """
+
+    root: Path
+    as_of: str
+    runs: tuple[tuple[RunSummary, Record], ...]
+    problems: tuple[str, ...]
+
+    @property
+    def records(self) -> Records:
+        """The records that count for tables."""
+        record_of = {record.run_id: record for _, record in self.runs}
+        return {key: record_of[run.info.run_id] for key, run in by_fingerprint(run for run, _ in self.runs).items()}
+
+
+DAMAGED = (UserError, OSError, ValueError, KeyError, TypeError)
+"""What reading a run of another version, or a damaged one, may raise."""
+
+
+def read_store(runs_root: Path) -> Store:
+    """Read a run store, all but the metrics."""
+    runs, problems, newest = [], [], 0.0
+    for summary in list_runs(runs_root):
+        newest = max(newest, summary.info.created_at, summary.state.updated_at)
+        try:
+            runs.append((summary, Record.of(summary)))
+        except DAMAGED as error:
+            problems.append(_cannot_be_shown(summary, error))
+    return Store(root=runs_root, as_of=moment(newest) if newest else "", runs=tuple(runs), problems=tuple(problems))
+
+
+def gather(store: Store, *, tables: Tables) -> Site:
+    """Read everything a report shows; writes nothing but what `drawn` keeps.
+
+    Args:
+        store: as `read_store` reads it.
+        tables: as `tables_at` builds them.
+    """
+    runs, problems = [], [*tables.problems, *store.problems]
+    for summary, record in store.runs:
+        try:
+            runs.append(read_run(summary, record=record))
+        except DAMAGED as error:
+            problems.append(_cannot_be_shown(summary, error))
+    return Site(
+        as_of=store.as_of,
+        version=__version__,
+        tables=tables.tables,
+        runs=tuple(runs),
+        studies=read_studies(store.root),
+        problems=tuple(problems),
+    )
+
+
+def tables_at(scales: Iterable[str], *, store: Store) -> Tables:
+    """Return every shipped table at some scales, of the runs there are.
+
+    Args:
+        scales: names; when there are none, every scale at which the store has a run of some table.
+        store: as `read_store` reads it.
+    """
+    asked, records = list(scales), store.records
+    planned = {scale: _planned(scale) for scale in {COMPARABLE, *(asked or SCALES)}}
+    at_paper = {table.name: table for table in planned[COMPARABLE][0]}
+    tables: list[Table] = []
+    problems: list[str] = []
+    for scale in asked or SCALES:
+        found, wrong = planned[scale]
+        seeds = {table.name: seeds_with_runs(table, records=records) for table in found}
+        if asked or any(seeds.values()):
+            tables += [
+                build_table(table, seeds=seeds[table.name] or (0,), records=records, at_paper=at_paper.get(table.name))
+                for table in found
+            ]
+            problems += wrong
+    return Tables(tuple(tables), tuple(problems))
+
+
+def read_run(summary: RunSummary, *, record: Record) -> Run:
+    """Read one run, as far as its record does not say already.
+
+    Raises:
+        UserError: one of its files is damaged.
+    """
+    info, state = summary.info, summary.state
+    attempts = RunFolder(summary.path, info).attempts()
+    facts = {key: value for attempt in attempts for key, value in attempt.items()}
+    recipe = describe(info.name, recipe=json.dumps(info.recipe_values), sources=json.dumps(info.sources))
+    epochs = int(info.recipe_values.get("training", {}).get("epochs", 1))
+    measured = tabulate(record.results, dataset=str(info.recipe_values.get("data", {}).get("dataset", "")))
+    pictures = drawn(summary.path, epochs=epochs, measured=measured)
+    return Run(
+        run_id=info.run_id,
+        recipe=info.name,
+        title=str(info.recipe_values.get("title", "")),
+        seed=info.seed,
+        changes=recipe.changes,
+        family=recipe.family,
+        status=state.status,
+        message=state.message,
+        step=state.step,
+        total_steps=state.total_steps,
+        epochs=epochs,
+        created=moment(info.created_at),
+        elapsed_s=record.trained_s,
+        fingerprint=info.fingerprint,
+        commit=facts.get("commit"),
+        dirty=facts.get("dirty"),
+        data_hash=facts.get("data_hash"),
+        mlflow_run_id=record.mlflow_run_id,
+        starts=len(attempts),
+        machine={label: str(facts[key]) for key, label in MACHINE_FACTS.items() if facts.get(key) is not None},
+        versions={"obowlab": info.version, **{str(k): str(v) for k, v in facts.get("versions", {}).items()}},
+        settings=recipe.settings,
+        base=recipe.base,
+        measured=measured,
+        curves=pictures.curves,
+        training=pictures.training,
+        vocabulary=pictures.vocabulary,
+        findings=judge(pictures.curves, recipe=info.recipe_values),
+        gallery=find_gallery(summary.path / "words"),
+    )
+
+
+def draw_ahead(folder: RunFolder) -> None:
+    """Draw a run that has just finished, so that no report has to; one that cannot be read is left to the report to name."""
+    summary = RunSummary(folder.path, folder.info, folder.state)
+    with suppress(*DAMAGED):
+        read_run(summary, record=Record.of(summary))
+
+
+def compare(values: Mapping[str, Any], *, name: str, sources: Mapping[str, str]) -> tuple[tuple[Setting, ...], str]:
+    """Return a run's settings beside the shipped recipe of its name, and what they were compared with in words.
+
+    Args:
+        values: of the run, by dotted key.
+        name: of its recipe.
+        sources: dotted key to the file or option that set it.
+    """
+    shipped, base = _shipped(name)
+    settings = []
+    for key, value in values.items():
+        own = as_text(value)
+        other = as_text(shipped[key]) if key in shipped else None
+        settings.append(Setting(key, own, sources.get(key, "default"), other if other != own else None))
+    return tuple(settings), base
+
+
+@dataclass(frozen=True)
+class Described:
+    """What the pages of all runs of one recipe say of it; see `Run`."""
+
+    settings: tuple[Setting, ...]
+    base: str
+    changes: Mapping[str, str]
+    family: str
+
+
+@cache
+def describe(name: str, *, recipe: str, sources: str) -> Described:
+    """Return what a run's page says of its recipe; once for all seeds, as a store has far fewer recipes than runs.
+
+    Args:
+        name: of the recipe.
+        recipe: its resolved values, as JSON.
+        sources: dotted key to the file or option that set it, as JSON.
+    """
+    values = json.loads(recipe)
+    settings, base = compare(settings_of(recipe), name=name, sources=json.loads(sources))
+    changed = [s for s in settings if s.shipped is not None and not NOT_TRAINED_WITH.match(s.key)]
+    trained = {key: value for key, value in values.items() if key not in ("title", "evaluation")}
+    return Described(
+        settings=settings,
+        base=base,
+        changes={setting.key: brief(setting.value) for setting in changed},
+        family=canonical_hash([name, trained]),
+    )
+
+
+def settings_of(recipe: str) -> dict[str, Any]:
+    """Return the settings of a recipe in JSON by dotted key; one of another version just as it was written."""
+    try:
+        return flatten(Recipe.model_validate_json(recipe))
+    except ValueError:
+        return dict(flat_pairs(json.loads(recipe)))
+
+
+def tabulate(results: Iterable[Mapping[str, Any]], *, dataset: str) -> tuple[Measured, ...]:
+    """Return a run's results, one entry per metric, data set and protocol; of several measurements the newest counts.
+
+    Args:
+        results: as the run folder has them, the oldest first.
+        dataset: the run's own, which comes first.
+    """
+    found: dict[tuple[str, str, str], dict[str, Any]] = {}
+    for result in results:
+        where = str(result.get("details", {}).get("dataset", ""))
+        protocol = f"{result['protocol']} v{result['version']}, {str(result['protocol_hash'])[:8]}"
+        for measurement in result["measurements"]:
+            entry = found.setdefault((measurement["name"], where, protocol), {})
+            entry[result["subject"]] = (float(measurement["value"]), float(measurement["interval"]))
+            entry["count"] = int(measurement["count"])
+    rows = [
+        Measured(
+            metric=metric,
+            unit=unit_of(metric),
+            dataset=where,
+            protocol=protocol,
+            student=entry.get("student"),
+            random=entry.get("random"),
+            count=entry["count"],
+        )
+        for (metric, where, protocol), entry in found.items()
+    ]
+    return tuple(sorted(rows, key=lambda row: (row.dataset != dataset, row.dataset)))
+
+
+def find_gallery(folder: Path) -> Gallery | None:
+    """Return a run's gallery of visual words, with the first sheet of each level (`conv5-000.jpg`); None when there is none."""
+    if not (folder / "index.html").is_file():
+        return None
+    first: dict[str, str] = {}
+    for path in sorted(path for path in folder.iterdir() if path.suffix in PICTURES):
+        first.setdefault(path.stem.rpartition("-")[0], path.name)
+    return Gallery(folder=folder, preview=tuple(first.values()))
+
+
+def as_text(value: Any) -> str:
+    """Return a setting as `--set` takes it: words without quotes, lists as TOML writes them."""
+    if isinstance(value, str) and re.fullmatch(r"[A-Za-z_][\w.-]*", value):
+        return value
+    return "all" if value is None else json.dumps(value, ensure_ascii=False)
+
+
+def brief(value: str) -> str:
+    """Return a setting for a label: numbers to four digits, anything else as it is."""
+    try:
+        return f"{float(value):.4g}"
+    except ValueError:
+        return value
+
+
+def moment(timestamp: float) -> str:
+    """Return day and time to the minute in UTC: the same report on every machine."""
+    return datetime.fromtimestamp(timestamp, tz=UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _planned(scale: str) -> tuple[list[PlannedTable], list[str]]:
+    """Return every shipped table at a scale, and a sentence on each that has something wrong with it."""
+    found, wrong = [], []
+    for name in table_files():
+        try:
+            found.append(load_table(name, scale=scale))
+        except UserError as error:
+            wrong.append(f"{name} at scale {scale} cannot be shown: {error}")
+    return found, wrong
+
+
+def _cannot_be_shown(run: RunSummary, error: Exception) -> str:
+    return f"Run {run.info.run_id} cannot be shown: {type(error).__name__}: {error}"
+
+
+@cache
+def _shipped(name: str) -> tuple[Mapping[str, Any], str]:
+    """Return the values of the shipped recipe of this name, or the defaults, and which of them it was."""
+    if name in recipe_files():
+        return flatten(load_recipe(name).recipe), f"the recipe {name} of this version"
+    return flatten(Recipe()), "the defaults of this version, which has no such recipe"

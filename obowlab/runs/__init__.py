@@ -1,0 +1,8 @@
+"""What is remembered of a run: its folder on disk, what its numbers mean, and the window on it in MLflow."""
+
+from obowlab.runs.folder import RunFolder, RunSummary, list_runs
+from obowlab.runs.info import RunInfo, State
+from obowlab.runs.metric_log import MetricLog, Point
+from obowlab.runs.metrics import METRICS, Metric, lookup
+
+__all__ = ["METRICS", "Metric", "MetricLog", "Point", "RunFolder", "RunInfo", "RunSummary", "State", "list_runs", "lookup"]

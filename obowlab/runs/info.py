@@ -1,0 +1,108 @@
+"""What a run is and how far it is: the two small files of its folder that everything begins with, and its results."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from obowlab import __version__
+from obowlab.config import Recipe
+from obowlab.errors import UserError
+from obowlab.files import read_sealed
+
+Status = Literal["created", "running", "interrupted", "failed", "finished"]
+
+
+class RunInfo(BaseModel):
+    """What a run is (`run.json`); written once."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True)
+
+    run_id: str
+    name: str
+    seed: int
+    fingerprint: str
+    recipe_values: dict[str, Any] = Field(alias="recipe")
+    sources: dict[str, str] = {}
+    created_at: float
+    version: str
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """The resolved recipe this run was created with.
+
+        Raises:
+            UserError: this version of obowlab does not know one of its settings.
+        """
+        try:
+            return Recipe.model_validate_json(json.dumps(self.recipe_values))
+        except ValueError:
+            raise UserError(
+                f"Run '{self.run_id}' was created by obowlab {self.version}, whose recipe version {__version__} cannot read; "
+                "install that version, or start the run again with --fresh."
+            ) from None
+
+
+class State(BaseModel):
+    """How far a run is (`state.json`); replaced atomically."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    status: Status = "created"
+    step: int = 0
+    total_steps: int | None = None
+    message: str = ""
+    pid: int | None = None
+    host: str | None = None
+    attempt: int = 0
+    trained_s: float | None = None
+    memory_mib: float | None = None
+    updated_at: float = 0.0
+
+
+def read_info(path: Path) -> RunInfo:
+    """Read `run.json` of a run folder.
+
+    Raises:
+        UserError: there is none, or it is damaged.
+    """
+    file = path / "run.json"
+    try:
+        return RunInfo.model_validate(read_sealed(file))
+    except FileNotFoundError:
+        raise UserError(f"{path} is not a run folder: it has no run.json.") from None
+    except (ValueError, OSError):
+        raise UserError(f"{file} is damaged; move the folder away and start the run again.") from None
+
+
+def read_state(path: Path) -> State:
+    """Read `state.json` of a run folder; a new state when there is none.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        return State.model_validate_json((path / "state.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return State()
+    except ValueError:
+        raise UserError(f"{path / 'state.json'} is damaged; remove it; the run then continues from its checkpoint.") from None
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """Read one evaluation result.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        result = read_sealed(path)
+        if not {"subject", "protocol", "protocol_hash"} <= result.keys():
+            raise ValueError("no evaluation result")
+    except ValueError:
+        raise UserError(f"{path} is damaged: put a copy back, or remove it and measure again with 'obowlab eval'.") from None
+    return result

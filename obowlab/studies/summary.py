@@ -1,0 +1,320 @@
+"""Collect what is known of a study, from its storage and its run folders, and pass it on: to `study.json` and to MLflow."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from obowlab.config import Machine
+from obowlab.errors import UserError
+from obowlab.files import write_atomic
+from obowlab.runs.folder import RunFolder
+from obowlab.runs.metrics import lookup
+from obowlab.runs.results import unpack
+from obowlab.studies.schema import FORMAT, StudyParameter, StudyReport, StudyRun, StudyTrial, TrialStatus
+from obowlab.studies.spec import Tuning
+from obowlab.studies.trial import objective_of
+from obowlab.studies.trial_locks import Claims
+from obowlab.tables.model import Estimate
+from obowlab.tables.statistics import estimate
+from obowlab.tracking.publish import publish
+from obowlab.tracking.server import shown_uri
+
+REPORT_FILE = "study.json"
+MIN_TRIALS_FOR_IMPORTANCE = 4
+MAX_CONTOUR_PARAMETERS = 4
+
+_STATUSES: dict[TrialState, TrialStatus] = {
+    TrialState.COMPLETE: "completed",
+    TrialState.PRUNED: "pruned",
+    TrialState.FAIL: "failed",
+    TrialState.RUNNING: "running",
+    TrialState.WAITING: "waiting",
+}
+
+
+def collect(
+    study: optuna.Study, *, tuning: Tuning, machine: Machine, claims: Claims, budget: int, storage: str, analyse: bool = True
+) -> StudyReport:
+    """Return what is known of a study now, from its storage and its run folders.
+
+    Args:
+        study: in its storage.
+        tuning: what it searches.
+        machine: where its runs are.
+        claims: who works on which trial.
+        budget: completed trials wanted.
+        storage: its address.
+        analyse: whether to compute importances and draw figures; takes a second or two.
+    """
+    frozen = study.get_trials(deepcopy=False)
+    measured = {trial.number: _measurements(trial, tuning=tuning, machine=machine) for trial in frozen}
+    trials = tuple(_trial(t, tuning=tuning, machine=machine, claims=claims, measured=measured[t.number]) for t in frozen)
+    completed = [trial for trial in trials if trial.status == "completed" and trial.value is not None]
+    sign = 1.0 if tuning.maximize else -1.0
+    best = max(completed, key=lambda trial: sign * float(trial.value or 0.0), default=None)
+    paper = next((trial for trial in completed if trial.is_paper), None)
+    counts = {status: sum(trial.status == status for trial in trials) for status in _statuses()}
+    counts |= {
+        "resumed": sum(trial.resumed > 0 for trial in trials),
+        "repeated": sum(trial.repeat_of is not None for trial in trials),
+    }
+    importances = _importances(study, num_completed=len(completed)) if analyse else {}
+    return StudyReport(
+        format=FORMAT,
+        name=tuning.name,
+        title=tuning.spec.title,
+        study=tuning.file.name,
+        scale=tuning.scale,
+        recipe=tuning.base.name,
+        overrides=tuning.overrides,
+        storage=shown_uri(storage),
+        written_at=round(time.time(), 3),
+        metric=tuning.spec.objective,
+        unit=lookup(tuning.spec.objective).unit,
+        direction=lookup(tuning.spec.objective).direction,
+        online_metric=tuning.online_metric,
+        seeds=tuning.spec.seeds,
+        budget=budget,
+        counts=counts,
+        parameters=_parameters(tuning, importances=importances),
+        trials=trials,
+        best=best.number if best else None,
+        paper=paper.number if paper else None,
+        best_against_paper=_difference(measured[best.number], measured[paper.number]) if best and paper else None,
+        problems=_problems(completed, measured=measured),
+        figures=_figures(study, tuning=tuning, num_completed=len(completed), importances=importances) if analyse else {},
+        sampler={"kind": "tpe", **tuning.spec.sampler.model_dump(mode="json")},
+        pruner=tuning.spec.pruner.model_dump(mode="json"),
+    )
+
+
+def write_report(report: StudyReport, *, folder: Path) -> Path:
+    """Write `study.json` into the study's folder and return its path."""
+    path = folder / REPORT_FILE
+    write_atomic(path, json.dumps(report.to_json(), indent=1, allow_nan=False, default=str))
+    return path
+
+
+def send_report(report: StudyReport, *, machine: Machine) -> str | None:
+    """Show the study in MLflow as a run of its own; return one sentence when that was not possible."""
+    counts = {f"study/{status}": float(number) for status, number in report.counts.items()}
+    values = {trial.number: trial.value for trial in report.trials}
+    best = values[report.best] if report.best is not None else None
+    metrics = counts | ({f"study/best_{report.metric}": best} if best is not None else {})
+    published = publish(
+        "study",
+        name=report.name,
+        machine=machine,
+        files={
+            REPORT_FILE: json.dumps(report.to_json(), indent=1, allow_nan=False, default=str),
+            **{f"figures/{name}.plotly.json": json.dumps(figure) for name, figure in report.figures.items()},
+        },
+        tags={
+            "mlflow.note.content": report.title,
+            "obowlab.study": report.name,
+            "obowlab.recipe": report.recipe,
+            "obowlab.scale": report.scale,
+            "obowlab.storage": report.storage,
+        },
+        metrics=metrics,
+    )
+    return published.warning
+
+
+# --------------------------------------------------------------------------------------------------------------- trials
+
+
+def _statuses() -> Sequence[str]:
+    return ("completed", "pruned", "failed", "running", "stopped", "waiting")
+
+
+def _measurements(trial: FrozenTrial, *, tuning: Tuning, machine: Machine) -> dict[int, dict[str, Any]]:
+    """Return the objective's measurement on every finished run of a trial that is here, by seed."""
+    found = {}
+    for seed, folder in _folders(trial, machine=machine).items():
+        if folder is not None and folder.state.status == "finished":
+            try:
+                found[seed] = objective_of(folder, tuning=tuning)
+            except UserError:
+                continue  # measured otherwise since; the value that was told stays
+    return found
+
+
+def _folders(trial: FrozenTrial, *, machine: Machine) -> dict[int, RunFolder | None]:
+    folders: dict[int, RunFolder | None] = {}
+    for seed, name in trial.user_attrs.get("run_folders", {}).items():
+        path = machine.runs_root / name
+        folders[int(seed)] = RunFolder.open(path) if (path / "run.json").is_file() else None
+    return folders
+
+
+def _trial(
+    trial: FrozenTrial, *, tuning: Tuning, machine: Machine, claims: Claims, measured: Mapping[int, Mapping[str, Any]]
+) -> StudyTrial:
+    status = _STATUSES[trial.state]
+    if status == "running" and not claims.is_held(trial.number):
+        status = "stopped"
+    attributes = trial.user_attrs
+    runs = tuple(
+        _run(seed, folder, attributes=attributes, measured=measured.get(seed))
+        for seed, folder in _folders(trial, machine=machine).items()
+    )
+    value = trial.value if trial.state in (TrialState.COMPLETE, TrialState.PRUNED) else None
+    return StudyTrial(
+        number=trial.number,
+        status=status,
+        params={key: tuning.value_of(key, param) for key, param in trial.params.items() if key in tuning.spec.parameters},
+        value=value,
+        interval=_interval(list(measured.values())) if trial.state == TrialState.COMPLETE else None,
+        online=tuple(sorted(trial.intermediate_values.items())),
+        is_paper=bool(attributes.get("paper")),
+        resumed=len(attributes.get("resumed", [])),
+        repeat_of=attributes.get("repeat_of"),
+        message=str(attributes.get("message", "")),
+        started_at=trial.datetime_start.timestamp() if trial.datetime_start else None,
+        finished_at=trial.datetime_complete.timestamp() if trial.datetime_complete else None,
+        runs=runs,
+    )
+
+
+def _run(seed: int, folder: RunFolder | None, *, attributes: Mapping[str, Any], measured: Mapping[str, Any] | None) -> StudyRun:
+    state = folder.current_state() if folder is not None else None
+    return StudyRun(
+        seed=seed,
+        run_id=attributes["runs"][str(seed)],
+        status=state.status if state else "missing",
+        step=state.step if state else 0,
+        total_steps=state.total_steps if state else None,
+        mlflow_run_id=attributes.get("mlflow_runs", {}).get(str(seed)),
+        value=measured["value"] if measured else None,
+        interval=measured["interval"] if measured else None,
+    )
+
+
+def _interval(measured: Sequence[Mapping[str, Any]]) -> float | None:
+    """Return the half-width over seeds and episodes (or images), as tables have it."""
+    observations = _matrix(measured)
+    return estimate(observations).interval if observations is not None else None
+
+
+def _difference(one: Mapping[int, Mapping[str, Any]], other: Mapping[int, Mapping[str, Any]]) -> Estimate | None:
+    """Return the mean difference on the same episodes (or images), over the seeds that both have."""
+    seeds = sorted(set(one) & set(other))
+    first, second = (_matrix([measured[seed] for seed in seeds]) for measured in (one, other))
+    alike = all(one[seed]["protocol_hash"] == other[seed]["protocol_hash"] for seed in seeds)
+    return estimate(first - second) if alike and first is not None and second is not None else None
+
+
+def _matrix(measured: Sequence[Mapping[str, Any]]) -> npt.NDArray[np.float64] | None:
+    """Return the observations, [seeds, episodes]; None when there are none or not of every seed."""
+    rows = [unpack(result["samples"]) for result in measured if result.get("samples")]
+    alike = len({len(row) for row in rows}) == 1 and len(rows) == len(measured)
+    return np.stack(rows) if alike else None
+
+
+def _problems(completed: Sequence[StudyTrial], *, measured: Mapping[int, Mapping[int, Mapping[str, Any]]]) -> tuple[str, ...]:
+    hashes = {result["protocol_hash"] for trial in completed for result in measured[trial.number].values()}
+    problems = []
+    if len(hashes) > 1:
+        problems.append("Trials were measured on different images or with different protocols: their values do not compare.")
+    away = [trial.number for trial in completed if len(measured[trial.number]) < len(trial.runs)]
+    if away:
+        shown = ", ".join(map(str, away[:10]))
+        problems.append(f"The results of trial {shown} are not in this run store: their intervals are not known.")
+    return tuple(problems)
+
+
+# -------------------------------------------------------------------------------------------------------------- figures
+
+
+def _parameters(tuning: Tuning, *, importances: Mapping[str, float]) -> tuple[StudyParameter, ...]:
+    return tuple(
+        StudyParameter(
+            key=key,
+            kind=parameter.kind,
+            low=getattr(parameter, "low", None),
+            high=getattr(parameter, "high", None),
+            log=getattr(parameter, "log", False),
+            choices=getattr(parameter, "choices", ()),
+            paper=tuning.spec.paper.get(key),
+            importance=importances.get(key),
+        )
+        for key, parameter in tuning.spec.parameters.items()
+    )
+
+
+def _importances(study: optuna.Study, *, num_completed: int) -> dict[str, float]:
+    if num_completed < MIN_TRIALS_FOR_IMPORTANCE:
+        return {}
+    try:
+        evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+        return dict(optuna.importance.get_param_importances(study, evaluator=evaluator))
+    except (ValueError, RuntimeError):  # all values are the same: there is nothing to explain
+        return {}
+
+
+def _figures(study: optuna.Study, *, tuning: Tuning, num_completed: int, importances: Mapping[str, float]) -> dict[str, Any]:
+    """Draw what there is enough to draw of, as plotly's JSON without its default template."""
+    if num_completed < 2:
+        return {}
+    from optuna.visualization import plot_contour, plot_optimization_history, plot_param_importances, plot_slice
+
+    name = f"{tuning.spec.objective} [{lookup(tuning.spec.objective).unit}]"
+    keys = sorted(tuning.spec.parameters, key=lambda key: -importances.get(key, 0.0))[:MAX_CONTOUR_PARAMETERS]
+    drawn = {"history": plot_optimization_history(study, target_name=name), "slice": plot_slice(study, target_name=name)}
+    if len(keys) > 1:
+        drawn["contour"] = plot_contour(study, params=sorted(keys), target_name=name)
+    if importances:
+        evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
+        drawn["importance"] = plot_param_importances(study, evaluator=evaluator, target_name=name)
+    figures = {}
+    for title, figure in drawn.items():
+        figure.update_layout(template=None)
+        figures[title] = json.loads(figure.to_json())
+    return figures
+
+
+class Reporter:
+    """Writes the report after every trial and sends it at the end; the threads of a worker share it."""
+
+    def __init__(
+        self, study: optuna.Study, *, tuning: Tuning, machine: Machine, claims: Claims, budget: int, storage: str
+    ) -> None:
+        self._study = study
+        self._facts: dict[str, Any] = {
+            "tuning": tuning,
+            "machine": machine,
+            "claims": claims,
+            "budget": budget,
+            "storage": storage,
+        }
+        self._machine = machine
+        self._claims = claims
+        self._turn = threading.Lock()
+
+    def look(self) -> StudyReport:
+        """Return what there is, at once: without importances and figures, and without writing anything."""
+        return collect(self._study, **self._facts, analyse=False)
+
+    def write(self) -> StudyReport:
+        """Write `study.json` as things stand."""
+        with self._turn:
+            report = collect(self._study, **self._facts)
+            write_report(report, folder=self._claims.folder)
+            return report
+
+    def send(self) -> tuple[StudyReport, str | None]:
+        """Write the report and show it in MLflow; return one sentence when that was not possible."""
+        report = self.write()
+        with self._claims.alone():
+            return report, send_report(report, machine=self._machine)

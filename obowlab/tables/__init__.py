@@ -1,0 +1,1 @@
+"""The paper's tables as data: planned, executed, measured, rendered."""

@@ -1,0 +1,252 @@
+"""From run records to a results table: means over seeds, intervals, differences and verdicts.
+
+Everything shown is computed here from the records alone, so that a table can be rebuilt at any time, to the byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from obowlab.errors import UserError
+from obowlab.runs.folder import run_id_of
+from obowlab.runs.metrics import lookup
+from obowlab.runs.records import Record, Records
+from obowlab.runs.results import unpack
+from obowlab.tables.model import Cell, Column, Estimate, Row, RunRef, Table
+from obowlab.tables.spec import PlannedRow, PlannedTable, also_differs, load_table
+from obowlab.tables.statistics import estimate, verdict
+
+Matrix = npt.NDArray[np.float64]
+
+COMPARABLE = "paper"
+"""The scale at which our numbers may be held against the paper's."""
+
+NOTICE = "At this scale values cannot be compared with the paper's; a row's direction against the base row can."
+ONE_SEED = "One seed: interval and verdict speak for the episodes (or images) alone; other seeds may differ by more."
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """One metric of one run.
+
+    Attributes:
+        value: percent.
+        observations: per episode or image, percent; None in results of older versions.
+        basis: what must be equal for two observations to be a pair: protocol, settings and images.
+    """
+
+    value: float
+    observations: Matrix | None
+    basis: str
+
+
+def build_table(planned: PlannedTable, *, seeds: Sequence[int], records: Records, at_paper: PlannedTable | None = None) -> Table:
+    """Return a table as the records have it.
+
+    Args:
+        planned: the table at its scale.
+        seeds: the seeds a row should have.
+        records: of the run store.
+        at_paper: the same table at the paper's scale, from whoever has it already; loaded when it is absent.
+    """
+    if at_paper is None and planned.scale != COMPARABLE:
+        at_paper = load_table_at_paper(planned)
+    comparable = planned.scale == COMPARABLE
+    base_runs = _runs_of(planned.base, seeds=seeds, records=records)
+    footnotes: list[str] = [] if comparable else [NOTICE]
+    footnotes += planned.file.footnotes
+    general = len(footnotes)
+    rows = []
+    for number, row in enumerate(planned.rows):
+        runs = _runs_of(row, seeds=seeds, records=records)
+        own = list(row.footnotes)
+        if at_paper is not None and not comparable:
+            also = also_differs(row, base=planned.base, paper_row=at_paper.rows[number], paper_base=at_paper.base)
+            own += [also] if also else []
+        if sum(run is not None and run.status == "finished" for run in runs.values()) == 1:
+            own.append(ONE_SEED)
+        for text in own:
+            if text not in footnotes:
+                footnotes.append(text)
+        cells = tuple(
+            _cell(metric, row=row, base=planned.base, runs=runs, base_runs=base_runs, comparable=comparable)
+            for metric in planned.file.columns
+        )
+        rows.append(
+            Row(
+                key=row.row.key,
+                label=row.row.label,
+                group=row.row.group,
+                recipe=row.loaded.name,
+                overrides=row.overrides,
+                epochs=sum(stage.recipe.training.epochs for stage in row.loaded.stages()),
+                is_base=row.is_base,
+                cells=cells,
+                runs=tuple(_reference(row, seed=seed, record=record) for seed, record in runs.items()),
+                verdict=next(cell.verdict for cell in cells if cell.metric == planned.file.primary),
+                notes=tuple(footnotes.index(text) + 1 for text in own),
+            )
+        )
+    assert general <= len(footnotes)
+    return Table(
+        name=planned.name,
+        title=planned.file.title,
+        scale=planned.scale,
+        comparable=comparable,
+        dataset=planned.base.loaded.recipe.data.dataset,
+        primary=planned.file.primary,
+        columns=tuple(Column(metric, label, lookup(metric).unit) for metric, label in planned.file.columns.items()),
+        rows=tuple(rows),
+        footnotes=tuple(footnotes),
+    )
+
+
+def load_table_at_paper(planned: PlannedTable) -> PlannedTable | None:
+    """Return the same table at the paper's scale, for comparison of its recipes; None when a row has no recipe there."""
+    try:
+        return load_table(planned.path, scale=COMPARABLE)
+    except UserError:
+        return None
+
+
+def finished_seeds(planned: PlannedTable, *, records: Records) -> tuple[int, ...]:
+    """Return the seeds that a table is shown with: `seeds_with_runs`, or (0,) when there are none."""
+    return seeds_with_runs(planned, records=records) or (0,)
+
+
+def seeds_with_runs(planned: PlannedTable, *, records: Records) -> tuple[int, ...]:
+    """Return the seeds of which some row has a run, ascending."""
+    known = {record.fingerprint for record in records.values()}
+    candidates = {record.seed for record in records.values()}
+    seeds = {
+        seed
+        for row in planned.rows
+        for seed, fingerprint in row.loaded.recipe.fingerprints(seeds=candidates).items()
+        if fingerprint in known
+    }
+    return tuple(sorted(seeds))
+
+
+# -------------------------------------------------------------------------------------------------------------- helpers
+
+
+def _runs_of(row: PlannedRow, *, seeds: Sequence[int], records: Records) -> dict[int, Record | None]:
+    return {seed: records.get(fingerprint) for seed, fingerprint in row.loaded.recipe.fingerprints(seeds=seeds).items()}
+
+
+def _reference(row: PlannedRow, *, seed: int, record: Record | None) -> RunRef:
+    if record is None:
+        run_id, fingerprint = run_id_of(row.loaded, seed=seed), row.loaded.recipe.fingerprint(seed=seed)
+        return RunRef(run_id, seed, "missing", 0, None, "", fingerprint, None, None, None, None, None, {})
+    facts = record.facts
+    return RunRef(
+        run_id=record.run_id,
+        seed=seed,
+        status=record.status,
+        step=record.step,
+        total_steps=record.total_steps,
+        message=record.message,
+        fingerprint=record.fingerprint,
+        commit=facts.get("commit"),
+        dirty=facts.get("dirty"),
+        data_hash=facts.get("data_hash"),
+        mlflow_run_id=record.mlflow_run_id,
+        elapsed_s=record.trained_s,
+        values={
+            measurement["name"]: measurement["value"]
+            for result in record.results
+            if result["subject"] == "student"
+            for measurement in result["measurements"]
+        },
+    )
+
+
+def _cell(
+    metric: str,
+    *,
+    row: PlannedRow,
+    base: PlannedRow,
+    runs: Mapping[int, Record | None],
+    base_runs: Mapping[int, Record | None],
+    comparable: bool,
+) -> Cell:
+    paper, paper_base = row.row.paper.get(metric), base.row.paper.get(metric)
+    ours, problem = _measured(runs, metric=metric, subject="student")
+    random, _ = _measured(runs, metric=metric, subject="random")
+    reference, _ = _measured(base_runs, metric=metric, subject="student")
+    mean = _mean(ours)
+    against_base = None
+    if not row.is_base and not problem:
+        against_base, problem = _paired(ours, reference)
+    known = against_base is not None and paper is not None and paper_base is not None and paper != paper_base
+    return Cell(
+        metric=metric,
+        paper=paper,
+        ours=mean,
+        random=_mean(random),
+        against_paper=mean.value - paper if comparable and mean is not None and paper is not None else None,
+        against_base=against_base,
+        verdict=verdict(against_base, paper=paper - paper_base) if known else None,  # type: ignore[arg-type, operator]
+        problem=problem,
+    )
+
+
+def _measured(runs: Mapping[int, Record | None], *, metric: str, subject: str) -> tuple[dict[int, _Measured], str]:
+    """Return the newest measurement of every finished seed, and a sentence when they were not measured alike."""
+    found: dict[int, _Measured] = {}
+    for seed, record in runs.items():
+        if record is None or record.status != "finished":
+            continue
+        for result in record.results:
+            if result["subject"] != subject or result.get("details", {}).get("dataset") != record.recipe["data"]["dataset"]:
+                continue
+            for measurement in result["measurements"]:
+                if measurement["name"] == metric:
+                    found[seed] = _read(measurement, result)
+    if len({each.basis for each in found.values()}) > 1:
+        return found, "the seeds were measured with different protocols or images; `obowlab eval RUN` measures again"
+    return found, ""
+
+
+def _read(measurement: Mapping[str, Any], result: Mapping[str, Any]) -> _Measured:
+    samples = measurement.get("samples")
+    return _Measured(
+        value=float(measurement["value"]),
+        observations=unpack(samples) if samples else None,
+        basis=f"{result['protocol']} {result['protocol_hash']} {result['data_hash']}",
+    )
+
+
+def _mean(measured: Mapping[int, _Measured]) -> Estimate | None:
+    observations = _matrix([each.observations for each in measured.values()])
+    if observations is None:
+        return None
+    mean = estimate(observations)
+    return Estimate(mean.value, mean.interval, mean.seeds)  # nobody asks whether an accuracy is 0
+
+
+def _paired(ours: Mapping[int, _Measured], base: Mapping[int, _Measured]) -> tuple[Estimate | None, str]:
+    """Return our difference to the base row over the seeds that both have, on identical episodes or images."""
+    seeds = [seed for seed in ours if seed in base]
+    if not seeds:
+        return None, ""
+    if any(ours[seed].basis != base[seed].basis for seed in seeds):
+        return None, "measured with another protocol or other images than the base row; `obowlab eval RUN` measures again"
+    first = _matrix([ours[seed].observations for seed in seeds])
+    second = _matrix([base[seed].observations for seed in seeds])
+    if first is None or second is None:
+        return None, ""
+    return estimate(first - second), ""
+
+
+def _matrix(rows: Sequence[Matrix | None]) -> Matrix | None:
+    """Return the observations of all seeds, [S, E]; None when there are none or they are not of one length."""
+    known = [row for row in rows if row is not None]
+    if not known or len(known) < len(rows) or len({len(row) for row in known}) > 1:
+        return None
+    return np.stack(known)

@@ -1,0 +1,237 @@
+"""A results table as text: rows for a terminal, Markdown, JSON, CSV, HTML. The same table gives the same bytes."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Sequence
+
+from obowlab.config import project_root
+from obowlab.tables.model import Cell, Estimate, Row, RunRef, Table
+
+MARKS = {"agrees": "✓", "disagrees": "✗", "indistinguishable": "≈"}
+LEGEND = "direction against the base row: ✓ as in the paper, ✗ the opposite, ≈ not distinguishable (paired test, 5 %)"
+NOT_COMPARABLE = "not comparable"
+HASH_DIGITS = 12
+CSV_COLUMNS = (
+    *("table", "scale", "row", "label", "recipe", "metric", "ours", "interval", "seeds", "random", "paper"),
+    *("against_paper", "against_base", "against_base_interval", "p", "verdict"),
+    *("run_ids", "fingerprints", "mlflow_run_ids", "commits", "data_hashes"),
+)
+
+
+def heading(table: Table) -> str:
+    """Return the title with scale, data set and the badge of tables that are not at the paper's scale."""
+    badge = "" if table.comparable else f" · {NOT_COMPARABLE} with the paper's values"
+    return f"{table.title} · scale {table.scale} ({table.dataset}){badge}"
+
+
+def overview(table: Table) -> tuple[list[str], list[list[str]]]:
+    """Return headings and rows for a terminal: ours with a mark of its direction, the paper's value, the row's verdict."""
+    columns = ["row", "seeds"]
+    for column in table.columns:
+        columns += [column.label, "paper", *(["Δ paper"] if table.comparable else [])]
+    rows = []
+    for group, row in _grouped(table):
+        if group is not None:
+            rows.append([group, *[""] * len(columns)])
+        cells = [f"{row.label}{_superscript(row.notes)}", _seeds(row)]
+        for cell in row.cells:
+            mark = f" {MARKS[cell.verdict]}" if cell.verdict else ""
+            cells += [f"{estimate_text(cell.ours)}{mark}", _number(cell.paper)]
+            if table.comparable:
+                cells.append(_signed(cell.against_paper))
+        rows.append([*cells, verdict_text(row)])
+    return [*columns, "direction"], rows
+
+
+def remarks(table: Table) -> list[str]:
+    """Return what is printed below a table: its footnotes, and what is wrong with runs and cells."""
+    lines = [f"{_superscript((number,))} {text}" for number, text in enumerate(table.footnotes, start=1)]
+    return [*lines, *problems(table)]
+
+
+def problems(table: Table) -> list[str]:
+    """Return a line for every run that failed and every cell whose results cannot be compared."""
+    lines = []
+    for row in table.rows:
+        lines += [f"{row.key}, seed {run.seed}: {run.status}: {run.message}" for run in row.runs if run.status == "failed"]
+        lines += [f"{row.key}, {cell.metric}: {cell.problem}" for cell in row.cells if cell.problem]
+    return lines
+
+
+def runs_overview(table: Table) -> tuple[list[str], list[list[str]]]:
+    """Return headings and rows of the runs behind a table: where every number comes from."""
+    columns = ["row", "seed", "run", "status", *(column.label for column in table.columns), "MLflow run", "recipe hash", "commit"]
+    rows = []
+    for row in table.rows:
+        for run in row.runs:
+            values = [_number(run.values.get(column.metric)) for column in table.columns]
+            origin = [
+                run.mlflow_run_id or "",
+                run.fingerprint[:HASH_DIGITS],
+                commit_text(run),
+                (run.data_hash or "")[:HASH_DIGITS],
+            ]
+            rows.append([row.key, str(run.seed), run.run_id, _status(run), *values, *origin])
+    return [*columns, "data hash"], rows
+
+
+def markdown(table: Table) -> str:
+    """Return the table, its footnotes and the runs behind it as Markdown."""
+    columns = ["row", "seeds"]
+    for column in table.columns:
+        columns += [column.label, "paper", "Δ paper" if table.comparable else "Δ base row", "direction"]
+    rows = []
+    for group, row in _grouped(table):
+        if group is not None:
+            rows.append([f"**{group}**", *[""] * (len(columns) - 1)])
+        cells = [f"{row.label}{_superscript(row.notes)}", _seeds(row)]
+        for cell in row.cells:
+            difference = _signed(cell.against_paper) if table.comparable else estimate_text(cell.against_base, signed=True)
+            cells += [estimate_text(cell.ours), _number(cell.paper), difference, _verdict_cell(row, cell)]
+        rows.append(cells)
+    lines = [
+        f"# {heading(table)}",
+        "",
+        "Percent; ± is the 95 % interval over seeds and episodes (or images).",
+        "Direction against the base row: by a paired test on identical episodes (or images) and seeds, at 5 %.",
+        "",
+        *_markdown_table(columns, rows),
+        "",
+        *(f"{number}. {text}" for number, text in enumerate(table.footnotes, start=1)),
+        *(["", *(f"- {line}" for line in problems(table))] if problems(table) else []),
+        "",
+        "## Random initialisation",
+        "",
+        *_markdown_table(
+            ["row", *(column.label for column in table.columns)],
+            [[row.label, *(estimate_text(cell.random) for cell in row.cells)] for row in table.rows],
+        ),
+        "",
+        "## Runs",
+        "",
+        *_markdown_table(*runs_overview(table)),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def as_json(tables: Sequence[Table]) -> str:
+    """Return tables as one JSON list."""
+    return json.dumps([table.to_json() for table in tables], indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def as_csv(tables: Sequence[Table]) -> str:
+    """Return tables as one CSV file, one line per row and metric."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(CSV_COLUMNS)
+    for table in tables:
+        for row in table.rows:
+            done = [run for run in row.runs if run.status == "finished"]
+            origin = [
+                " ".join(run.run_id for run in done),
+                " ".join(run.fingerprint for run in done),
+                " ".join(run.mlflow_run_id or "-" for run in done),
+                " ".join(dict.fromkeys(run.commit or "-" for run in done)),
+                " ".join(dict.fromkeys(run.data_hash or "-" for run in done)),
+            ]
+            for cell in row.cells:
+                base = cell.against_base
+                values = [
+                    cell.ours.value if cell.ours else None,
+                    cell.ours.interval if cell.ours else None,
+                    cell.ours.seeds if cell.ours else 0,
+                    cell.random.value if cell.random else None,
+                    cell.paper,
+                    cell.against_paper,
+                    base.value if base else None,
+                    base.interval if base else None,
+                    base.p if base else None,
+                ]
+                written = ["" if value is None else f"{value:.6g}" for value in values]
+                writer.writerow(
+                    [table.name, table.scale, row.key, row.label, row.recipe, cell.metric, *written, cell.verdict or "", *origin]
+                )
+    return out.getvalue()
+
+
+def html(tables: Sequence[Table]) -> str:
+    """Return tables as one page that needs nothing beside it."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    folder = project_root() / "dashboards"
+    environment = Environment(
+        loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    parts = {"overview": overview, "runs_overview": runs_overview, "remarks": remarks, "LEGEND": LEGEND}
+    style = Markup((folder / "report" / "style.css").read_text(encoding="utf-8"))  # ours, and the report's: one look
+    return environment.get_template("table.html").render(tables=tables, style=style, **parts) + "\n"
+
+
+def estimate_text(value: Estimate | None, *, signed: bool = False) -> str:
+    """Return `8.82 ± 0.50`; a dash where there is nothing."""
+    if value is None:
+        return "–"
+    return f"{value.value:+.2f} ± {value.interval:.2f}" if signed else f"{value.value:.2f} ± {value.interval:.2f}"
+
+
+def verdict_text(row: Row) -> str:
+    """Return the row's verdict with its mark; `base row` for the base row."""
+    if row.is_base:
+        return "base row"
+    return f"{MARKS[row.verdict]} {row.verdict}" if row.verdict else ""
+
+
+def commit_text(run: RunRef) -> str:
+    """Return the short commit, with a plus where the checkout had changes."""
+    return "" if run.commit is None else run.commit[:HASH_DIGITS] + ("+" if run.dirty else "")
+
+
+# -------------------------------------------------------------------------------------------------------------- helpers
+
+
+def _grouped(table: Table) -> Iterable[tuple[str | None, Row]]:
+    """Yield every row with the heading that begins at it, if one does."""
+    last = ""
+    for row in table.rows:
+        yield (row.group if row.group and row.group != last else None), row
+        last = row.group
+
+
+def _verdict_cell(row: Row, cell: Cell) -> str:
+    if row.is_base:
+        return "base row"
+    return f"{MARKS[cell.verdict]} {cell.verdict}" if cell.verdict else ""
+
+
+def _seeds(row: Row) -> str:
+    done = sum(run.status == "finished" for run in row.runs)
+    return f"{done}/{len(row.runs)}"
+
+
+def _status(run: RunRef) -> str:
+    if run.status in ("missing", "finished", "created"):
+        return run.status
+    return f"{run.status} {run.step}/{run.total_steps or '?'}"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def _signed(value: float | None) -> str:
+    return "–" if value is None else f"{value:+.2f}"
+
+
+def _superscript(numbers: Iterable[int]) -> str:
+    digits = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+    text = " ".join(str(number).translate(digits) for number in numbers)
+    return f" {text}" if text else ""
+
+
+def _markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = [columns, ["---"] * len(columns), *rows]
+    return [f"| {' | '.join(text.replace('|', chr(92) + '|') for text in line)} |" for line in lines]

@@ -1,0 +1,229 @@
+"""The files in `ablations/`: a table is a base recipe, rows that change a little of it, columns and the paper's numbers.
+
+A row's recipe at a scale is the base recipe of that scale (`lab.scales`) with the row's changes. Rows of any tables whose recipes
+have the same fingerprint are one training.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+
+from obowlab.config import Loaded, Recipe, Section, find_file, flatten, load_recipe, nearest, project_root, read_toml
+from obowlab.config.scales import SCALES, recipe_for
+from obowlab.errors import UserError
+from obowlab.runs.metrics import lookup
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
+
+class AtScale(Section):
+    """What a row has at one scale beside what it has everywhere."""
+
+    set: dict[str, Any] = Field({}, description="recipe key -> value")
+    footnotes: tuple[str, ...] = ()
+
+
+class TableRow(Section):
+    """A row of a table file."""
+
+    key: str = Field(pattern=NAME, description="short name for --rows and MLflow, unique in the table")
+    label: str
+    group: str = ""
+    base: str | None = Field(None, description="another base than the table's")
+    set: dict[str, Any] = Field({}, description="recipe key -> value")
+    paper: dict[str, float] = Field({}, description="metric -> the paper's value, percent")
+    footnotes: tuple[str, ...] = ()
+    at: dict[str, AtScale] = Field({}, description="scale -> what is added there")
+
+
+class TableFile(Section):
+    """A table file."""
+
+    title: str
+    base: str = Field(description="base recipe without the scale's prefix (vanilla, full, ...), or a recipe file beside this one")
+    primary: str = Field(description="the metric that decides a row's verdict")
+    columns: dict[str, str] = Field(description="metric -> heading")
+    footnotes: tuple[str, ...] = ()
+    row: tuple[TableRow, ...] = Field(min_length=1)
+
+
+@dataclass(frozen=True)
+class PlannedRow:
+    """A row at one scale.
+
+    Attributes:
+        row: from the file.
+        loaded: its recipe.
+        base_recipe: name of the recipe that it changes.
+        overrides: what it changes.
+        is_base: whether it is the row the others are compared with: the base recipe itself.
+        footnotes: its own and those of the scale.
+    """
+
+    row: TableRow
+    loaded: Loaded
+    base_recipe: str
+    overrides: dict[str, Any]
+    is_base: bool
+    footnotes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PlannedTable:
+    """A table at one scale."""
+
+    name: str
+    path: Path
+    scale: str
+    file: TableFile
+    rows: tuple[PlannedRow, ...] = field(repr=False)
+
+    @property
+    def base(self) -> PlannedRow:
+        """The row that the others are compared with."""
+        return next(row for row in self.rows if row.is_base)
+
+
+def table_files() -> dict[str, Path]:
+    """Return every shipped table by name."""
+    return {path.stem: path for path in sorted((project_root() / "ablations").glob("*.toml"))}
+
+
+def load_table(name: str | Path, *, scale: str) -> PlannedTable:
+    """Read a shipped table by name, or a TOML file by path, and resolve its rows' recipes at a scale.
+
+    Raises:
+        UserError: no such table, scale, base recipe, metric or recipe key; two rows of one name; no base row, or several.
+    """
+    path = name if isinstance(name, Path) else _find(name)
+    file = _read(path)
+    base = cache(lambda: load_recipe(_base_recipe(file.base, folder=path.parent, scale=scale)).recipe.fingerprint(seed=0))
+    try:
+        rows = tuple(_plan(row, file=file, folder=path.parent, scale=scale, base=base) for row in file.row)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    bases = [row.row.key for row in rows if row.is_base]
+    if len(bases) != 1:
+        found = f"rows {' and '.join(bases)} are" if bases else "no row is"
+        raise UserError(
+            f"{path}: {found} the base recipe '{file.base}' without changes; just one must be. What all rows share belongs "
+            "into a recipe that 'base' names."
+        )
+    return PlannedTable(name=path.stem, path=path, scale=scale, file=file, rows=rows)
+
+
+def resolve_names(names: Sequence[str]) -> list[str]:
+    """Return the tables that are meant: `all` stands for every shipped one, and none is named twice.
+
+    Raises:
+        UserError: there is no such table.
+    """
+    wanted = [shipped for name in names for shipped in (table_files() if name == "all" else [name])]
+    for name in wanted:
+        _find(name)
+    return list(dict.fromkeys(wanted))
+
+
+def also_differs(row: PlannedRow, *, base: PlannedRow, paper_row: PlannedRow, paper_base: PlannedRow) -> str:
+    """Return in words what separates a row from its base row at this scale and not at the paper's; empty for nothing.
+
+    A small scale gives up epochs where a row's steps are dear; whoever reads a difference must know that.
+    """
+    at_paper = _differences(paper_row.loaded.recipe, paper_base.loaded.recipe)
+    here = _differences(row.loaded.recipe, base.loaded.recipe)
+    more = {key: values for key, values in here.items() if key not in at_paper}
+    if not more:
+        return ""
+    listed = ", ".join(f"{key} {ours} (base row {theirs})" for key, (ours, theirs) in more.items())
+    return f"At this scale the row differs from the base row in {listed} as well."
+
+
+# -------------------------------------------------------------------------------------------------------------- helpers
+
+
+def _find(name: str) -> Path:
+    return find_file(name, shipped=table_files(), kind="table", also=["all"])
+
+
+def _read(path: Path) -> TableFile:
+    document = read_toml(path)
+    try:
+        file = TableFile.model_validate_json(json.dumps(document, default=str))  # as recipes are read: see config
+    except ValidationError as error:
+        raise UserError(f"{path}: {_complaint(error)}") from None
+    keys = [row.key for row in file.row]
+    if len(set(keys)) != len(keys):
+        raise UserError(f"{path}: two rows have the key '{next(key for key in keys if keys.count(key) > 1)}'.")
+    for metric in (*file.columns, file.primary, *(metric for row in file.row for metric in row.paper)):
+        try:
+            known = lookup(metric).group == "eval"
+        except KeyError:
+            known = False
+        if not known:
+            hint = nearest(metric, ["fewshot_1shot", "fewshot_5shot", "linear_top1", "knn_top1"])
+            raise UserError(f"{path}: '{metric}' is not a metric of an evaluation.{hint}")
+    if file.primary not in file.columns:
+        raise UserError(f"{path}: the primary metric '{file.primary}' is not among the columns.")
+    for row in file.row:
+        for scale in row.at:
+            if scale not in SCALES:
+                raise UserError(f"{path}: row '{row.key}' names the scale '{scale}'.{nearest(scale, list(SCALES))}")
+    return file
+
+
+def _plan(row: TableRow, *, file: TableFile, folder: Path, scale: str, base: Callable[[], str]) -> PlannedRow:
+    """Resolve a row; `base` gives the fingerprint of the table's base recipe, asked for once the row itself is sound."""
+    name = _base_recipe(row.base or file.base, folder=folder, scale=scale)
+    here = row.at.get(scale, AtScale())
+    overrides = {**row.set, **here.set}
+    try:
+        loaded = load_recipe(name, changes=overrides)
+    except UserError as error:
+        raise UserError(f"row '{row.key}': {error}") from None
+    return PlannedRow(
+        row=row,
+        loaded=loaded,
+        base_recipe=name,
+        overrides=overrides,
+        is_base=loaded.recipe.fingerprint(seed=0) == base(),
+        footnotes=(*row.footnotes, *here.footnotes),
+    )
+
+
+def _base_recipe(base: str, *, folder: Path, scale: str) -> str:
+    """Return the shipped recipe of a base word at a scale, or the path of a recipe file that is the same at every scale."""
+    return str(folder / base) if base.endswith(".toml") else recipe_for(base, scale)
+
+
+def _differences(recipe: Recipe, other: Recipe) -> dict[str, tuple[Any, Any]]:
+    ours, theirs = flatten(recipe), flatten(other)
+    return {
+        key: (ours[key], theirs[key])
+        for key in ours
+        if key in theirs and ours[key] != theirs[key] and key != "title" and not key.startswith(("evaluation.", "teacher"))
+    }
+
+
+def _complaint(error: ValidationError) -> str:
+    """Say the first thing that is wrong with a table file in one sentence."""
+    first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")  # a misspelt key is missing as well
+    place = ".".join(str(part + 1) if isinstance(part, int) else part for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        model: Mapping[str, Any] = TableFile.model_fields
+        if len(first["loc"]) > 1:
+            model = AtScale.model_fields if "at" in first["loc"] else TableRow.model_fields
+        if place == "extends":
+            return "this is a recipe, not a table: recipes belong into experiments/."
+        if place in TableRow.model_fields:
+            return f"'{place}' belongs to a row; what all rows share belongs into a recipe that 'base' names."
+        return f"unknown key '{place}'.{nearest(str(first['loc'][-1]), list(model))}"
+    if first["type"] == "missing":
+        return f"'{place}' is missing."
+    return f"'{place}': {first['msg']}, not {first['input']!r:.60}."

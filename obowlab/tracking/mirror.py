@@ -1,0 +1,372 @@
+"""The window on a run in MLflow, filled from its folder.
+
+The mirror reads what the run wrote and sends what the store does not have yet. It remembers after every success how far it
+came (`mirror.json`), and whatever it sends twice after a crash the store recognises: a point is identified by its name,
+step, time and value, a run and a model version by their tags. A store that does not answer costs nothing but time: `sync`
+gives up after its time limit, says what is pending, and a later call completes it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from obowlab.config import flatten
+from obowlab.errors import UserError
+from obowlab.runs.folder import RunFolder
+from obowlab.runs.info import read_result
+from obowlab.tracking.model import save_encoder_model
+from obowlab.tracking.outbox import ENDED, MODEL_FOLDER, POINT_FILES, Outbox, Sent
+from obowlab.tracking.server import (
+    REQUEST_TIMEOUT_S,
+    complaint,
+    connect,
+    experiment_id,
+    no_patience,
+    prepare_store,
+    shown_uri,
+    store_uri,
+)
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric
+
+__all__ = ["Mirror", "SyncReport", "save_encoder_model"]
+
+METRICS_PER_REQUEST = 1000
+PARAMS_PER_REQUEST = 100
+WAITS_S = (0.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
+"""After so many failures in a row, `sync_when_due` waits so long."""
+
+
+@dataclass(frozen=True)
+class SyncReport:
+    """What one `sync` did.
+
+    Attributes:
+        sent: metric values, files and facts sent.
+        pending: how many of these are still to be sent; 0 when a damaged file of the run keeps them from being counted.
+        error: one sentence when the store could not be reached or refused; None when all is well.
+    """
+
+    sent: int
+    pending: int
+    error: str | None = None
+
+
+class Mirror:
+    """Keeps one run of one MLflow store equal to a run folder."""
+
+    def __init__(self, folder: RunFolder, *, tracking_uri: str | None = None) -> None:
+        """Check the store's address; nothing is opened yet.
+
+        Args:
+            folder: the run.
+            tracking_uri: `machine.tracking_uri`; the SQLite file beside the runs if absent.
+
+        Raises:
+            UserError: MLflow cannot write to such an address.
+        """
+        self.folder = folder
+        self.runs_root = folder.path.absolute().parent
+        self.uri = store_uri(tracking_uri, runs_root=self.runs_root)
+        self.outbox = Outbox(folder, store=shown_uri(self.uri))
+        self._turn = threading.Lock()
+        self._worker: threading.Thread | None = None
+        self._client: MlflowClient | None = None
+        self._sent = 0
+        self._error: str | None = None
+        self._failures = 0
+        self._wait_until = 0.0
+
+    def sync(self, *, timeout_s: float = 30.0) -> SyncReport:
+        """Send what the store does not have yet; never raises for a store's sake and returns within the time limit.
+
+        Args:
+            timeout_s: longest time this call may take, in seconds. Work that hangs beyond it goes on in the background and
+                is joined by the next call.
+        """
+        end = time.monotonic() + timeout_s
+        before = self._sent
+        error: str | None = f"{shown_uri(self.uri)} did not answer within {timeout_s:.0f} s"
+        if self._turn.acquire(timeout=timeout_s):  # the launcher's watcher may still be in its last sync
+            try:
+                if self._pass(end):
+                    error = self._error
+                self._failures = self._failures + 1 if error else 0
+                self._wait_until = time.monotonic() + WAITS_S[min(self._failures, len(WAITS_S) - 1)]
+            finally:
+                self._turn.release()
+        try:
+            pending = self.pending()
+        except UserError as damage:  # of the run folder: what stands behind it cannot be counted
+            pending, error = 0, error or str(damage)
+        return SyncReport(sent=self._sent - before, pending=pending, error=error)
+
+    def sync_when_due(self, *, timeout_s: float = 10.0) -> SyncReport | None:
+        """Do as `sync` does, but after failures wait a while first (`WAITS_S`); None while waiting."""
+        return self.sync(timeout_s=timeout_s) if time.monotonic() >= self._wait_until else None
+
+    def pending(self) -> int:
+        """Return how many metric values, files and facts the store does not have; asks nobody."""
+        return self.outbox.pending()
+
+    # ----------------------------------------------------------------------------------------------- one pass
+
+    def _pass(self, end: float) -> bool:
+        """Let a background thread send everything; return whether it was done in time."""
+        if self._worker is not None:  # an earlier call gave up waiting for it
+            self._worker.join(max(0.0, end - time.monotonic()))
+        if self._worker is None or not self._worker.is_alive():
+            self._error = None
+            self._worker = threading.Thread(target=self._work, args=(end,), name="mirror", daemon=True)
+            self._worker.start()
+            self._worker.join(max(0.0, end - time.monotonic()))
+        if self._worker.is_alive():
+            return False
+        self._worker = None
+        return True
+
+    def _work(self, end: float) -> None:
+        try:
+            no_patience(request_s=min(REQUEST_TIMEOUT_S, end - time.monotonic()))
+            with self._alone():
+                self._send_all(end)
+        except UserError as error:
+            self._error = str(error)
+        except _OutOfTimeError:
+            self._error = f"{shown_uri(self.uri)} is slow; the rest follows with the next sync"
+        # Whatever a store, a proxy or a driver raises must not reach the training run; it is reported instead.
+        except Exception as error:
+            self._client = None  # the next pass looks at the store afresh
+            self._error = complaint(error, uri=self.uri)
+
+    def _send_all(self, end: float) -> None:
+        outbox, sent = self.outbox, self.outbox.load()
+        if self._client is None or sent.run_id is None:
+            prepare_store(self.uri)
+            client = connect(self.uri)
+            self._find_run(client, sent)
+            self._client = client
+        client = self._client
+        self._send_params(client, sent)
+        for name, group in POINT_FILES.items():
+            self._send_points(client, sent, name=name, group=group, end=end)
+        for path in outbox.results():
+            if outbox.is_new(path, sent=sent):
+                self._send_result(client, sent, path)
+        self._send_tags(client, sent)
+        self._send_dataset(client, sent)
+        self._send_status(client, sent)
+        for name, text in outbox.documents().items():
+            if name not in sent.files:
+                client.log_text(_id(sent), text, name)
+                sent.files[name] = "sent"
+                self._done(sent)
+        for path in outbox.artifacts():
+            if outbox.is_new(path, sent=sent):
+                _in_time(end)
+                folder = path.parent.relative_to(self.folder.path).as_posix()
+                client.log_artifact(_id(sent), str(path), None if folder == "." else folder)
+                outbox.mark(path, sent=sent)
+                self._done(sent)
+        if outbox.model_is_new(sent):
+            _in_time(end)
+            no_patience(request_s=max(REQUEST_TIMEOUT_S, end - time.monotonic()))  # the server may have to pass it on
+            self._register_model(client, sent)
+
+    def _find_run(self, client: MlflowClient, sent: Sent) -> None:
+        """Find this run in the store by the remembered id, else by its tags, else create it."""
+        from mlflow.exceptions import MlflowException
+
+        if sent.run_id is not None:
+            try:
+                if client.get_run(sent.run_id).info.lifecycle_stage == "active":
+                    return
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+            else:
+                raise UserError(
+                    f"The MLflow run of {self.folder.run_id} was deleted; restore it there, or remove "
+                    f"{self.folder.mirror_path} to send it again."
+                )
+        info, started = self.folder.info, str(self.folder.info.created_at)
+        sent.forget()  # the first time, or another database answers under this address
+        experiment = experiment_id(client, uri=self.uri, runs_root=self.runs_root)
+        found = client.search_runs([experiment], filter_string=f"tags.`obowlab.run_id` = '{info.run_id}'")
+        same = [run.info.run_id for run in found if run.data.tags.get("obowlab.created_at") == started]
+        if same:
+            sent.run_id = same[0]
+        else:
+            made = client.create_run(
+                experiment,
+                run_name=info.run_id,
+                start_time=round(info.created_at * 1000),
+                tags={"obowlab.run_id": info.run_id, "obowlab.created_at": started},
+            )
+            sent.run_id = made.info.run_id
+        for run in found:
+            if run.info.run_id not in same:  # the same recipe and seed, thrown away with --fresh
+                client.set_tag(run.info.run_id, "obowlab.superseded_by", sent.run_id)
+        self._done(sent)
+
+    def _send_params(self, client: MlflowClient, sent: Sent) -> None:
+        if sent.params:
+            return
+        from mlflow.entities import Param
+
+        info = self.folder.info
+        values = {"recipe": info.name, "seed": info.seed, **flatten(info.recipe)}
+        params = [Param(key, value if isinstance(value, str) else json.dumps(value)) for key, value in values.items()]
+        for start in range(0, len(params), PARAMS_PER_REQUEST):
+            client.log_batch(_id(sent), params=params[start : start + PARAMS_PER_REQUEST])
+        sent.params = True
+        self._done(sent)
+
+    def _send_points(self, client: MlflowClient, sent: Sent, *, name: str, group: str, end: float) -> None:
+        batch: list[Metric] = []
+        start = sent.offsets.get(name)
+        for offset, point in self.outbox.points(name, sent=sent):
+            metrics, odd = _metrics(point.values, step=point.step, time_s=point.time, prefix=f"{group}/")
+            if len(batch) + len(metrics) > METRICS_PER_REQUEST:
+                _in_time(end)
+                client.log_batch(_id(sent), metrics=batch)
+                self._done(sent, count=len(batch))  # with the offset behind the last line of the batch
+                batch = []
+            batch.extend(metrics)
+            _count(odd, sent)
+            sent.offsets[name], sent.last_steps[name] = offset, point.step
+        if batch:
+            _in_time(end)
+            client.log_batch(_id(sent), metrics=batch)
+        if sent.offsets.get(name) != start:
+            self._done(sent, count=len(batch))
+
+    def _send_result(self, client: MlflowClient, sent: Sent, path: Path) -> None:
+        result = read_result(path)
+        values = {}
+        for measurement in result["measurements"]:
+            values[measurement["name"]] = float(measurement["value"])
+            values[f"{measurement['name']}_ci95"] = float(measurement["interval"])
+        # The time it was measured, which stays with copies of the file: sent again, a value is the same point.
+        time_s = float(result.get("measured_at", path.stat().st_mtime_ns / 1e9))
+        metrics, odd = _metrics(values, step=self.folder.state.step, time_s=time_s, prefix=f"eval/{self.outbox.place(result)}/")
+        client.log_batch(_id(sent), metrics=metrics)
+        client.log_artifact(_id(sent), str(path), "results")
+        _count(odd, sent)
+        self.outbox.mark(path, sent=sent)
+        self._done(sent, count=len(metrics) + 1)
+
+    def _send_tags(self, client: MlflowClient, sent: Sent) -> None:
+        from mlflow.entities import RunTag
+
+        changed = {key: value for key, value in self.outbox.tags(sent).items() if sent.tags.get(key) != value}
+        if changed:
+            client.log_batch(_id(sent), tags=[RunTag(key, value) for key, value in changed.items()])
+            sent.tags = {**sent.tags, **changed}
+            self._done(sent)
+
+    def _send_dataset(self, client: MlflowClient, sent: Sent) -> None:
+        facts = self.folder.facts()
+        digest = facts.get("data_hash")
+        if not digest or sent.dataset == digest:
+            return
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+        from mlflow.exceptions import MlflowException
+
+        dataset = Dataset(
+            name=self.folder.info.recipe.data.dataset,
+            digest=str(digest)[:32],  # MLflow takes 36 characters; the whole hash is a tag
+            source_type="obowlab",
+            source=json.dumps({"content_hash": digest}),
+            profile=json.dumps({key: facts[key] for key in ("num_images", "num_classes") if key in facts}),
+        )
+        inputs = [DatasetInput(dataset, tags=[InputTag("mlflow.data.context", "training")])]
+        try:
+            client.log_inputs(_id(sent), datasets=inputs)
+        except MlflowException:  # a run beside this one was adding the same images: now they are there
+            client.log_inputs(_id(sent), datasets=inputs)
+        sent.dataset = str(digest)
+        self._done(sent)
+
+    def _send_status(self, client: MlflowClient, sent: Sent) -> None:
+        status = self.outbox.status()
+        if sent.status == status:
+            return
+        if status in ENDED:
+            client.set_terminated(_id(sent), status=status, end_time=round(self.folder.state.updated_at * 1000))
+        else:
+            client.update_run(_id(sent), status=status)
+        sent.status = status
+        self._done(sent)
+
+    def _register_model(self, client: MlflowClient, sent: Sent) -> None:
+        """Upload the encoder and make it a model version, unless a version of this run exists already."""
+        from mlflow.exceptions import MlflowException
+
+        info, run_id = self.folder.info, _id(sent)
+        name = f"obowlab-{info.name}"
+        try:
+            client.create_registered_model(name, tags={"obowlab.recipe": info.name})
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        found = [version for version in client.search_model_versions(f"name = '{name}'") if version.run_id == run_id]
+        if not found:
+            client.log_artifacts(run_id, str(self.folder.path / MODEL_FOLDER), MODEL_FOLDER)
+            source = f"{client.get_run(run_id).info.artifact_uri}/{MODEL_FOLDER}"
+            tags = {"obowlab.run_id": info.run_id, "obowlab.fingerprint": info.fingerprint}
+            found = [client.create_model_version(name, source=source, run_id=run_id, tags=tags, await_creation_for=0)]
+        sent.model_version = str(found[0].version)
+        self._done(sent)
+
+    def _done(self, sent: Sent, *, count: int = 1) -> None:
+        self.outbox.save(sent)
+        self._sent += count
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        with (self.folder.path / "mirror.lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"Another process is mirroring {self.folder.run_id}; it sends what is pending.") from None
+            yield
+
+
+class _OutOfTimeError(Exception):
+    """The time limit of a sync has passed between two requests."""
+
+
+def _in_time(end: float) -> None:
+    if time.monotonic() > end:
+        raise _OutOfTimeError
+
+
+def _id(sent: Sent) -> str:
+    assert sent.run_id is not None
+    return sent.run_id
+
+
+def _metrics(values: Mapping[str, float], *, step: int, time_s: float, prefix: str) -> tuple[list[Metric], list[str]]:
+    """Return what MLflow takes, and the names of the values that are not finite."""
+    from mlflow.entities import Metric
+
+    timestamp = round(time_s * 1000)
+    finite = [Metric(f"{prefix}{name}", value, timestamp, step) for name, value in values.items() if math.isfinite(value)]
+    return finite, [name for name, value in values.items() if not math.isfinite(value)]
+
+
+def _count(odd: list[str], sent: Sent) -> None:
+    for name in odd:
+        sent.nonfinite[name] = sent.nonfinite.get(name, 0) + 1

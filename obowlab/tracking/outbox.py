@@ -1,0 +1,237 @@
+"""What a run has to show to MLflow, and how much of it a store has already; knows nothing of MLflow itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from pydantic import BaseModel, ConfigDict
+
+from obowlab.files import damaged_line, read_lines, read_sealed, seal, unseal, write_atomic
+from obowlab.runs.folder import RunFolder
+from obowlab.runs.info import Status
+from obowlab.runs.metric_log import Point, parse_point
+from obowlab.runs.metrics import METRICS
+
+STATUSES: dict[Status, str] = {
+    "created": "SCHEDULED",
+    "running": "RUNNING",
+    "interrupted": "KILLED",
+    "failed": "FAILED",
+    "finished": "FINISHED",
+}
+ENDED = ("KILLED", "FAILED", "FINISHED")
+POINT_FILES = {"metrics": "train", "online": "online", "system": "system"}
+"""Metric files and the group their metrics have in MLflow."""
+
+MODEL_FOLDER = "model"
+LONGEST_TAG = 5000
+WORDS_FOLDER = "words"
+"""Where `obowlab words` puts the gallery of a run's visual words."""
+
+LONGEST_LINE = 2**16
+"""No line of a metric file is longer, in bytes."""
+
+
+class Sent(BaseModel):
+    """What one store has of a run."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    run_id: str | None = None
+    params: bool = False
+    tags: dict[str, str] = {}
+    dataset: str | None = None
+    offsets: dict[str, int] = {}
+    last_steps: dict[str, int] = {}
+    nonfinite: dict[str, int] = {}
+    files: dict[str, str] = {}
+    model_version: str | None = None
+    status: str | None = None
+
+    def forget(self) -> None:
+        """Begin anew: the store has nothing."""
+        for name, field in type(self).model_fields.items():
+            setattr(self, name, field.get_default(call_default_factory=True))
+
+
+class Outbox:
+    """The things of one run folder that one store should have."""
+
+    def __init__(self, folder: RunFolder, *, store: str) -> None:
+        """Look at a run for the store of this (password-free) name."""
+        self.folder = folder
+        self.store = store
+
+    # ------------------------------------------------------------------------------------------------- memory
+
+    def load(self) -> Sent:
+        """Return what the store has; nothing when `mirror.json` is lost, for then all is sent once more and recognised."""
+        try:
+            return Sent.model_validate(self._stores().get(self.store, {}))
+        except ValueError:
+            return Sent()
+
+    def save(self, sent: Sent) -> None:
+        """Remember what the store has."""
+        stores = {**self._stores(), self.store: sent.model_dump()}
+        write_atomic(self.folder.mirror_path, seal(json.dumps({"stores": stores}, indent=1)))
+
+    def _stores(self) -> dict[str, Any]:
+        try:
+            return dict(read_sealed(self.folder.mirror_path)["stores"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return {}
+
+    # -------------------------------------------------------------------------------------------------- items
+
+    def pending(self) -> int:
+        """Return how many metric values, files and facts the store does not have."""
+        sent = self.load()
+        points = sum(len(point.values) for name in POINT_FILES for _, point in self.points(name, sent=sent))
+        files = sum(self.is_new(path, sent=sent) for path in (*self.results(), *self.artifacts()))
+        files += sum(name not in sent.files for name in self.documents())
+        files += sum(sent.tags.get(name) != text for name, text in self._labels().items())
+        return points + files + (not sent.params) + (sent.status != self.status()) + self.model_is_new(sent)
+
+    def status(self) -> str:
+        """Return MLflow's word for the run's state."""
+        return STATUSES[self.folder.current_state().status]
+
+    def points(self, name: str, *, sent: Sent) -> Iterator[tuple[int, Point]]:
+        """Yield every complete line of a metric file that the store does not have, with the offset behind it."""
+        path = self.folder.path / f"{name}.jsonl"
+        if not path.exists():
+            return
+        offset, last_step = sent.offsets.get(name, 0), sent.last_steps.get(name, -1)
+        with path.open("rb") as file:
+            if offset and _step_before(file, offset) != last_step:
+                offset = 0  # a power cut took lines that were sent; their steps come again, perhaps at other places
+            file.seek(offset)
+            for line in file:
+                try:
+                    point = parse_point(unseal(line)) if line.endswith(b"\n") else None
+                except ValueError:
+                    point = None
+                if point is None:  # still being written, or torn: the writer cuts it off when it goes on
+                    self._complain_of_damage(path)
+                    return
+                offset += len(line)
+                if point.step > last_step:
+                    yield offset, point
+
+    def _complain_of_damage(self, path: Path) -> None:
+        """Refuse to stop for good before a damaged line: nobody will write what follows it once more.
+
+        Raises:
+            UserError: whole lines follow, or the run is finished.
+        """
+        list(read_lines(path, check=parse_point))
+        if self.folder.state.status == "finished":
+            raise damaged_line(path, 1 + sum(1 for _ in read_lines(path, check=parse_point)))
+
+    def results(self) -> list[Path]:
+        """Return the files of all evaluation results."""
+        return sorted((self.folder.path / "results").glob("*.json"))
+
+    def artifacts(self) -> list[Path]:
+        """Return the files to keep beside the numbers: the log only once it is complete, a page after what it shows."""
+        names = [
+            "run.json",
+            "machine.json",
+            "attempts.jsonl",
+            "dirty.diff",
+            "cost.json",
+            *(["log.txt"] if self.status() in ENDED else []),
+        ]
+        gallery = sorted((self.folder.path / WORDS_FOLDER).glob("*.*"), key=lambda path: (path.suffix == ".html", path.name))
+        return [*(self.folder.path / name for name in names if (self.folder.path / name).exists()), *gallery]
+
+    def documents(self) -> dict[str, str]:
+        """Return texts to keep as artifacts that are no files of the run folder, by name."""
+        units = {
+            metric.name: {"unit": metric.unit, "direction": metric.direction, "help": metric.help} for metric in METRICS.values()
+        }
+        return {
+            "recipe.json": json.dumps(self.folder.info.recipe_values, indent=1),
+            "metrics.json": json.dumps(units, indent=1),
+        }
+
+    def model_is_new(self, sent: Sent) -> bool:
+        """Return whether there is a finished encoder that the store has no version of."""
+        finished = self.folder.state.status == "finished" and (self.folder.path / MODEL_FOLDER / "MLmodel").exists()
+        return finished and sent.model_version is None
+
+    def is_new(self, path: Path, *, sent: Sent) -> bool:
+        """Return whether the store lacks this file or has an older one; one that was just replaced by none counts as sent."""
+        try:
+            return sent.files.get(self._key(path)) != _stamp(path)
+        except FileNotFoundError:
+            return False
+
+    def mark(self, path: Path, *, sent: Sent) -> None:
+        """Note that the store has this file."""
+        sent.files[self._key(path)] = _stamp(path)
+
+    def place(self, result: Mapping[str, Any]) -> str:
+        """Return where a result belongs: its subject, and the data set when it is not the run's own."""
+        dataset = result.get("details", {}).get("dataset")
+        own = dataset in (None, self.folder.info.recipe.data.dataset)
+        return str(result["subject"]) if own else f"{result['subject']}/{dataset}"
+
+    def tags(self, sent: Sent) -> dict[str, str]:
+        """Return the facts of the run as they are now."""
+        info, state = self.folder.info, self.folder.current_state()
+        facts = self.folder.facts()
+        versions = facts.get("versions", {})
+        plain = {
+            key: value
+            for key, value in facts.items()
+            if isinstance(value, str | int | float | bool) and key not in ("time", "pid", "step")
+        }
+        tags: dict[str, Any] = {
+            **{f"obowlab.{key}": value for key, value in plain.items()},
+            **{f"obowlab.version.{package}": version for package, version in versions.items()},
+            "obowlab.recipe": info.name,
+            "obowlab.seed": info.seed,
+            "obowlab.fingerprint": info.fingerprint,
+            "obowlab.status": state.status,
+            "obowlab.message": state.message or "-",
+            "obowlab.nonfinite": ", ".join(f"{name}: {count}" for name, count in sorted(sent.nonfinite.items())),
+            "mlflow.note.content": info.recipe.title,
+            "mlflow.source.name": f"obowlab run {info.name} --seed {info.seed}",
+            "mlflow.source.git.commit": facts.get("commit"),
+            **self._labels(),
+        }
+        for kind, numbers in self.folder.cost().items():
+            tags |= {f"obowlab.{kind}.{name}": value for name, value in numbers.items()}
+        for result in self.folder.results():
+            place = self.place(result).replace("/", ".")
+            tags[f"obowlab.eval.{place}.{result['protocol']}"] = f"version {result.get('version')}, {result['protocol_hash']}"
+        return {key: str(value)[:LONGEST_TAG] for key, value in tags.items() if value not in (None, "")}
+
+    def _labels(self) -> dict[str, str]:
+        return {name: text[:LONGEST_TAG] for name, text in self.folder.labels().items() if text}
+
+    def _key(self, path: Path) -> str:
+        return str(path.relative_to(self.folder.path))
+
+
+def _step_before(file: BinaryIO, offset: int) -> int | None:
+    """Return the step of the line that ends at an offset; None when no line ends there."""
+    file.seek(max(0, offset - LONGEST_LINE))
+    before = file.read(min(offset, LONGEST_LINE))
+    lines = before.splitlines(keepends=True)
+    if len(before) < min(offset, LONGEST_LINE) or not lines or not lines[-1].endswith(b"\n"):
+        return None
+    try:
+        return parse_point(unseal(lines[-1])).step
+    except ValueError:
+        return None
+
+
+def _stamp(path: Path) -> str:
+    facts = path.stat()
+    return f"{facts.st_size}-{facts.st_mtime_ns}"

@@ -1,0 +1,105 @@
+"""What happens once before the first step of a stage: find the teacher, let the method prepare."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from obowlab.data.datasets import Split, subset
+from obowlab.errors import UserError
+from obowlab.methods import Method, Preparation, ResNet
+from obowlab.randomness import Stream, uniforms
+from obowlab.runs.lineage import find_run
+from obowlab.training.context import Work
+from obowlab.views.loaders import centre_loader
+from obowlab.views.photometric import normalise
+from obowlab.weights.encoder_file import ENCODER_FILE, read_encoder
+
+BATCH_SIZE = 128
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The encoder of the stage before.
+
+    Attributes:
+        run_id: of the run that trained it.
+        encoder: in evaluation mode, on the CPU.
+        weights_hash: of the encoder.
+    """
+
+    run_id: str
+    encoder: ResNet
+    weights_hash: str
+
+
+def find_teacher(work: Work) -> Teacher | None:
+    """Load the encoder of the stage before, from the run beside this one that has its fingerprint; None for a first stage.
+
+    Raises:
+        UserError: there is no such run, it has no encoder yet, or not the one that this run began with.
+    """
+    recipe, folder = work.recipe.teacher, work.folder
+    if recipe is None:
+        return None
+    runs_root, fingerprint = folder.path.parent, recipe.fingerprint(seed=work.seed)
+    found = find_run(fingerprint, runs_root=runs_root)
+    if found is None or not (found.path / ENCODER_FILE).is_file():
+        lack = "is not there" if found is None else f"({found.run_id}) has no encoder yet"
+        raise UserError(
+            f"{folder.run_id} learns from the stage before it (fingerprint {fingerprint[:8]}), whose run {lack}: "
+            f"train it with 'obowlab run', which does one stage after the other, or copy its folder into {runs_root}."
+        )
+    encoder = read_encoder(found.path / ENCODER_FILE)
+    before = folder.facts().get("teacher_weights")
+    if before not in (None, encoder.info.weights_hash):
+        raise UserError(
+            f"The encoder in {found.path} is not the one that {folder.run_id} began with (hash {encoder.info.weights_hash[:12]}, "
+            f"was {str(before)[:12]}): put that one back, or start over with --fresh."
+        )
+    return Teacher(run_id=found.run_id, encoder=encoder.model, weights_hash=encoder.info.weights_hash)
+
+
+def prepare(work: Work, *, method: Method[Any], teacher: Teacher | None, split: Split) -> bool:
+    """Let the method do what it must before its first step, and return whether that was anything.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM came; nothing is kept, the next start prepares again.
+        UserError: as `Method.prepare`.
+    """
+    recipe, machine = work.recipe, work.machine
+    chosen = subset(split, images_per_class=recipe.data.images_per_class)
+
+    def originals(numbers: Tensor) -> Iterator[Tensor]:
+        loader = centre_loader(
+            split,
+            indices=chosen[numbers.numpy()],
+            views=recipe.views,
+            batch_size=BATCH_SIZE,
+            backend=machine.loader,
+            workers=torch.get_num_threads() if machine.workers is None else machine.workers,
+        )
+        for _, images in loader:
+            yield normalise(images, device=work.world.device)
+
+    def draw(numbers: Tensor, count: int, lane: int) -> Tensor:
+        indices = chosen[numbers.numpy()]
+        return torch.from_numpy(
+            uniforms(seed=work.seed, epoch=0, indices=indices, stream=Stream.VOCABULARY, count=count, lane=lane)
+        )
+
+    with work.stop.acting_at_once():
+        return method.prepare(
+            Preparation(
+                teacher=None if teacher is None else teacher.encoder,
+                num_images=len(chosen),
+                originals=originals,
+                uniforms=draw,
+                seed=work.seed,
+                report=work.reporter.say,
+            )
+        )

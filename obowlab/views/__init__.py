@@ -1,0 +1,1 @@
+"""From stored images to the views that a step sees: boxes, pixels, colours, loaders."""

@@ -1,0 +1,323 @@
+"""Batches of cut views: which images a step sees, and two backends that read them.
+
+Both backends ask `views` for the geometry of every image and give the same bytes, so a run may change backend, number of
+workers or number of processes, and may start in the middle of an epoch, without changing its data. The *torch* backend
+decodes and resizes with PIL in worker processes; the *ffcv* backend (`ffcv_backend`) does it in compiled threads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import multiprocessing
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from obowlab.config import Views
+from obowlab.errors import UserError
+from obowlab.randomness import Ints, epoch_order
+from obowlab.views.pil_views import Cutter
+
+if TYPE_CHECKING:
+    from obowlab.data.datasets import Split
+
+BackendName = Literal["ffcv", "torch"]
+
+BATCHES_AHEAD = 2
+"""Batches that each worker process prepares in advance."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One process's share of a step, before colours and flips.
+
+    Attributes:
+        epoch: Epoch, from 0.
+        step: Step within the epoch, from 0.
+        indices: Positions of the images in the split, int64 [B].
+        labels: Classes, int64 [B].
+        original: The teacher's view, uint8 [B, S, S, 3].
+        crops: The student's crops, uint8 [B, num_crops, s, s, 3], or None.
+        patch_source: The image that patches are cut from, uint8 [B, P, P, 3], or None.
+    """
+
+    epoch: int
+    step: int
+    indices: Ints
+    labels: Tensor
+    original: Tensor
+    crops: Tensor | None
+    patch_source: Tensor | None
+
+
+class Backend(Protocol):
+    """Cuts the views of one batch of images after the other."""
+
+    def run(self, batches: Sequence[Ints], *, epoch: int) -> Generator[list[Tensor], None, None]:
+        """Yield the views of each batch in order, per kind uint8 [N, count, side, side, 3], fresh memory every time."""
+        ...
+
+
+class TrainLoader:
+    """The batches of a run for one process; made by `train_loader`.
+
+    Attributes:
+        backend: The backend in use.
+        steps_per_epoch: Whole batches in an epoch.
+    """
+
+    def __init__(
+        self, cutter: Cutter, *, subset: Ints, batch_size: int, rank: int, world_size: int, backend: BackendName, workers: int
+    ) -> None:
+        self.backend: BackendName = backend
+        self.steps_per_epoch = len(subset) // batch_size
+        self._cutter, self._subset, self._batch_size = cutter, subset, batch_size
+        self._share = batch_size // world_size
+        self._start = rank * self._share
+        self._reader = _backend(cutter, name=backend, batch_size=self._share, workers=workers)
+
+    def batches(self, *, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """Yield the batches of an epoch from `start_step` on; nothing before it is read. Close the generator to end early.
+
+        Raises:
+            UserError: a record cannot be decoded, or a worker process died.
+        """
+        assert self._cutter.seed is not None
+        order = self._subset[epoch_order(len(self._subset), seed=self._cutter.seed, epoch=epoch)]
+        steps = range(start_step, self.steps_per_epoch)
+        starts = [step * self._batch_size + self._start for step in steps]
+        mine = [order[start : start + self._share] for start in starts]
+        with closing(self._reader.run(mine, epoch=epoch)) as stream:
+            for step, indices, kinds in zip(steps, mine, stream, strict=True):
+                original, *student = kinds
+                views = self._cutter.views
+                yield Batch(
+                    epoch=epoch,
+                    step=step,
+                    indices=indices,
+                    labels=torch.from_numpy(self._cutter.split.labels[indices]),
+                    original=original[:, 0],
+                    crops=student.pop(0) if views.num_crops else None,
+                    patch_source=student.pop(0)[:, 0] if views.num_patches else None,
+                )
+
+
+class CentreLoader:
+    """The centre view of every image once, in order; made by `centre_loader`.
+
+    Attributes:
+        backend: The backend in use.
+    """
+
+    def __init__(self, cutter: Cutter, *, indices: Ints, batch_size: int, backend: BackendName, workers: int) -> None:
+        self.backend: BackendName = backend
+        self._batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
+        self._reader = _backend(cutter, name=backend, batch_size=min(batch_size, max(1, len(indices))), workers=workers)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[tuple[Ints, Tensor]]:
+        """Yield indices [B] and uint8 views [B, S, S, 3].
+
+        Raises:
+            UserError: a record cannot be decoded, or a worker process died.
+        """
+        with closing(self._reader.run(self._batches, epoch=0)) as stream:
+            for indices, kinds in zip(self._batches, stream, strict=True):
+                yield indices, kinds[0][:, 0]
+
+
+def train_loader(
+    split: Split,
+    *,
+    subset: Ints,
+    views: Views,
+    batch_size: int,
+    seed: int,
+    rank: int = 0,
+    world_size: int = 1,
+    backend: str = "auto",
+    workers: int = 0,
+) -> TrainLoader:
+    """Return the training batches of one process.
+
+    Step t of an epoch sees `subset[order[t * batch_size : (t + 1) * batch_size]]`, of which rank r has the r-th of
+    `world_size` equal, contiguous parts; what is left over at the end of an epoch is dropped.
+
+    Args:
+        split: Prepared images.
+        subset: Positions in the split to train on, int64.
+        views: Sizes and ranges of the views.
+        batch_size: Images per step over all processes.
+        seed: The run's seed.
+        rank: This process.
+        world_size: Number of processes.
+        backend: auto, ffcv or torch.
+        workers: Threads (ffcv; at least one is used) or processes (torch; 0 works in this process).
+
+    Raises:
+        UserError: the batch cannot be shared out, there are fewer images than one batch, ffcv is asked for and missing.
+    """
+    if batch_size % world_size:
+        raise UserError(f"training.batch_size ({batch_size}) must be a multiple of the number of processes ({world_size}).")
+    if views.cutmix_probability and batch_size // world_size % 2:
+        raise UserError(
+            f"cutmix mixes pairs of images, but training.batch_size ({batch_size}) over {world_size} process(es) gives each an "
+            f"odd share: make training.batch_size a multiple of {2 * world_size}, or change --procs."
+        )
+    if len(subset) < batch_size:
+        raise UserError(f"training.batch_size ({batch_size}) is larger than the training set ({len(subset)} images).")
+    return TrainLoader(
+        Cutter(split=split, views=views, seed=seed),
+        subset=np.asarray(subset, dtype=np.int64),
+        batch_size=batch_size,
+        rank=rank,
+        world_size=world_size,
+        backend=resolve_backend(backend),
+        workers=workers,
+    )
+
+
+def centre_loader(
+    split: Split, *, indices: Ints, views: Views, batch_size: int, backend: str = "auto", workers: int = 0
+) -> CentreLoader:
+    """Return the view that evaluation uses (Resize, CenterCrop) of the given images, in order, every one once.
+
+    Args:
+        split: Prepared images.
+        indices: Positions in the split, int64.
+        views: Sizes; only those of the original view are used.
+        batch_size: Images per batch; the last may be smaller.
+        backend: auto, ffcv or torch.
+        workers: Threads (ffcv; at least one is used) or processes (torch; 0 works in this process).
+
+    Raises:
+        UserError: ffcv is asked for and missing.
+    """
+    return CentreLoader(
+        Cutter(split=split, views=views, seed=None),
+        indices=np.asarray(indices, dtype=np.int64),
+        batch_size=batch_size,
+        backend=resolve_backend(backend),
+        workers=workers,
+    )
+
+
+def resolve_backend(name: str) -> BackendName:
+    """Return the backend that `auto` means here, or the one asked for.
+
+    Raises:
+        UserError: ffcv is asked for and cannot be imported, or there is no such backend.
+    """
+    if name == "torch":
+        return "torch"
+    if name not in ("auto", "ffcv"):
+        raise UserError(f"--loader must be auto, ffcv or torch, not '{name}'.")
+    try:
+        with _torch_threads_kept():
+            importlib.import_module("obowlab.views.ffcv_backend")
+    except (ImportError, OSError) as error:
+        if name == "ffcv":
+            raise UserError(
+                f"--loader is ffcv, which cannot be imported ({error}): install obowlab[ffcv] or choose torch."
+            ) from None
+        return "torch"
+    return "ffcv"
+
+
+def _backend(cutter: Cutter, *, name: BackendName, batch_size: int, workers: int) -> Backend:
+    if name == "torch":
+        return TorchBackend(cutter, workers=workers)
+    from obowlab.views.ffcv_backend import FfcvBackend  # ffcv need not be installed
+
+    with _torch_threads_kept():
+        return FfcvBackend(cutter, batch_size=batch_size, workers=workers)
+
+
+@contextlib.contextmanager
+def _torch_threads_kept() -> Iterator[None]:
+    """Undo that ffcv sets torch's number of threads, when it is imported and when a loader is built."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+# ---------------------------------------------------------------------------------------------------------- torch backend
+
+
+class TorchBackend:
+    """Cuts views with PIL, in this process or in worker processes that live as long as an epoch."""
+
+    def __init__(self, cutter: Cutter, *, workers: int) -> None:
+        self._cutter, self._workers = cutter, workers
+
+    def run(self, batches: Sequence[Ints], *, epoch: int) -> Generator[list[Tensor], None, None]:
+        """Yield the views of each batch in order.
+
+        Raises:
+            UserError: a record cannot be decoded, or a worker process died.
+        """
+        if self._workers == 0:
+            for indices in batches:
+                yield [torch.from_numpy(kind) for kind in self._cutter.cut(indices, epoch=epoch)]
+            return
+        loader = DataLoader(
+            _Steps(self._cutter, batches, epoch),
+            batch_size=None,  # an item is a batch already
+            num_workers=min(self._workers, max(1, len(batches))),
+            prefetch_factor=BATCHES_AHEAD,
+            collate_fn=_as_it_is,
+            multiprocessing_context="fork" if "fork" in multiprocessing.get_all_start_methods() else None,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # the global generator's state must not depend on the number of workers
+        )
+        stream = iter(loader)
+        try:
+            while (item := _next_item(stream)) is not None:
+                if isinstance(item, str):
+                    raise UserError(item)
+                yield item
+        finally:
+            del stream  # ends the workers
+
+
+class _Steps(Dataset[list[Tensor] | str]):
+    """The batches of an epoch; a record that cannot be decoded makes a message of its batch, which survives the way back."""
+
+    def __init__(self, cutter: Cutter, batches: Sequence[Ints], epoch: int) -> None:
+        self._cutter, self._batches, self._epoch = cutter, batches, epoch
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, step: int) -> list[Tensor] | str:
+        try:
+            return [torch.from_numpy(kind) for kind in self._cutter.cut(self._batches[step], epoch=self._epoch)]
+        except UserError as error:
+            return str(error)
+
+
+def _as_it_is(item: list[Tensor] | str) -> list[Tensor] | str:
+    return item
+
+
+def _next_item(stream: Iterator[list[Tensor] | str]) -> list[Tensor] | str | None:
+    """Return the next batch, or None at the end; a worker that was killed becomes the user's error."""
+    try:
+        return next(stream, None)
+    except RuntimeError as error:
+        if str(error).startswith("DataLoader worker (pid"):
+            raise UserError(
+                "A loader process was killed, most likely for want of memory or shared memory: lower --workers."
+            ) from error
+        raise

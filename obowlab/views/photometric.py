@@ -1,0 +1,306 @@
+"""Colour jitter, grayscale, blur, flip and normalisation of whole batches on the training device.
+
+Every view has its own parameters (`views.colour`), drawn from its image's counter, so a view looks the same whatever batch
+it is rendered in. The operations mean what torchvision means on PIL images (paper, appendix G): pixels are kept as whole
+numbers between them, as PIL keeps bytes. Brightness, contrast, saturation and grayscale equal PIL; hue differs by rare single
+levels; the blur is PIL's (three box filters of fractional width per direction) without its rounding to bytes.
+
+Pixels are float32 *planes* [3, N, H, W] of whole numbers from 0 to 255 while they are worked on: every channel is one
+contiguous block, which is what makes elementwise work fast on CPUs and GPUs alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from obowlab.config import Views
+from obowlab.randomness import Bools, Floats
+from obowlab.views.views import Colour, colour, cutmix_boxes, flips, patch_positions
+
+if TYPE_CHECKING:
+    from obowlab.views.loaders import Batch
+
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+"""ImageNet's mean and standard deviation of each channel, for pixels in [0, 1]."""
+
+LUMA = (19595.0, 38470.0, 7471.0)
+"""Weights of red, green and blue in PIL's grey value, times 2^16; with them the sum is exact in float32."""
+
+BLUR_PASSES = 3
+CHUNK_PIXELS = 1 << 17
+"""On a CPU so many pixels are worked on at a time: they stay in the cache over all operations."""
+
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+
+
+@dataclass(frozen=True)
+class ViewTensors:
+    """Normalised float32 views of B images, in channels_last memory.
+
+    Attributes:
+        original: [B, 3, S, S].
+        crops: [B * num_crops, 3, s, s], all crops of image 0 first; None without crops.
+        patches: [B * num_patches, 3, p, p], all patches of image 0 first; None without patches.
+        crop_shares: fraction of every crop's pixels that are its own image's, [B * num_crops]; the others are those of the
+            image's neighbour (0 and 1, 2 and 3, ...). None without cutmix.
+    """
+
+    original: Tensor
+    crops: Tensor | None
+    patches: Tensor | None
+    crop_shares: Tensor | None = None
+
+    def student_views(self) -> dict[str, Tensor]:
+        """Return the views the student sees, by kind."""
+        kinds = {"crops": self.crops, "patches": self.patches}
+        return {kind: images for kind, images in kinds.items() if images is not None}
+
+    def shares(self) -> dict[str, Tensor] | None:
+        """Return the own share of every view of the kinds that are mixed; None when nothing is."""
+        return None if self.crop_shares is None else {"crops": self.crop_shares}
+
+
+def render(batch: Batch, views: Views, *, seed: int, device: torch.device) -> ViewTensors:
+    """Return the normalised views of a batch, with the colours and flips of its seed, epoch and images.
+
+    Args:
+        batch: Cut views, uint8.
+        views: Probabilities and strengths.
+        seed: The run's seed.
+        device: Where to work and where the result lies.
+    """
+    mirrored = flips(views, seed=seed, epoch=batch.epoch, indices=batch.indices)
+    params = colour(views, seed=seed, epoch=batch.epoch, indices=batch.indices)
+    crops = patches = crop_shares = None
+    # The blur is a matrix product: autocast would do it in bfloat16.
+    with torch.autocast(device.type, enabled=False), torch.no_grad():
+        original = batch.original.to(device, non_blocking=True)
+        chosen = _where(mirrored[:, 0], device)
+        original = normalise(original.index_copy(0, chosen, original[chosen].flip(2)), device=device)
+        if batch.crops is not None:
+            count = batch.crops.shape[1]
+            crops = coloured(
+                batch.crops.to(device, non_blocking=True).flatten(0, 1),
+                params.of_views(slice(0, count)),
+                mirrored[:, 1 : 1 + count].reshape(-1),
+            )
+            if views.cutmix_probability:
+                boxes = cutmix_boxes(views, seed=seed, epoch=batch.epoch, indices=batch.indices)
+                crops, crop_shares = cutmix(crops, torch.from_numpy(boxes).to(device))
+        if batch.patch_source is not None:
+            source = coloured(batch.patch_source.to(device, non_blocking=True), params.of_views(slice(-1, None)), mirrored[:, -1])
+            corners = patch_positions(views, seed=seed, epoch=batch.epoch, indices=batch.indices)
+            patches = cut_patches(source, torch.from_numpy(corners).to(device), size=views.patch_size)
+    return ViewTensors(original=original, crops=crops, patches=patches, crop_shares=crop_shares)
+
+
+def normalise(images: Tensor, *, device: torch.device) -> Tensor:
+    """Return uint8 images [N, H, W, 3] as normalised float32 [N, 3, H, W] in channels_last memory."""
+    pixels = images.to(device, non_blocking=True).to(torch.float32)
+    # One factor per column and channel: a row is then one contiguous run, where three factors would be runs of three.
+    scale, shift = (values.repeat(images.shape[2]) for values in _normalisation(pixels.device))
+    pixels.view(len(images), images.shape[1], -1).mul_(scale).add_(shift)
+    return pixels.permute(0, 3, 1, 2)
+
+
+def coloured(images: Tensor, params: Colour, mirrored: Bools) -> Tensor:
+    """Return uint8 images [N, H, W, 3] jittered, blurred, flipped and normalised, float32 [N, 3, H, W] channels_last.
+
+    Args:
+        images: The cut views.
+        params: Their parameters, each [N] (orders [N, 4]).
+        mirrored: Which are flipped, [N].
+    """
+    out = torch.empty(images.shape, dtype=torch.float32, device=images.device)
+    scale, shift = _normalisation(images.device)
+    for part in _chunks(images):
+        planes = images[part].permute(3, 0, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+        own = params.of_images(part)
+        jitter(planes, own)
+        if len(chosen := _where(own.grayscale, images.device)):
+            planes[:, chosen] = luma(planes[:, chosen])
+        if len(chosen := _where(own.sigma > 0, images.device)):
+            planes[:, chosen] = blur(planes[:, chosen], own.sigma[own.sigma > 0])
+        if len(chosen := _where(mirrored[part], images.device)):
+            planes[:, chosen] = planes[:, chosen].flip(-1)
+        planes.mul_(scale.view(3, 1, 1, 1)).add_(shift.view(3, 1, 1, 1))
+        out[part] = planes.permute(1, 2, 3, 0)
+    return out.permute(0, 3, 1, 2)
+
+
+def cut_patches(source: Tensor, corners: Tensor, *, size: int) -> Tensor:
+    """Return the squares of side `size` at `corners` [N, P, 2] of images [N, C, H, W]: [N * P, C, size, size]."""
+    count = corners.shape[1]
+    image = torch.arange(len(source), device=source.device).repeat_interleave(count)
+    top, left = corners.reshape(-1, 2).unbind(-1)
+    squares = source.permute(0, 2, 3, 1).unfold(1, size, 1).unfold(2, size, 1)  # a view: [N, tops, lefts, C, size, size]
+    return squares.permute(0, 1, 2, 4, 5, 3)[image, top, left].permute(0, 3, 1, 2)
+
+
+def cutmix(crops: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """Paste a rectangle of the same crop of the neighbouring image into every crop; neighbours are images 0 and 1, 2 and 3, ...
+
+    Args:
+        crops: [B * V, C, s, s], all crops of image 0 first; B even.
+        boxes: top, left, bottom, right of the rectangles, [B, V, 4]; empty where nothing is pasted.
+
+    Returns:
+        The mixed crops in channels_last memory, and the fraction of pixels each kept, [B * V].
+    """
+    count, num_views = boxes.shape[:2]
+    assert count % 2 == 0, "neighbours come in pairs"
+    side = crops.shape[-1]
+    top, left, bottom, right = boxes.reshape(-1, 4, 1).unbind(1)
+    place = torch.arange(side, device=crops.device)
+    rows, columns = (top <= place) & (place < bottom), (left <= place) & (place < right)
+    pasted = rows[:, None, :, None] & columns[:, None, None, :]
+    neighbours = crops.view(count // 2, 2, num_views, *crops.shape[1:]).flip(1).view_as(crops)
+    mixed = torch.where(pasted, neighbours, crops).contiguous(memory_format=torch.channels_last)
+    area = (boxes[..., 2] - boxes[..., 0]) * (boxes[..., 3] - boxes[..., 1])
+    return mixed, 1.0 - area.flatten().to(crops.dtype) / side**2
+
+
+# ------------------------------------------------------------------------------------------------------------- operations
+
+
+def jitter(planes: Tensor, params: Colour) -> None:
+    """Apply brightness, contrast, saturation and hue to planes [3, N, H, W] in place, in the order of every image.
+
+    The first three are one operation, a blend with black, with the mean grey or with the own grey, so every position of
+    the order takes one pass over all images; images whose turn it is not have the factor 1, which changes nothing.
+    """
+    factors = np.stack((params.brightness, params.contrast, params.saturation, np.ones_like(params.hue)))
+    changed = np.stack((*(factors[:3] != 1.0), params.hue != 0.0))
+    for position in range(4):
+        operation = params.orders[:, position]
+        turn = (operation, np.arange(len(operation)))
+        acts = changed[turn]
+        if (acts & (operation != HUE)).any():
+            choice = np.stack((factors[turn], acts & (operation == CONTRAST), acts & (operation == SATURATION)))
+            factor, to_mean, to_grey = torch.from_numpy(choice.astype(np.float32)).to(planes.device)[..., None, None]
+            grey = luma(planes)
+            base = grey.mul(to_grey).add_(mean_grey(grey).mul_(to_mean))
+            planes.sub_(base).mul_(factor).add_(base).clamp_(0.0, 255.0).floor_()
+        turning = acts & (operation == HUE)
+        if len(chosen := _where(turning, planes.device)):
+            planes[:, chosen] = shift_hue(planes[:, chosen], params.hue[turning])
+
+
+def luma(planes: Tensor) -> Tensor:
+    """Return PIL's grey value of planes [3, N, H, W], whole numbers [N, H, W]."""
+    red, green, blue = planes.unbind(0)
+    return (red * LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2]).add_(32768.0).mul_(2.0**-16).floor_()
+
+
+def mean_grey(grey: Tensor) -> Tensor:
+    """Return the rounded mean of grey images [N, H, W], [N, 1, 1]: what contrast blends with."""
+    mean = grey.sum(dim=(1, 2), dtype=torch.float64) / (grey.shape[1] * grey.shape[2])
+    return mean.add_(0.5).floor_().to(torch.float32)[:, None, None]
+
+
+def shift_hue(planes: Tensor, hue: Floats) -> Tensor:
+    """Return planes [3, N, H, W] with the hue turned by `hue` [N], in turns; hue and saturation have 8 bits, as in PIL."""
+    red, green, blue = planes.unbind(0)
+    value = torch.maximum(torch.maximum(red, green), blue)
+    spread = value - torch.minimum(torch.minimum(red, green), blue)
+    divisor = spread.clamp(min=1.0)
+    # Position on the hexagon of hues, from -1 to 5, and from there to a byte.
+    angle = torch.where(
+        red == value,
+        (green - blue).div_(divisor),
+        torch.where(green == value, (blue - red).div_(divisor).add_(2.0), (red - green).div_(divisor).add_(4.0)),
+    )
+    angle = angle.mul_(42.5).add_((angle < 0).to(torch.float32), alpha=255.0).floor_()
+    steps = torch.from_numpy((np.trunc(hue * 255.0) % 256.0).astype(np.float32)).to(planes.device)
+    angle = angle.add_(steps[:, None, None])
+    angle = angle.sub_((angle >= 256.0).to(torch.float32), alpha=256.0).mul_(6.0 / 255.0)
+    saturation = spread.mul_(255.0).div_(value.clamp(min=1.0)).floor_()
+    span = saturation.mul_(value).mul_(1.0 / 255.0)
+    value = value + 0.5
+    out = torch.empty_like(planes)
+    for channel, trough in enumerate((0.0, 2.0, 4.0)):  # where on the hexagon the channel is at its highest
+        distance = (angle - 3.0).abs_().neg_().add_(3.0) if channel == 0 else (angle - trough).abs_()
+        torch.sub(value, distance.sub_(1.0).clamp_(0.0, 1.0).mul_(span), out=out[channel]).floor_()
+    return out
+
+
+def blur(planes: Tensor, sigma: Floats) -> Tensor:
+    """Return planes [3, N, H, W] blurred with the standard deviations `sigma` [N] in pixels; edges are repeated.
+
+    A blur is one matrix per image and direction: the cube of a box filter's. Pixels are not rounded.
+    """
+    _, count, height, width = planes.shape
+    rows = planes.permute(1, 2, 0, 3).reshape(count, height, 3 * width)
+    rows = torch.bmm(_blur_matrices(sigma, height, planes.device), rows)
+    columns = torch.bmm(rows.view(count, height * 3, width), _blur_matrices(sigma, width, planes.device).transpose(1, 2))
+    return columns.view(count, height, 3, width).permute(2, 0, 1, 3)
+
+
+def box_radius(sigma: Floats) -> Floats:
+    """Return the (fractional) radius of the box filter that, applied three times, has the standard deviation `sigma`.
+
+    Gwosdek et al., "Theoretical foundations of Gaussian convolution by extended box filtering", 2011; PIL blurs so.
+    """
+    variance = sigma**2 / BLUR_PASSES
+    whole = np.floor((np.sqrt(12.0 * variance + 1.0) - 1.0) / 2.0)
+    rest = (2.0 * whole + 1.0) * (whole * (whole + 1.0) - 3.0 * variance) / (6.0 * (variance - (whole + 1.0) ** 2))
+    return np.asarray(whole + rest, dtype=np.float64)
+
+
+# ---------------------------------------------------------------------------------------------------------------- helpers
+
+
+def _blur_matrices(sigma: Floats, size: int, device: torch.device) -> Tensor:
+    """Return the matrices [N, size, size] that blur a column of pixels with the standard deviations `sigma` [N]."""
+    radius = box_radius(sigma)
+    whole = np.floor(radius)
+    reach = int(whole.max()) + 1
+    inner = 1.0 / (2.0 * radius + 1.0)
+    outer = (1.0 - (2.0 * whole + 1.0) * inner) / 2.0
+    offset = np.abs(np.arange(-reach, reach + 1))[None]
+    weights = np.where(offset <= whole[:, None], inner[:, None], np.where(offset == whole[:, None] + 1, outer[:, None], 0.0))
+    box = (torch.from_numpy(weights.astype(np.float32)).to(device) @ _shifts(size, reach, device)).view(-1, size, size)
+    cube = box
+    for _ in range(BLUR_PASSES - 1):
+        cube = torch.bmm(cube, box)
+    return cube
+
+
+@lru_cache(maxsize=16)
+def _shifts(size: int, reach: int, device: torch.device) -> Tensor:
+    """Return the matrices that shift a column by -reach .. reach pixels and repeat its ends, [2 * reach + 1, size * size]."""
+    rows = torch.arange(size)
+    shifts = torch.zeros(2 * reach + 1, size, size)
+    for index, offset in enumerate(range(-reach, reach + 1)):
+        shifts[index, rows, (rows + offset).clamp(0, size - 1)] = 1.0
+    return shifts.view(2 * reach + 1, -1).to(device)
+
+
+@lru_cache(maxsize=4)
+def _normalisation(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return factor and addend, [3] each, that take a byte to the normalised value."""
+    mean, std = torch.tensor(MEAN, device=device), torch.tensor(STD, device=device)
+    return 1.0 / (255.0 * std), -mean / std
+
+
+def _where(mask: Bools, device: torch.device) -> Tensor:
+    """Return the positions at which a mask is set; found on the host, so that no device has to be waited for."""
+    return torch.from_numpy(np.flatnonzero(mask)).to(device, non_blocking=True)
+
+
+def _chunks(images: Tensor) -> Iterator[slice]:
+    """Split images [N, H, W, 3] into slices that fit a CPU's cache; on other devices there is one."""
+    step = len(images)
+    if images.device.type == "cpu":
+        step = max(1, math.ceil(CHUNK_PIXELS / (images.shape[1] * images.shape[2])))
+    for start in range(0, len(images), max(1, step)):
+        yield slice(start, start + step)

@@ -1,0 +1,1 @@
+"""Encoders as files: our own, and those others released."""

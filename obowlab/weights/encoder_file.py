@@ -1,0 +1,287 @@
+"""Encoders as files: our own format, the authors' released checkpoints, and torchvision's naming.
+
+An encoder file is safetensors: the state dict of the student's `ResNet` (torchvision's names) and, under the metadata key
+`obowlab`, an `EncoderInfo` as JSON. Torch files are read with `weights_only=True`. Whatever is read must fit to the last key.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, cast
+
+import safetensors
+import safetensors.torch
+import torch
+import torchvision.models
+from pydantic import ValidationError
+from torch import nn
+
+from obowlab.config import Backbone, Recipe, Section, Views
+from obowlab.errors import UserError
+from obowlab.evaluation.features import frozen, weights_hash
+from obowlab.files import write_atomic
+from obowlab.methods import OBoW, ResNet
+from obowlab.runs.folder import RunFolder
+from obowlab.views.photometric import MEAN, STD
+from obowlab.weights.released import Kind, build_encoder, build_model, infer_backbone, kind_of, read_torch, torchvision_names
+
+METADATA_KEY = "obowlab"
+ENCODER_FILE = "encoder.safetensors"
+ROUND_TRIP_TOLERANCE = 1e-5
+"""Largest difference of a feature after export, on inputs of unit variance."""
+
+Format = Literal["torchvision", "safetensors"]
+
+
+class EncoderInfo(Section):
+    """What must be known to use an encoder: how to build it and what to show it."""
+
+    backbone: Backbone
+    original_resize: int
+    original_size: int
+    mean: tuple[float, float, float] = MEAN
+    std: tuple[float, float, float] = STD
+    source: str
+    fingerprint: str | None = None
+    weights_hash: str
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """An encoder from a file.
+
+    Attributes:
+        model: the student's ResNet, on the CPU, in evaluation mode.
+        info: what the file says about it; sizes are the paper's where a foreign file does not tell.
+        path: the file.
+    """
+
+    model: ResNet
+    info: EncoderInfo
+    path: Path
+
+
+# ------------------------------------------------------------------------------------------------------- our own files
+
+
+def save_encoder(encoder: nn.Module, *, path: Path, recipe: Recipe, fingerprint: str | None, source: str) -> EncoderInfo:
+    """Write the encoder of a run atomically.
+
+    Args:
+        encoder: the student's ResNet.
+        path: `.safetensors` file to write or replace.
+        recipe: its backbone and views are kept in the file.
+        fingerprint: of the run, if there is one.
+        source: where the weights come from, for example the run id.
+    """
+    info = EncoderInfo(
+        backbone=recipe.backbone,
+        original_resize=recipe.views.original_resize,
+        original_size=recipe.views.original_size,
+        source=source,
+        fingerprint=fingerprint,
+        weights_hash=weights_hash(encoder),
+    )
+    write_encoder(encoder, path=path, info=info)
+    return info
+
+
+def write_encoder(encoder: nn.Module, *, path: Path, info: EncoderInfo) -> None:
+    """Write an encoder file from weights and what is known about them."""
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
+    _write(path, safetensors.torch.save(state, metadata={METADATA_KEY: info.model_dump_json()}))
+
+
+def load_encoder(ref: str, *, runs_root: Path) -> Encoder:
+    """Load the encoder of a run (id, beginning of an id, or folder) or of a weights file.
+
+    Files may be ours, or torch files in torchvision's or the authors' naming.
+
+    Raises:
+        UserError: there is no such run or file, the run has no encoder yet, or the file does not fit strictly.
+    """
+    path = Path(ref)
+    if path.is_file():
+        return read_encoder(path)
+    if path.suffix in (".safetensors", ".pth", ".pt", ".tar"):
+        raise UserError(f"There is no weights file '{ref}'.")
+    folder = RunFolder.find(ref, runs_root=runs_root)
+    if not (folder.path / ENCODER_FILE).is_file():
+        raise UserError(f"Run '{folder.run_id}' has no encoder yet (it is {folder.state.status}); finish it with 'obowlab run'.")
+    return read_encoder(folder.path / ENCODER_FILE)
+
+
+def read_encoder(path: Path) -> Encoder:
+    """Load the encoder from a weights file; see `load_encoder`."""
+    if path.suffix != ".safetensors":
+        imported = import_authors(path)
+        return Encoder(model=imported.encoder, info=imported.info, path=path)
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"{path} is not a readable safetensors file: {error}.") from None
+    if METADATA_KEY not in metadata:
+        backbone = infer_backbone(state, origin=path)
+        model = build_encoder(state, backbone=backbone, origin=path)
+        return Encoder(model=model, info=_foreign_info(model, backbone=backbone, source=path.name), path=path)
+    try:
+        info = EncoderInfo.model_validate_json(metadata[METADATA_KEY])
+    except ValidationError as error:
+        raise UserError(f"{path} was written by another version of obowlab: {error.errors()[0]['msg']}.") from None
+    if (info.mean, info.std) != (MEAN, STD):
+        raise UserError(
+            f"{path} expects pixels normalised with mean {info.mean} and deviation {info.std}, which obowlab does not do."
+        )
+    model = build_encoder(state, backbone=info.backbone, origin=path)
+    if weights_hash(model) != info.weights_hash:
+        raise UserError(f"The weights in {path} are not those it was written with (hash differs); copy the file again.")
+    return Encoder(model=model, info=info, path=path)
+
+
+def _foreign_info(model: ResNet, *, backbone: Backbone, source: str) -> EncoderInfo:
+    views = Views()
+    return EncoderInfo(
+        backbone=backbone,
+        original_resize=views.original_resize,
+        original_size=views.original_size,
+        source=source,
+        weights_hash=weights_hash(model),
+    )
+
+
+def _write(path: Path, content: bytes) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, content)
+    except OSError as error:
+        raise UserError(f"Cannot write {path}: {error.strerror}.") from None
+
+
+# --------------------------------------------------------------------------------------------------------------- export
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written: the file, and the largest difference of a feature between the encoder and the file read back."""
+
+    path: Path
+    max_difference: float
+
+
+def export(encoder: Encoder, *, format: Format, path: Path) -> Export:
+    """Write an encoder for use elsewhere, read it back and compare features on a random batch.
+
+    `torchvision` is a plain state dict without classifier. To load it: `model = torchvision.models.resnet18()`,
+    `model.fc = torch.nn.Identity()`, `model.load_state_dict(torch.load(path, weights_only=True))`. Inputs are RGB in [0, 1],
+    normalised with ImageNet's mean and deviation. `safetensors` is our own encoder file.
+
+    Raises:
+        UserError: torchvision has no such network (small stem, other width), or the file cannot be written.
+        RuntimeError: the features after the round trip differ by more than `ROUND_TRIP_TOLERANCE`; nothing is left behind.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}{'.safetensors' if format == 'safetensors' else ''}")
+    try:
+        if format == "torchvision":
+            returned = _write_torchvision(encoder, beside)
+        else:
+            write_encoder(encoder.model, path=beside, info=encoder.info)
+            returned = read_encoder(beside).model
+        difference = feature_difference(encoder.model, returned, size=encoder.info.original_size)
+        if not difference <= ROUND_TRIP_TOLERANCE:
+            raise RuntimeError(f"features differ by {difference:.3g} after writing and reading {path}; the file was not kept")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    return Export(path=path, max_difference=difference)
+
+
+def _write_torchvision(encoder: Encoder, path: Path) -> nn.Module:
+    backbone = encoder.info.backbone
+    if backbone.stem != "imagenet" or backbone.width != 64:
+        raise UserError(
+            f"torchvision has no {backbone.arch} with stem '{backbone.stem}' and width {backbone.width}; use safetensors."
+        )
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in encoder.model.state_dict().items()}, path)
+    except OSError as error:
+        raise UserError(f"Cannot write {path.parent}: {error.strerror}.") from None
+    model = cast(nn.Module, torchvision.models.get_model(backbone.arch, weights=None))
+    model.fc = nn.Identity()
+    model.load_state_dict(torch.load(path, weights_only=True), strict=True)
+    return model
+
+
+def feature_difference(first: nn.Module, second: nn.Module, *, size: int) -> float:
+    """Return the largest absolute difference of the features of two encoders on four images of Gaussian noise."""
+    images = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))
+    with frozen(first), frozen(second):
+        return float((first(images) - second(images)).abs().max())
+
+
+# --------------------------------------------------------------------------------------------------------------- import
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What a torch file held.
+
+    Attributes:
+        encoder: the student's ResNet (of a full model), or the one network of the file; in evaluation mode.
+        info: of the encoder.
+        kind: `model` (the authors' full OBoW), `extractor` (their feature extractor) or `torchvision`.
+        method: everything a full model holds, as a method of ours.
+        unused: keys that have no place here, with the reason.
+    """
+
+    encoder: ResNet
+    info: EncoderInfo
+    kind: Kind
+    method: OBoW | None = None
+    unused: Mapping[str, str] = field(default_factory=dict)
+
+
+def import_authors(path: Path) -> Imported:
+    """Read a released checkpoint of the authors or a file in torchvision's naming, strictly.
+
+    Takes `{"network": ...}`, `{"state_dict": ...}`, `{"model": ...}` or a bare state dict, with or without `module.` before
+    the names (SPEC section 7). Architecture, stem, width, levels and number of words follow from names and shapes.
+
+    Raises:
+        UserError: the file is not plain tensors, or a key is missing, left over or of another shape.
+    """
+    state = read_torch(path)
+    kind = kind_of(state, origin=path)
+    method: OBoW | None = None
+    unused: dict[str, str] = {}
+    if kind == "model":
+        method, backbone, unused = build_model(state, origin=path)
+        encoder = method.encoder
+    else:
+        if kind == "torchvision":
+            unused = {name: "a classifier, which an encoder does not have" for name in state if name in ("fc.weight", "fc.bias")}
+        named = torchvision_names({name: tensor for name, tensor in state.items() if name not in unused})
+        backbone = infer_backbone(named, origin=path)
+        encoder = build_encoder(named, backbone=backbone, origin=path)
+    info = _foreign_info(encoder, backbone=backbone, source=path.name)
+    return Imported(encoder=encoder, info=info, kind=kind, method=method, unused=unused)
+
+
+def write_method(imported: Imported, *, path: Path) -> Path:
+    """Write all that a full model holds (student, teacher, heads, vocabulary) and return the file.
+
+    Args:
+        imported: with a method.
+        path: of the encoder; the method goes beside it as `NAME.method.safetensors`.
+    """
+    assert imported.method is not None
+    beside = path.with_suffix(".method.safetensors")
+    state = {name: tensor.detach().contiguous() for name, tensor in imported.method.state_dict().items()}
+    metadata = {METADATA_KEY: imported.info.model_dump_json(), "method": imported.method.method.model_dump_json()}
+    _write(beside, safetensors.torch.save(state, metadata=metadata))
+    return beside
