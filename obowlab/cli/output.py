@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
@@ -79,34 +78,3 @@ def print_measurements(results: Iterable[Mapping[str, Any]]) -> None:
         untrained, untrained_count = cells.get("random", ("–", 0))
         lines.append([name, student, untrained, str(count or untrained_count), dataset, protocol])
     print_table(columns, lines, right=("student", "random initialisation", "n"))
-
-
-def toml_value(value: Any) -> str:
-    """Return a setting the way a recipe or `--set` writes it; a number that was left open is 'all'."""
-    import json
-
-    if value is None:
-        return '"all"'
-    return json.dumps(value, ensure_ascii=False)
-
-
-def moment(timestamp: float) -> str:
-    """Return local date and time to the minute."""
-    return datetime.fromtimestamp(timestamp).strftime("%Y-%m-%d %H:%M")
-
-
-def size(num_bytes: float) -> str:
-    """Return a number of bytes for people: `3.4 MB`."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:.1f} TB"
-
-
-def duration(seconds: float) -> str:
-    """Return a time for people: `45 s`, `12 min`, `3 h 20 min`."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
