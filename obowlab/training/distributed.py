@@ -80,15 +80,12 @@ class World:
         Raises:
             MainFailed: on the other ranks, when it raised an exception on rank 0, where that one is raised.
         """
-        result, failure = None, None
-        if self.is_main:
-            try:
-                result = work()
-            except Exception as error:
-                failure = error
-        (failed,) = self.any_rank(failure is not None)
-        if failure is not None:
-            raise failure
+        try:
+            result = work() if self.is_main else None
+        except Exception:
+            self.any_rank(True)
+            raise
+        (failed,) = self.any_rank(False)
         if failed:
             raise MainFailed
         return result

@@ -319,8 +319,8 @@ def check_logs(run: RunContext, *, found: checkpoints.Checkpoint, steps_per_epoc
         if last < step:
             raise UserError(
                 f"{run.folder.path / name}.jsonl ends at step {max(last, 0)}, but by the checkpoint step {step} was logged: "
-                f"restore the file from a copy, or remove {checkpoints.CURRENT} and {checkpoints.PREVIOUS} beside it to train from "
-                "the start."
+                f"restore the file from a copy, or remove {checkpoints.CURRENT} and {checkpoints.PREVIOUS} beside it to train "
+                "from the start."
             )
 
 

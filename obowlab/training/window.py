@@ -46,10 +46,12 @@ class MetricWindow:
 
     def load(self, state: Mapping[str, Any], *, world: World) -> None:
         """Continue a window; with another number of ranks than before, from the mean over those."""
+        if not state["counts"]:
+            return
         sums = torch.tensor(state["sums"], dtype=torch.float64, device=world.device)
         mine = sums[world.rank] if len(sums) == world.world_size else sums.mean(dim=0)
         self._counts = dict(state["counts"])
-        self._sums = dict(zip(self._counts, mine, strict=True)) if self._counts else {}
+        self._sums = dict(zip(self._counts, mine, strict=True))
 
 
 class Timer:
