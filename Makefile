@@ -1,6 +1,6 @@
 # Two commands are the contract: `make demo` and `make test`. Both install what they need into .venv first.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench chaos slurm-demo golden clean secrets images backup restore services
+.PHONY: help install demo test lint format mutants bench chaos slurm-demo golden clean secrets images backup restore services
 BIN := .venv/bin
 CORES := $(shell nproc 2>/dev/null || echo 1)
 
@@ -25,6 +25,9 @@ lint: .venv/.installed ## Check style, types and the direction of imports
 
 format: .venv/.installed ## Format the code
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+mutants: .venv/.installed ## Change the pure modules one operator at a time and count which changes the tests notice (half an hour)
+	@OMP_NUM_THREADS=1 $(BIN)/mutmut run --max-children $(CORES); $(BIN)/python tests/mutation_score.py
 
 bench: .venv/.installed ## Print the benchmarks, side by side (PHOTOS=an ImageFolder of full-size photos, or a .tar of one; STORE=a full run store)
 	@PHOTOS='$(PHOTOS)' STORE='$(STORE)' $(BIN)/python tests/benchmarks/run.py
