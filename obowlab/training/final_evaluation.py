@@ -1,4 +1,4 @@
-"""What follows the last training step: keep the encoder, measure it, make the model that the tracker registers."""
+"""After the last training step: save the encoder, evaluate it, make the model that MLflow registers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MODEL_FOLDER = "model"
 
 
 def finish(run: RunContext, *, method: Method[Any]) -> None:
-    """Save and measure the encoder of a trained method; what is already there is not done again."""
+    """Save and evaluate the encoder of a trained method; what an earlier start did is not repeated."""
     run.stop.act_at_once()
     folder, recipe = run.folder, run.recipe
     encoder = method.encoder
@@ -37,7 +37,7 @@ def finish(run: RunContext, *, method: Method[Any]) -> None:
 
 
 def measure(run: RunContext, *, encoder: ResNet, subject: str) -> None:
-    """Run the recipe's protocols on an encoder, one by one, and file every result as soon as it is there."""
+    """Run the recipe's protocols on an encoder, one by one, and save each result at once."""
     done = {(result["subject"], result["protocol"]) for result in run.folder.results()}
     for protocol in run.recipe.evaluation.protocols:
         if (subject, protocol) in done:

@@ -1,6 +1,6 @@
-"""Few-shot results during training: what a study decides on before a run is over, and a curve for everybody else.
+"""Few-shot results during training: studies prune trials by them, and every run has them as a curve.
 
-Measuring changes nothing of training: it draws no random number, and the encoder gets back the modes it came with.
+Measuring has no effect on training: it uses no random generator and restores the encoder's train and eval modes.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ def is_due(run: RunContext, *, epoch: int) -> bool:
 
 
 def measure(run: RunContext, *, method: Method[Any], step: int, epoch: int) -> float:
-    """Measure the student, append the result to `online.jsonl` and return the seconds it took; for the main process.
+    """Measure the student, append the result to `online.jsonl` and return the seconds it took; on rank 0 alone.
 
-    A point that is there already is not measured again: a resumed run has the same weights there. With one process a signal
-    ends the measurement at once, so a checkpoint of this step should be on the disk; several processes stop together, later.
+    A step that is in the file already is not measured again: a resumed run has the same weights there. With one process a
+    signal ends the measurement at once, so write a checkpoint of this step first; several processes stop together, later.
 
     Args:
-        run: its recipe says how many shots and episodes.
+        run: its recipe has the number of shots and episodes.
         method: in training.
         step: optimiser updates done.
         epoch: whole epochs done.
@@ -56,7 +56,7 @@ def measure(run: RunContext, *, method: Method[Any], step: int, epoch: int) -> f
 def few_shot(run: RunContext, *, method: Method[Any]) -> dict[str, float]:
     """Return the student's accuracy in percent by metric name."""
     alone = run.world.world_size == 1
-    # These weights are gone with the next step, so their features are not kept with those of finished encoders.
+    # The next step changes these weights, so their features are not cached with those of finished encoders.
     with (
         run.stop.acting_at_once() if alone else nullcontext(),
         tempfile.TemporaryDirectory(prefix=".online.", dir=run.folder.path) as cache,

@@ -1,4 +1,4 @@
-"""What happens once before the first step of a stage: find the teacher, let the method prepare."""
+"""Before the first step of a stage: find the teacher, let the method prepare."""
 
 from __future__ import annotations
 
@@ -65,10 +65,10 @@ def find_teacher(run: RunContext) -> Teacher | None:
 
 
 def prepare(run: RunContext, *, method: Method[Any], teacher: Teacher | None, split: Split) -> bool:
-    """Let the method do what it must before its first step, and return whether that was anything.
+    """Let the method prepare, and return whether there was anything to do.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM came; nothing is kept, the next start prepares again.
+        Interrupted: SIGINT or SIGTERM came; nothing is saved, the next start prepares again.
         UserError: as `Method.prepare`.
     """
     recipe, machine = run.recipe, run.machine
