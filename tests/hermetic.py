@@ -1,4 +1,4 @@
-"""The machine as tests see it: what `.ci/install.sh` installs and the basic programs of any Unix, nothing that lies about by chance.
+"""The machine as tests see it: what `.ci/install.sh` installs and the basic programs of any Unix, nothing found by chance.
 
 `enter` is called once, before anything is imported that reads the environment. Programs are found through one folder of links,
 so that Slurm, Docker or an `nvidia-smi` of the machine is as invisible as it is on the next machine. Environment variables, the
@@ -23,46 +23,11 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-BASE = (
-    *("awk", "basename", "bash", "cat", "chmod", "chown", "cp", "cut", "date", "dirname", "echo", "env", "expr", "false", "find"),
-    *(
-        "getent",
-        "grep",
-        "head",
-        "hostname",
-        "id",
-        "kill",
-        "ldconfig",
-        "ln",
-        "ls",
-        "mkdir",
-        "mkfifo",
-        "mktemp",
-        "mv",
-        "nice",
-        "nproc",
-    ),
-    *(
-        "ps",
-        "pwd",
-        "readlink",
-        "rm",
-        "rmdir",
-        "runuser",
-        "sed",
-        "seq",
-        "setsid",
-        "sh",
-        "sleep",
-        "sort",
-        "stat",
-        "tail",
-        "tar",
-        "tee",
-    ),
-    *("test", "touch", "tr", "true", "uname", "uniq", "wc", "which", "xargs"),
-    "git",
-)
+BASE = """
+awk basename bash cat chmod chown cp cut date dirname echo env expr false find getent git grep head hostname id kill ldconfig ln ls
+mkdir mktemp mv nice nproc ps pwd readlink rm rmdir runuser sed seq setsid sh sleep sort stat tail tar tee test touch tr true uname
+uniq wc which xargs
+"""
 GROUPS = {
     "compilers": ("as", "c++", "cc", "g++", "gcc", "ld", "pkg-config"),
     "postgresql": ("createdb", "dropdb", "initdb", "pg_ctl", "pg_dump", "pg_isready", "pg_restore", "postgres", "psql"),
@@ -76,7 +41,7 @@ ENTERED = "PYTEST_OBOWLAB_HERMETIC"
 
 
 def enter() -> Path:
-    """Leave the machine behind: change this process's environment, which its children inherit; return the folder with the rest."""
+    """Hide the machine from this process and its children, through the environment; return the folder with programs and home."""
     if ENTERED in os.environ:
         return Path(os.environ[ENTERED])
     place = Path(tempfile.mkdtemp(prefix="obowlab-tests-"))
@@ -130,7 +95,7 @@ def _version(folder: Path) -> float:
 
 def _link_programs(folder: Path) -> Path:
     folder.mkdir()
-    names = [*BASE, *(name for group in GROUPS.keys() - hidden() for name in GROUPS[group])]
+    names = [*BASE.split(), *(name for group in GROUPS.keys() - hidden() for name in GROUPS[group])]
     if os.environ.get("OBOWLAB_TEST_DOCKER"):
         names += ["docker", "docker-compose"]
     if os.environ.get("OBOWLAB_TEST_GPU"):

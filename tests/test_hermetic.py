@@ -1,4 +1,4 @@
-"""Tests find on a machine what `.ci/install.sh` installs, and nothing that lies about by chance."""
+"""Tests find on a machine what `.ci/install.sh` installs, and nothing by chance."""
 
 from __future__ import annotations
 
@@ -52,9 +52,8 @@ def test_this_session_is_such_a_one() -> None:
 
 def test_without_postgresql_and_chromium_their_tests_are_skipped_with_a_sentence(crowded: dict[str, str]) -> None:
     environment = {**crowded, "OBOWLAB_TEST_HIDE": "postgresql,chromium"}
-    modules = sorted(
-        {str(path) for path in (ROOT / "tests").glob("test_*.py") if re.search(r"\b(browser|postgresql|lab): ", path.read_text())}
-    )
+    users = re.compile(r"\b(browser|postgresql|lab): ")
+    modules = [str(path) for path in sorted((ROOT / "tests").glob("test_*.py")) if users.search(path.read_text())]
     words = [sys.executable, "-m", "pytest", "-rs", "-p", "no:cacheprovider", "-m", "postgresql or chromium", *modules]
     done = subprocess.run(words, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
@@ -69,8 +68,7 @@ def test_without_postgresql_and_chromium_their_tests_are_skipped_with_a_sentence
 
 def test_an_unknown_group_is_named(crowded: dict[str, str]) -> None:
     words = [sys.executable, "-c", "from tests import hermetic; hermetic.enter()"]
-    done = subprocess.run(
-        words, env={**crowded, "OBOWLAB_TEST_HIDE": "postgres"}, cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    environment = {**crowded, "OBOWLAB_TEST_HIDE": "postgres"}
+    done = subprocess.run(words, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "OBOWLAB_TEST_HIDE (make test HIDE=...) has postgres; known are" in done.stderr
