@@ -15,7 +15,7 @@ from PIL import Image
 from obowlab.config import Backbone, Bownet, Data, Loaded, Machine, Recipe, Views, load_recipe
 from obowlab.data.datasets import open_split
 from obowlab.evaluation.features import frozen
-from obowlab.evaluation.words.gallery import sheets as word_sheets
+from obowlab.evaluation.words import sheets as word_sheets
 from obowlab.evaluation.words.gallery import show_words
 from obowlab.evaluation.words.search import CentreViews
 from obowlab.evaluation.words.sheets import TILE, WORDS_PER_SHEET
@@ -24,7 +24,7 @@ from obowlab.runs.folder import RunFolder
 from obowlab.tracking.mirror import Mirror
 from obowlab.training import checkpoint as checkpoints
 from obowlab.views.photometric import normalise
-from tests.command_line import Obowlab, contents, empty_workplace
+from tests.command_line import Obowlab, contents
 from tests.runs import small_recipe
 from tests.test_word_search import level_words, search_slowly
 
@@ -32,17 +32,11 @@ STEP = 7
 
 
 @pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data_root: Path) -> Path:
-    place = empty_workplace(tmp_path, monkeypatch)
+def workplace(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data_root: Path) -> Path:
     machine = tmp_path / "machine.toml"
     machine.write_text(f'data_root = "{data_root}"\nloader = "torch"\nworkers = 0\n')
     monkeypatch.setenv("OBOWLAB_MACHINE", str(machine))
-    return place
-
-
-@pytest.fixture
-def obowlab(capsys: pytest.CaptureFixture[str]) -> Obowlab:
-    return Obowlab(capsys)
+    return workplace
 
 
 def trained(place: Path, *overrides: str) -> RunFolder:
