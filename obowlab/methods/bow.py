@@ -51,11 +51,18 @@ def crop_border(map_BCHW: Tensor, *, border: int) -> Tensor:
     return map_BCHW[..., border : height - border, border : width - border]
 
 
-def squared_distances(features_NC: Tensor, words_KC: Tensor) -> Tensor:
-    """Return the squared Euclidean distance of every feature to every word, [N, K], never negative."""
+def squared_distances(features_NC: Tensor, words_KC: Tensor, *, words_norm_K: Tensor | None = None) -> Tensor:
+    """Return the squared Euclidean distance of every feature to every word, [N, K], never negative.
+
+    Args:
+        features_NC: features.
+        words_KC: words.
+        words_norm_K: the words' squared lengths, if they are known.
+    """
     features_NC, words_KC = at_least_float32(features_NC), at_least_float32(words_KC)
+    words_norm_K = words_KC.square().sum(1) if words_norm_K is None else words_norm_K
     with full_precision(words_KC.device):
-        dist_NK = torch.addmm(words_KC.square().sum(1), features_NC, words_KC.T, alpha=-2)
+        dist_NK = torch.addmm(words_norm_K, features_NC, words_KC.T, alpha=-2)
         return dist_NK.add_(features_NC.square().sum(1, keepdim=True)).clamp_(min=0)
 
 
@@ -71,8 +78,10 @@ def distance_chunks(local_BUC: Tensor, words_KC: Tensor, *, limit: int | None = 
         limit: largest number of distances in memory; one image's are the least. By default that of the device.
     """
     limit = CHUNK_ELEMENTS.get(local_BUC.device.type, CHUNK_ELEMENTS["cpu"]) if limit is None else limit
+    words_norm_K = at_least_float32(words_KC).square().sum(1)
     for part_BUC in torch.split(local_BUC, max(1, limit // (local_BUC.shape[1] * len(words_KC)))):
-        yield part_BUC, squared_distances(part_BUC.flatten(0, 1), words_KC).view(*part_BUC.shape[:2], -1)
+        dist_NK = squared_distances(part_BUC.flatten(0, 1), words_KC, words_norm_K=words_norm_K)
+        yield part_BUC, dist_NK.view(*part_BUC.shape[:2], -1)
 
 
 def nearest_words(local_BUC: Tensor, words_KC: Tensor, *, limit: int | None = None) -> tuple[Tensor, Tensor]:

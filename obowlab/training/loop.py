@@ -23,7 +23,7 @@ from obowlab.training.distributed import parallelise, synchronise_batchnorm
 from obowlab.training.memory import peak_mib
 from obowlab.training.optimizers import build_optimizer, grad_norm, set_learning_rate
 from obowlab.training.signals import Interrupted
-from obowlab.training.stages import Teacher, find_teacher, prepare
+from obowlab.training.stages import find_teacher, prepare
 from obowlab.training.window import MetricWindow, Timer
 from obowlab.views.loaders import PixelBatch, TrainLoader, train_loader
 from obowlab.views.photometric import render
@@ -121,14 +121,35 @@ class Trainer:
         self._metric_log = self.run.folder.metric_log()
 
     def _announce(self) -> None:
-        announce(
-            self.run,
-            split=self.split,
-            loader=self.loader,
-            teacher=self._teacher,
-            step=self.step,
-            total_steps=self.total_steps,
+        """Print what is trained, and record the facts of this start of the run: code, software, machine, data."""
+        run, teacher = self.run, self._teacher
+        folder, machine, world, training = run.folder, run.machine, run.world, run.recipe.training
+        code = provenance.code()
+        if code.diff:
+            folder.write_artifact("dirty.diff", code.diff)
+        facts = {
+            "commit": code.commit,
+            "branch": code.branch,
+            "dirty": code.dirty,
+            "dataset": self.split.dataset,
+            "data_hash": self.split.content_hash,
+            "loader": self.loader.backend,
+            "device": world.device.type,
+            "procs": world.world_size,
+            "threads": torch.get_num_threads(),
+            "channels_last": machine.channels_last,
+            "compile": machine.compile,
+            "step": self.step,
+        }
+        if teacher is not None:
+            facts |= {"teacher_run": teacher.run_id, "teacher_weights": teacher.weights_hash}
+        run.reporter.say(
+            f"Training {folder.run_id}: {training.epochs} epochs of {self.split.dataset}, {self.total_steps} steps of "
+            f"{training.batch_size} images, {world.world_size} process(es) on {world.device.type}, {self.loader.backend} loader."
+            + (f" Teacher: {teacher.run_id}." if teacher is not None else "")
         )
+        attempt = folder.append_attempt({**provenance.environment(), **facts})
+        folder.set_state(status="running", attempt=attempt, step=self.step, total_steps=self.total_steps, message="")
 
     # ---------------------------------------------------------------------------------------------------------- the steps
 
@@ -322,38 +343,6 @@ def check_logs(run: RunContext, *, found: checkpoints.Checkpoint, steps_per_epoc
                 f"restore the file from a copy, or remove {checkpoints.CURRENT} and {checkpoints.PREVIOUS} beside it to train "
                 "from the start."
             )
-
-
-def announce(run: RunContext, *, split: Split, loader: TrainLoader, teacher: Teacher | None, step: int, total_steps: int) -> None:
-    """Print what is trained, and record the facts of this start of the run: code, software, machine, data."""
-    folder, machine, world = run.folder, run.machine, run.world
-    code = provenance.code()
-    if code.diff:
-        folder.write_artifact("dirty.diff", code.diff)
-    facts = {
-        "commit": code.commit,
-        "branch": code.branch,
-        "dirty": code.dirty,
-        "dataset": split.dataset,
-        "data_hash": split.content_hash,
-        "loader": loader.backend,
-        "device": world.device.type,
-        "procs": world.world_size,
-        "threads": torch.get_num_threads(),
-        "channels_last": machine.channels_last,
-        "compile": machine.compile,
-        "step": step,
-    }
-    if teacher is not None:
-        facts |= {"teacher_run": teacher.run_id, "teacher_weights": teacher.weights_hash}
-    epochs, batch_size = run.recipe.training.epochs, run.recipe.training.batch_size
-    run.reporter.say(
-        f"Training {folder.run_id}: {epochs} epochs of {split.dataset}, {total_steps} steps of {batch_size} images, "
-        f"{world.world_size} process(es) on {world.device.type}, {loader.backend} loader."
-        + (f" Teacher: {teacher.run_id}." if teacher is not None else "")
-    )
-    attempt = folder.append_attempt({**provenance.environment(), **facts})
-    folder.set_state(status="running", attempt=attempt, step=step, total_steps=total_steps, message="")
 
 
 def _not_finite(run: RunContext, *, step: int, pixels: PixelBatch) -> str:
