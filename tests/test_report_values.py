@@ -18,7 +18,7 @@ import pytest
 from obowlab import text
 from obowlab.config import load_recipe
 from obowlab.files import read_sealed
-from obowlab.report import curves, pages
+from obowlab.report import curves
 from obowlab.report import read as gather
 from obowlab.report.curves import CACHE, Curve, cached_curves, over_seeds, read_curves, reduce, with_point
 from obowlab.report.model import Measured
@@ -345,11 +345,10 @@ def test_newest_measurement_counts_and_own_data_come_first() -> None:
     assert [(row.dataset, row.student and row.student["value"]) for row in rows] == [("synthetic", 2.0), ("other", 50.0)]
 
 
-def test_an_interval_that_is_not_symmetric_is_shown_with_its_ends() -> None:
-    assert pages.measurement_text({"value": 97.25, "interval": 0.93, "low": 96.17, "high": 98.03}) == "97.25 [96.17, 98.03]"
-    assert pages.measurement_text({"value": 12.5, "interval": 0.5, "low": 12.0, "high": 13.0}) == "12.50 ± 0.50"
-    assert pages.measurement_text({"value": 12.5, "interval": 0.5}) == "12.50 ± 0.50"
-    assert pages.measurement_text(None) == "–"
+def test_an_interval_that_is_not_symmetric_keeps_its_ends() -> None:
+    wilson = {"name": "linear_top1", "value": 97.25, "interval": 0.93, "low": 96.17, "high": 98.03, "count": 1200}
+    (row,) = gather.tabulate([{**result("linear", "student", 0.0), "measurements": [wilson]}], dataset="synthetic")
+    assert text.measurement(row.student) == "97.25 [96.17, 98.03]"
 
 
 def test_run_of_another_version_is_shown_and_a_damaged_one_named(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -78,7 +77,7 @@ def _write(site: Site, *, folder: Path) -> int:
         {
             "estimate": estimate_text,
             "signed": signed,
-            "measurement": measurement_text,
+            "measurement": text.measurement,
             "duration": text.duration,
             "short": short_hash,
             "page_of": page_of_run,
@@ -243,17 +242,6 @@ def gallery_of(run: Run) -> str:
 def anchor(name: str) -> str:
     """Return a name as it may stand in a file name or behind a `#`."""
     return re.sub(r"[^A-Za-z0-9._-]", "-", name).lstrip(".") or "unnamed"
-
-
-def measurement_text(measured: Mapping[str, float] | None) -> str:
-    """Return a measurement as `8.82 ± 0.50`, as `97.25 [96.17, 98.03]` if its interval is not symmetric, or a dash for None."""
-    if measured is None:
-        return text.ABSENT
-    value, half_width = measured["value"], measured["interval"]
-    low, high = measured.get("low", value - half_width), measured.get("high", value + half_width)
-    if math.isclose(high - value, value - low, abs_tol=1e-9):
-        return text.estimate(value, half_width)
-    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def signed(value: float | None) -> str:
