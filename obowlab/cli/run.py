@@ -83,7 +83,7 @@ def run(
     from obowlab.launch.gpu_leases import check_gpus
     from obowlab.launch.local import launch, plan
     from obowlab.launch.submit import spread, submit_run
-    from obowlab.report.read import draw_ahead
+    from obowlab.report.read import cache_curves
     from obowlab.runs.folder import RunFolder, run_id_of
     from obowlab.runs.lineage import stages_of
 
@@ -134,7 +134,7 @@ def run(
         if code := launch(each, seed=seed, machine=machine, fresh=again, progress=not no_progress, cost=cost):
             return code
         folder = RunFolder.open(machine.runs_root / run_id_of(each, seed=seed))
-        draw_ahead(folder)
+        cache_curves(folder)
         print_results(folder)
     return 0
 
