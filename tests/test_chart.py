@@ -146,13 +146,6 @@ def test_log_ticks() -> None:
     assert chart.log_ticks(1, 1e6) == pytest.approx([1, 10, 100, 1e3, 1e4, 1e5, 1e6])
 
 
-@pytest.mark.parametrize(
-    ("value", "text"), [(0, "0"), (0.05, "0.05"), (-3.25, "−3.25"), (12345.6, "12350"), (1.2e-5, "1.2e−5"), (3e6, "3e6")]
-)
-def test_numbers(value: float, text: str) -> None:
-    assert chart.number(value) == text
-
-
 def test_bars_are_as_long_as_their_values() -> None:
     root = parsed(bar_chart([Bar("a", 80.0), Bar("b", 20.0), Bar("c", 0.0)], title="t", unit="%"))
     first, second, third = (float(bar.get("width") or 0) for bar in marks(root, "rect", "bar"))

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
 from obowlab.config import Machine, Recipe, load_recipe
-from obowlab.launch.cost import Cost, CostBook, duration, num_steps, quote, settle
+from obowlab.launch.cost import Cost, CostBook, num_steps, quote, settle
 from obowlab.runs.folder import RunFolder, list_runs
 from obowlab.tracking.outbox import Outbox, Sent
 from tests.runs import small_recipe
@@ -86,8 +84,3 @@ def test_what_cannot_be_timed_is_said(tmp_path: Path) -> None:
     book = CostBook(Machine(runs_root=tmp_path, device="cpu"), runs=[])
     assert "method.border" in book.measure([recipe])
     assert book.cost(recipe).seconds is None
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(40, "40 s"), (600, "10 min"), (9000, "2.5 h"), (400_000, "4.6 days")])
-def test_durations(seconds: float, text: str) -> None:
-    assert duration(seconds) == text

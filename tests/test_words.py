@@ -19,7 +19,7 @@ from obowlab.evaluation.words.gallery import sheets as word_sheets
 from obowlab.evaluation.words.gallery import show_words
 from obowlab.evaluation.words.search import CentreViews
 from obowlab.evaluation.words.sheets import TILE, WORDS_PER_SHEET
-from obowlab.methods import METHODS, Method, OBoW, OneProcess
+from obowlab.methods import METHODS, Batch, Method, OBoW, OneProcess
 from obowlab.runs.folder import RunFolder
 from obowlab.tracking.mirror import Mirror
 from obowlab.training import checkpoint as checkpoints
@@ -47,9 +47,9 @@ def trained(place: Path, *overrides: str) -> RunFolder:
     generator = torch.Generator().manual_seed(0)
     for step in range(STEP):
         original = torch.randn(16, 3, 24, 24, generator=generator)
-        draws = torch.rand(16, method.num_draws, generator=generator, dtype=torch.float64)
+        uniforms = torch.rand(16, method.num_uniforms, generator=generator, dtype=torch.float64)
         with torch.no_grad():
-            method(original, {"crops": original}, step=step, draws=draws)
+            method(Batch(original=original, views={"crops": original}, uniforms=uniforms, step=step))
     return with_checkpoint(loaded, method=method, place=place)
 
 

@@ -225,7 +225,7 @@ def _default_jobs(machine: Machine) -> int:
 
 
 def _print_plan(plan: Plan, *, runs: Mapping[str, RunSummary], book: CostBook, slots: int, scale: str, on_cluster: bool) -> None:
-    from obowlab.launch.cost import duration
+    from obowlab import text
 
     lines, left_s, unknown, counts = [], 0.0, 0, dict.fromkeys(("done", "running", "missing"), 0)
     for job in plan.jobs:
@@ -241,7 +241,7 @@ def _print_plan(plan: Plan, *, runs: Mapping[str, RunSummary], book: CostBook, s
             left_s += share * cost.seconds
         elif share:
             unknown += 1
-        time_text = f"{duration(cost.seconds)} ({cost.source})" if cost.seconds is not None else "unknown"
+        time_text = f"{text.duration(cost.seconds)} ({cost.source})" if cost.seconds is not None else "unknown"
         places = [f"{place} (stage)" if job.is_stage else place for place in job.places]
         run_id = run.info.run_id if run is not None else job.run_id
         lines.append((run_id, status, str(cost.steps or "?"), time_text, ", ".join(places)))
@@ -257,7 +257,7 @@ def _print_plan(plan: Plan, *, runs: Mapping[str, RunSummary], book: CostBook, s
     for line in _shares(plan):
         click.echo(line)
     if left_s or not unknown:
-        click.echo(f"Expected: {duration(left_s)} of training left; {slots} at a time: {duration(left_s / slots)}.")
+        click.echo(f"Expected: {text.duration(left_s)} of training left; {slots} at a time: {text.duration(left_s / slots)}.")
     if unknown:
         when = "in their jobs" if on_cluster else "when the command runs"
         click.echo(f"{unknown} of them were never timed here; a few steps of each are {when}.")

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from obowlab import text
 from obowlab.cli import Family
 from obowlab.cli.options import dry_run_option, json_flag, set_option, would
-from obowlab.cli.output import print_table, toml_value
+from obowlab.cli.output import print_table
 
 if TYPE_CHECKING:
     from obowlab.config import Loaded
@@ -53,7 +54,7 @@ def show(name: str, overrides: tuple[str, ...], as_json: bool, dry_run: bool) ->
     if as_json:
         click.echo(json.dumps(loaded.recipe.model_dump(mode="json"), indent=1, ensure_ascii=False))
         return None
-    rows = [(key, toml_value(value), _source(loaded, key)) for key, value in flatten(loaded.recipe).items()]
+    rows = [(key, text.toml(value), _source(loaded, key)) for key, value in flatten(loaded.recipe).items()]
     return print_table(("setting", "value", "set by"), rows)
 
 
@@ -81,7 +82,7 @@ def diff(first: str, second: str | None, overrides: tuple[str, ...], dry_run: bo
     rows = []
     for key in dict.fromkeys([*ours, *theirs]):  # methods may have different settings
         if key not in ours or key not in theirs or ours[key] != theirs[key]:
-            cells = [toml_value(values[key]) if key in values else "–" for values in (ours, theirs)]
+            cells = [text.toml(values[key]) if key in values else "–" for values in (ours, theirs)]
             rows.append((key, *cells, _source(right if key in theirs else left, key)))
     if not rows:
         click.echo(f"'{names[0]}' and '{names[1]}' do not differ.")

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from obowlab import text
 from obowlab.cli import Family
 from obowlab.cli.options import PATH, MachineOptions, dry_run_option, json_flag, machine_options, would
-from obowlab.cli.output import duration, print_table, size
+from obowlab.cli.output import print_table
 
 if TYPE_CHECKING:
     from obowlab.data.datasets import Plan, PrepareReport, Progress
@@ -118,7 +119,7 @@ def list_all(as_json: bool, options: MachineOptions, dry_run: bool) -> None:
     lines = []
     for listing in listings:
         images = ", ".join(f"{manifest.num_images} {manifest.split}" for manifest in listing.manifests)
-        total = size(sum(manifest.file_bytes for manifest in listing.manifests)) if listing.manifests else ""
+        total = text.size(sum(manifest.file_bytes for manifest in listing.manifests)) if listing.manifests else ""
         hashes = " ".join(manifest.content_hash[:8] for manifest in listing.manifests)
         if listing.problem is not None:
             state = listing.problem
@@ -134,13 +135,13 @@ def _plan_line(plan: Plan) -> str:
     images = ", ".join(f"{count} {split}" for split, count in plan.num_images.items())
     ignored = f", {plan.num_ignored} other files left out" if plan.num_ignored else ""
     return (
-        f"{images} images of {plan.num_classes} classes{ignored}, about {size(plan.num_bytes)} "
-        f"({size(plan.free_bytes)} free) and {duration(plan.estimated_s)}"
+        f"{images} images of {plan.num_classes} classes{ignored}, about {text.size(plan.num_bytes)} "
+        f"({text.size(plan.free_bytes)} free) and {text.duration(plan.estimated_s)}"
     )
 
 
 def _show_progress(progress: Progress) -> None:
-    left = f", {duration(progress.remaining_s)} left" if progress.done < progress.total else ""
+    left = f", {text.duration(progress.remaining_s)} left" if progress.done < progress.total else ""
     end = "\n" if progress.done == progress.total else ""
     click.echo(f"\r\033[K{progress.split}: {progress.done} of {progress.total} images{left}{end}", err=True, nl=False)
 
@@ -149,11 +150,11 @@ def _print_report(name: str, folder: Path, report: PrepareReport) -> None:
     if report.already_prepared:
         click.echo(f"{name} is already prepared in {folder}.")
     else:
-        click.echo(f"Prepared {name} in {folder} within {duration(report.elapsed_s)}.")
+        click.echo(f"Prepared {name} in {folder} within {text.duration(report.elapsed_s)}.")
     for manifest in report.manifests:
         click.echo(
             f"  {manifest.split}: {manifest.num_images} images of {len(manifest.class_names)} classes, "
-            f"{size(manifest.file_bytes)}, content {manifest.content_hash}"
+            f"{text.size(manifest.file_bytes)}, content {manifest.content_hash}"
         )
     for note in report.notes:
         click.echo(f"  note: {note}")

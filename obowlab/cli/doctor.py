@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
+from obowlab import text
 from obowlab.cli.options import ROOTS, MachineOptions, dry_run_option, json_flag, machine_options, would
-from obowlab.cli.output import size
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
@@ -209,10 +209,10 @@ def _memory() -> list[Check]:
         return [Check("memory", "warn", "this system does not say how much is free")]
     free = int(facts["MemAvailable"].split()[0]) * 1024
     total = int(facts["MemTotal"].split()[0]) * 1024
-    text = f"{size(free)} of {size(total)} free, {_cores()} CPU core(s)"
+    found = f"{text.size(free)} of {text.size(total)} free, {_cores()} CPU core(s)"
     if free >= MIN_FREE_MEMORY:
-        return [Check("memory", "ok", text)]
-    return [Check("memory", "warn", f"{text}: small batches only", "obowlab run NAME --set training.batch_size=32 --workers 1")]
+        return [Check("memory", "ok", found)]
+    return [Check("memory", "warn", f"{found}: small batches only", "obowlab run NAME --set training.batch_size=32 --workers 1")]
 
 
 def _cores() -> int:
@@ -232,13 +232,13 @@ def _disk(machine: Machine) -> list[Check]:
             continue
         free = shutil.disk_usage(place).free
         if free >= MIN_FREE_DISK:
-            checks.append(Check(name, "ok", f"{root}, {size(free)} free"))
+            checks.append(Check(name, "ok", f"{root}, {text.size(free)} free"))
         else:
             checks.append(
                 Check(
                     name,
                     "fail" if free < MIN_FREE_DISK / 10 else "warn",
-                    f"{root}, only {size(free)} free",
+                    f"{root}, only {text.size(free)} free",
                     f"du -xh --max-depth=2 {place} | sort -h | tail",
                 )
             )

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 import click
 
+from obowlab import text
 from obowlab.cli import Family
 from obowlab.cli.options import MachineOptions, dry_run_option, json_flag, machine_options, would
-from obowlab.cli.output import duration, moment, print_table
+from obowlab.cli.output import print_table
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
@@ -128,8 +129,8 @@ def _print(found: Overview, *, root: Path) -> None:
 
 def _row(job: Job) -> tuple[str, ...]:
     steps = f"{job.step}/{job.total_steps}" if job.total_steps else "-"
-    left = duration(job.left_s) if job.left_s is not None else ""
-    return (job.job, job.launcher, job.status, job.where, job.what, steps, left, moment(job.changed_at), job.message)
+    left = text.duration(job.left_s) if job.left_s is not None else ""
+    return (job.job, job.launcher, job.status, job.where, job.what, steps, left, text.timestamp(job.changed_at), job.message)
 
 
 def _warn(found: Overview) -> None:

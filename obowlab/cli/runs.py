@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from obowlab import text
 from obowlab.cli import Family
 from obowlab.cli.options import PATH, MachineOptions, dry_run_option, json_flag, machine_options, would
-from obowlab.cli.output import moment, print_results, print_table, size
+from obowlab.cli.output import print_results, print_table
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def list_all(as_json: bool, options: MachineOptions, dry_run: bool) -> None:
         click.echo(f"There are no runs in {root}; `obowlab run demo` makes one.")
         return None
     lines = [
-        (run.info.run_id, run.state.status, _progress(run.state), moment(run.info.created_at), *_headlines(results))
+        (run.info.run_id, run.state.status, _progress(run.state), text.timestamp(run.info.created_at), *_headlines(results))
         for run, results in rows
     ]
     return print_table(("run", "status", "steps", "created", *HEADLINES), lines, right=("steps", *HEADLINES))
@@ -124,13 +125,13 @@ def show(run: str, as_json: bool, options: MachineOptions, dry_run: bool) -> Non
         ("seed", str(info.seed)),
         ("status", state.status + (f": {state.message}" if state.message else "")),
         ("steps", _progress(state)),
-        ("created", f"{moment(info.created_at)} by obowlab {info.version}"),
+        ("created", f"{text.timestamp(info.created_at)} by obowlab {info.version}"),
         ("attempts", str(len(folder.attempts()))),
         ("folder", str(folder.path)),
-        *((name.removeprefix("obowlab."), text) for name, text in folder.labels().items()),
+        *((name.removeprefix("obowlab."), label) for name, label in folder.labels().items()),
     ]
-    for name, text in facts:
-        click.echo(f"{name:<9} {text}")
+    for name, fact in facts:
+        click.echo(f"{name:<9} {fact}")
     if last is not None:
         click.echo(f"\nLast metrics, step {last.step}:")
         print_table(
@@ -200,7 +201,7 @@ def export(run: str, out: Path | None, checkpoint: bool, options: MachineOptions
     if dry_run:
         return would(f"write {', '.join(names)} of run '{folder.run_id}' to {target}")
     write_bundle(folder, names=names, target=target)
-    click.echo(f"Wrote {target} ({size(target.stat().st_size)}): {', '.join(names)}.")
+    click.echo(f"Wrote {target} ({text.size(target.stat().st_size)}): {', '.join(names)}.")
     return None
 
 
@@ -241,7 +242,7 @@ def _progress(state: State) -> str:
 
 def _headlines(results: list[dict[str, Any]]) -> list[str]:
     values = {
-        measurement["name"]: f"{measurement['value']:.1f} ± {measurement['interval']:.1f}"
+        measurement["name"]: text.measurement(measurement, digits=1)
         for result in results
         if result["subject"] == "student"
         for measurement in result["measurements"]

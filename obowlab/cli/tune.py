@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from obowlab import text
 from obowlab.cli.options import (
     CLUSTER,
     HARDWARE,
@@ -23,7 +24,7 @@ from obowlab.cli.options import (
     submitter_of,
     would,
 )
-from obowlab.cli.output import duration, print_table
+from obowlab.cli.output import print_table
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
@@ -209,8 +210,8 @@ def _say_cost(tuning: Tuning, *, machine: Machine, left: int, slots: int) -> Non
     cost = CostBook(machine, runs=store_runs(machine.runs_root).values()).cost(recipe)
     if cost.seconds is not None:
         trial_s = cost.seconds * len(tuning.spec.seeds)
-        together = duration(left * trial_s / slots)
-        _say(f"{left} trials of about {duration(trial_s)} are left: {together} with {slots} at a time, less what is pruned")
+        together = text.duration(left * trial_s / slots)
+        _say(f"{left} trials of about {text.duration(trial_s)} are left: {together} with {slots} at a time, less what is pruned")
 
 
 def _look(tuning: Tuning, *, machine: Machine, storage: str | None, budget: int, show: bool, as_json: bool, jobs: int) -> int:
@@ -279,8 +280,8 @@ def print_study(report: StudyReport) -> None:
             str(trial.number),
             trial.status,
             *(_number(trial.params.get(key)) for key in keys),
-            _estimate(trial.value, trial.interval),
-            duration(trial.finished_at - trial.started_at) if trial.finished_at and trial.started_at else "",
+            text.estimate(trial.value, trial.interval),
+            text.duration(trial.finished_at - trial.started_at) if trial.finished_at and trial.started_at else "",
             _remark(trial),
             ", ".join(run.run_id for run in trial.runs),
         )
@@ -294,7 +295,7 @@ def print_study(report: StudyReport) -> None:
         if number is not None:
             trial = by_number[number]
             point = ", ".join(f"{head} {_number(trial.params[key])}" for head, key in zip(heads, keys, strict=True))
-            click.echo(f"{word}: {_estimate(trial.value, trial.interval)} {report.unit} at {point} (trial {number})")
+            click.echo(f"{word}: {text.estimate(trial.value, trial.interval)} {report.unit} at {point} (trial {number})")
     gain = report.best_against_paper
     if gain is not None and report.best != report.paper:
         click.echo(
@@ -311,12 +312,6 @@ def print_study(report: StudyReport) -> None:
 def _counts(report: StudyReport) -> str:
     there = {status: number for status, number in report.counts.items() if number or status == "completed"}
     return f"{', '.join(f'{number} {status}' for status, number in there.items())}; budget {report.budget}"
-
-
-def _estimate(value: float | None, interval: float | None) -> str:
-    if value is None:
-        return ""
-    return f"{value:.2f}" + (f" ± {interval:.2f}" if interval is not None else "")
 
 
 def _number(value: object) -> str:

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from obowlab import text
 from obowlab.config import Machine, Recipe
 from obowlab.data.datasets import DATASETS
 from obowlab.data.manifest import read_manifest
@@ -64,7 +65,7 @@ class Cost:
         if self.seconds is None:
             return "Cost: unknown."
         hours = "CPU-hours" if device == "cpu" else "GPU-hours"
-        parts = [f"{duration(self.seconds)} of training, {procs * self.seconds / 3600:.2g} {hours}"]
+        parts = [f"{text.duration(self.seconds)} of training, {procs * self.seconds / 3600:.2g} {hours}"]
         if self.memory_mib is not None:
             parts.append(f"{_size(self.memory_mib)} of {'' if device == 'cpu' else 'GPU '}memory for each of {procs} process(es)")
         if self.disk_mib is not None:
@@ -158,7 +159,7 @@ class CostBook:
                     check=False,
                 )
         except subprocess.TimeoutExpired:
-            return f"it took more than {duration(BENCHMARK_TIMEOUT_S)}"
+            return f"it took more than {text.duration(BENCHMARK_TIMEOUT_S)}"
         for line in done.stdout.splitlines():
             answer = json.loads(line)
             self._measured[self._place(answer.pop("key"))] = Measured.model_validate(answer)
@@ -229,15 +230,6 @@ def num_steps(recipe: Recipe, *, data_root: Path) -> int | None:
     if data.images_per_class is not None:
         num_images = min(num_images, data.images_per_class * num_classes)
     return recipe.training.epochs * (num_images // recipe.training.batch_size)
-
-
-def duration(seconds: float) -> str:
-    """Return `40 s`, `12 min`, `3.5 h` or `2.1 days`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
 
 
 def _read(path: Path) -> dict[str, Measured]:

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Literal
 
+from obowlab import text
+
 WIDTH, HEIGHT = 400.0, 250.0
 """Of a chart in user units: as wide as a phone, so that its text is readable there without being enlarged."""
 
@@ -129,12 +131,12 @@ def line_chart(lines: Sequence[Line], *, title: str, x: Axis, y: Axis) -> str:
             parts.append(f'<path class="band {name}" d="{path}Z">{tooltip(f"{line.label}: {line.band}")}</path>')
     for line, (xs, ys), name in zip(lines, placed, classes, strict=True):
         said = tooltip(
-            f"{line.label}: {number(line.y[-1])} at {number(line.x[-1])}; from {number(min(line.y))} to {number(max(line.y))}"
+            f"{line.label}: {text.number(line.y[-1])} at {text.number(line.x[-1])}; from {text.number(min(line.y))} to {text.number(max(line.y))}"
         )
         if line.kind == "points" or len(xs) == 1:
             parts += [
                 f'<circle class="dot {name}" cx="{a:.1f}" cy="{b:.1f}" r="3.2">'
-                f"{tooltip(f'{line.label}: {number(value)} at {number(place)}')}</circle>"
+                f"{tooltip(f'{line.label}: {text.number(value)} at {text.number(place)}')}</circle>"
                 for a, b, place, value in zip(xs, ys, line.x, line.y, strict=True)
             ]
         else:
@@ -202,15 +204,15 @@ def bar_chart(bars: Sequence[Bar], *, title: str, unit: str) -> str:
     parts = []
     for i, bar in enumerate(bars):
         y, length = 6 + i * 26.0, room * bar.value / longest
-        text = f"{number(bar.value)} {unit}".strip()
+        value = f"{text.number(bar.value)} {unit}".strip()
         parts.append(
             f'<text class="name" x="{left - 6:.1f}" y="{y + 13:.1f}" text-anchor="end">{escape(_short(bar.label, 26))}</text>'
         )
         parts.append(
             f'<rect class="bar" x="{left:.1f}" y="{y:.1f}" width="{length:.1f}" height="18">'
-            f"{tooltip(f'{bar.label}: {text}')}</rect>"
+            f"{tooltip(f'{bar.label}: {value}')}</rect>"
         )
-        parts.append(f'<text class="tick" x="{left + length + 5:.1f}" y="{y + 13:.1f}">{escape(text)}</text>')
+        parts.append(f'<text class="tick" x="{left + length + 5:.1f}" y="{y + 13:.1f}">{escape(value)}</text>')
     return svg(parts, title=title, height=12 + 26.0 * len(bars))
 
 
@@ -231,7 +233,7 @@ def interval_chart(intervals: Sequence[Interval], *, title: str, x: Axis) -> str
     bottom = 10 + 22.0 * len(intervals)
     parts = [
         f'<path class="grid" d="M{place(t):.1f},6V{bottom:.1f}"/>'
-        f'<text class="tick" x="{place(t):.1f}" y="{bottom + 14:.1f}" text-anchor="middle">{number(t)}</text>'
+        f'<text class="tick" x="{place(t):.1f}" y="{bottom + 14:.1f}" text-anchor="middle">{text.number(t)}</text>'
         for t in ticks(*across, count=5)
     ]
     parts.append(f'<path class="axis" d="M{place(0.0):.1f},6V{bottom:.1f}"/>')
@@ -241,14 +243,14 @@ def interval_chart(intervals: Sequence[Interval], *, title: str, x: Axis) -> str
             f'<text class="name" x="{left - 8:.1f}" y="{y + 4:.1f}" text-anchor="end">{escape(_short(one.label, 24))}</text>'
         )
         if one.value is not None:
-            said = f"{one.label}, ours: {number(one.value)} ± {number(one.half_width)}"
+            said = f"{one.label}, ours: {text.number(one.value)} ± {text.number(one.half_width)}"
             start, end = place(one.value - one.half_width), place(one.value + one.half_width)
             parts.append(
                 f'<g>{tooltip(said)}<path class="whisker" d="M{start:.1f},{y:.1f}H{end:.1f}"/>'
                 f'<circle class="dot c0" cx="{place(one.value):.1f}" cy="{y:.1f}" r="4"/></g>'
             )
         if one.paper is not None:
-            said = tooltip(f"{one.label}, paper: {number(one.paper)}")
+            said = tooltip(f"{one.label}, paper: {text.number(one.paper)}")
             parts.append(
                 f'<path class="diamond" d="M{place(one.paper):.1f},{y - 5.5:.1f}l5.5,5.5l-5.5,5.5l-5.5,-5.5Z">{said}</path>'
             )
@@ -258,19 +260,6 @@ def interval_chart(intervals: Sequence[Interval], *, title: str, x: Axis) -> str
 
 
 # ---------------------------------------------------------------------------------------------------------------- helpers
-
-
-def number(value: float) -> str:
-    """Return a number of at most four digits for people: `0.05`, `1200`, `−3.25`, `1.2e−5`."""
-    if value == 0:
-        return "0"
-    size = float(f"{abs(value):.4g}")
-    if 1e-3 <= size < 1e5:
-        text = f"{size:.10f}".rstrip("0").rstrip(".")
-    else:
-        mantissa, _, power = f"{size:.2e}".partition("e")
-        text = f"{mantissa.rstrip('0').rstrip('.')}e{int(power)}"
-    return text.replace("-", "−") if value > 0 else f"−{text.replace('-', '−')}"
 
 
 def ticks(low: float, high: float, *, count: int) -> list[float]:
@@ -340,11 +329,13 @@ def axes(
     for tick in log_ticks(*up) if y.log else ticks(*up, count=5):
         height = place_y(tick)
         parts.append(f'<path class="grid" d="M{left:.1f},{height:.1f}H{right:.1f}"/>')
-        parts.append(f'<text class="tick" x="{left - 6:.1f}" y="{height + 3.5:.1f}" text-anchor="end">{number(tick)}</text>')
+        parts.append(f'<text class="tick" x="{left - 6:.1f}" y="{height + 3.5:.1f}" text-anchor="end">{text.number(tick)}</text>')
     parts.append(f'<path class="axis" d="M{left:.1f},{base:.1f}H{right:.1f}"/>')
     for tick in log_ticks(*across) if x.log else ticks(*across, count=5):
         parts.append(f'<path class="axis" d="M{place_x(tick):.1f},{base:.1f}v4"/>')
-        parts.append(f'<text class="tick" x="{place_x(tick):.1f}" y="{base + 16:.1f}" text-anchor="middle">{number(tick)}</text>')
+        parts.append(
+            f'<text class="tick" x="{place_x(tick):.1f}" y="{base + 16:.1f}" text-anchor="middle">{text.number(tick)}</text>'
+        )
     parts.append(f'<text class="tick" x="4" y="14">{escape(y.label)}</text>')
     parts.append(
         f'<text class="tick" x="{(left + right) / 2:.1f}" y="{HEIGHT - 6:.1f}" text-anchor="middle">{escape(x.label)}</text>'

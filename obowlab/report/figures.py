@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from obowlab.report.chart import Axis, Bar, Interval, Line, bar_chart, interval_chart, line_chart, number
+from obowlab import text
+from obowlab.report.chart import Axis, Bar, Interval, Line, bar_chart, interval_chart, line_chart
 from obowlab.report.curves import Curve, over_seeds
 from obowlab.report.model import Figure, Run, Site
 from obowlab.report.parameter_map import Mark, Spot, parameter_map
@@ -253,7 +254,7 @@ def _axis(metric: str, lines: Sequence[Line]) -> tuple[Axis, str]:
     bottom, top = max(low, min(later) - room), min(high, max(later) + room)
     if (bottom, top) == (low, high):
         return Axis(label), ""
-    said = f"The first steps, from {number(low)} to {number(high)}, are drawn at the edge where they lie beyond it."
+    said = f"The first steps, from {text.number(low)} to {text.number(high)}, are drawn at the edge where they lie beyond it."
     return Axis(label, low=bottom, high=top), said
 
 

@@ -14,15 +14,15 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from obowlab import text
 from obowlab.config import project_root
 from obowlab.errors import UserError
 from obowlab.report import figures
-from obowlab.report.chart import number
 from obowlab.report.model import Run, Site
 from obowlab.report.studies import Study
 from obowlab.report.vocabulary_health import RULES
-from obowlab.tables.model import Estimate, Table
-from obowlab.tables.render import LEGEND, MARKS
+from obowlab.tables.model import Table
+from obowlab.tables.render import LEGEND, MARKS, estimate_text
 
 TEMPLATES = "dashboards/report"
 ASSETS = ("style.css", "page.js")
@@ -84,7 +84,7 @@ def _write(site: Site, *, folder: Path) -> int:
             "estimate": estimate_text,
             "signed": signed,
             "span": span_text,
-            "duration": duration_text,
+            "duration": text.duration,
             "short": short_hash,
             "svg": Markup,
             "page_of": page_of_run,
@@ -102,10 +102,10 @@ def _write(site: Site, *, folder: Path) -> int:
         path = folder / page.path
         path.parent.mkdir(parents=True, exist_ok=True)
         up = "../" * page.path.count("/")
-        text = environment.get_template(page.template).render(
+        content = environment.get_template(page.template).render(
             up=up, path=page.path, section=page.section, title=page.title, **page.values()
         )
-        path.write_text(re.sub(r"\n\s*\n", "\n", text), encoding="utf-8")  # the lines of template statements are empty
+        path.write_text(re.sub(r"\n\s*\n", "\n", content), encoding="utf-8")  # the lines of template statements are empty
     for name in ASSETS:
         shutil.copyfile(templates / name, folder / name)
     for run in site.runs:
@@ -227,14 +227,9 @@ def anchor(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]", "-", name).lstrip(".") or "unnamed"
 
 
-def estimate_text(value: Estimate | None) -> str:
-    """Return `8.82 ± 0.50`; a dash where there is nothing."""
-    return "–" if value is None else f"{value.value:.2f} ± {value.interval:.2f}"
-
-
 def span_text(value: tuple[float, float] | None) -> str:
     """Return a value and its half-width as `8.82 ± 0.50`; a dash where there is nothing."""
-    return "–" if value is None else f"{value[0]:.2f} ± {value[1]:.2f}"
+    return text.estimate(*value) if value is not None else text.ABSENT
 
 
 def signed(value: float | None) -> str:
@@ -242,19 +237,9 @@ def signed(value: float | None) -> str:
     return "–" if value is None else f"{value:+.2f}".replace("-", "−")
 
 
-def duration_text(seconds: float | None) -> str:
-    """Return a time for people: `45 s`, `12 min`, `3 h 20 min`."""
-    if seconds is None:
-        return "–"
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
-
-
 def setting_text(value: Any) -> str:
     """Return a searched value for people: numbers to four digits; the run's page has the whole number."""
-    return number(value) if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
+    return text.number(value) if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
 
 
 def short_hash(value: str | None) -> str:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Literal
 
-from obowlab.report.chart import BOTTOM, HEIGHT, LEFT, MARGIN, TOP, WIDTH, Axis, axes, number, scale, span, svg, tooltip
+from obowlab import text
+from obowlab.report.chart import BOTTOM, HEIGHT, LEFT, MARGIN, TOP, WIDTH, Axis, axes, scale, span, svg, tooltip
 
 CIVIDIS = ("#00224e", "#2a3f6d", "#575d6d", "#7d7c78", "#a59c74", "#d2c060", "#fee838")
 """Seven steps of the cividis map, which people with and without colour blindness read alike."""
@@ -67,8 +68,8 @@ def parameter_map(spots: Sequence[Spot], *, title: str, x: Axis, y: Axis, value:
         parts += _cells(known, hull=hull, low=low, high=high, right=right)
     for spot in sorted(spots, key=lambda s: (s.value is not None, s.mark != "trial")):
         a, b = place_x(spot.x), place_y(spot.y)
-        reached = f"{number(spot.value)}" if spot.value is not None else "no value"
-        said = tooltip(f"{spot.label}: {reached}; {x.label} {number(spot.x)}, {y.label} {number(spot.y)}")
+        reached = f"{text.number(spot.value)}" if spot.value is not None else "no value"
+        said = tooltip(f"{spot.label}: {reached}; {x.label} {text.number(spot.x)}, {y.label} {text.number(spot.y)}")
         if spot.value is None and spot.mark == "trial":
             parts.append(f'<path class="cross" d="M{a - 3:.1f},{b - 3:.1f}l6,6m0,-6l-6,6">{said}</path>')
             continue
@@ -159,5 +160,5 @@ def _key(value: str, *, low: float, high: float) -> list[str]:
         y = HEIGHT - BOTTOM - (i + 1) * tall
         parts.append(f'<rect x="{left:.0f}" y="{y:.1f}" width="12" height="{tall + 0.3:.1f}" fill="{colour}"/>')
     for y, edge in ((HEIGHT - BOTTOM, low), (TOP + 8, high)):
-        parts.append(f'<text class="tick" x="{left + 16:.0f}" y="{y:.1f}">{number(edge)}</text>')
+        parts.append(f'<text class="tick" x="{left + 16:.0f}" y="{y:.1f}">{text.number(edge)}</text>')
     return parts

@@ -7,12 +7,11 @@ import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from obowlab import __version__
+from obowlab import __version__, text
 from obowlab.config import Recipe, canonical_hash, flatten, load_recipe, recipe_files
 from obowlab.config.scales import SCALES
 from obowlab.config.validation import flat_pairs
@@ -92,7 +91,9 @@ def read_store(runs_root: Path) -> Store:
             runs.append((summary, Record.of(summary)))
         except DAMAGED as error:
             problems.append(_cannot_be_shown(summary, error))
-    return Store(root=runs_root, as_of=moment(newest) if newest else "", runs=tuple(runs), problems=tuple(problems))
+    return Store(
+        root=runs_root, as_of=text.timestamp(newest, utc=True) if newest else "", runs=tuple(runs), problems=tuple(problems)
+    )
 
 
 def gather(store: Store, *, tables: Tables) -> Site:
@@ -167,7 +168,7 @@ def read_run(summary: RunSummary, *, record: Record) -> Run:
         step=state.step,
         total_steps=state.total_steps,
         epochs=epochs,
-        created=moment(info.created_at),
+        created=text.timestamp(info.created_at, utc=True),
         elapsed_s=record.trained_s,
         fingerprint=info.fingerprint,
         commit=facts.get("commit"),
@@ -206,8 +207,8 @@ def compare(values: Mapping[str, Any], *, name: str, sources: Mapping[str, str])
     shipped, base = _shipped(name)
     settings = []
     for key, value in values.items():
-        own = as_text(value)
-        other = as_text(shipped[key]) if key in shipped else None
+        own = text.override(value)
+        other = text.override(shipped[key]) if key in shipped else None
         settings.append(Setting(key, own, sources.get(key, "default"), other if other != own else None))
     return tuple(settings), base
 
@@ -291,24 +292,12 @@ def find_gallery(folder: Path) -> Gallery | None:
     return Gallery(folder=folder, preview=tuple(first.values()))
 
 
-def as_text(value: Any) -> str:
-    """Return a setting as `--set` takes it: words without quotes, lists as TOML writes them."""
-    if isinstance(value, str) and re.fullmatch(r"[A-Za-z_][\w.-]*", value):
-        return value
-    return "all" if value is None else json.dumps(value, ensure_ascii=False)
-
-
 def brief(value: str) -> str:
     """Return a setting for a label: numbers to four digits, anything else as it is."""
     try:
         return f"{float(value):.4g}"
     except ValueError:
         return value
-
-
-def moment(timestamp: float) -> str:
-    """Return day and time to the minute in UTC: the same report on every machine."""
-    return datetime.fromtimestamp(timestamp, tz=UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def _planned(scale: str) -> tuple[list[PlannedTable], list[str]]:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
+from obowlab import text
 from obowlab.config import Count, Loaded, Section, find_file, flatten, load_recipe, nearest, project_root, read_toml
 from obowlab.config.scales import recipe_for
 from obowlab.errors import UserError
@@ -164,7 +165,7 @@ class Tuning:
         Raises:
             UserError: the values do not go together.
         """
-        point = [f"{key}={toml_text(self.value_of(key, value))}" for key, value in params.items()]
+        point = [f"{key}={text.toml(self.value_of(key, value))}" for key, value in params.items()]
         loaded = load_recipe(recipe_for(self.spec.base, self.scale), overrides=(*self.overrides, *point))
         every = self.every_epochs(loaded.recipe.training.epochs)
         if every == 0:
@@ -247,7 +248,7 @@ def plan_study(name: str, *, scale: str, overrides: Sequence[str] = (), study_na
     chosen = study_name or f"{path.stem}-{scale}"
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", chosen):
         raise UserError(f"Study name '{chosen}' (--name, or the file's): only letters, digits and '._-' will do for a folder.")
-    changes = (*(f"{key}={toml_text(value)}" for key, value in spec.overrides.items()), *overrides)
+    changes = (*(f"{key}={text.toml(value)}" for key, value in spec.overrides.items()), *overrides)
     base = load_recipe(recipe_for(spec.base, scale), overrides=changes)
     tuning = Tuning(name=chosen, file=path, spec=spec, scale=scale, base=base, overrides=changes)
     _check_objective(tuning)
@@ -259,11 +260,6 @@ def plan_study(name: str, *, scale: str, overrides: Sequence[str] = (), study_na
 def choice_label(choice: Any) -> Any:
     """Return how Optuna keeps a choice: a list as its JSON text."""
     return json.dumps(choice) if isinstance(choice, list | tuple) else choice
-
-
-def toml_text(value: Any) -> str:
-    """Return a value as `--set` takes it; numbers come back exactly."""
-    return json.dumps(value, ensure_ascii=False)
 
 
 # -------------------------------------------------------------------------------------------------------------- helpers

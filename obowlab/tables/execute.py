@@ -7,9 +7,7 @@ two of them at once meet in the lock of each run. Every job is an `obowlab run` 
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -20,8 +18,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import IO, Any
+from typing import IO
 
+from obowlab import text
 from obowlab.config import Loaded, Machine, command_options
 from obowlab.launch.processes import tied_to_this_process
 from obowlab.runs.folder import RunFolder, RunSummary, run_id_of
@@ -115,14 +114,9 @@ def wanted(row: PlannedRow, *, table: PlannedTable, rows: Mapping[str, Sequence[
 
 
 def _command(row: PlannedRow, *, seed: int, stage: int | None) -> tuple[str, ...]:
-    changes = [word for key, value in row.overrides.items() for word in ("--set", _override(key, value))]
+    changes = [word for key, value in row.overrides.items() for word in ("--set", f"{key}={text.override(value)}")]
     only = () if stage is None else ("--stage", str(stage))
     return ("run", row.base_recipe, *changes, "--seed", str(seed), *only)
-
-
-def _override(key: str, value: Any) -> str:
-    plain = isinstance(value, str) and re.fullmatch(r"[a-z]\w*", value) and value not in ("true", "false", "inf", "nan")
-    return f"{key}={value if plain else json.dumps(value)}"  # JSON's numbers, texts and lists are TOML's
 
 
 # ----------------------------------------------------------------------------------------------------------- carrying out

@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Iterable, Sequence
 
+from obowlab import text
 from obowlab.config import project_root
 from obowlab.tables.model import Cell, Estimate, Row, RunRef, Table
 
@@ -171,13 +172,6 @@ def html(tables: Sequence[Table]) -> str:
     return environment.get_template("table.html").render(tables=tables, style=style, **parts) + "\n"
 
 
-def estimate_text(value: Estimate | None, *, signed: bool = False) -> str:
-    """Return `8.82 ± 0.50`; a dash where there is nothing."""
-    if value is None:
-        return "–"
-    return f"{value.value:+.2f} ± {value.interval:.2f}" if signed else f"{value.value:.2f} ± {value.interval:.2f}"
-
-
 def verdict_text(row: Row) -> str:
     """Return the row's verdict with its mark; `base row` for the base row."""
     if row.is_base:
@@ -220,6 +214,11 @@ def _status(run: RunRef) -> str:
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
+
+
+def estimate_text(value: Estimate | None, *, signed: bool = False) -> str:
+    """Return `8.82 ± 0.50`; a dash where there is nothing."""
+    return text.ABSENT if value is None else text.estimate(value.value, value.interval, signed=signed)
 
 
 def _signed(value: float | None) -> str:

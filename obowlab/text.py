@@ -1,0 +1,86 @@
+"""Values as text for people: durations, sizes, times, numbers, estimates, settings; each in one form everywhere."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+ABSENT = "–"
+"""What stands where there is no value."""
+
+
+def duration(seconds: float | None) -> str:
+    """Return a time as `45 s`, `12 min`, `3 h 20 min` or `2.1 days`; a dash where there is none."""
+    if seconds is None:
+        return ABSENT
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes < 48 * 60 else f"{seconds / 86400:.1f} days"
+
+
+def size(num_bytes: float) -> str:
+    """Return a number of bytes in decimal units: `3.4 MB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.1f} TB"
+
+
+def timestamp(seconds: float, *, utc: bool = False) -> str:
+    """Return a time in seconds since 1970 to the minute: local, or in UTC, which is the same on every machine."""
+    if utc:
+        return datetime.fromtimestamp(seconds, tz=UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M")
+
+
+def number(value: float) -> str:
+    """Return a number of at most four digits: `0.05`, `1200`, `−3.25`, `1.2e−5`."""
+    if value == 0:
+        return "0"
+    magnitude = float(f"{abs(value):.4g}")
+    if 1e-3 <= magnitude < 1e5:
+        text = f"{magnitude:.10f}".rstrip("0").rstrip(".")
+    else:
+        mantissa, _, power = f"{magnitude:.2e}".partition("e")
+        text = f"{mantissa.rstrip('0').rstrip('.')}e{int(power)}"
+    return text.replace("-", "−") if value > 0 else f"−{text.replace('-', '−')}"
+
+
+def estimate(value: float | None, half_width: float | None = None, *, signed: bool = False, digits: int = 2) -> str:
+    """Return a value and the half-width of its interval, in percent: `8.82 ± 0.50`; a dash where there is no value."""
+    if value is None:
+        return ABSENT
+    text = f"{value:{'+' if signed else ''}.{digits}f}"
+    return text if half_width is None else f"{text} ± {half_width:.{digits}f}"
+
+
+def measurement(values: Mapping[str, Any] | None, *, digits: int = 2) -> str:
+    """Return a measurement of a results file: `8.82 ± 0.50`, or `97.25 [96.17, 98.03]` where the interval is not symmetric."""
+    if values is None:
+        return ABSENT
+    value, half_width = values["value"], values["interval"]
+    low, high = values.get("low", value - half_width), values.get("high", value + half_width)  # earlier versions have no ends
+    if math.isclose(high - value, value - low, abs_tol=1e-9):
+        return estimate(value, half_width, digits=digits)
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def toml(value: Any) -> str:
+    """Return a setting as a TOML file writes it; a number that was left open is "all"."""
+    return '"all"' if value is None else json.dumps(value, ensure_ascii=False)  # JSON's numbers, texts and lists are TOML's
+
+
+def override(value: Any) -> str:
+    """Return a setting as `--set KEY=VALUE` takes it: as TOML, but plain words without their quotes."""
+    text = "all" if value is None else value
+    if isinstance(text, str) and re.fullmatch(r"[A-Za-z_][\w.-]*", text) and text not in ("true", "false", "inf", "nan"):
+        return text
+    return toml(value)
