@@ -27,7 +27,7 @@ from obowlab.config.scales import SCALES
 from obowlab.config.validation import known_keys
 from obowlab.studies.spec import load_study, plan_study
 from obowlab.tables.spec import load_table
-from tests.command_line import empty_workplace, finished_run
+from tests.command_line import finished_run
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "CONTRIBUTING.md", "DECISIONS.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))))
@@ -163,12 +163,10 @@ def write_files(page: str, folder: Path) -> list[Path]:
 
 
 @pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    place = empty_workplace(tmp_path, monkeypatch)
-    for variable in ("XDG_CONFIG_HOME", "OBOWLAB_STUDY_STORAGE"):
-        monkeypatch.delenv(variable, raising=False)
-    (place / "ablations").symlink_to(ROOT / "ablations")
-    return place
+def workplace(workplace: Path) -> Path:
+    """The empty working folder, with the tables of this checkout in it."""
+    (workplace / "ablations").symlink_to(ROOT / "ablations")
+    return workplace
 
 
 @pytest.mark.parametrize("page", PAGES)
