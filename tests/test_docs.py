@@ -31,10 +31,7 @@ from tests.command_line import finished_run
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (
-    "README.md",
-    "CONTRIBUTING.md",
-    "DECISIONS.md",
-    "ablations/results/README.md",
+    *("README.md", "CONTRIBUTING.md", "DECISIONS.md", "ablations/results/README.md"),
     *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))),
 )
 MAX_README_LINES = 120
