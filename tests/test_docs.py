@@ -269,9 +269,9 @@ def test_files_in_toml_blocks_are_valid(page: str, workplace: Path) -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_paths_exist(page: str) -> None:
     missing = []
-    for line in prose(page).splitlines():
+    for item in re.split(r"\n\s*\n|\n(?=\s*(?:\||[-*] |\d+\. ))", prose(page)):  # paragraphs, rows of tables, items of lists
         folder = Path()
-        for code in re.findall(r"`([^`]+)`", line):
+        for code in re.findall(r"`([^`]+)`", item):
             for word in code.split():
                 path = word.rstrip("/:,")
                 if not re.search(r"\w/|\w\.(py|md|html|toml|yml|sh|js|css)$", path) or re.search(r"^-|=|://|:$", word):
