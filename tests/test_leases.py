@@ -15,7 +15,7 @@ from tests.gpus import stand_in_gpus
 
 HOLD = """
 import sys, time
-from obowlab.launch.gpu_names import hold_as_worker, take
+from obowlab.launch.gpu_leases import hold_as_worker, take
 gpu, role = sys.argv[1:]
 name = take(gpu) if role == "launcher" else hold_as_worker(local_rank=0, gpus=[gpu])
 assert name is not None
