@@ -6,10 +6,13 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 from obowlab import text
 from obowlab.config import project_root
 from obowlab.tables.model import Cell, Estimate, Row, RunRef, Table
+
+Format = Literal["rich", "md", "json", "csv", "html"]
 
 MARKS = {"agrees": "✓", "disagrees": "✗", "indistinguishable": "≈"}
 LEGEND = "direction against the base row: ✓ as in the paper, ✗ the opposite, ≈ not distinguishable (paired test, 5 %)"
@@ -172,6 +175,17 @@ def html(tables: Sequence[Table]) -> str:
     return environment.get_template("table.html").render(tables=tables, style=style, **parts) + "\n"
 
 
+def as_text(tables: Sequence[Table], *, form: Format) -> str:
+    """Return tables as the text of a file: JSON, CSV, HTML, or else Markdown."""
+    if form == "json":
+        return as_json(tables)
+    if form == "csv":
+        return as_csv(tables)
+    if form == "html":
+        return html(tables)
+    return "\n".join(markdown(each) for each in tables)
+
+
 def verdict_text(row: Row) -> str:
     """Return the row's verdict with its mark; `base row` for the base row."""
     if row.is_base:
@@ -213,7 +227,7 @@ def _status(run: RunRef) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
+    return text.estimate(value)
 
 
 def estimate_text(value: Estimate | None, *, signed: bool = False) -> str:
@@ -222,7 +236,7 @@ def estimate_text(value: Estimate | None, *, signed: bool = False) -> str:
 
 
 def _signed(value: float | None) -> str:
-    return "–" if value is None else f"{value:+.2f}"
+    return text.estimate(value, signed=True)
 
 
 def _superscript(numbers: Iterable[int]) -> str:
