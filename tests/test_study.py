@@ -29,7 +29,7 @@ from obowlab.studies import storage as storages
 from obowlab.studies import trial as trials
 from obowlab.studies import worker as workers
 from obowlab.studies.storage import open_storage, storage_url
-from obowlab.studies.trial_locks import Claims
+from obowlab.studies.trial_locks import TrialLocks
 from obowlab.studies.worker import distributions
 from obowlab.tables.statistics import estimate
 from tests.gpus import stand_in_gpus
@@ -339,7 +339,7 @@ def test_file_systems_are_read_from_the_mount_table(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_claim_has_one_holder_and_ends_with_its_process(tmp_path: Path) -> None:
-    mine, other = Claims(tmp_path), Claims(tmp_path)
+    mine, other = TrialLocks(tmp_path), TrialLocks(tmp_path)
     assert mine.take(3)
     assert not mine.take(3)
     assert not other.take(3)

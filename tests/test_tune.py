@@ -14,7 +14,7 @@ import pytest
 
 from obowlab.runs.folder import RunFolder
 from obowlab.studies.schema import StudyReport, StudyTrial
-from obowlab.studies.trial_locks import Claims
+from obowlab.studies.trial_locks import TrialLocks
 from tests.command_line import Obowlab, contents, empty_workplace
 from tests.studies import REAL_STUDY, NoMirror, Search, tuning_of, wait_until
 
@@ -178,9 +178,9 @@ def test_the_dashboard_shows_the_studies(workplace: Path, obowlab: Obowlab) -> N
     wait_until(lambda: server.poll() is not None)
 
 
-def test_claims_of_a_study_need_a_folder_that_can_be_made(workplace: Path) -> None:
+def test_locks_of_a_study_need_a_folder_that_can_be_made(workplace: Path) -> None:
     from obowlab.errors import UserError
 
     (workplace / "file").write_text("")
     with pytest.raises(UserError, match="--runs-root"):
-        Claims(workplace / "file" / "study")
+        TrialLocks(workplace / "file" / "study")

@@ -157,7 +157,7 @@ def _work(tuning: Tuning, *, machine: Machine, storage: str | None, budget: int,
     from obowlab.launch.preflight import check_data
     from obowlab.studies.storage import open_storage, quiet, storage_url
     from obowlab.studies.summary import Reporter
-    from obowlab.studies.trial_locks import Claims
+    from obowlab.studies.trial_locks import TrialLocks
     from obowlab.studies.worker import MAX_FAILURES, Worker, open_study, study_folder
 
     url = storage_url(storage, runs_root=machine.runs_root)
@@ -166,18 +166,18 @@ def _work(tuning: Tuning, *, machine: Machine, storage: str | None, budget: int,
         if stage.recipe.data not in [before.recipe.data for before in stages[:number]]:
             check_data(stage, machine=machine, dry_run=False, say=click.echo)
     with quiet():
-        claims = Claims(study_folder(tuning, machine=machine))
-        with claims.alone():  # two workers must not make the tables at once
+        locks = TrialLocks(study_folder(tuning, machine=machine))
+        with locks.alone():  # two workers must not make the tables at once
             opened = open_storage(url)
-        study = open_study(tuning, storage=opened, claims=claims)
-        reporter = Reporter(study, tuning=tuning, machine=machine, claims=claims, budget=budget, storage=url)
+        study = open_study(tuning, storage=opened, locks=locks)
+        reporter = Reporter(study, tuning=tuning, machine=machine, locks=locks, budget=budget, storage=url)
         report = reporter.write()
         _say(f"study {tuning.name} in {report.storage}: {report.counts['completed']} of {budget} trials completed")
         _say_cost(tuning, machine=machine, left=budget - report.counts["completed"], slots=slots)
         worker = Worker(
             tuning,
             study=study,
-            claims=claims,
+            locks=locks,
             machine=machine,
             slots=slots,
             budget=budget,
@@ -218,7 +218,7 @@ def _look(tuning: Tuning, *, machine: Machine, storage: str | None, budget: int,
     """Print what there is, or what would be done; make no storage."""
     from obowlab.studies.storage import exists, open_storage, quiet, storage_url
     from obowlab.studies.summary import Reporter, collect
-    from obowlab.studies.trial_locks import Claims
+    from obowlab.studies.trial_locks import TrialLocks
     from obowlab.studies.worker import find_study, study_folder
 
     url = storage_url(storage, runs_root=machine.runs_root)
@@ -226,10 +226,10 @@ def _look(tuning: Tuning, *, machine: Machine, storage: str | None, budget: int,
     with quiet():
         study = find_study(tuning, storage=open_storage(url, make=False)) if exists(url) else None
         if dry_run_only := not show:
-            claims = Claims(folder) if study is not None and folder.is_dir() else None
+            locks = TrialLocks(folder) if study is not None and folder.is_dir() else None
             report = (
-                collect(study, tuning=tuning, machine=machine, claims=claims, budget=budget, storage=url, analyse=False)
-                if study is not None and claims is not None
+                collect(study, tuning=tuning, machine=machine, locks=locks, budget=budget, storage=url, analyse=False)
+                if study is not None and locks is not None
                 else None
             )
             _print_plan(tuning, machine=machine, url=url, budget=budget, report=report, jobs=jobs)
@@ -237,7 +237,7 @@ def _look(tuning: Tuning, *, machine: Machine, storage: str | None, budget: int,
         assert not dry_run_only
         if study is None:
             raise UserError(f"Study '{tuning.name}' was not begun in this storage; leave --show out to begin it.")
-        reporter = Reporter(study, tuning=tuning, machine=machine, claims=Claims(folder), budget=budget, storage=url)
+        reporter = Reporter(study, tuning=tuning, machine=machine, locks=TrialLocks(folder), budget=budget, storage=url)
         report, problem = reporter.send()
     if as_json:
         click.echo(json.dumps(report.to_json(), indent=1))

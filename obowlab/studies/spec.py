@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -14,6 +14,7 @@ from pydantic import Field, ValidationError, model_validator
 from obowlab import text
 from obowlab.config import Count, Loaded, Section, find_file, flatten, load_recipe, nearest, project_root, read_toml
 from obowlab.config.scales import recipe_for
+from obowlab.config.validation import flat_pairs
 from obowlab.errors import UserError
 from obowlab.runs.metrics import lookup
 
@@ -193,7 +194,7 @@ class Tuning:
         """
         distinct = self.base.recipe.model_dump(mode="json", exclude_defaults=True)
         distinct["method"] = {"name": self.base.recipe.method.name, **distinct.get("method", {})}
-        recipe = {key: value for key, value in _flat(distinct) if key not in self.spec.parameters and _moves_weights(key)}
+        recipe = {key: value for key, value in flat_pairs(distinct) if key not in self.spec.parameters and _moves_weights(key)}
         settings = {f"evaluation.{self.protocol}.{k}": v for k, v in flatten(self._protocol_settings()).items()}
         space = {f"parameters.{key}": json.loads(p.model_dump_json()) for key, p in self.spec.parameters.items()}
         return {**recipe, **settings, **space, "objective": self.spec.objective, "seeds": list(self.spec.seeds)}
@@ -292,14 +293,6 @@ def _section(model: type[SectionT], values: Mapping[str, Any], *, place: str) ->
             raise UserError(f"{place} lacks '{name}'.") from None
         given = "" if isinstance(first["input"], dict) else f", not {first['input']!r:.60}"
         raise UserError((f"'{name}' in " if name else "") + f"{place}: {reason}{given}.") from None
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 def _moves_weights(key: str) -> bool:

@@ -21,7 +21,7 @@ from pathlib import Path
 from obowlab.errors import UserError
 
 
-class Claims:
+class TrialLocks:
     """The locks of one study, as one process sees them; its threads share it."""
 
     def __init__(self, folder: Path) -> None:
