@@ -96,7 +96,7 @@ def ablate(
     if on_cluster:
         left = submit_plan(plan, submitter=submitter_of(machine, options=options), at_a_time=slots)
         return left if left is not None else _present(plan, machine=machine, records=records)
-    return _execute(plan, machine=machine, machine_file=options.machine_file, slots=slots, gpus=gpus is not None, records=records)
+    return _execute(plan, machine=machine, machine_file=options.machine_file, slots=slots, records=records)
 
 
 @click.command()
@@ -174,13 +174,13 @@ def _default_jobs(machine: Machine) -> int:
     return max(1, cores // (machine.threads or 1))
 
 
-def _execute(plan: Plan, *, machine: Machine, machine_file: Path | None, slots: int, gpus: bool, records: Path | None) -> int:
+def _execute(plan: Plan, *, machine: Machine, machine_file: Path | None, slots: int, records: Path | None) -> int:
     from obowlab.tables.execute import Execution
     from obowlab.tables.plan import check_images
     from obowlab.tables.publish import sync_labels
 
     check_images(plan.jobs, machine=machine, say=click.echo)
-    execution = Execution(plan, machine=machine, slots=slots, gpus=gpus, say=_say, machine_file=machine_file)
+    execution = Execution(plan, machine=machine, slots=slots, say=_say, machine_file=machine_file)
     outcomes = execution.run()
     _warn(sync_labels(execution.labelled, machine=machine))
     code = _present(plan, machine=machine, records=records)

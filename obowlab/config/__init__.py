@@ -17,7 +17,7 @@ from obowlab.config.loading import (
     recipe_files,
     recipe_from_values,
 )
-from obowlab.config.machine import Machine, Slurm, command_options, load_machine
+from obowlab.config.machine import Machine, Slurm, load_machine
 from obowlab.config.methods import METHOD_SECTIONS, Bownet, MethodSection, Moco, Obow, Rotnet
 from obowlab.config.recipe import (
     FINGERPRINT_VERSION,
@@ -62,7 +62,6 @@ __all__ = [
     "Training",
     "Views",
     "canonical_hash",
-    "command_options",
     "find_file",
     "flatten",
     "layer",

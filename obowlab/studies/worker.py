@@ -85,15 +85,6 @@ def open_study(tuning: Tuning, *, storage: BaseStorage, locks: TrialLocks) -> op
     return study
 
 
-def find_study(tuning: Tuning, *, storage: BaseStorage) -> optuna.Study | None:
-    """Open a study that is there; None when it is not."""
-    try:
-        study = optuna.load_study(study_name=tuning.name, storage=storage)
-    except KeyError:
-        return None
-    return study
-
-
 def study_folder(tuning: Tuning, *, machine: Machine) -> Path:
     """Return `RUNS_ROOT/.studies/NAME`."""
     return machine.runs_root / STUDIES / tuning.name

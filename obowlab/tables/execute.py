@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from obowlab.config import Machine, command_options
+from obowlab.config import Machine
 from obowlab.launch.processes import StopSignals, start
 from obowlab.runs.folder import RunFolder, RunSummary
 from obowlab.runs.locks import is_locked
@@ -50,9 +50,8 @@ class Execution:
 
     Attributes:
         plan: what is needed.
-        machine: where and with what.
+        machine: where and with what; on CUDA every job takes a free GPU.
         slots: jobs at a time.
-        gpus: whether every job takes a free GPU.
         say: prints one line.
         machine_file: where the machine's other settings are, for the jobs; None for the usual place.
         labelled: runs that got new labels, in the order of labelling.
@@ -62,7 +61,6 @@ class Execution:
     plan: Plan
     machine: Machine
     slots: int
-    gpus: bool
     say: Callable[[str], None]
     machine_file: Path | None = None
     labelled: list[RunFolder] = field(default_factory=list)
@@ -138,9 +136,8 @@ class Execution:
         environment = dict(os.environ)
         if self.machine_file is not None:
             environment["OBOWLAB_MACHINE"] = str(self.machine_file.absolute())
-        device = "cuda" if self.gpus else self.machine.device
-        options = [*command_options(self.machine), "--device", device, "--launcher", "local", "--no-progress"]
-        process = start([sys.executable, "-m", "obowlab.cli", *job.command, *options], environment=environment, output=log)
+        command = [sys.executable, "-m", "obowlab.cli", *job.command, *self.machine.local_args(), "--no-progress"]
+        process = start(command, environment=environment, output=log)
         self._children[job.fingerprint] = _Child(process)
         self.say(f"{'Continuing' if run is not None and run.state.step else 'Training'} {run_id} for {', '.join(job.places)}.")
         while process.returncode is None:
