@@ -107,7 +107,7 @@ def machine_options(*names: str) -> Callable[[Callable[..., Returned]], Callable
 
 
 def submitter_of(machine: Machine, *, options: MachineOptions) -> Submitter:
-    """Return what makes jobs of a command: they carry it out with everything that its options said here."""
+    """Return what makes jobs of a command: they run it with the options of machine and places given here."""
     from obowlab.config import command_options
     from obowlab.launch.submit import Submitter
 
@@ -118,7 +118,6 @@ def submitter_of(machine: Machine, *, options: MachineOptions) -> Submitter:
         complete=lambda words: (*words, *rest),
         wait=options.wait,
         say=click.echo,
-        warn=lambda line: click.echo(line, err=True),
     )
 
 

@@ -129,7 +129,7 @@ def _submit(
     import os
 
     from obowlab.launch.preflight import check_data
-    from obowlab.launch.slurm import Errand, Needs, check_slurm, states, submitted_jobs
+    from obowlab.launch.slurm import JobRequest, Resources, check_slurm, states, submitted_jobs
     from obowlab.studies.storage import STORAGE_VARIABLE, storage_url
 
     submitter = submitter_of(machine, options=options)
@@ -139,7 +139,7 @@ def _submit(
         raise UserError("SQLite is no storage for several nodes: use postgresql:// or, on a file system with locks, journal://.")
     check_data(tuning.base, machine=machine, dry_run=False, say=click.echo)
     what = f"tune {tuning.name}"
-    mine = [job for job in submitted_jobs(machine.runs_root) if job.errand.what == what]
+    mine = [job for job in submitted_jobs(machine.runs_root) if job.request.what == what]
     alive = states(mine)
     jobs = [job for job in mine if job.id in alive]
     if jobs:
@@ -147,9 +147,9 @@ def _submit(
     if len(jobs) < count:
         os.environ[STORAGE_VARIABLE] = url  # Slurm hands it on; on a command line a password would be seen by everybody
         gpus = machine.device != "cpu"
-        errand = Errand(words=submitter.complete(words), runs=(), what=what)
-        errands = [errand] * (count - len(jobs))
-        jobs += submitter.submit(errands, needs=Needs(gpus=gpus), name=what.replace(" ", "-"))
+        request = JobRequest(arguments=submitter.complete(words), runs=(), what=what)
+        requests = [request] * (count - len(jobs))
+        jobs += submitter.submit(requests, resources=Resources(gpus=gpus), name=what.replace(" ", "-"))
     return submitter.follow(jobs, hint="`obowlab tune ... --show` shows the trials.")
 
 

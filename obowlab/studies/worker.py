@@ -25,7 +25,8 @@ from optuna.trial import TrialState
 from obowlab.config import Machine
 from obowlab.errors import UserError
 from obowlab.launch.compute_command import CommandFactory, compute_command
-from obowlab.launch.processes import STOPPING, StopSignals
+from obowlab.launch.processes import StopSignals
+from obowlab.signals import STOPPING
 from obowlab.studies.spec import CategoricalParameter, FloatParameter, Parameter, Tuning, choice_label
 from obowlab.studies.storage import STUDIES
 from obowlab.studies.trial import Bench, Outcome, TrialWork, describe
