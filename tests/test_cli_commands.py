@@ -333,7 +333,7 @@ GOOD_TORCH = {
 }
 
 
-def test_doctor_reports_a_library_that_does_not_load_with_the_line_that_mends_it(
+def test_doctor_reports_a_library_that_does_not_load_with_the_command_that_fixes_it(
     obowlab: Obowlab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def probe(code: str) -> dict[str, Any] | str:
@@ -347,10 +347,10 @@ def test_doctor_reports_a_library_that_does_not_load_with_the_line_that_mends_it
     assert (code, err) == (1, "")
     assert checks["torch"]["status"] == "fail"
     assert "libtorch.so" in checks["torch"]["text"]
-    assert "-m pip install --force-reinstall torch torchvision" in checks["torch"]["mend"]
+    assert "-m pip install --force-reinstall torch torchvision" in checks["torch"]["fix"]
     assert (checks["ffcv"]["status"], checks["mlflow"]["status"], checks["python"]["status"]) == ("warn", "ok", "ok")
-    assert checks["data tinyimagenet100"]["mend"] == "obowlab data prepare tinyimagenet100 --source DIR"
-    assert all(check["mend"] for check in checks.values() if check["status"] == "fail")
+    assert checks["data tinyimagenet100"]["fix"] == "obowlab data prepare tinyimagenet100 --source DIR"
+    assert all(check["fix"] for check in checks.values() if check["status"] == "fail")
 
 
 def test_doctor_is_content_with_optional_things_missing(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from obowlab.config import Machine, Recipe, load_recipe
-from obowlab.launch.cost import Cost, CostBook, num_steps, quote, settle
+from obowlab.launch.cost import Cost, CostBook, num_steps, write_actual_cost, write_quote
 from obowlab.runs.folder import RunFolder, list_runs
 from obowlab.tracking.outbox import Outbox, Sent
 from tests.runs import small_recipe
@@ -55,20 +55,20 @@ def test_several_processes_share_the_time(data_root: Path, tmp_path: Path) -> No
     for procs, seconds in ((1, 20.0), (2, 10.0), (4, 5.0)):
         cost = CostBook(machine.model_copy(update={"procs": procs}), runs=runs).cost(loaded.recipe)
         assert (cost.seconds, cost.memory_mib) == (seconds, 300.0)
-        assert f"{procs * seconds / 3600:.2g} CPU-hours" in cost.words(procs=procs, device="cpu")
-        assert f"300 MiB of GPU memory for each of {procs} process(es)" in cost.words(procs=procs, device="cuda")
+        assert f"{procs * seconds / 3600:.2g} CPU-hours" in cost.sentence(procs=procs, device="cpu")
+        assert f"300 MiB of GPU memory for each of {procs} process(es)" in cost.sentence(procs=procs, device="cuda")
 
 
 def test_quote_and_truth_stand_side_by_side(data_root: Path, tmp_path: Path) -> None:
     loaded = small_recipe(tmp_path, dataset="small")
     folder = RunFolder.create(loaded, seed=5, runs_root=tmp_path / "runs")
     assert folder.cost() == {}
-    quote(folder, cost=Cost(21, 7200.0, "benchmark", memory_mib=100.0, disk_mib=8.0), procs=2)
-    quote(folder, cost=Cost(21, 1.0, "run"), procs=1)  # the first one stands
+    write_quote(folder, cost=Cost(21, 7200.0, "benchmark", memory_mib=100.0, disk_mib=8.0), procs=2)
+    write_quote(folder, cost=Cost(21, 1.0, "run"), procs=1)  # the first one stands
     folder.append_attempt({"device": "cpu", "procs": 2})
     folder.set_state(status="finished", trained_s=3600.0, memory_mib=120.0)
     folder.write_artifact("encoder", b"x" * 2**20)
-    settle(folder)
+    write_actual_cost(folder)
     told = folder.cost()
     assert told["quote"] == {"hours": 4.0, "seconds": 7200.0, "memory_mib": 100.0, "disk_mib": 8.0, "source": "benchmark"}
     assert told["truth"] == {"hours": 2.0, "seconds": 3600.0, "memory_mib": 120.0, "disk_mib": 1.0}

@@ -20,7 +20,7 @@ import pytest
 from obowlab.config import Machine
 from obowlab.config import validation as checking
 from obowlab.errors import UserError
-from obowlab.files import read_sealed
+from obowlab.files import read_checked
 from obowlab.report import chart, figures
 from obowlab.report import figure_cache as drawn
 from obowlab.report import pages as build
@@ -262,7 +262,7 @@ def test_empty_store_gives_a_site_that_says_so(tmp_path: Path) -> None:
 def test_no_name_becomes_markup(tmp_path: Path) -> None:
     root = tmp_path / "runs"
     run = add_run(root, status="failed", message=HOSTILE)
-    values = read_sealed(run.path / "run.json")
+    values = read_checked(run.path / "run.json")
     values["name"], values["recipe"]["title"], values["recipe"]["data"]["dataset"] = HOSTILE, HOSTILE, HOSTILE
     (run.path / "run.json").write_text(json.dumps(values))
     add_study(root, name=HOSTILE, title=HOSTILE, run_id=HOSTILE)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from obowlab.config import load_recipe
-from obowlab.files import read_sealed
+from obowlab.files import read_checked
 from obowlab.report import curves
 from obowlab.report import figure_cache as drawn
 from obowlab.report import read as gather
@@ -311,7 +311,7 @@ def test_newest_measurement_counts_and_own_data_come_first() -> None:
 
 def test_run_of_another_version_is_shown_and_a_damaged_one_named(tmp_path: Path) -> None:
     old, damaged = add_run(tmp_path), add_run(tmp_path, seed=1)
-    values = read_sealed(old.path / "run.json")
+    values = read_checked(old.path / "run.json")
     values["recipe"]["method"]["unheard_of"] = 3
     values["name"] = "gone"
     (old.path / "run.json").write_text(json.dumps(values))

@@ -89,7 +89,7 @@ def evaluate(
         return _submit(words, name=chosen.name, machine=machine, options=options)
     from obowlab.launch.gpu_leases import using_gpus
 
-    with using_gpus(machine.model_copy(update={"procs": 1, "nodes": 1}), say=_say):
+    with using_gpus(machine.model_copy(update={"procs": 1, "nodes": 1})):
         from obowlab.training.measure import measure  # imports torch, which must not see GPUs of others
 
         results = measure(chosen, protocols=names, dataset=dataset, with_random=with_random, machine=machine, report=_say)
@@ -109,11 +109,11 @@ def evaluate(
 
 def _submit(words: list[str], *, name: str, machine: Machine, options: MachineOptions) -> int:
     """Measure in a job of the cluster."""
-    from obowlab.launch.slurm import Errand, Needs
+    from obowlab.launch.slurm import JobRequest, Resources
 
     submitter = submitter_of(machine, options=options)
-    errand = Errand(words=submitter.complete(words), runs=(), what=f"eval {name}")
-    return submitter.follow(submitter.submit([errand], needs=Needs(gpus=machine.device != "cpu"), name="eval"))
+    request = JobRequest(arguments=submitter.complete(words), runs=(), what=f"eval {name}")
+    return submitter.follow(submitter.submit([request], resources=Resources(gpus=machine.device != "cpu"), name="eval"))
 
 
 def _file_results(folder: RunFolder, values: list[dict[str, Any]], *, machine: Machine) -> None:

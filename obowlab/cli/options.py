@@ -107,7 +107,7 @@ def machine_options(*names: str) -> Callable[[Callable[..., Returned]], Callable
 
 
 def submitter_of(machine: Machine, *, options: MachineOptions) -> Submitter:
-    """Return what submits a command as jobs, which run it with the machine's options of this one."""
+    """Return what submits a command as jobs, which run it with the options of machine and places given here."""
     from obowlab.launch.submit import Submitter
 
     file = ("--machine", str(options.machine_file.absolute())) if options.machine_file is not None else ()
@@ -116,7 +116,6 @@ def submitter_of(machine: Machine, *, options: MachineOptions) -> Submitter:
         complete=lambda words: (*words, *machine.local_args(), *file),
         wait=options.wait,
         say=click.echo,
-        warn=lambda line: click.echo(line, err=True),
     )
 
 

@@ -111,7 +111,7 @@ def _show(
     if machine.threads is not None:
         torch.set_num_threads(machine.threads)
     alone = machine.model_copy(update={"procs": 1, "nodes": 1})
-    with using_gpus(alone, say=lambda line: click.echo(line, err=True)), join(alone) as world:
+    with using_gpus(alone), join(alone) as world:
         method, step, complaints = open_method(folder, map_location=world.device)
         for complaint in complaints:
             report(f"Warning: {complaint} Using the checkpoint before it.")

@@ -63,10 +63,12 @@ class Machine(Section):
 def load_machine(*, file: Path | None = None, overrides: Mapping[str, Any] | None = None) -> Machine:
     """Read the machine file (`--machine`, `$OBOWLAB_MACHINE` or ~/.config/obowlab/machine.toml) under the given overrides.
 
+    `$XDG_CONFIG_HOME` stands for ~/.config where it is set.
+
     `$OBOWLAB_DATA_ROOT`, `$OBOWLAB_RUNS_ROOT` and `$MLFLOW_TRACKING_URI` stand between the file and the overrides.
     """
     named = file or (Path(os.environ["OBOWLAB_MACHINE"]) if os.environ.get("OBOWLAB_MACHINE") else None)
-    path = named or Path("~/.config/obowlab/machine.toml").expanduser()
+    path = named or Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser() / "obowlab" / "machine.toml"
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
     if named is not None or path.is_file():

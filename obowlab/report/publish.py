@@ -6,7 +6,6 @@ Sending takes longer than building, most of it the import of mlflow, so a proces
 
 from __future__ import annotations
 
-import fcntl
 import subprocess
 import sys
 import tempfile
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict
 
 from obowlab.config import Machine
+from obowlab.files import file_lock
 from obowlab.tracking.publish import Published, publish
 from obowlab.tracking.server import shown_uri, store_uri
 
@@ -83,8 +83,7 @@ def send(parcel: Parcel) -> Published | None:
     Returns:
         What came of it; None for a report that is no longer there.
     """
-    with (parcel.machine.runs_root / LOCK).open("w") as lock, tempfile.TemporaryDirectory(prefix="obowlab-report-") as place:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with file_lock(parcel.machine.runs_root / LOCK), tempfile.TemporaryDirectory(prefix="obowlab-report-") as place:
         archive = Path(place) / ARCHIVE
         try:
             pack(parcel.folder, target=archive)

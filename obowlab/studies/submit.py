@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from obowlab.errors import UserError
 from obowlab.launch.preflight import check_data
-from obowlab.launch.slurm import Errand, Needs, check_slurm, states, submitted_jobs
+from obowlab.launch.slurm import JobRequest, Resources, check_slurm, states, submitted_jobs
 from obowlab.launch.submit import Submitter
 from obowlab.studies.spec import Tuning
 from obowlab.studies.storage import STORAGE_VARIABLE
@@ -35,13 +35,13 @@ def submit_workers(words: Sequence[str], *, tuning: Tuning, url: str, count: int
         raise UserError("SQLite is no storage for several nodes: use postgresql:// or, on a file system with locks, journal://.")
     check_data(tuning.base, machine=machine, dry_run=False, say=submitter.say)
     what = f"tune {tuning.name}"
-    mine = [job for job in submitted_jobs(machine.runs_root) if job.errand.what == what]
+    mine = [job for job in submitted_jobs(machine.runs_root) if job.request.what == what]
     alive = states(mine)
     jobs = [job for job in mine if job.id in alive]
     if jobs:
         submitter.say(f"{len(jobs)} jobs work on study {tuning.name} already.")
     if len(jobs) < count:
         os.environ[STORAGE_VARIABLE] = url  # Slurm hands it on; on a command line everybody could read its password
-        errands = [Errand(words=submitter.complete(words), runs=(), what=what)] * (count - len(jobs))
-        jobs += submitter.submit(errands, needs=Needs(gpus=machine.device != "cpu"), name=what.replace(" ", "-"))
+        requests = [JobRequest(arguments=submitter.complete(words), runs=(), what=what)] * (count - len(jobs))
+        jobs += submitter.submit(requests, resources=Resources(gpus=machine.device != "cpu"), name=what.replace(" ", "-"))
     return submitter.follow(jobs, hint="`obowlab tune ... --show` shows the trials.")

@@ -22,8 +22,9 @@ from obowlab.errors import UserError
 from obowlab.launch.compute_command import CommandFactory
 from obowlab.launch.local import launch
 from obowlab.launch.processes import StopSignals
-from obowlab.runs.folder import RunFolder, RunTakenError
+from obowlab.runs.folder import RunFolder
 from obowlab.runs.lineage import find_run, stages_of
+from obowlab.runs.locks import RunTakenError
 from obowlab.studies.spec import Tuning
 from obowlab.studies.trial_locks import TrialLocks
 

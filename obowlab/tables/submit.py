@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from obowlab.launch.slurm import Errand, Needs, check_slurm, live_runs
+from obowlab.launch.slurm import JobRequest, Resources, check_slurm, live_runs
 from obowlab.launch.submit import Submitter
 from obowlab.runs.folder import RunFolder
 from obowlab.runs.records import store_runs
@@ -43,9 +43,9 @@ def submit_plan(plan: Plan, *, submitter: Submitter, at_a_time: int) -> int | No
         for job in ready:
             folder = RunFolder.create(job.loaded, seed=job.seed, runs_root=machine.runs_root)
             folder.add_labels(labels_of(job, plan=plan))
-        errands = [
-            Errand(
-                words=submitter.complete([*job.command, "--no-progress"]),
+        requests = [
+            JobRequest(
+                arguments=submitter.complete([*job.command, "--no-progress"]),
                 runs=(names[job.fingerprint],),
                 what=names[job.fingerprint],
             )
@@ -53,7 +53,7 @@ def submit_plan(plan: Plan, *, submitter: Submitter, at_a_time: int) -> int | No
         ]
         after = [jobs[job.needs] for job in ready if job.needs in jobs]
         name = "-".join(table.name for table in plan.tables)
-        new = submitter.submit(errands, needs=Needs(gpus=gpus), name=name, at_a_time=at_a_time, after=after)
+        new = submitter.submit(requests, resources=Resources(gpus=gpus), name=name, at_a_time=at_a_time, after=after)
         jobs |= {job.fingerprint: each for job, each in zip(ready, new, strict=True)}
     code = submitter.follow(list(jobs.values()), hint="The same command again shows the tables once all is trained.")
     return code if code or not submitter.wait else None
