@@ -362,7 +362,7 @@ def test_truncated_file(own: Path) -> None:
         read_index(path)
     report = verify("small", data_root=own)
     assert [problem.split for problem in report.problems] == ["train"]
-    assert "data prepare small --source DIR --force" in report.problems[0].mend
+    assert "data prepare small --source DIR --force" in report.problems[0].fix
 
 
 @pytest.mark.parametrize("position", [0, 2, 8, 9, 16, 17, 26, 24 + 1044, 2 * 1044 + 32, 2 * 1044 + 30])

@@ -255,7 +255,7 @@ def test_ctrl_c_stops_within_seconds_and_the_same_command_goes_on(tmp_path: Path
 def test_another_recipe_under_the_same_name_is_refused(tmp_path: Path) -> None:
     Search(tmp_path).open()
     changed = Search(tmp_path, tuning=tuning_of(tmp_path, overrides=("optimizer.learning_rate=0.5",)))
-    with pytest.raises(UserError, match=r"begun with optimizer.learning_rate = its default, now it is 0.5.*--name"):
+    with pytest.raises(UserError, match=r"created with optimizer.learning_rate = its default, now it is 0.5.*--name"):
         changed.open()
     Search(tmp_path, tuning=tuning_of(tmp_path, overrides=("optimizer.learning_rate=0.5",), study_name="other")).open()
     Search(tmp_path, tuning=tuning_of(tmp_path, pruner="median")).open()

@@ -127,7 +127,7 @@ def test_looking_changes_nothing(workplace: Path, obowlab: Obowlab) -> None:
     [
         ("", "Name a study or its TOML file"),
         ("kappa-dleta", "Did you mean 'kappa-delta'?"),
-        ("kappa-delta --scale demo --show", "was not begun in this storage"),
+        ("kappa-delta --scale demo --show", "is not in this storage"),
         ("kappa-delta --scale demo --gpus 2 --jobs 2", "leave --device and --jobs out"),
         ("kappa-delta --scale demo --gpus 64", "GPUs, not 64"),
         ("kappa-delta --scale demo --storage mysql://me:hidden@h/d", "--storage cannot be 'mysql://h/d'"),

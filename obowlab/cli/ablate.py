@@ -19,7 +19,7 @@ from obowlab.cli.options import (
     submitter_of,
     would,
 )
-from obowlab.cli.output import print_table
+from obowlab.cli.output import print_table, send_to_mlflow
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
@@ -177,12 +177,11 @@ def _default_jobs(machine: Machine) -> int:
 def _execute(plan: Plan, *, machine: Machine, machine_file: Path | None, slots: int, records: Path | None) -> int:
     from obowlab.tables.execute import Execution
     from obowlab.tables.plan import check_images
-    from obowlab.tables.publish import sync_labels
 
     check_images(plan.jobs, machine=machine, say=click.echo)
     execution = Execution(plan, machine=machine, slots=slots, say=_say, machine_file=machine_file)
     outcomes = execution.run()
-    _warn(sync_labels(execution.labelled, machine=machine))
+    send_to_mlflow(execution.labelled, machine=machine)
     code = _present(plan, machine=machine, records=records)
     for outcome in outcomes:
         if outcome.status == "failed":

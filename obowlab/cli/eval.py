@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -20,15 +20,13 @@ from obowlab.cli.options import (
     submitter_of,
     would,
 )
-from obowlab.cli.output import print_measurements
+from obowlab.cli.output import print_measurements, send_to_mlflow
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
     from obowlab.config import Machine
-    from obowlab.runs.folder import RunFolder
 
 PROTOCOLS = ("fewshot", "linear", "knn")
-MIRROR_TIMEOUT_S = 60.0
 
 
 @click.command("eval")
@@ -103,7 +101,10 @@ def evaluate(
         except OSError as error:
             raise UserError(f"Cannot write --json {json_file}: {error.strerror}.") from None
     if chosen.folder is not None:
-        _file_results(chosen.folder, values, machine=machine)
+        for value in values:
+            chosen.folder.add_result(value)
+        click.echo(f"Added to run {chosen.folder.run_id}.")
+        send_to_mlflow([chosen.folder], machine=machine)
     return 0
 
 
@@ -114,18 +115,6 @@ def _submit(words: list[str], *, name: str, machine: Machine, options: MachineOp
     submitter = submitter_of(machine, options=options)
     request = JobRequest(arguments=submitter.complete(words), runs=(), what=f"eval {name}")
     return submitter.follow(submitter.submit([request], resources=Resources(gpus=machine.device != "cpu"), name="eval"))
-
-
-def _file_results(folder: RunFolder, values: list[dict[str, Any]], *, machine: Machine) -> None:
-    """Add results to a run and send them on; a store that does not answer gets them with the next sync."""
-    from obowlab.tracking.mirror import Mirror
-
-    for value in values:
-        folder.add_result(value)
-    report = Mirror(folder, tracking_uri=machine.tracking_uri).sync(timeout_s=MIRROR_TIMEOUT_S)
-    click.echo(f"Added to run {folder.run_id}.")
-    if report.error is not None:
-        _say(f"MLflow does not have them yet: {report.error}; `obowlab runs sync` sends them.")
 
 
 def _say(line: str) -> None:

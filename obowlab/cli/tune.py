@@ -179,7 +179,7 @@ def _show(tuning: Tuning, *, machine: Machine, storage: str | None, budget: int,
     with quiet():
         study = open_existing(tuning.name, url=url)
         if study is None:
-            raise UserError(f"Study '{tuning.name}' was not begun in this storage; leave --show out to begin it.")
+            raise UserError(f"Study '{tuning.name}' is not in this storage; leave --show out to begin it.")
         locks = TrialLocks(study_folder(tuning, machine=machine))
         reporter = Reporter(study, tuning=tuning, machine=machine, locks=locks, budget=budget, storage=url)
         report, problem = reporter.send()

@@ -1,4 +1,4 @@
-"""The machine: where and with what a run is carried out, and nothing that changes a result beyond the order of float sums."""
+"""The machine: where and with what a run is computed, and nothing that changes a result beyond the order of float sums."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Slurm(Section):
 
 
 class Machine(Section):
-    """Where and with what a run is carried out; nothing here changes a result."""
+    """Where and with what a run is computed; nothing here changes a result."""
 
     data_root: Path = Field(Path("data"), strict=False)
     runs_root: Path = Field(Path("runs"), strict=False)

@@ -45,7 +45,7 @@ class Bownet(Section):
     """BoWNet: the bag of visual words of a frozen teacher, over a vocabulary made once by k-means (paper, Table 5).
 
     The teacher is the encoder of the stage before (the recipe's `teacher`). What the paper leaves open (points and iterations
-    of k-means) is said beside each value.
+    of k-means) is noted beside each value.
     """
 
     name: Literal["bownet"] = "bownet"

@@ -162,12 +162,12 @@ class BetonIndex:
 
 
 def damaged(path: Path, what: str) -> UserError:
-    """Return the error for a file that cannot be used, with the commands that tell more and that mend it."""
+    """Return the error for a file that cannot be used, with the commands that tell more and that fix it."""
     name = path.parent.name
-    return UserError(f"{path} is damaged ({what}): check it with `obowlab data verify {name}`, then {mend(name)}.")
+    return UserError(f"{path} is damaged ({what}): check it with `obowlab data verify {name}`, then {fix_for(name)}.")
 
 
-def mend(dataset: str) -> str:
+def fix_for(dataset: str) -> str:
     """Return what to type to make a data set again."""
     source = "" if dataset == "synthetic" else " --source DIR"
     return f"make it again with `obowlab data prepare {dataset}{source} --force`"

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from obowlab.data import synthetic
-from obowlab.data.beton import damaged, mend, read_index
+from obowlab.data.beton import damaged, fix_for, read_index
 from obowlab.data.identity import FileIdentity, identify, is_written_file
 from obowlab.data.manifest import Manifest, Skipped, beton_path, check_name, read_manifest
 from obowlab.data.prepare import Plan, PrepareReport, Progress, plan_prepare, prepare, synthetic_is_drawn
@@ -132,7 +132,7 @@ class Split:
         """Make sure that the file is still the one that was opened; asks its size and time only.
 
         Raises:
-            UserError: somebody changed or replaced it meanwhile.
+            UserError: it was changed or replaced meanwhile.
         """
         try:
             same = identify(self.path) == self.identity
@@ -178,7 +178,7 @@ def _open(dataset: str, split: str, data_root: Path, *, hashed: bool = True) -> 
         if hashed and not is_written_file(path, manifest=manifest):
             raise damaged(path, "its SHA-256 is not that of the file that was written")
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): mend that, or {mend(dataset)}.") from None
+        raise UserError(f"{path} cannot be read ({error.strerror}): make it readable, or {fix_for(dataset)}.") from None
     if index.stamp != manifest.content_hash or len(index.labels) != manifest.num_images:
         raise damaged(path, "it does not belong to the manifest beside it")
     if index.labels.max() >= len(manifest.class_names):

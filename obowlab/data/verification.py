@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from obowlab.data import synthetic
-from obowlab.data.beton import BetonIndex, ContentHash, mend, read_index
+from obowlab.data.beton import BetonIndex, ContentHash, fix_for, read_index
 from obowlab.data.manifest import Manifest, beton_path, check_name, file_sha256, read_manifest
 from obowlab.data.prepare import UnreadableImageError, to_rgb_jpeg
 from obowlab.data.sources import SPLITS, Source, read_source
@@ -23,11 +23,11 @@ SAME_PIXELS = 4.0
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with a split, and what to type about it."""
+    """What is wrong with a split, and the command that fixes it."""
 
     split: str
     what: str
-    mend: str
+    fix: str
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def verify(
         source: folder or .tar to compare with; the one noted in the manifest, if it is still there, when absent.
         sample: images of each split that are decoded and compared; None for all.
         seed: draws the sample.
-        progress: is told what is being done.
+        progress: called with what is done next.
 
     Raises:
         UserError: it was never prepared, or the given source cannot be listed.
@@ -77,12 +77,12 @@ def verify(
         try:
             manifest = read_manifest(data_root, name, split)
         except UserError as error:
-            problems.append(Problem(split, str(error), mend(name)))
+            problems.append(Problem(split, str(error), fix_for(name)))
             continue
         if manifest is not None:
             manifests.append(manifest)
         elif beton_path(data_root, name, split).exists():
-            problems.append(Problem(split, f"{beton_path(data_root, name, split)} has no manifest beside it", mend(name)))
+            problems.append(Problem(split, f"{beton_path(data_root, name, split)} has no manifest beside it", fix_for(name)))
     if not manifests and not problems:
         raise UserError(f"'{name}' is not prepared in {data_root}: there is nothing to verify.")
     given = read_source(source) if source is not None else None
@@ -103,7 +103,7 @@ def verify(
                 tell(f"{path}: comparing them with {original.path}")
                 found += _compare(images, manifest, original)
                 num_compared += len(chosen)
-        problems += [Problem(manifest.split, what, mend(name)) for what in found]
+        problems += [Problem(manifest.split, what, fix_for(name)) for what in found]
     return VerifyReport(name, tuple(manifests), num_decoded, num_compared, tuple(problems))
 
 

@@ -168,9 +168,9 @@ class FeatureStore:
         if not entry.is_dir():
             return False
         try:
-            said = json.loads((entry / "entry.json").read_text(encoding="utf-8"))
+            written = json.loads((entry / "entry.json").read_text(encoding="utf-8"))
             with (entry / "features.npy").open("rb") as file:
-                sound = bool(said == {"key": key, "sha256": hashlib.file_digest(file, "sha256").hexdigest()})
+                sound = bool(written == {"key": key, "sha256": hashlib.file_digest(file, "sha256").hexdigest()})
         except (OSError, ValueError):
             sound = False
         if not sound:

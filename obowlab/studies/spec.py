@@ -190,7 +190,7 @@ class Tuning:
         """Return what must stay the same for the trials of a study to be comparable: dotted key to value.
 
         The number of trials, the sampler's and the pruner's settings may change from one command to the next. Recipe settings
-        at their default are left out, so that a later version which knows one more goes on with the same study.
+        at their default are left out, so that a later version which knows one more continues the same study.
         """
         distinct = self.base.recipe.model_dump(mode="json", exclude_defaults=True)
         distinct["method"] = {"name": self.base.recipe.method.name, **distinct.get("method", {})}

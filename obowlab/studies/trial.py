@@ -300,7 +300,7 @@ def objective_of(folder: RunFolder, *, tuning: Tuning) -> dict[str, Any]:
 
 
 def _folder_of(recipe: Loaded, *, seed: int, machine: Machine) -> RunFolder:
-    """Open the run of this recipe and seed, under whatever name it was begun, or create it."""
+    """Open the run of this recipe and seed, whatever its name, or create it."""
     found = find_run(recipe.recipe.fingerprint(seed=seed), runs_root=machine.runs_root)
     return found or RunFolder.create(recipe, seed=seed, runs_root=machine.runs_root)
 

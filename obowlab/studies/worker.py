@@ -61,7 +61,7 @@ def open_study(tuning: Tuning, *, storage: BaseStorage, locks: TrialLocks) -> op
     """Open a study, or make it and put the paper's point first.
 
     Raises:
-        UserError: it was begun with another recipe, space or objective.
+        UserError: it was created with another recipe, space or objective.
     """
     definition = tuning.definition()
     with locks.alone():
@@ -71,12 +71,12 @@ def open_study(tuning: Tuning, *, storage: BaseStorage, locks: TrialLocks) -> op
             direction="maximize" if tuning.maximize else "minimize",
             load_if_exists=True,
         )
-        begun_with = study.user_attrs.get(DEFINITION)
-        if begun_with is None:
+        created_with = study.user_attrs.get(DEFINITION)
+        if created_with is None:
             study.set_user_attr("title", tuning.spec.title)
             study.set_user_attr(DEFINITION, definition)
         else:
-            _refuse_another(tuning, begun_with=begun_with, definition=definition)
+            _refuse_another(tuning, created_with=created_with, definition=definition)
         study.set_metric_names([tuning.spec.objective])
         paper = tuning.paper_point()
         if paper is not None and not any(trial.user_attrs.get("paper") for trial in study.get_trials(deepcopy=False)):
@@ -328,11 +328,11 @@ def _pruner(tuning: Tuning) -> optuna.pruners.BasePruner:
     )
 
 
-def _refuse_another(tuning: Tuning, *, begun_with: Mapping[str, Any], definition: Mapping[str, Any]) -> None:
-    for key in {**begun_with, **definition}:
-        if begun_with.get(key) != definition.get(key):
-            before, now = (values.get(key, "its default") for values in (begun_with, definition))
+def _refuse_another(tuning: Tuning, *, created_with: Mapping[str, Any], definition: Mapping[str, Any]) -> None:
+    for key in {**created_with, **definition}:
+        if created_with.get(key) != definition.get(key):
+            before, now = (values.get(key, "its default") for values in (created_with, definition))
             raise UserError(
-                f"Study '{tuning.name}' was begun with {key} = {before}, now it is {now}: their trials cannot be compared. "
+                f"Study '{tuning.name}' was created with {key} = {before}, now it is {now}: their trials cannot be compared. "
                 "Restore it, or give the new study a --name."
             )

@@ -1,6 +1,6 @@
 """The files in `ablations/`: a table is a base recipe, rows that change a little of it, columns and the paper's numbers.
 
-A row's recipe at a scale is the base recipe of that scale (`lab.scales`) with the row's changes. Rows of any tables whose recipes
+A row's recipe at a scale is the base recipe of that scale (`config.scales`) with the row's changes. Rows of any tables whose recipes
 have the same fingerprint are one training.
 """
 
@@ -134,7 +134,7 @@ def resolve_names(names: Sequence[str]) -> list[str]:
 def also_differs(row: PlannedRow, *, base: PlannedRow, paper_row: PlannedRow, paper_base: PlannedRow) -> str:
     """Return in words what separates a row from its base row at this scale and not at the paper's; empty for nothing.
 
-    A small scale gives up epochs where a row's steps are dear; whoever reads a difference must know that.
+    A small scale trains rows with expensive steps for fewer epochs, which a reader of the difference must know.
     """
     at_paper = _differences(paper_row.loaded.recipe, paper_base.loaded.recipe)
     here = _differences(row.loaded.recipe, base.loaded.recipe)

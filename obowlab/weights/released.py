@@ -101,9 +101,9 @@ def check_fit(state: Mapping[str, Tensor], *, expected: Mapping[str, Tensor], or
         ("unexpected", [name for name in state if name not in expected]),
         ("of another shape", [name for name in expected if name in state and state[name].shape != expected[name].shape]),
     ]
-    said = [f"{fault}: {_some(names)}" for fault, names in faults if names]
-    if said:
-        raise UserError(f"The weights in {origin} do not fit the network ({'; '.join(said)}).")
+    problems = [f"{fault}: {_some(names)}" for fault, names in faults if names]
+    if problems:
+        raise UserError(f"The weights in {origin} do not fit the network ({'; '.join(problems)}).")
 
 
 def _some(names: list[str]) -> str:
