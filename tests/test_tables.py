@@ -111,10 +111,10 @@ paper = { knn_top1 = 1 }
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (("title =", "titel ="), r"unknown key 'titel'.*'title'"),
+        (("title =", "titel ="), r"Unknown key 'titel'.*'title'"),
         (('base = "vanilla"', 'base = "vanilla"\nset = { "training.epochs" = 1 }'), r"'set' belongs to a row.*'base'"),
         (('base = "vanilla"', 'extends = "vanilla"'), r"a recipe, not a table.*experiments/"),
-        (("label =", "lable ="), r"unknown key 'row\.1\.lable'.*'label'"),
+        (("label =", "lable ="), r"Unknown key 'row\.1\.lable'.*'label'"),
         (('primary = "knn_top1"', 'primary = "linear_top1"'), "not among the columns"),
         (("knn_top1", "knn_top"), "'knn_top' is not a metric.*knn_top1"),
         (('base = "vanilla"', 'base = "vanila"'), "vanilla"),

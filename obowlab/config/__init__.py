@@ -32,7 +32,7 @@ from obowlab.config.recipe import (
     Training,
     Views,
 )
-from obowlab.config.validation import nearest, read_toml, set_by
+from obowlab.config.validation import nearest, parse_section, read_toml, set_by
 
 __all__ = [
     "FINGERPRINT_VERSION",
@@ -69,6 +69,7 @@ __all__ = [
     "load_recipe",
     "nearest",
     "parse_override",
+    "parse_section",
     "project_root",
     "read_toml",
     "recipe_files",

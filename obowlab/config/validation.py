@@ -9,7 +9,7 @@ import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
@@ -136,3 +136,45 @@ def validate(model: type[SectionT], document: Mapping[str, Any], *, sources: Map
             key, source = set_by(prefix + ".".join(parts), sources=sources)
             complaint = f"'{key}' ({source}): {first['msg']}, not {first['input']!r:.60}."
         raise UserError(complaint) from None
+
+
+def parse_section(model: type[SectionT], values: Mapping[str, Any], *, place: str) -> SectionT:
+    """Make a section of a file that is not a recipe.
+
+    Args:
+        model: of the section.
+        values: as TOML gives them.
+        place: what the message calls the section: the file, or `[sampler] of FILE`.
+
+    Raises:
+        UserError: the first complaint, with the key; an unknown key before all others, as it often stands for a missing one.
+    """
+    try:
+        return model.model_validate_json(json.dumps(values, default=str))
+    except ValidationError as error:
+        first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
+    name = ".".join(str(part + 1) if isinstance(part, int) else part for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = list(_section_at(model, first["loc"][:-1]).model_fields)
+        raise UserError(f"Unknown key '{name}' in {place}.{nearest(str(first['loc'][-1]), known)}")
+    if first["type"] == "missing":
+        raise UserError(f"{place} lacks '{name}'.")
+    given = "" if isinstance(first["input"], Mapping) else f", not {first['input']!r:.60}"
+    where = f"'{name}' in {place}" if name else place
+    raise UserError(f"{where}: {first['msg'].removeprefix('Value error, ')}{given}.")
+
+
+def _section_at(model: type[Section], loc: Sequence[int | str]) -> type[Section]:
+    """Return the section that a path of field names, list positions and table keys leads to."""
+    for part in loc:
+        field = model.model_fields.get(str(part))
+        if field is not None:
+            model = next((each for each in _types_in(field.annotation) if issubclass(each, Section)), model)
+    return model
+
+
+def _types_in(annotation: Any) -> Iterator[type]:
+    if isinstance(annotation, type):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _types_in(argument)

@@ -7,12 +7,23 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from obowlab import text
-from obowlab.config import Count, Loaded, Section, find_file, flatten, load_recipe, nearest, project_root, read_toml
+from obowlab.config import (
+    Count,
+    Loaded,
+    Section,
+    find_file,
+    flatten,
+    load_recipe,
+    nearest,
+    parse_section,
+    project_root,
+    read_toml,
+)
 from obowlab.config.scales import recipe_for
 from obowlab.config.validation import flat_pairs
 from obowlab.errors import UserError
@@ -20,7 +31,6 @@ from obowlab.runs.metrics import lookup
 
 Scalar = bool | int | float | str
 Choice = Scalar | tuple[Scalar, ...]
-SectionT = TypeVar("SectionT", bound=Section)
 
 PROTOCOL_OF = {"fewshot": "fewshot", "linear_top1": "linear", "knn_top1": "knn"}
 """Entry of the metric list -> the evaluation protocol that measures it."""
@@ -224,13 +234,13 @@ def load_study(name: str) -> tuple[Path, StudySpec]:
             raise UserError(f"'{key}' in {place} must be a table, [{key}].")
     parameters = {key: _parameter(key, value, place=place) for key, value in document.get("parameters", {}).items()}
     sections = {
-        "sampler": _section(Sampler, document.get("sampler", {}), place=f"[sampler] of {place}"),
-        "pruner": _section(Pruner, document.get("pruner", {}), place=f"[pruner] of {place}"),
+        "sampler": parse_section(Sampler, document.get("sampler", {}), place=f"[sampler] of {place}"),
+        "pruner": parse_section(Pruner, document.get("pruner", {}), place=f"[pruner] of {place}"),
     }
     plain = {key: value for key, value in document.items() if key not in ("parameters", *sections)}
     dumped = {key: json.loads(value.model_dump_json()) for key, value in {**parameters, **sections}.items()}
     whole = {**plain, **{key: dumped[key] for key in sections}, "parameters": {key: dumped[key] for key in parameters}}
-    return path, _section(StudySpec, whole, place=place)
+    return path, parse_section(StudySpec, whole, place=place)
 
 
 def plan_study(name: str, *, scale: str, overrides: Sequence[str] = (), study_name: str | None = None) -> Tuning:
@@ -275,24 +285,7 @@ def _parameter(key: str, values: Any, *, place: str) -> Section:
     kind = values.get("kind")
     if not isinstance(kind, str) or kind not in PARAMETERS:
         raise UserError(f"{where}: 'kind' must be one of {', '.join(PARAMETERS)}{f', not {kind!r}' if kind is not None else ''}.")
-    return _section(PARAMETERS[kind], values, place=where)
-
-
-def _section(model: type[SectionT], values: Mapping[str, Any], *, place: str) -> SectionT:
-    known = list(model.model_fields)
-    for key in values:
-        if key not in known:
-            raise UserError(f"Unknown key '{key}' in {place}.{nearest(key, known)}")
-    try:
-        return model.model_validate_json(json.dumps(values, default=str))
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"] if not isinstance(part, int))
-        reason = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "missing":
-            raise UserError(f"{place} lacks '{name}'.") from None
-        given = "" if isinstance(first["input"], dict) else f", not {first['input']!r:.60}"
-        raise UserError((f"'{name}' in " if name else "") + f"{place}: {reason}{given}.") from None
+    return parse_section(PARAMETERS[kind], values, place=where)
 
 
 def _moves_weights(key: str) -> bool:

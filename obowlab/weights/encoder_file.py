@@ -250,7 +250,7 @@ def import_authors(path: Path) -> Imported:
     """Read a released checkpoint of the authors or a file in torchvision's naming, strictly.
 
     Takes `{"network": ...}`, `{"state_dict": ...}`, `{"model": ...}` or a bare state dict, with or without `module.` before
-    the names (SPEC section 7). Architecture, stem, width, levels and number of words follow from names and shapes.
+    the names. Architecture, stem, width, levels and number of words follow from names and shapes.
 
     Raises:
         UserError: the file is not plain tensors, or a key is missing, left over or of another shape.

@@ -1,4 +1,4 @@
-"""The names of other people's weights files: the authors' released checkpoints (SPEC section 7) and torchvision's.
+"""The names of other people's weights files: the authors' released checkpoints and torchvision's.
 
 Everything is strict: a key that is missing, left over or of another shape is an error that names it.
 """
