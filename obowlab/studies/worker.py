@@ -215,7 +215,8 @@ class Worker:
             # The sampler's seed follows the number of the trial, so that workers and restarts never draw the same points.
             self.study.sampler = _sampler(self.tuning, number=len(trials))
             chosen = self.study.ask(distributions(self.tuning))
-            assert self.locks.take(chosen.number), "no other worker can know of this trial"
+            taken = self.locks.take(chosen.number)
+            assert taken, "no other worker can know of this trial"
         with self._released_on_error(chosen.number):
             kind = "the paper's point, " if chosen.user_attrs.get("paper") else ""
             self._say(f"trial {chosen.number}: {kind}{describe(chosen.params)}")

@@ -27,6 +27,7 @@ from obowlab.methods import OBoW, ResNet
 from obowlab.runs.folder import RunFolder
 from obowlab.views.photometric import MEAN, STD
 from obowlab.weights.released import Kind, build_encoder, build_model, infer_backbone, kind_of, read_torch, torchvision_names
+from obowlab.weights.subject import WEIGHTS_SUFFIXES
 
 METADATA_KEY = "obowlab"
 ENCODER_FILE = "encoder.safetensors"
@@ -106,7 +107,7 @@ def load_encoder(ref: str, *, runs_root: Path) -> Encoder:
     path = Path(ref)
     if path.is_file():
         return read_encoder(path)
-    if path.suffix in (".safetensors", ".pth", ".pt", ".tar"):
+    if path.suffix in WEIGHTS_SUFFIXES:
         raise UserError(f"There is no weights file '{ref}'.")
     folder = RunFolder.find(ref, runs_root=runs_root)
     if not (folder.path / ENCODER_FILE).is_file():
