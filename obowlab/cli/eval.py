@@ -69,7 +69,7 @@ def evaluate(
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise UserError(f"The folder of --json {json_file} does not exist.")
     if untrained and chosen.folder is None:
-        raise UserError("--random needs a run: a weights file does not tell its initialisation.")
+        raise UserError("--random needs a run: a weights file does not record its initialisation.")
     names = protocols or chosen.recipe.evaluation.protocols
     with_random = chosen.folder is not None and (chosen.recipe.evaluation.random_baseline if untrained is None else untrained)
     if dry_run:

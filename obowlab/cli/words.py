@@ -156,7 +156,7 @@ def _levels(found: VisualWords, *, asked: tuple[str, ...], run_id: str) -> tuple
     """Return the levels to show, in the recipe's order.
 
     Raises:
-        UserError: the run has no words of a level that was asked for.
+        UserError: the run has no words of one of these levels.
     """
     there = tuple(found.levels)
     for level in asked:

@@ -51,7 +51,7 @@ class Machine(Section):
     channels_last: bool = True
     compile: bool = False
     checkpoint_every_s: Positive = 120.0
-    log_points: Count = Field(2000, description="at most so many points per training metric")
+    log_points: Count = Field(2000, description="limit on the points of a training metric")
 
     def local_args(self) -> tuple[str, ...]:
         """Return the options with which another `obowlab` command, started here or by a job, uses the same places and device."""

@@ -81,7 +81,7 @@ class BetonWriter:
 
     Args:
         path: the file to create.
-        capacity: at most so many images will be added (their metadata stands before them).
+        capacity: limit on the number of images (their metadata is stored before them).
         page_size: a power of two, as `page_size_for` gives; no image may be larger.
     """
 
@@ -162,7 +162,7 @@ class BetonIndex:
 
 
 def damaged(path: Path, what: str) -> UserError:
-    """Return the error for a file that cannot be used, with the commands that tell more and that fix it."""
+    """Return the error for a file that cannot be used, with the commands that examine and fix it."""
     name = path.parent.name
     return UserError(f"{path} is damaged ({what}): check it with `obowlab data verify {name}`, then {fix_for(name)}.")
 

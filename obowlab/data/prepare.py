@@ -57,7 +57,7 @@ class Plan:
         num_bytes: of all image files, about what the prepared files will take.
         free_bytes: where they are written.
         estimated_s: seconds that decoding takes.
-        num_ignored: files beside the images that are left out.
+        num_ignored: other files of the source, which are left out.
     """
 
     dataset: str
@@ -162,7 +162,7 @@ def to_rgb_jpeg(data: bytes) -> DecodedImage:
 
 
 def plan_prepare(name: str, *, source: Path, data_root: Path, workers: int | None = None) -> Plan:
-    """List the source and decode a few of its images to tell what preparing it will take; nothing is written.
+    """List the source and decode a few of its images to estimate time and size; nothing is written.
 
     Raises:
         UserError: as `prepare`.

@@ -53,7 +53,7 @@ class SourceSplit:
 
     @property
     def listing_hash(self) -> str:
-        """SHA-256 (hex) of every image's name and size: tells another source without reading it."""
+        """SHA-256 (hex) of every image's name and size: a change of the source shows without reading images."""
         digest = hashlib.sha256()
         for image in self.images:
             digest.update(f"{image.name}\0{image.size}\n".encode("utf-8", "surrogateescape"))

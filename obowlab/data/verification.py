@@ -70,7 +70,7 @@ def verify(
         UserError: it was never prepared, or the given source cannot be listed.
     """
     check_name(name)
-    tell = progress or (lambda text: None)
+    report = progress or (lambda text: None)
     problems: list[Problem] = []
     manifests: list[Manifest] = []
     for split in SPLITS:
@@ -89,18 +89,18 @@ def verify(
     num_decoded = num_compared = 0
     for manifest in manifests:
         path = beton_path(data_root, name, manifest.split)
-        tell(f"{path}: hashing {manifest.file_bytes / 1e6:.0f} MB")
+        report(f"{path}: hashing {manifest.file_bytes / 1e6:.0f} MB")
         index, found = _check_file(path, manifest)
         if index is not None:
             count = len(index.labels)
             chosen = np.random.default_rng(seed).permutation(count)[: count if sample is None else sample]
-            tell(f"{path}: decoding {len(chosen)} of {count} images")
+            report(f"{path}: decoding {len(chosen)} of {count} images")
             images = _Images(path, index, np.sort(chosen).tolist())
             found += _check_decoding(images)
             num_decoded += len(chosen)
             original = given or _noted_source(manifest)
             if original is not None:
-                tell(f"{path}: comparing them with {original.path}")
+                report(f"{path}: comparing them with {original.path}")
                 found += _compare(images, manifest, original)
                 num_compared += len(chosen)
         problems += [Problem(manifest.split, what, fix_for(name)) for what in found]
@@ -168,7 +168,7 @@ def _noted_source(manifest: Manifest) -> Source | None:
         return None
     try:
         return read_source(Path(manifest.source))
-    except UserError:  # it was replaced by something else; only a source that is asked for must be there
+    except UserError:  # it was replaced by something else; only a source given by the user must exist
         return None
 
 

@@ -164,7 +164,7 @@ class Tuning:
         return None if self.spec.pruner.kind == "none" else self.spec.pruner.metric or self.spec.objective
 
     def every_epochs(self, epochs: int) -> int:
-        """Return how often a training of so many epochs is measured; 0: never."""
+        """Return the epochs between two measurements of a training of `epochs` epochs; 0: none."""
         return 0 if self.online_metric is None else max(1, epochs // (self.spec.pruner.points + 1))
 
     def recipe(self, params: Mapping[str, Any]) -> Loaded:

@@ -1,4 +1,4 @@
-"""A results table: rows of recipes, columns of metrics, ours beside the paper's, each cell with where it comes from.
+"""A results table: rows of recipes, columns of metrics, ours beside the paper's, each cell with its origin.
 
 This is what `obowlab table` prints, `obowlab report` draws and MLflow keeps; plain values, built by `tables.build` from the
 run store alone and turned into text by `tables.render`.
@@ -45,7 +45,7 @@ class Cell:
         against_paper: ours minus the paper's, percent; only at the paper's scale.
         against_base: ours minus the base row's, over the seeds that both rows have; None for the base row itself.
         verdict: how the sign of `against_base` compares with the paper's; None where one of them is not known.
-        problem: one sentence when results are there and cannot be compared (another protocol, other images).
+        problem: one sentence when there are results that cannot be compared (another protocol, other images).
     """
 
     metric: str

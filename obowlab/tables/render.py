@@ -162,7 +162,7 @@ def as_csv(tables: Sequence[Table]) -> str:
 
 
 def html(tables: Sequence[Table]) -> str:
-    """Return tables as one page that needs nothing beside it."""
+    """Return tables as one self-contained page."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 

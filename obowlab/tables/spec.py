@@ -34,7 +34,7 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
 class AtScale(Section):
-    """What a row has at one scale beside what it has everywhere."""
+    """What a row has at one scale in addition to its settings at every scale."""
 
     set: dict[str, Any] = Field({}, description="recipe key -> value")
     footnotes: tuple[str, ...] = ()
@@ -190,7 +190,7 @@ def _read(path: Path) -> TableFile:
 
 
 def _plan(row: TableRow, *, file: TableFile, folder: Path, scale: str, base: Callable[[], str]) -> PlannedRow:
-    """Resolve a row; `base` gives the fingerprint of the table's base recipe, asked for once the row itself is sound."""
+    """Resolve a row; `base` gives the fingerprint of the table's base recipe, called once the row itself is valid."""
     name = _base_recipe(row.base or file.base, folder=folder, scale=scale)
     here = row.at.get(scale, AtScale())
     overrides = {**row.set, **here.set}

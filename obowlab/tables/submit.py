@@ -1,4 +1,4 @@
-"""The trainings that tables lack, as arrays of jobs of a cluster."""
+"""The trainings that tables need, as arrays of jobs of a cluster."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from obowlab.tables.plan import Plan, check_images, labels_of
 
 
 def submit_plan(plan: Plan, *, submitter: Submitter, at_a_time: int) -> int | None:
-    """Submit what tables lack, as arrays of jobs: first the stages that others need, then those.
+    """Submit the missing trainings of tables as arrays of jobs, earlier stages first.
 
     Args:
         plan: of the tables.
         submitter: makes the jobs, of one process each; with `wait`, this returns when they are over.
-        at_a_time: at most so many jobs of an array run together.
+        at_a_time: how many jobs of an array may run together.
 
     Returns:
         The exit code when there is nothing to show yet; None when nothing is left, or the waiting is over.

@@ -56,7 +56,7 @@ class Encoder:
 
     Attributes:
         model: the student's ResNet, on the CPU, in evaluation mode.
-        info: what the file says about it; sizes are the paper's where a foreign file does not tell.
+        info: what the file says about it; sizes are the paper's where a foreign file has none.
         path: the file.
     """
 
@@ -185,19 +185,19 @@ def export(encoder: Encoder, *, format: Format, path: Path) -> Export:
         UserError: torchvision has no such network (small stem, other width), or the file cannot be written.
         RuntimeError: the features after the round trip differ by more than `ROUND_TRIP_TOLERANCE`; nothing is left behind.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}{'.safetensors' if format == 'safetensors' else ''}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{'.safetensors' if format == 'safetensors' else ''}")
     try:
         if format == "torchvision":
-            returned = _write_torchvision(encoder, beside)
+            returned = _write_torchvision(encoder, temporary)
         else:
-            write_encoder(encoder.model, path=beside, info=encoder.info)
-            returned = read_encoder(beside).model
+            write_encoder(encoder.model, path=temporary, info=encoder.info)
+            returned = read_encoder(temporary).model
         difference = feature_difference(encoder.model, returned, size=encoder.info.original_size)
         if not difference <= ROUND_TRIP_TOLERANCE:
             raise RuntimeError(f"features differ by {difference:.3g} after writing and reading {path}; the file was not kept")
-        beside.replace(path)
+        temporary.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     return Export(path=path, max_difference=difference)
 
 
@@ -281,8 +281,8 @@ def write_method(imported: Imported, *, path: Path) -> Path:
         path: of the encoder; the method goes beside it as `NAME.method.safetensors`.
     """
     assert imported.method is not None
-    beside = path.with_suffix(".method.safetensors")
+    target = path.with_suffix(".method.safetensors")
     state = {name: tensor.detach().contiguous() for name, tensor in imported.method.state_dict().items()}
     metadata = {METADATA_KEY: imported.info.model_dump_json(), "method": imported.method.method.model_dump_json()}
-    _write(beside, safetensors.torch.save(state, metadata=metadata))
-    return beside
+    _write(target, safetensors.torch.save(state, metadata=metadata))
+    return target

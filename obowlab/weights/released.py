@@ -158,7 +158,7 @@ def build_model(state: Mapping[str, Tensor], *, origin: Path) -> tuple[OBoW, Bac
         mapped |= _scalars(
             rest, {f"{source}._embedding_ptr": f"{vocabulary}.pointer", f"{source}._min_distance_mean": f"{vocabulary}.msd"}
         )
-        # The file does not tell when a word was inserted: its age counts from the import.
+        # The file does not say when a word was inserted: its age counts from the import.
         steps = rest.pop(f"{source}._track_num_batches", torch.zeros(1))
         unused[f"{source}._track_num_batches"] = "the number of steps taken"
         mapped[f"{vocabulary}.inserted_at"] = torch.full((len(words[index]),), int(steps.item()), dtype=torch.int64)
