@@ -77,7 +77,7 @@ class MethodContract:
         assert output.loss.shape == ()
         assert {"loss", "monitor_loss", "monitor_accuracy"} <= output.metrics.keys()
         for name, value in output.metrics.items():
-            lookup(name)  # fails for a metric that track/metrics.py does not describe
+            lookup(name)  # fails for a metric that runs/metrics.py does not describe
             assert value.shape == (), name
             assert not value.requires_grad, name
             assert torch.isfinite(value), name
