@@ -66,6 +66,7 @@ def ablate(
     """
     from obowlab.launch.cost import CostBook
     from obowlab.launch.gpu_leases import check_gpus
+    from obowlab.runs.provenance import num_cores
     from obowlab.runs.records import store_runs
     from obowlab.tables.plan import OVERVIEW_COLUMNS, make_plan, overview, select_rows
     from obowlab.tables.spec import load_table, resolve_names
@@ -79,7 +80,7 @@ def ablate(
     if not dry_run and not on_cluster:
         check_gpus(machine)
     plan = make_plan(tables, seeds=range(seeds), rows=select_rows(row_words, tables=tables))
-    slots = gpus or jobs or (len(plan.jobs) if on_cluster else _default_jobs(machine))
+    slots = gpus or jobs or (len(plan.jobs) if on_cluster else max(1, num_cores() // (machine.threads or 1)))
     runs = store_runs(machine.runs_root)
     book = CostBook(machine.model_copy(update={"procs": 1}), runs=runs.values())
     if not dry_run and not on_cluster and any(job.fingerprint not in runs for job in plan.jobs):
@@ -165,13 +166,6 @@ def show(table: Table, *, with_runs: bool = False) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------- helpers
-
-
-def _default_jobs(machine: Machine) -> int:
-    import os
-
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // (machine.threads or 1))
 
 
 def _execute(plan: Plan, *, machine: Machine, machine_file: Path | None, slots: int, records: Path | None) -> int:

@@ -6,7 +6,6 @@ Both give a `Content` per split, a stream of records, and `build` writes it: one
 from __future__ import annotations
 
 import io
-import os
 import shutil
 import time
 from collections import Counter, deque
@@ -36,6 +35,7 @@ from obowlab.data.manifest import (
 )
 from obowlab.data.sources import SPLITS, Source, SourceImage, SourceSplit, read_source
 from obowlab.errors import UserError
+from obowlab.runs.provenance import num_cores
 
 JPEG_QUALITY = 95
 """Of images that are not RGB JPEG files already."""
@@ -167,7 +167,7 @@ def plan_prepare(name: str, *, source: Path, data_root: Path, workers: int | Non
     Raises:
         UserError: as `prepare`.
     """
-    return _plan(name, _read_source(name, source), data_root=data_root, workers=workers or _usable_cores())
+    return _plan(name, _read_source(name, source), data_root=data_root, workers=workers or num_cores())
 
 
 def prepare(
@@ -200,7 +200,7 @@ def prepare(
         UserError: a bad name or source, no readable image, no space, or another source was prepared under this name.
     """
     start = time.monotonic()
-    workers = workers or _usable_cores()
+    workers = workers or num_cores()
     if name == synthetic.NAME:
         if source is not None:
             raise UserError(f"'{name}' is drawn, not read: leave --source out, or choose another name for your images.")
@@ -357,10 +357,6 @@ def _read_source(name: str, source: Path | None) -> Source:
     if source is None:
         raise UserError(f"Give --source DIR, the folder or .tar that holds the images of '{name}'.")
     return read_source(source)
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _plan(name: str, source: Source, *, data_root: Path, workers: int) -> Plan:
