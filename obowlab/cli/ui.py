@@ -20,6 +20,7 @@ import click
 
 from obowlab.cli.options import MachineOptions, dry_run_option, machine_options, would
 from obowlab.errors import UserError
+from obowlab.signals import on_signals
 
 if TYPE_CHECKING:
     from obowlab.config import Machine
@@ -123,7 +124,7 @@ def _refuse_taken(port: int) -> None:
 @contextmanager
 def _serving(command: list[str], *, cwd: Path, environment: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
     """Start the server in a process group of its own and end the whole group, whatever happens here."""
-    with _termination_as_interrupt():
+    with on_signals(_interrupt, (signal.SIGTERM, signal.SIGHUP)):  # as Ctrl-C, so that the server never outlives this process
         server = subprocess.Popen(command, cwd=cwd, env={**os.environ, **environment}, stdout=sys.stderr, start_new_session=True)
         try:
             yield server
@@ -131,19 +132,8 @@ def _serving(command: list[str], *, cwd: Path, environment: Mapping[str, str]) -
             _end_group(server)
 
 
-@contextmanager
-def _termination_as_interrupt() -> Iterator[None]:
-    """Treat SIGTERM and SIGHUP as Ctrl-C, so that the server never outlives this process."""
-
-    def interrupt(signum: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 def _end_group(server: subprocess.Popen[bytes]) -> None:

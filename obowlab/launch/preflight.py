@@ -9,7 +9,7 @@ from obowlab.config import Loaded, Machine
 from obowlab.data.class_lists import class_list
 from obowlab.data.datasets import open_split
 from obowlab.errors import UserError
-from obowlab.launch.nodes import MEETING_VARIABLE
+from obowlab.launch.nodes import RENDEZVOUS_VARIABLE
 
 
 def check_nodes(machine: Machine) -> None:
@@ -18,7 +18,7 @@ def check_nodes(machine: Machine) -> None:
     Raises:
         UserError: says how it is done.
     """
-    if machine.nodes > 1 and MEETING_VARIABLE not in os.environ:
+    if machine.nodes > 1 and RENDEZVOUS_VARIABLE not in os.environ:
         raise UserError("--nodes is for a cluster: add --launcher slurm, or leave --nodes out.")
 
 

@@ -10,15 +10,13 @@ mlflow.
 from __future__ import annotations
 
 import difflib
-import fcntl
 import json
 import os
 import re
-import secrets
 import socket
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,14 +24,10 @@ from typing import Any
 from obowlab import __version__
 from obowlab.config import Loaded, Machine, canonical_hash
 from obowlab.errors import UserError
-from obowlab.files import append_whole, cut_torn_tail, read_all, read_lines, read_sealed, seal, write_atomic
+from obowlab.files import append_whole, cut_torn_tail, file_lock, read_all, read_checked, read_lines, with_checksum, write_atomic
 from obowlab.runs.info import RunInfo, State, read_info, read_result, read_state
-from obowlab.runs.locks import HELD, HELD_GUARD, HOLDER_BYTE, WORKER_BYTE, is_locked, read_holder, try_lock
+from obowlab.runs.locks import Lock, hold, is_locked
 from obowlab.runs.metric_log import MetricLog, Point, parse_point, read_points
-
-LOCK_TOKEN_VARIABLE = "OBOWLAB_RUN_LOCK"
-"""Set by a launcher that holds the lock for the processes it starts; see `RunFolder.lock`."""
-
 
 COST_FILE = "cost.json"
 STALE_AFTER_S = 3600.0
@@ -47,17 +41,6 @@ class RunSummary:
     path: Path
     info: RunInfo
     state: State
-
-
-@dataclass(frozen=True)
-class Lock:
-    """A held run lock; `token` goes to child processes as the environment variable `LOCK_TOKEN_VARIABLE`."""
-
-    token: str
-
-
-class RunTakenError(UserError):
-    """Another process has the run; the sentence names it."""
 
 
 class RunFolder:
@@ -99,7 +82,7 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             write_atomic(path / "state.json", State(updated_at=info.created_at).model_dump_json(indent=1))
             # Last: its presence makes the folder a run.
-            write_atomic(path / "run.json", seal(info.model_dump_json(indent=1, by_alias=True)))
+            write_atomic(path / "run.json", with_checksum(info.model_dump_json(indent=1, by_alias=True)))
         except OSError as error:
             raise UserError(f"Cannot create the run folder {path} (--runs-root): {error.strerror}.") from None
         return cls(path, info)
@@ -164,57 +147,17 @@ class RunFolder:
         write_atomic(self.path / "state.json", state.model_dump_json(indent=1))
         return state
 
-    @contextmanager
-    def lock(self) -> Iterator[Lock]:
+    def lock(self) -> AbstractContextManager[Lock]:
         """Hold the run exclusively, for as long as the context and this process last.
 
-        A launcher holds it and gives its token to the process it starts; that one then holds its own part, so that the run
-        stays taken when the launcher dies first. Forked loader processes hold nothing.
+        A launcher holds it and gives its token to the process it starts; that one then holds a lock of its own, so that the run
+        stays taken when the launcher dies first.
 
         Raises:
             RunTakenError: another process has it; names its process id and host.
-            UserError: the folder cannot be written to, or its file system knows no locks.
+            UserError: the folder cannot be written to, or its file system has no locks.
         """
-        key = str(self.path.resolve())
-        with HELD_GUARD:  # the kernel would give it to another thread of this process
-            if key in HELD:
-                raise self._taken(os.getpid())
-            HELD.add(key)
-        try:
-            with self._locked_file() as token:
-                yield Lock(token=token)
-        finally:
-            HELD.discard(key)  # after the file was closed: closing it would end a lock taken anew
-
-    @contextmanager
-    def _locked_file(self) -> Iterator[str]:
-        try:
-            fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise UserError(f"Cannot write to the run folder {self.path} ({error.strerror}): mend that and try again.") from None
-        try:
-            holder = read_holder(fd)
-            token = os.environ.get(LOCK_TOKEN_VARIABLE)
-            if token is not None and token == holder.get("token"):
-                if not try_lock(fd, WORKER_BYTE):
-                    raise self._taken(self.state.pid)
-            else:
-                if not try_lock(fd, HOLDER_BYTE):
-                    raise self._taken(holder.get("pid"))
-                if not try_lock(fd, WORKER_BYTE):  # its launcher was killed, it is still saving
-                    raise self._taken(self.state.pid)
-                fcntl.lockf(fd, fcntl.LOCK_UN, 1, WORKER_BYTE)
-                token = secrets.token_hex(8)
-                content = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "token": token}).encode()
-                os.ftruncate(fd, 0)
-                os.pwrite(fd, content, 0)
-            yield token
-        finally:
-            os.close(fd)
-
-    def _taken(self, pid: int | None) -> RunTakenError:
-        host = self.state.host or socket.gethostname()
-        return RunTakenError(f"Run '{self.run_id}' is being trained by process {pid} on {host}; wait for it or stop it first.")
+        return hold(self.path)
 
     # ------------------------------------------------------------------------------------------------ records
 
@@ -238,7 +181,7 @@ class RunFolder:
         path = self.path / "attempts.jsonl"
         cut_torn_tail(path)
         number = len(self.attempts()) + 1
-        line = seal(json.dumps({"attempt": number, "time": round(time.time(), 3), **facts}, default=str))
+        line = with_checksum(json.dumps({"attempt": number, "time": round(time.time(), 3), **facts}, default=str))
         with path.open("ab", buffering=0) as file:
             append_whole(file, line.encode() + b"\n")
             os.fsync(file.fileno())
@@ -289,7 +232,7 @@ class RunFolder:
         identity = [result.get(key) for key in ("subject", "protocol", "version", "protocol_hash", "weights_hash", "data_hash")]
         name = f"{result['subject']}-{result['protocol']}-{canonical_hash(identity)[:8]}.json"
         dated = {**result, "measured_at": round(time.time(), 3)}
-        return self.write_artifact(f"results/{name}", seal(json.dumps(dated, indent=1, allow_nan=False)))
+        return self.write_artifact(f"results/{name}", with_checksum(json.dumps(dated, indent=1, allow_nan=False)))
 
     def trained_s(self) -> float | None:
         """Return the seconds spent on training steps, all starts together; None when nothing was logged."""
@@ -305,7 +248,7 @@ class RunFolder:
     def mlflow_run_id(self) -> str | None:
         """Return the id of the MLflow run that mirrors this one, in the store it was sent to last; None when it never was."""
         try:
-            stores = read_sealed(self.mirror_path)["stores"]
+            stores = read_checked(self.mirror_path)["stores"]
             ids = [sent["run_id"] for sent in stores.values() if sent.get("run_id")]
         except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
             return None
@@ -321,7 +264,7 @@ class RunFolder:
     def labels(self) -> dict[str, str]:
         """Return what studies and tables said about this run: MLflow tag name to text."""
         try:
-            labels = read_sealed(self.path / "labels.json")
+            labels = read_checked(self.path / "labels.json")
             if not all(isinstance(text, str) for text in labels.values()):
                 raise ValueError("a label is no text")
             return labels
@@ -342,12 +285,11 @@ class RunFolder:
             Whether anything was new.
         """
         assert all(name.startswith("obowlab.") for name in labels), f"labels are called obowlab.NAME, not {list(labels)}"
-        with (self.path / "labels.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with file_lock(self.path / "labels.lock"):
             before = self.labels()
             if before | dict(labels) == before:
                 return False
-            write_atomic(self.path / "labels.json", seal(json.dumps(before | dict(labels), indent=1)))
+            write_atomic(self.path / "labels.json", with_checksum(json.dumps(before | dict(labels), indent=1)))
         return True
 
     @property
@@ -411,19 +353,11 @@ def _believable(state: State, path: Path) -> State:
     if state.status != "running":
         return state
     if state.host == socket.gethostname():
-        gone = state.pid is None or not _alive(state.pid)
+        import psutil  # late: most runs are not running
+
+        gone = state.pid is None or not psutil.pid_exists(state.pid)
     else:
         gone = time.time() - state.updated_at > STALE_AFTER_S
     if gone and not is_locked(path):
         return state.model_copy(update={"status": "interrupted", "message": state.message or "its process is gone"})
     return state
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

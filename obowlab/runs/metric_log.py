@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from obowlab.files import append_whole, cut_torn_tail, read_all, read_lines, seal
+from obowlab.files import append_whole, cut_torn_tail, read_all, read_lines, with_checksum
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class MetricLog:
             "time": round(time.time() if time_s is None else time_s, 3),
             "metrics": {name: _to_json(float(value)) for name, value in values.items()},
         }
-        append_whole(self._file, seal(json.dumps(line, allow_nan=False, separators=(",", ":"))).encode() + b"\n")
+        append_whole(self._file, with_checksum(json.dumps(line, allow_nan=False, separators=(",", ":"))).encode() + b"\n")
         self.last_step = step
         return True
 

@@ -8,7 +8,6 @@ gives up after its time limit, says what is pending, and a later call completes 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import threading
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from obowlab.config import flatten
 from obowlab.errors import UserError
+from obowlab.files import file_lock
 from obowlab.runs.folder import RunFolder
 from obowlab.runs.info import read_result
 from obowlab.tracking.model import save_encoder_model
@@ -336,11 +336,11 @@ class Mirror:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        with (self.folder.path / "mirror.lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"Another process is mirroring {self.folder.run_id}; it sends what is pending.") from None
+        try:
+            lock = file_lock(self.folder.path / "mirror.lock", timeout_s=0).acquire()
+        except TimeoutError:
+            raise UserError(f"Another process is mirroring {self.folder.run_id}; it sends what is pending.") from None
+        with lock:
             yield
 
 

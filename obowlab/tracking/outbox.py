@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 
 from pydantic import BaseModel, ConfigDict
 
-from obowlab.files import damaged_line, read_lines, read_sealed, seal, unseal, write_atomic
+from obowlab.files import damaged_line, parse_checked, read_checked, read_lines, with_checksum, write_atomic
 from obowlab.runs.folder import RunFolder
 from obowlab.runs.info import Status
 from obowlab.runs.metric_log import Point, parse_point
@@ -77,11 +77,11 @@ class Outbox:
     def save(self, sent: Sent) -> None:
         """Remember what the store has."""
         stores = {**self._stores(), self.store: sent.model_dump()}
-        write_atomic(self.folder.mirror_path, seal(json.dumps({"stores": stores}, indent=1)))
+        write_atomic(self.folder.mirror_path, with_checksum(json.dumps({"stores": stores}, indent=1)))
 
     def _stores(self) -> dict[str, Any]:
         try:
-            return dict(read_sealed(self.folder.mirror_path)["stores"])
+            return dict(read_checked(self.folder.mirror_path)["stores"])
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             return {}
 
@@ -112,7 +112,7 @@ class Outbox:
             file.seek(offset)
             for line in file:
                 try:
-                    point = parse_point(unseal(line)) if line.endswith(b"\n") else None
+                    point = parse_point(parse_checked(line)) if line.endswith(b"\n") else None
                 except ValueError:
                     point = None
                 if point is None:  # still being written, or torn: the writer cuts it off when it goes on
@@ -227,7 +227,7 @@ def _step_before(file: BinaryIO, offset: int) -> int | None:
     if len(before) < min(offset, LONGEST_LINE) or not lines or not lines[-1].endswith(b"\n"):
         return None
     try:
-        return parse_point(unseal(lines[-1])).step
+        return parse_point(parse_checked(lines[-1])).step
     except ValueError:
         return None
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import math
 import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obowlab.config import Machine
 from obowlab.errors import UserError
+from obowlab.files import file_lock
 from obowlab.tracking.server import complaint, connect, experiment_id, no_patience, prepare_store, shown_uri, store_uri
 
 if TYPE_CHECKING:
@@ -98,7 +97,8 @@ class _Work:
         """Send what is new; what goes wrong becomes the warning of `done`."""
         try:
             no_patience(request_s=timeout_s)
-            with self._alone():
+            self.machine.runs_root.mkdir(parents=True, exist_ok=True)
+            with file_lock(self.machine.runs_root / LOCK):  # two processes must not both create the run
                 prepare_store(self.uri)
                 self._send(connect(self.uri))
         except UserError as error:
@@ -147,14 +147,6 @@ class _Work:
         made = client.create_run(experiment, run_name=run_name, tags=tags)
         client.set_terminated(made.info.run_id)
         return str(made.info.run_id), tags
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Take turns with other processes of this run store: two must not both create the run."""
-        self.machine.runs_root.mkdir(parents=True, exist_ok=True)
-        with (self.machine.runs_root / LOCK).open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
 
 
 def _warning(kind: str, name: str, reason: str) -> str:

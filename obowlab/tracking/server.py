@@ -5,7 +5,6 @@ mlflow is imported inside the functions only: the command line must start withou
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import re
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obowlab.errors import UserError
+from obowlab.files import file_lock
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -142,8 +142,7 @@ def prepare_store(uri: str) -> None:
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.with_name(f".{path.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with file_lock(path.with_name(f".{path.name}.lock")):
             if path.exists():
                 return
             beside = path.with_name(f".{path.name}.new")

@@ -15,10 +15,9 @@ import pytest
 
 from obowlab.config import Loaded, Machine, Recipe
 from obowlab.errors import UserError
-from obowlab.files import folder_written, read_sealed
+from obowlab.files import folder_written, read_checked
 from obowlab.runs import METRICS, MetricLog, RunFolder, list_runs, lookup, provenance
-from obowlab.runs.folder import LOCK_TOKEN_VARIABLE, RunTakenError
-from obowlab.runs.locks import is_locked
+from obowlab.runs.locks import LOCK_TOKEN_VARIABLE, RunTakenError, is_locked
 from obowlab.runs.metrics import mlflow_name
 
 
@@ -231,7 +230,7 @@ def test_machine_is_kept_without_the_trackers_password(tmp_path: Path) -> None:
 
 def test_listing_many_runs_is_quick(tmp_path: Path) -> None:
     template = create(tmp_path)
-    info = read_sealed(template.path / "run.json")
+    info = read_checked(template.path / "run.json")
     for index in range(300):
         path = tmp_path / f"demo-s{index}-copy"
         path.mkdir()
