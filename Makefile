@@ -1,43 +1,51 @@
 # Two commands are the contract: `make demo` and `make test`. Both install what they need into .venv first.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format bench chaos slurm-demo golden clean secrets images backup restore services
+.PHONY: help install demo test test-all test-gpu lint format bench chaos slurm-demo golden clean secrets images backup restore services
 BIN := .venv/bin
 CORES := $(shell nproc 2>/dev/null || echo 1)
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
-.venv/.installed: pyproject.toml constraints.txt .ci/install.sh
-	@.ci/install.sh
+# Each part contains the ones before it: demo, train, test, dev. Only what is missing is installed.
+.venv/.installed-%: pyproject.toml constraints.txt .ci/install.sh
+	@.ci/install.sh $*
 
-install: .venv/.installed ## Install everything into .venv (Debian packages for ffcv included)
+install: .venv/.installed-train ## Install what training needs into .venv (ffcv and its Debian packages included)
 
-demo: .venv/.installed ## Install, train OBoW on the embedded data set, evaluate it, say how to browse it
+demo: .venv/.installed-demo ## Install, train OBoW on the embedded data set, evaluate it, say how to browse it
 	@$(BIN)/obowlab run demo
 	@echo; echo "Browse it:  $(BIN)/obowlab ui      List it:  $(BIN)/obowlab runs list"
 
-test: .venv/.installed ## Install, then run every test
-	@OMP_NUM_THREADS=1 $(BIN)/pytest -n $(CORES) --dist loadscope $(PYTEST)
+PYTEST_ALL = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(CORES) --dist worksteal
+test: .venv/.installed-test ## Install, then run the tests (HIDE=postgresql,chromium: as on a machine without them)
+	@OBOWLAB_TEST_HIDE='$(HIDE)' $(PYTEST_ALL) $(PYTEST)
 
-lint: .venv/.installed ## Check style, types and the direction of imports
+test-all: .venv/.installed-test ## The tests, with all rounds of the slow ones
+	@OBOWLAB_TEST_ALL=1 $(PYTEST_ALL) $(PYTEST)
+
+test-gpu: .venv/.installed-test ## The tests that need an NVIDIA GPU, which `make test` hides
+	@OBOWLAB_TEST_GPU=1 $(BIN)/pytest -m gpu $(PYTEST)
+
+lint: .venv/.installed-dev ## Check style, types and the direction of imports
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports \
 	    && $(BIN)/check-jsonschema --quiet --builtin-schema vendor.compose-spec docker-compose.yml && $(BIN)/hadolint Dockerfile
 
-format: .venv/.installed ## Format the code
+format: .venv/.installed-dev ## Format the code
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 
-bench: .venv/.installed ## Print the benchmarks, side by side (PHOTOS=an ImageFolder of full-size photos, or a .tar of one; STORE=a full run store)
+bench: .venv/.installed-test ## Print the benchmarks, side by side (PHOTOS=an ImageFolder of full-size photos, or a .tar of one; STORE=a full run store)
 	@PHOTOS='$(PHOTOS)' STORE='$(STORE)' $(BIN)/python tests/benchmarks/run.py
 
-slurm-demo: .venv/.installed ## The demo on a real two-node Slurm, requeued, preempted, a node killed (SLURM_CONF or SLURM_TOOLS=DIR; root)
+slurm-demo: .venv/.installed-test ## The demo on a real two-node Slurm, requeued, preempted, a node killed (SLURM_CONF or SLURM_TOOLS=DIR; root)
 	@$(BIN)/python -m tests.slurm_demo $(if $(SLURM_TOOLS),--tools $(SLURM_TOOLS)) $(ARGS)
 
 FAULTS ?= 200
 SEED ?= 0
-chaos: .venv/.installed ## Inject faults and judge what is lost (FAULTS=200 SEED=0); stopped and typed again, it goes on
+chaos: .venv/.installed-test ## Inject faults and judge what is lost (FAULTS=200 SEED=0); stopped and typed again, it goes on
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos --faults $(FAULTS) --seed $(SEED)
 
-golden: .venv/.installed ## Write the golden files again; look at the diff before you commit it
+golden: .venv/.installed-test ## Write the golden files again; look at the diff before you commit it
 	@OBOWLAB_WRITE_GOLDEN=1 $(BIN)/pytest tests/test_recipes.py tests/test_cli.py
 
 secrets: ## Write .env for docker-compose.yml: settings and random passwords; what is there already stays
@@ -56,7 +64,7 @@ restore: ## Put a backup back: make restore FROM=backups/obowlab-... (WITH=--run
 	@$(IN_BACKUP) restore "/backups/$(notdir $(FROM:/=))" $(WITH)
 	@docker compose up --detach
 
-services: .venv/.installed ## Run the same services without Docker, on this machine, until Ctrl-C (TO=folder)
+services: .venv/.installed-test ## Run the same services without Docker, on this machine, until Ctrl-C (TO=folder)
 	@$(BIN)/python -m tests.services $(or $(TO),services)
 
 clean: ## Remove .venv and caches; runs and data stay

@@ -1,14 +1,40 @@
 #!/usr/bin/env bash
-# Installs everything obowlab needs into .venv, and says what it does. Run by the Makefile; safe to run again.
-# PYTHON chooses the interpreter (3.11 or newer); OBOWLAB_FFCV=0 leaves ffcv and its Debian packages out,
-# OBOWLAB_BROWSER=0 the browser that pages are tested with.
+# Installs obowlab into .venv, in parts of which each contains the ones before it; safe to run again: what is there stays.
+#   demo    obowlab and the libraries it runs with: PyTorch, MLflow, Optuna
+#   train   ffcv, the fast image loader, with the Debian packages it is built with; PostgreSQL's client
+#   test    pytest, the services without Docker; Debian's PostgreSQL, and Chromium, which opens the pages
+#   dev     ruff, mypy, import-linter, pre-commit, mutmut
+# Environment variables:
+#   PYTHON               the interpreter that makes .venv (3.11 or newer)
+#   OBOWLAB_TORCH_INDEX  a package index for torch and torchvision instead of the default one, for example
+#                        https://download.pytorch.org/whl/cu126; on a machine without an NVIDIA GPU, PyTorch's index of CPU wheels is
+#                        tried by itself; set to nothing, only the default index is asked
+#   OBOWLAB_FFCV=0       leaves ffcv and its Debian packages out
+#   OBOWLAB_BROWSER=0    leaves the browser out
 set -eu
 cd "$(dirname "$0")/.."
+part=${1:-}
+case $part in
+    demo) parts="demo" ;;
+    train) parts="demo train" ;;
+    test) parts="demo train test" ;;
+    dev) parts="demo train test dev" ;;
+    *) echo "Usage: .ci/install.sh demo|train|test|dev" >&2; exit 2 ;;
+esac
 python=${PYTHON:-python3}
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "obowlab needs Python 3.11 or newer; set PYTHON=/path/to/python3.11" >&2; exit 2; }
+cpu_index=https://download.pytorch.org/whl/cpu
 
 say() { printf '\n== %s\n' "$*"; }
+note() { printf '   %s\n' "$*"; }
 pip() { .venv/bin/python -m pip --disable-pip-version-check --quiet "$@" 2>&1 | { grep -v -e '^WARNING: Location' -e '^$' || true; }; return "${PIPESTATUS[0]}"; }
+version() { sed -n "s/^$1==//p" constraints.txt; }
+
+installed() { # PART: it is there, and nothing has changed what it consists of
+    local stamp=.venv/.installed-$1 source
+    [ -e "$stamp" ] || return 1
+    for source in pyproject.toml constraints.txt .ci/install.sh; do [ ! "$source" -nt "$stamp" ] || return 1; done
+}
 
 as_root=""
 [ "$(id -u)" = 0 ] || as_root=sudo
@@ -16,36 +42,100 @@ debian() { # PURPOSE WITHOUT PACKAGE...: installs packages, or says what goes wi
     command -v apt-get >/dev/null || return 0
     local purpose=$1 without=$2
     shift 2
-    say "Debian packages that $purpose: $*"
+    say "Debian packages $purpose: $*"
     DEBIAN_FRONTEND=noninteractive $as_root apt-get update -qq \
         && DEBIAN_FRONTEND=noninteractive $as_root apt-get install -y -qq --no-install-recommends "$@" >/dev/null \
-        || echo "   could not be installed; $without"
+        || note "could not be installed; $without"
+}
+have_libraries() { command -v pkg-config >/dev/null && command -v g++ >/dev/null && pkg-config --exists opencv4 libturbojpeg; }
+have_browser() { command -v chromium >/dev/null && command -v chromedriver >/dev/null; }
+have_database() { command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1; }
+
+# ------------------------------------------------------------------------------------------------------------------- PyTorch
+# The default index has torch for CUDA on x86-64 Linux, and for the CPU elsewhere.
+default_is_cuda() { [ "$(uname -s)-$(uname -m)" = Linux-x86_64 ]; }
+have_gpu() { [ -e /proc/driver/nvidia/version ] || { command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; }; }
+answers() { # INDEX: it has the tested version of torch, and says so within seconds
+    "$python" - "$1" "$(version torch)" <<'PROBE' 2>/dev/null
+import sys, urllib.request
+index, version = sys.argv[1:]
+page = urllib.request.urlopen(index.rstrip("/") + "/torch/", timeout=4).read().decode()
+sys.exit(f"torch-{version}" not in page)
+PROBE
+}
+torch_index() { # prints the index for torch and torchvision; nothing for the default one
+    if [ -n "${OBOWLAB_TORCH_INDEX+set}" ]; then
+        echo "$OBOWLAB_TORCH_INDEX"
+    elif default_is_cuda && ! have_gpu && answers "$cpu_index"; then
+        echo "$cpu_index"
+    fi
+}
+have_torch() { .venv/bin/python -c "import sys, importlib.metadata as m; sys.exit(m.version('torch').split('+')[0] != '$(version torch)')" 2>/dev/null; }
+
+install_torch() {
+    local wanted=("torch==$(version torch)" "torchvision==$(version torchvision)")
+    if [ -n "$index" ]; then
+        note "torch and torchvision, from $index"
+        # What they need comes from the default index, with obowlab.
+        pip install --no-deps --index-url "$index" "${wanted[@]}" && return 0
+        note "$index does not have them for this Python; taken from the default index"
+    fi
+    note "torch and torchvision"
+    pip install -c constraints.txt "${wanted[@]}"
 }
 
-have_libraries() { command -v pkg-config >/dev/null && command -v g++ >/dev/null && pkg-config --exists opencv4 libturbojpeg; }
-if [ "${OBOWLAB_FFCV:-1}" = 1 ] && ! have_libraries; then
-    debian "ffcv is built with" "obowlab will read images with its torch loader" g++ pkg-config libturbojpeg0-dev libopencv-dev
-fi
+# -------------------------------------------------------------------------------------------------------------- what it takes
+todo=""
+for each in $parts; do installed "$each" || todo="$todo $each"; done
+[ -n "$todo" ] || exit 0
 
-have_browser() { command -v chromium >/dev/null && command -v chromedriver >/dev/null; }
-if [ "${OBOWLAB_BROWSER:-1}" = 1 ] && ! have_browser; then
-    debian "pages are tested with" "the tests of pages will be skipped" chromium chromium-driver
-fi
+say "Installing into .venv:$todo"
+index=""
+case " $todo " in *" demo "*)
+    if have_torch; then
+        note "demo: obowlab's libraries; PyTorch is there"
+    else
+        index=$(torch_index)
+        if [ -n "$index" ]; then
+            note "demo: SIZE_INDEX"
+        elif default_is_cuda; then
+            note "demo: SIZE_CUDA"
+            have_gpu || note "There is no NVIDIA GPU here, but no index of CPU wheels answers, and the default index has PyTorch with its CUDA libraries."
+        else
+            note "demo: SIZE_CPU"
+        fi
+    fi ;;
+esac
+case " $todo " in *" train "*) note "train: SIZE_TRAIN" ;; esac
+case " $todo " in *" test "*) note "test: SIZE_TEST" ;; esac
+case " $todo " in *" dev "*) note "dev: SIZE_DEV" ;; esac
 
-have_database() { command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1; }
-if ! have_database; then
-    debian "the database of studies and services is tested with" "those tests will be skipped" postgresql
-fi
+# ------------------------------------------------------------------------------------------------------------------- installing
+for each in $todo; do
+    case $each in
+        train) [ "${OBOWLAB_FFCV:-1}" = 0 ] || have_libraries || debian "that ffcv is built with" "images will be read by the torch loader, with the same pixels" g++ pkg-config libturbojpeg0-dev libopencv-dev ;;
+        test)
+            [ "${OBOWLAB_BROWSER:-1}" = 0 ] || have_browser || debian "that open the pages in tests" "the tests of pages will be skipped" chromium chromium-driver
+            have_database || debian "that the database of studies and services is tested with" "those tests will be skipped" postgresql
+            ;;
+    esac
+done
 
-say "Python packages into .venv (the tested set of constraints.txt)"
+say "Python packages (the tested versions of constraints.txt)"
 [ -x .venv/bin/python ] || "$python" -m venv .venv
-echo "   torch and torchvision"
-pip install -c constraints.txt torch torchvision
-echo "   obowlab with its tests and checkers"
-pip install -c constraints.txt -e '.[dev]'
-if [ "${OBOWLAB_FFCV:-1}" = 1 ] && have_libraries; then
-    echo "   ffcv (built from source, under a minute)"
-    pip install -c constraints.txt -e '.[ffcv]' || echo "   ffcv could not be built; obowlab will read images with its torch loader"
-fi
-touch .venv/.installed
-say "Installed"
+have_torch || install_torch
+case $part in
+    demo) extras="" ;;
+    train) extras="[postgresql]" ;;
+    *) extras="[$part]" ;;
+esac
+note "obowlab$extras and what it needs"
+pip install -c constraints.txt -e ".$extras"
+case " $todo " in *" train "*)
+    if [ "${OBOWLAB_FFCV:-1}" = 1 ] && have_libraries; then
+        note "ffcv (built from source, under a minute)"
+        pip install -c constraints.txt -e '.[ffcv]' || note "ffcv could not be built; images will be read by the torch loader, with the same pixels"
+    fi ;;
+esac
+for each in $parts; do touch ".venv/.installed-$each"; done
+say "Installed: $parts"

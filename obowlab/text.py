@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -52,12 +54,23 @@ def number(value: float) -> str:
     return text.replace("-", "−") if value > 0 else f"−{text.replace('-', '−')}"
 
 
-def estimate(value: float | None, half_width: float | None = None, *, signed: bool = False) -> str:
+def estimate(value: float | None, half_width: float | None = None, *, signed: bool = False, digits: int = 2) -> str:
     """Return a value and the half-width of its interval, in percent: `8.82 ± 0.50`; a dash where there is no value."""
     if value is None:
         return ABSENT
-    text = f"{value:+.2f}" if signed else f"{value:.2f}"
-    return text if half_width is None else f"{text} ± {half_width:.2f}"
+    text = f"{value:{'+' if signed else ''}.{digits}f}"
+    return text if half_width is None else f"{text} ± {half_width:.{digits}f}"
+
+
+def measurement(values: Mapping[str, Any] | None, *, digits: int = 2) -> str:
+    """Return a measurement of a results file: `8.82 ± 0.50`, or `97.25 [96.17, 98.03]` where the interval is not symmetric."""
+    if values is None:
+        return ABSENT
+    value, half_width = values["value"], values["interval"]
+    low, high = values.get("low", value - half_width), values.get("high", value + half_width)  # earlier versions have no ends
+    if math.isclose(high - value, value - low, abs_tol=1e-9):
+        return estimate(value, half_width, digits=digits)
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def toml(value: Any) -> str:

@@ -1,7 +1,6 @@
 """A real browser for the tests of pages: headless Chromium, driven through selenium.
 
-A test module that wants one imports the fixture: `from tests.browser import browser, open_page`. Where there is no Chromium or
-no selenium, its tests are skipped with a sentence that says so.
+The fixture is `browser` of conftest.py. Where there is no Chromium or no selenium, its tests are skipped, saying so.
 """
 
 from __future__ import annotations
@@ -29,23 +28,16 @@ ARGUMENTS = (
 DESKTOP, PHONE = (1280, 900), (360, 740)
 
 
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A selenium WebDriver with a fresh profile, shared by a module: starting one costs seconds."""
-    with chromium(tmp_path_factory.mktemp("chromium")) as driver:
-        yield driver
-
-
 @contextmanager
 def chromium(profile: Path) -> Iterator[Any]:
     """Start Chromium with the profile in a folder; skips where there is none."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed (`pip install -e '.[dev]'`)")
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed (`make test` installs it)")
     from selenium.webdriver.chrome.service import Service
 
     binary = next((found for name in BINARIES if (found := shutil.which(name))), None)
     driver = shutil.which("chromedriver")
     if binary is None or driver is None:
-        pytest.skip("there is no Chromium with its chromedriver (Debian: chromium chromium-driver)")
+        pytest.skip("there is no Chromium with its chromedriver (Debian packages chromium, chromium-driver)")
     options = webdriver.ChromeOptions()
     options.binary_location = binary
     for argument in (*ARGUMENTS, f"--user-data-dir={profile}"):

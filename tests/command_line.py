@@ -1,4 +1,4 @@
-"""What the tests of the command line share: calling it in this process, an empty place to call it in, a finished run."""
+"""What the tests of the command line share: calling it in this process, what a folder holds, a finished run."""
 
 from __future__ import annotations
 
@@ -24,17 +24,6 @@ class Obowlab:
         code = main(words)
         captured = self.capsys.readouterr()
         return code, captured.out, captured.err
-
-
-def empty_workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Go to an empty working folder with an empty home, so that whatever a command writes is seen."""
-    place = tmp_path / "work"
-    place.mkdir()
-    monkeypatch.chdir(place)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    for variable in ("OBOWLAB_MACHINE", "OBOWLAB_DATA_ROOT", "OBOWLAB_RUNS_ROOT", "MLFLOW_TRACKING_URI"):
-        monkeypatch.delenv(variable, raising=False)
-    return place
 
 
 def contents(place: Path) -> dict[str, tuple[int, bytes]]:

@@ -1,21 +1,140 @@
-"""Fixtures that all tests share: photographs, if there are any, and a small prepared data set."""
+"""Fixtures that several test modules share; importing this module enters the hermetic environment."""
 
 from __future__ import annotations
 
+from tests import hermetic
+
+# Before anything is imported that reads the environment.
+PLACE = hermetic.enter()
+
 import os
-
-# Before torch is imported by anything: tests must not fight over the cores.
-os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["MKL_NUM_THREADS"] = "1"
-
+import shutil
+import socket
+import subprocess
 import tarfile
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.browser import chromium
+from tests.command_line import Obowlab, finished_run
+
 PHOTOS_VARIABLE = "OBOWLAB_TEST_PHOTOS"
+NEEDS = {"browser": "chromium", "lab": "postgresql", "postgresql": "postgresql"}
+"""Fixture -> the marker of tests that use it."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for fixture, marker in NEEDS.items():
+            if fixture in getattr(item, "fixturenames", ()):
+                item.add_marker(marker)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not _has_gpu():
+        pytest.skip("needs an NVIDIA GPU: `make test-gpu` on a machine that has one")
+    if item.get_closest_marker("long") and not os.environ.get("OBOWLAB_TEST_ALL"):
+        pytest.skip("takes long: `make test-all` plays it")
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@pytest.fixture(autouse=True)
+def _same_environment() -> Iterator[None]:
+    """Give the next test the environment that this one got, whatever the code under test has set."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
+# ----------------------------------------------------------------------------------------------------------- command line
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working folder, in which the test runs, and an empty home, so that whatever a command writes is seen."""
+    place = tmp_path / "work"
+    place.mkdir()
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    return place
+
+
+@pytest.fixture
+def obowlab(capsys: pytest.CaptureFixture[str]) -> Obowlab:
+    """The command line, called in this process."""
+    return Obowlab(capsys)
+
+
+@pytest.fixture
+def finished(workplace: Path) -> Any:
+    """A finished run in the working folder."""
+    return finished_run(workplace / "runs")
+
+
+@pytest.fixture
+def no_mirror(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launch without MLflow, which takes seconds to import; test_mirror.py tests it."""
+    from obowlab.launch import local
+    from tests.processes import NoMirror
+
+    monkeypatch.setattr(local, "Mirror", NoMirror)
+
+
+# ------------------------------------------------------------------------------------------------- what may not be installed
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A selenium WebDriver with a fresh profile, shared by a module: starting one costs seconds."""
+    with chromium(tmp_path_factory.mktemp("chromium")) as driver:
+        yield driver
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[str]:
+    """The address of a PostgreSQL server of our own, which asks for a password."""
+    found = shutil.which("initdb")
+    if found is None:
+        pytest.skip("PostgreSQL is not installed (Debian package postgresql)")
+    pytest.importorskip("psycopg")
+    tools = Path(found).resolve().parent
+    folder = Path(tempfile.mkdtemp(prefix="obowlab-postgresql-"))
+    (folder / "password").write_text("s3cret-pass")
+    before: list[str] = []
+    if os.geteuid() == 0:  # the server refuses to run as root
+        for path in (folder, folder / "password"):
+            shutil.chown(path, "postgres", "postgres")
+        before = ["runuser", "-u", "postgres", "--"]
+    data = folder / "data"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def call(*words: str) -> None:
+        subprocess.run([*before, *words], check=True, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    password = f"--pwfile={folder / 'password'}"
+    call(str(tools / "initdb"), "-D", str(data), "-U", "tuner", "--auth=scram-sha-256", password, "--no-sync", "-E", "UTF8")
+    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c fsync=off"
+    call(str(tools / "pg_ctl"), "-D", str(data), "-o", options, "-l", str(folder / "log"), "-w", "start")
+    try:
+        yield f"postgresql://tuner:s3cret-pass@127.0.0.1:{port}/postgres"
+    finally:
+        call(str(tools / "pg_ctl"), "-D", str(data), "-m", "immediate", "stop")
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

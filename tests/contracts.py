@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from obowlab.config import Recipe, recipe_from_values
-from obowlab.methods import METHODS, Method, OneProcess, Preparation, StepOutput, build_backbone
+from obowlab.methods import METHODS, Batch, Method, OneProcess, Preparation, StepOutput, build_backbone
 from obowlab.runs.metrics import lookup
 
 NUM_IMAGES = 4
@@ -54,17 +54,19 @@ class MethodContract:
             method.prepare(small_preparation(recipe))
         return method.train(), torch.optim.SGD(method.param_groups(weight_decay=1e-4), lr=0.05, momentum=0.9)
 
-    def batch(self, step: int, num_draws: int) -> tuple[Tensor, dict[str, Tensor], Tensor, Tensor]:
+    def batch(self, step: int, num_uniforms: int) -> Batch:
         generator = torch.Generator().manual_seed(step)
-        original = torch.randn(NUM_IMAGES, 3, 40, 40, generator=generator)
-        views = {kind: torch.randn(2 * NUM_IMAGES, 3, 16, 16, generator=generator) for kind in ("crops", "patches")}
-        draws = torch.rand(NUM_IMAGES, num_draws, generator=generator, dtype=torch.float64)
-        return original, views, draws, torch.randint(NUM_CLASSES, (NUM_IMAGES,), generator=generator)
+        return Batch(
+            original=torch.randn(NUM_IMAGES, 3, 40, 40, generator=generator),
+            views={kind: torch.randn(2 * NUM_IMAGES, 3, 16, 16, generator=generator) for kind in ("crops", "patches")},
+            uniforms=torch.rand(NUM_IMAGES, num_uniforms, generator=generator, dtype=torch.float64),
+            labels=torch.randint(NUM_CLASSES, (NUM_IMAGES,), generator=generator),
+            step=step,
+        )
 
     def train(self, method: Method[Any], optimizer: torch.optim.SGD, steps: range) -> StepOutput:
         for step in steps:
-            original, views, draws, labels = self.batch(step, method.num_draws)
-            output = method(original, views, step=step, draws=draws, labels=labels)
+            output = method(self.batch(step, method.num_uniforms))
             optimizer.zero_grad()
             output.loss.backward()
             optimizer.step()
@@ -75,15 +77,14 @@ class MethodContract:
         assert output.loss.shape == ()
         assert {"loss", "monitor_loss", "monitor_accuracy"} <= output.metrics.keys()
         for name, value in output.metrics.items():
-            lookup(name)  # fails for a metric that track/metrics.py does not describe
+            lookup(name)  # fails for a metric that runs/metrics.py does not describe
             assert value.shape == (), name
             assert not value.requires_grad, name
             assert torch.isfinite(value), name
 
     def test_gradients_reach_what_is_learnt_and_nothing_else(self, recipe: Recipe) -> None:
         method, optimizer = self.build(recipe)
-        original, views, draws, labels = self.batch(0, method.num_draws)
-        method(original, views, step=0, draws=draws, labels=labels).loss.backward()
+        method(self.batch(0, method.num_uniforms)).loss.backward()
         learnt = {id(p) for group in optimizer.param_groups for p in group["params"]}
         for name, parameter in method.named_parameters():
             if id(parameter) in learnt:
@@ -94,13 +95,26 @@ class MethodContract:
                 assert not parameter.requires_grad, name
         assert {id(p) for p in method.encoder.parameters()} <= learnt
 
-    def test_the_monitor_does_not_touch_the_method(self, recipe: Recipe) -> None:
+    def test_metrics_that_cost_something_are_left_out_unless_wanted(self, recipe: Recipe) -> None:
+        outputs = []
+        for wants_metrics in (True, False):
+            method, _ = self.build(recipe)
+            outputs.append(method(dataclasses.replace(self.batch(0, method.num_uniforms), wants_metrics=wants_metrics)))
+        wanted, unwanted = outputs
+        assert torch.equal(wanted.loss, unwanted.loss)
+        assert all(torch.equal(value, wanted.metrics[name]) for name, value in unwanted.metrics.items())
+        always = {"loss", "loss_crops", "loss_patches", "monitor_loss", "monitor_accuracy"}
+        assert always <= unwanted.metrics.keys() <= wanted.metrics.keys()
+        assert not [name for name in unwanted.metrics if name.endswith(("_conv4", "_conv5", "_age"))]
+
+    def test_the_online_classifier_does_not_touch_the_method(self, recipe: Recipe) -> None:
         method, _ = self.build(recipe)
-        original, views, draws, labels = self.batch(0, method.num_draws)
+        batch = self.batch(0, method.num_uniforms)
+        assert batch.labels is not None
         grads = []
-        for shown in (labels, (labels + 1) % NUM_CLASSES):
+        for shown in (batch.labels, (batch.labels + 1) % NUM_CLASSES):
             method, optimizer = self.build(recipe)
-            method(original, views, step=0, draws=draws, labels=shown).loss.backward()
+            method(dataclasses.replace(batch, labels=shown)).loss.backward()
             grads.append([p.grad for p in optimizer.param_groups[0]["params"]])
         assert [group["name"] for group in optimizer.param_groups] == ["method", "monitor"]
         assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
@@ -123,8 +137,8 @@ class MethodContract:
         self.train(method, optimizer, range(2))
         words = method.visual_words()
         if words is None:
-            return
-        maps, _ = words.teacher.levels(self.batch(0, method.num_draws)[0], tuple(words.levels))
+            pytest.skip(f"{recipe.method.name} describes images without words")
+        maps, _ = words.teacher.levels(self.batch(0, method.num_uniforms).original, tuple(words.levels))
         assert words.levels
         for level, each in words.levels.items():
             assert each.vectors.shape == (len(each.vectors), maps[level].shape[1]), level

@@ -1,7 +1,7 @@
 """Slow, obvious versions of the method, written from the specification and sharing no code with `obowlab.methods`.
 
-`ObowOracle` follows SPEC's order of one step to the letter, with Python loops over images, views and locations, its own
-ResNet of basic blocks, batch norm, queue, moving averages and SGD. It only reads the initial values from an OBoW module.
+`ObowOracle` follows the order of one step in docs/method.md to the letter, with Python loops over images, views and locations,
+its own ResNet of basic blocks, batch norm, queue, moving averages and SGD. It only reads the initial values from an OBoW module.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class ObowOracle:
             found |= {f"heads.{level}.{k}": v for k, v in head.items() if k != "kappa" or self.method.learn_kappa}
         return found
 
-    def step(self, original: Tensor, views: dict[str, Tensor], *, step: int, draws: Tensor) -> tuple[float, dict[str, Tensor]]:
+    def step(self, original: Tensor, views: dict[str, Tensor], *, step: int, uniforms: Tensor) -> tuple[float, dict[str, Tensor]]:
         """Do a whole step, SGD included; return its loss and gradients."""
         method = self.method
         num_images = len(original)
@@ -137,7 +137,7 @@ class ObowOracle:
             self.msd[level] = mean if before is None else method.msd_momentum * before + (1 - method.msd_momentum) * mean
             # (7) enqueue
             for b in range(num_images):
-                self.words[level][self.pointer[level]] = self.vector(cropped[b], float(draws[b, index]))
+                self.words[level][self.pointer[level]] = self.vector(cropped[b], float(uniforms[b, index]))
                 self.pointer[level] = (self.pointer[level] + 1) % method.num_words
             # (8) codes, (9) pooling
             delta = method.delta_base * self.msd[level]
@@ -181,7 +181,7 @@ class ObowOracle:
         hidden = torch.relu(batch_norm(hidden, p["norm.weight"], p["norm.bias"]))
         return torch.stack([unit(p["fc2.weight"] @ h + p["fc2.bias"]) for h in hidden])
 
-    def vector(self, cropped: Tensor, draw: float) -> Tensor:
+    def vector(self, cropped: Tensor, uniform: float) -> Tensor:
         """What an image offers to the queue."""
         kind = self.method.queue_vector
         if kind == "global_average":
@@ -189,7 +189,7 @@ class ObowOracle:
         size = 3 if kind == "local_average" else 1
         rows, columns = cropped.shape[1] - size + 1, cropped.shape[2] - size + 1
         choices = [cropped[:, i : i + size, j : j + size].mean((1, 2)) for i in range(rows) for j in range(columns)]
-        return choices[math.floor(draw * len(choices))]
+        return choices[math.floor(uniform * len(choices))]
 
 
 class MocoOracle:
@@ -218,7 +218,7 @@ class MocoOracle:
                 found.append(unit(p["projection.fc2.weight"] @ hidden + p["projection.fc2.bias"]))
         return found
 
-    def step(self, views: dict[str, Tensor], *, num_images: int, draws: Tensor) -> tuple[float, float]:
+    def step(self, views: dict[str, Tensor], *, num_images: int, uniforms: Tensor) -> tuple[float, float]:
         """Do a whole step, SGD included; return its loss and the percentage of queries that find their key."""
         for value in self.student.values():
             value.requires_grad_(True)
@@ -229,7 +229,7 @@ class MocoOracle:
         alpha = self.method.teacher_momentum
         for name, value in self.teacher.items():
             self.teacher[name] = alpha * value + (1 - alpha) * self.student[name].detach()
-        order = sorted(range(num_images), key=lambda image: float(draws[image, 0]))
+        order = sorted(range(num_images), key=lambda image: float(uniforms[image, 0]))
         with torch.no_grad():
             shuffled = self.encode(self.teacher, [crops[image, -1] for image in order])
         keys = dict(zip(order, shuffled, strict=True))

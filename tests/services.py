@@ -25,6 +25,7 @@ from typing import Any
 import yaml
 
 from dashboards.services import write_env
+from tests import hermetic
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPOSE = ROOT / "docker-compose.yml"
@@ -76,8 +77,7 @@ def which(tool: str) -> str | None:
 
 def search_path() -> str:
     """Return where the commands of the images are found here: this Python's folder and PostgreSQL's come first."""
-    databases = [str(path) for path in sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)]
-    return os.pathsep.join([str(Path(sys.executable).parent), *databases, os.environ.get("PATH", os.defpath)])
+    return os.pathsep.join([str(Path(sys.executable).parent), hermetic.search_path()])
 
 
 def free_ports(number: int) -> list[int]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from obowlab.studies.storage import open_storage, quiet, storage_url
 from obowlab.studies.summary import Reporter
 from obowlab.studies.trial_locks import Claims
 from obowlab.studies.worker import Ended, Worker, open_study, study_folder
-from obowlab.tracking.mirror import SyncReport
+from tests.processes import NoMirror
 
 STUDY = """
 title = "a search"
@@ -130,19 +129,6 @@ with folder.lock(), folder.metric_log() as log, folder.metric_log("online") as o
 WORK = "import sys; from tests.studies import main; sys.exit(main(sys.argv[1:]))"
 
 
-class NoMirror:
-    """Stands in for the mirror, which test_mirror.py tests: mlflow takes seconds to import."""
-
-    def __init__(self, folder: Any, *, tracking_uri: str | None) -> None:
-        self.folder = folder
-
-    def sync(self, *, timeout_s: float) -> SyncReport:
-        return SyncReport(sent=0, pending=0)
-
-    def sync_when_due(self, *, timeout_s: float) -> SyncReport:
-        return self.sync(timeout_s=timeout_s)
-
-
 def hurry() -> None:
     """Look more often than users need."""
     launching.Mirror = NoMirror  # type: ignore[assignment, misc]
@@ -228,10 +214,3 @@ def main(words: Sequence[str]) -> int:
     search = Search(Path(root), tuning=tuning_of(Path(root), study_name=name), storage=storage)
     ended = search.work(budget=int(budget), delay=float(delay), say=lambda text: print(text, flush=True))
     return 128 + ended.signum if ended.signum else 0
-
-
-def wait_until(condition: Callable[[], bool], *, timeout_s: float = 60.0) -> None:
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)

@@ -36,21 +36,42 @@ def test_distances_stay_in_float32_under_bf16_autocast() -> None:
     assert torch.allclose(logits.double(), words.double() @ words.double().T, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kept_elements", [0, 10**9])
-@pytest.mark.parametrize("chunk_elements", [1, 300, 10**9])
+@pytest.mark.parametrize("limit", [1, 300, 10**9])
 @pytest.mark.parametrize("pooling", ["max", "mean"])
-def test_chunks_do_not_change_the_targets(kept_elements: int, chunk_elements: int, pooling: str) -> None:
+def test_chunks_do_not_change_the_targets(limit: int, pooling: str) -> None:
     local, words = randn(5, 12, 6), randn(10, 6, seed=1)
-    distances = bow.Distances(local, words, kept_elements=kept_elements, chunk_elements=chunk_elements)
     dist = torch.stack([torch.stack([((x - words) ** 2).sum(1) for x in image]) for image in local])
-    nearest_dist, nearest = distances.nearest()
+    nearest_dist, nearest = bow.nearest_words(local, words, limit=limit)
     assert torch.equal(nearest, dist.argmin(-1))
     assert torch.allclose(nearest_dist, dist.min(-1).values, atol=1e-5)
-    assert float(distances.mean()) == pytest.approx(float(dist.mean()), rel=1e-5)
     codes = torch.softmax(-dist / 0.7, dim=-1)
     expected = codes.amax(1) if pooling == "max" else codes.mean(1)
     expected = expected / expected.sum(1, keepdim=True)
-    assert torch.allclose(bow.soft_bow(distances, delta=torch.tensor(0.7), pooling=pooling), expected, atol=1e-6)
+    found = bow.soft_bow(local, words, delta=torch.tensor(0.7), pooling=pooling, limit=limit)
+    assert torch.allclose(found, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(("limit", "sizes"), [(1, [1] * 5), (239, [1] * 5), (240, [2, 2, 1]), (600, [5]), (None, [5])])
+def test_a_chunk_is_as_many_whole_images_as_the_limit_has_room_for(limit: int | None, sizes: list[int]) -> None:
+    local, words = randn(5, 12, 6), randn(10, 6, seed=1)  # 120 distances an image
+    chunks = list(bow.distance_chunks(local, words, limit=limit))
+    assert [len(part) for part, _ in chunks] == sizes
+    assert [dist.shape for _, dist in chunks] == [(size, 12, 10) for size in sizes]
+    assert torch.equal(torch.cat([part for part, _ in chunks]), local)
+
+
+def test_mean_squared_distance_is_that_of_all_pairs() -> None:
+    local, words = randn(5, 12, 6), randn(10, 6, seed=1)
+    expected = bow.squared_distances(local.flatten(0, 1), words).mean()
+    assert float(bow.mean_squared_distance(local, words)) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_assigning_leaves_the_distances_alone() -> None:
+    dist = bow.squared_distances(randn(50, 7), randn(9, 7, seed=1)).view(5, 10, 9)
+    before = dist.clone()
+    codes = bow.soft_assign(dist, delta=torch.tensor(0.3))
+    assert torch.equal(dist, before)
+    assert torch.allclose(codes, torch.softmax(-before / 0.3, dim=-1), atol=1e-6)
 
 
 def test_hard_bow_marks_or_counts_words() -> None:
@@ -60,9 +81,9 @@ def test_hard_bow_marks_or_counts_words() -> None:
 
 
 def test_soft_codes_become_hard_as_delta_falls() -> None:
-    distances = bow.Distances(randn(3, 8, 4), randn(6, 4, seed=1))
-    hard = bow.hard_bow(distances.nearest()[1], num_words=6, pooling="max")
-    assert torch.allclose(bow.soft_bow(distances, delta=torch.tensor(1e-6), pooling="max"), hard, atol=1e-6)
+    local, words = randn(3, 8, 4), randn(6, 4, seed=1)
+    hard = bow.hard_bow(bow.nearest_words(local, words)[1], num_words=6, pooling="max")
+    assert torch.allclose(bow.soft_bow(local, words, delta=torch.tensor(1e-6), pooling="max"), hard, atol=1e-6)
 
 
 def test_crop_border() -> None:
@@ -73,18 +94,18 @@ def test_crop_border() -> None:
 
 def test_queue_vectors() -> None:
     x = torch.arange(32.0).view(1, 2, 4, 4).repeat(4, 1, 1, 1)
-    draws = torch.tensor([0.0, 0.49, 0.5, math.nextafter(1.0, 0.0)], dtype=torch.float64)
-    assert bow.queue_vectors(x, kind="local", draws_B=draws)[:, 0].tolist() == [0, 7, 8, 15]
+    uniforms = torch.tensor([0.0, 0.49, 0.5, math.nextafter(1.0, 0.0)], dtype=torch.float64)
+    assert bow.queue_vectors(x, kind="local", uniforms_B=uniforms)[:, 0].tolist() == [0, 7, 8, 15]
     # 3x3 means have their centres at 5, 6, 9 and 10.
-    assert bow.queue_vectors(x, kind="local_average", draws_B=draws).tolist() == [[5, 21], [6, 22], [9, 25], [10, 26]]
-    assert bow.queue_vectors(x, kind="global_average", draws_B=draws).tolist() == [[7.5, 23.5]] * 4
+    assert bow.queue_vectors(x, kind="local_average", uniforms_B=uniforms).tolist() == [[5, 21], [6, 22], [9, 25], [10, 26]]
+    assert bow.queue_vectors(x, kind="global_average", uniforms_B=uniforms).tolist() == [[7.5, 23.5]] * 4
 
 
-def test_a_draw_next_to_one_stays_inside() -> None:
-    draw = torch.tensor([math.nextafter(1.0, 0.0)], dtype=torch.float64)
+def test_a_number_next_to_one_stays_inside() -> None:
+    uniform = torch.tensor([math.nextafter(1.0, 0.0)], dtype=torch.float64)
     for num_locations in range(1, 200):
         vectors = torch.arange(float(num_locations)).view(1, -1, 1)
-        assert int(bow.pick_locations(draw, vectors)) == num_locations - 1
+        assert int(bow.pick_locations(uniform, vectors)) == num_locations - 1
 
 
 @pytest.mark.parametrize("num_words", [5, 6, 7])
@@ -107,25 +128,23 @@ def test_word_sums() -> None:
     assert sums.tolist() == [[3, 4], [0, 0], [6, 8], [0, 0]]
 
 
-@pytest.mark.parametrize("kept_elements", [0, 10**9])
-def test_sinkhorn_is_the_plain_scaling(kept_elements: int) -> None:
-    local, words = randn(4, 6, 3), randn(8, 3, seed=1)
-    distances = bow.Distances(local, words, kept_elements=kept_elements, chunk_elements=100)
-    epsilon = 0.4
-    expected = balanced_assignment(bow.squared_distances(local.flatten(0, 1), words), epsilon=epsilon, iterations=3)
-    potential = bow.sinkhorn(distances, epsilon=torch.tensor(epsilon), iterations=3, gather=lambda x: x)
-    codes = torch.cat([bow.balanced_log_codes(d, potential, epsilon=torch.tensor(epsilon)).exp() for _, d in distances.chunks()])
-    assert torch.allclose(codes.flatten(0, 1).double(), expected, atol=1e-5)
+@pytest.mark.parametrize("limit", [1, 100, None])
+def test_sinkhorn_is_the_plain_scaling(limit: int | None) -> None:
+    local, words, epsilon = randn(4, 6, 3), randn(8, 3, seed=1), torch.tensor(0.4)
+    dist = bow.squared_distances(local.flatten(0, 1), words)
+    expected = balanced_assignment(dist, epsilon=float(epsilon), iterations=3)
+    potential = bow.sinkhorn(local, words, epsilon=epsilon, iterations=3, all_gather=lambda x: x, limit=limit)
+    assert torch.allclose(bow.balanced_log_codes(dist, potential, epsilon=epsilon).exp().double(), expected, atol=1e-5)
 
 
 def test_sinkhorn_balances_words_that_plain_scaling_cannot_even_represent() -> None:
     # exp(-D / epsilon) of the far words underflows to 0 in float32 for every location.
     local, words = randn(4, 32, 3), torch.cat([randn(4, 3, seed=1), 100 + randn(4, 3, seed=2)])
-    distances, epsilon = bow.Distances(local, words), torch.tensor(5.0)
-    potential = bow.sinkhorn(distances, epsilon=epsilon, iterations=200, gather=lambda x: x)
-    codes = torch.cat([bow.balanced_log_codes(d, potential, epsilon=epsilon).exp() for _, d in distances.chunks()])
-    assert torch.allclose(codes.sum(-1), torch.ones(4, 32), atol=1e-5)
-    assert torch.allclose(codes.mean((0, 1)), torch.full((8,), 1 / 8), rtol=0.02)
+    epsilon = torch.tensor(5.0)
+    potential = bow.sinkhorn(local, words, epsilon=epsilon, iterations=200, all_gather=lambda x: x)
+    codes = bow.balanced_log_codes(bow.squared_distances(local.flatten(0, 1), words), potential, epsilon=epsilon).exp()
+    assert torch.allclose(codes.sum(-1), torch.ones(128), atol=1e-5)
+    assert torch.allclose(codes.mean(0), torch.full((8,), 1 / 8), rtol=0.02)
 
 
 def test_cross_entropy_asks_every_view_for_the_whole_bag() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from obowlab.config import Backbone, Bownet, Recipe, Rotnet, Views
 from obowlab.errors import UserError
-from obowlab.methods import BoWNet, OneProcess
+from obowlab.methods import Batch, BoWNet, OneProcess
 from obowlab.methods.kmeans import kmeans
 from tests.contracts import small_preparation
 
@@ -137,10 +137,12 @@ def test_loss_is_the_cross_entropy_with_the_frozen_teachers_words(level: str, po
     generator = torch.Generator().manual_seed(1)
     original = torch.randn(4, 3, 40, 40, generator=generator)
     views = {"crops": torch.randn(8, 3, 16, 16, generator=generator), "patches": torch.randn(4, 3, 16, 16, generator=generator)}
-    shares = {"crops": torch.rand(8, generator=generator)} if mixed else None
+    cutmix_lambda = {"crops": torch.rand(8, generator=generator)} if mixed else {}
     labels = torch.tensor([0, 1, 2, 0])
     student = {name: value.clone() for name, value in method.student.state_dict().items()}
-    output = method(original, views, step=0, draws=torch.zeros(4, 0), labels=labels, shares=shares)
+    output = method(
+        Batch(original=original, views=views, uniforms=torch.zeros(4, 0), step=0, labels=labels, cutmix_lambda=cutmix_lambda)
+    )
     assert all(torch.equal(value, before[name]) for name, value in method.teacher.state_dict().items())
 
     targets = []
@@ -162,7 +164,7 @@ def test_loss_is_the_cross_entropy_with_the_frozen_teachers_words(level: str, po
             logits = (method.head.fc.weight @ feature).tolist()
             log_sum = math.log(sum(math.exp(value) for value in logits))
             image = number // per_image
-            own = float(shares[kind][number]) if shares is not None and kind in shares else 1.0
+            own = float(cutmix_lambda[kind][number]) if kind in cutmix_lambda else 1.0
             neighbour = image + 1 if image % 2 == 0 else image - 1
             target = [own * a + (1 - own) * b for a, b in zip(targets[image], targets[neighbour], strict=True)]
             terms.append(-sum(p * (value - log_sum) for p, value in zip(target, logits, strict=True)))
@@ -174,19 +176,27 @@ def test_loss_is_the_cross_entropy_with_the_frozen_teachers_words(level: str, po
     assert float(output.metrics["loss_kl"]) > 0
 
 
-def test_the_monitor_is_given_the_class_that_most_of_a_view_shows() -> None:
+def test_the_online_classifier_is_given_the_class_that_most_of_a_view_shows() -> None:
     method, recipe = build()
     method.prepare(small_preparation(recipe))
     seen: list[Tensor] = []
     assert method.monitor is not None
-    judge = method.monitor.judge
+    metrics = method.monitor.metrics
 
     def remember(features: Tensor, labels: Tensor) -> dict[str, Tensor]:
         seen.append(labels)
-        return judge(features, labels)
+        return metrics(features, labels)
 
-    method.monitor.judge = remember  # type: ignore[method-assign]
+    method.monitor.metrics = remember  # type: ignore[method-assign]
     views = {"crops": torch.randn(8, 3, 16, 16), "patches": torch.randn(4, 3, 16, 16)}
-    shares = {"crops": torch.tensor([0.9, 0.1, 0.5, 0.4, 1.0, 0.0, 0.6, 0.3])}
-    method(torch.randn(4, 3, 40, 40), views, step=0, draws=torch.zeros(4, 0), labels=torch.tensor([0, 1, 2, 0]), shares=shares)
+    method(
+        Batch(
+            original=torch.randn(4, 3, 40, 40),
+            views=views,
+            uniforms=torch.zeros(4, 0),
+            step=0,
+            labels=torch.tensor([0, 1, 2, 0]),
+            cutmix_lambda={"crops": torch.tensor([0.9, 0.1, 0.5, 0.4, 1.0, 0.0, 0.6, 0.3])},
+        )
+    )
     assert seen[0].tolist() == [0, 1, 0, 1, 0, 1, 2, 0, 2, 0, 2, 0]

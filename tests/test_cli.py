@@ -22,25 +22,13 @@ from obowlab.config import Evaluation, Level, Machine
 from obowlab.config.scales import SCALES
 from obowlab.data.sources import SPLITS
 from obowlab.runs.folder import RunFolder
-from tests.command_line import Obowlab, contents, empty_workplace, finished_run
+from tests.command_line import Obowlab, contents
 
 GOLDEN = Path(__file__).parent / "golden" / "cli.txt"
 HEAVY = ("torch", "mlflow", "pydantic", "numpy", "rich", "optuna", "obowlab.config")
 
 
-@pytest.fixture(autouse=True)
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return empty_workplace(tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def obowlab(capsys: pytest.CaptureFixture[str]) -> Obowlab:
-    return Obowlab(capsys)
-
-
-@pytest.fixture
-def finished(workplace: Path) -> RunFolder:
-    return finished_run(workplace / "runs")
+pytestmark = pytest.mark.usefixtures("workplace")
 
 
 # -------------------------------------------------------------------------------------------------------------- offering

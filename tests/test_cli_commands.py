@@ -19,22 +19,9 @@ from obowlab.config import Machine, load_recipe
 from obowlab.errors import UserError
 from obowlab.runs.folder import RunFolder
 from obowlab.tracking.mirror import SyncReport
-from tests.command_line import Obowlab, contents, empty_workplace, finished_run, result
+from tests.command_line import Obowlab, contents, result
 
-
-@pytest.fixture(autouse=True)
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return empty_workplace(tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def obowlab(capsys: pytest.CaptureFixture[str]) -> Obowlab:
-    return Obowlab(capsys)
-
-
-@pytest.fixture
-def finished(workplace: Path) -> RunFolder:
-    return finished_run(workplace / "runs")
+pytestmark = pytest.mark.usefixtures("workplace")
 
 
 # -------------------------------------------------------------------------------------------------------------- recipes

@@ -30,8 +30,6 @@ from obowlab.errors import UserError
 @pytest.fixture(autouse=True)
 def _own_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    for variable in ("OBOWLAB_MACHINE", "OBOWLAB_DATA_ROOT", "OBOWLAB_RUNS_ROOT", "MLFLOW_TRACKING_URI"):
-        monkeypatch.delenv(variable, raising=False)
 
 
 def write(folder: Path, name: str, text: str) -> str:

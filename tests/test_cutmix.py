@@ -13,10 +13,10 @@ from scipy import stats
 from obowlab.config import Backbone, Obow, Views
 from obowlab.data.datasets import open_split
 from obowlab.errors import UserError
-from obowlab.methods import OBoW, OneProcess, bow
+from obowlab.methods import Batch, OBoW, OneProcess, bow
 from obowlab.randomness import Stream, uniforms
 from obowlab.views.loaders import train_loader
-from obowlab.views.photometric import cutmix, render
+from obowlab.views.photometric import RenderedViews, cutmix, render
 from obowlab.views.views import cutmix_boxes
 
 VIEWS = Views(
@@ -71,7 +71,7 @@ def test_pixels_are_pasted_from_the_neighbours_same_crop() -> None:
     crops = torch.randn(6 * 2, 3, 16, 16, generator=generator).contiguous(memory_format=torch.channels_last)
     boxes = torch.from_numpy(cutmix_boxes(VIEWS, seed=1, epoch=0, indices=np.arange(6)))
     before = crops.clone()
-    mixed, shares = cutmix(crops, boxes)
+    mixed, kept_shares = cutmix(crops, boxes)
     assert torch.equal(crops, before)
     assert mixed.is_contiguous(memory_format=torch.channels_last)
     for image in range(6):
@@ -87,12 +87,12 @@ def test_pixels_are_pasted_from_the_neighbours_same_crop() -> None:
                     else:
                         kept += 1
             assert torch.equal(mixed[image * 2 + crop], expected)
-            assert float(shares[image * 2 + crop]) == kept / 256, "the share is exact"
-    assert (shares < 1).any()
-    assert (shares == 1).any()
+            assert float(kept_shares[image * 2 + crop]) == kept / 256, "the share is exact"
+    assert (kept_shares < 1).any()
+    assert (kept_shares == 1).any()
 
 
-def rendered(data_root: Path, *, views: Views, rank: int = 0, world_size: int = 1) -> object:
+def rendered(data_root: Path, *, views: Views, rank: int = 0, world_size: int = 1) -> RenderedViews:
     split = open_split("small", "train", data_root=data_root)
     loader = train_loader(
         split,
@@ -110,16 +110,16 @@ def rendered(data_root: Path, *, views: Views, rank: int = 0, world_size: int = 
 def test_only_crops_are_mixed_and_two_processes_mix_alike(data_root: Path) -> None:
     plain = rendered(data_root, views=VIEWS.model_copy(update={"cutmix_probability": 0.0}))
     mixed = rendered(data_root, views=VIEWS)
-    assert plain.shares() is None
-    assert mixed.shares().keys() == {"crops"}
+    assert plain.cutmix_lambda == {}
+    assert mixed.cutmix_lambda.keys() == {"crops"}
     assert torch.equal(mixed.original, plain.original)
-    assert torch.equal(mixed.patches, plain.patches)
-    changed = (mixed.crops != plain.crops).any(dim=1).double().mean(dim=(1, 2))
-    assert bool((changed <= 1.0 - mixed.crop_shares + 1e-6).all())
+    assert torch.equal(mixed.student["patches"], plain.student["patches"])
+    changed = (mixed.student["crops"] != plain.student["crops"]).any(dim=1).double().mean(dim=(1, 2))
+    assert bool((changed <= 1.0 - mixed.cutmix_lambda["crops"] + 1e-6).all())
     assert changed.max() > 0.1
     halves = [rendered(data_root, views=VIEWS, rank=rank, world_size=2) for rank in range(2)]
-    assert torch.equal(torch.cat([half.crops for half in halves]), mixed.crops)
-    assert torch.equal(torch.cat([half.crop_shares for half in halves]), mixed.crop_shares)
+    assert torch.equal(torch.cat([half.student["crops"] for half in halves]), mixed.student["crops"])
+    assert torch.equal(torch.cat([half.cutmix_lambda["crops"] for half in halves]), mixed.cutmix_lambda["crops"])
 
 
 @pytest.mark.parametrize(("batch_size", "world_size", "multiple"), [(5, 1, 2), (6, 2, 4)])
@@ -137,7 +137,12 @@ def test_loss_of_mixed_views_view_by_view() -> None:
     target /= target.sum(1, keepdim=True)
     log_prediction = torch.log_softmax(torch.randn(4, 3, 7, generator=generator, dtype=torch.float64), dim=-1)
     share = torch.rand(4, 3, generator=generator, dtype=torch.float64)
-    loss, floor = bow.prediction_loss(log_prediction, target, share_BV=share)
+
+    def loss_and_entropy(cutmix_lambda: dict[str, torch.Tensor]) -> tuple[float, float]:
+        found = bow.prediction_losses({"crops": log_prediction.flatten(0, 1)}, target, cutmix_lambda=cutmix_lambda)
+        loss, target_entropy = (float(values["crops"]) for values in found)
+        return loss, target_entropy
+
     losses, entropies = [], []
     for image in range(4):
         neighbour = [1, 0, 3, 2][image]
@@ -146,16 +151,12 @@ def test_loss_of_mixed_views_view_by_view() -> None:
             mixed = [own * float(target[image, k]) + (1 - own) * float(target[neighbour, k]) for k in range(7)]
             losses.append(-sum(mixed[k] * float(log_prediction[image, view, k]) for k in range(7)))
             entropies.append(-sum(p * math.log(p) for p in mixed))
-    assert float(loss) == pytest.approx(sum(losses) / 12)
-    assert float(floor) == pytest.approx(sum(entropies) / 12)
-    whole, its_floor = bow.prediction_loss(log_prediction, target, share_BV=torch.ones(4, 3, dtype=torch.float64))
-    plain, plain_floor = bow.prediction_loss(log_prediction, target)
-    assert float(whole) == pytest.approx(float(plain))
-    assert float(its_floor) == pytest.approx(float(plain_floor))
+    assert loss_and_entropy({"crops": share.flatten()}) == pytest.approx((sum(losses) / 12, sum(entropies) / 12))
+    assert loss_and_entropy({"crops": torch.ones(12, dtype=torch.float64)}) == pytest.approx(loss_and_entropy({}))
 
 
 def test_obow_mixes_the_targets_of_the_kinds_that_were_mixed() -> None:
-    def step(shares: dict[str, torch.Tensor] | None) -> dict[str, float]:
+    def step(cutmix_lambda: dict[str, torch.Tensor]) -> dict[str, float]:
         generator = torch.Generator().manual_seed(0)
         method = OBoW(
             Obow(num_words=20),
@@ -167,12 +168,12 @@ def test_obow_mixes_the_targets_of_the_kinds_that_were_mixed() -> None:
         )
         original = torch.randn(4, 3, 40, 40, generator=generator)
         views = {kind: torch.randn(8, 3, 16, 16, generator=generator) for kind in ("crops", "patches")}
-        draws = torch.rand(4, 1, generator=generator, dtype=torch.float64)
-        output = method(original, views, step=0, draws=draws, shares=shares)
+        uniforms = torch.rand(4, 1, generator=generator, dtype=torch.float64)
+        output = method(Batch(original=original, views=views, uniforms=uniforms, step=0, cutmix_lambda=cutmix_lambda))
         assert float(output.loss.detach()) - float(output.metrics["loss_kl"]) > 0
         return {name: float(value) for name, value in output.metrics.items()}
 
-    plain, mixed = step(None), step({"crops": torch.full((8,), 0.5)})
+    plain, mixed = step({}), step({"crops": torch.full((8,), 0.5)})
     assert mixed["loss_patches"] == plain["loss_patches"]
     assert mixed["loss_crops"] != plain["loss_crops"]
     assert step({"crops": torch.ones(8)})["loss_crops"] == pytest.approx(plain["loss_crops"])

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from obowlab.config import Backbone, Bownet, Machine, MethodSection, Moco, Obow, Recipe, Rotnet
 from obowlab.evaluation import evaluate
-from obowlab.methods import METHODS, Method
+from obowlab.methods import METHODS, Batch, Method
 from obowlab.methods.backbones import build_backbone
 from obowlab.runs.folder import RunFolder
 from obowlab.training.distributed import World, parallelise, synchronise_batchnorm
@@ -46,10 +46,11 @@ def train_in_float64(world: World, method_config: MethodSection) -> Method[Any]:
     for step in range(STEPS):
         original = torch.randn(BATCH, 3, 24, 24, generator=generator, dtype=torch.float64)[mine]
         crops = torch.randn(BATCH, 2, 3, 16, 16, generator=generator, dtype=torch.float64)[mine].flatten(0, 1)
-        draws = torch.rand(BATCH, method.num_draws, generator=generator, dtype=torch.float64)[mine]
+        uniforms = torch.rand(BATCH, method.num_uniforms, generator=generator, dtype=torch.float64)[mine]
         share = torch.rand(BATCH, 2, generator=generator, dtype=torch.float64)[mine].flatten()
-        mixed = {"crops": share} if method_config.name in ("obow", "bownet") else None
-        output = parallel(original, {"crops": crops}, step=step, draws=draws, shares=mixed)
+        mixed = {"crops": share} if method_config.name in ("obow", "bownet") else {}
+        batch = Batch(original=original, views={"crops": crops}, uniforms=uniforms, step=step, cutmix_lambda=mixed)
+        output = parallel(batch)
         optimizer.zero_grad()
         output.loss.backward()
         optimizer.step()
@@ -110,8 +111,8 @@ def four_starts(rank: int, file: str) -> None:
             for _ in range(steps):
                 original = torch.randn(2, 3, 24, 24, generator=generator)
                 crops = torch.randn(4, 3, 16, 16, generator=generator)
-                draws = torch.rand(2, method.num_draws, generator=generator, dtype=torch.float64)
-                output = parallel(original, {"crops": crops}, step=step, draws=draws)
+                uniforms = torch.rand(2, method.num_uniforms, generator=generator, dtype=torch.float64)
+                output = parallel(Batch(original=original, views={"crops": crops}, uniforms=uniforms, step=step))
                 optimizer.zero_grad()
                 output.loss.backward()
                 optimizer.step()

@@ -209,13 +209,27 @@ def test_intervals() -> None:
     proportion = proportion_with_interval("p", [1] * 22_930 + [0] * 27_070)
     assert (proportion.value, proportion.count) == (pytest.approx(45.86), 50_000)
     assert proportion.interval == pytest.approx(0.4368, abs=1e-4)  # SPEC section 6 says 0.44
-    assert proportion_with_interval("p", [0] * 10).interval > 10  # Wilson: nothing right of 10 proves little
+    nothing = proportion_with_interval("p", [0] * 10)  # Wilson: nothing right of 10 proves little
+    assert (nothing.value, nothing.low, nothing.high) == (0, 0, pytest.approx(27.7533, abs=1e-4))
+
+
+@pytest.mark.parametrize(("right", "count"), [(0, 1), (1, 1), (3, 40), (1053, 1200), (600, 1200)])
+def test_wilsons_interval_holds_the_proportions_that_the_score_test_does_not_reject(right: int, count: int) -> None:
+    found = proportion_with_interval("p", [1] * right + [0] * (count - right))
+    for end in (found.low / 100, found.high / 100):
+        assert (right / count - end) ** 2 == pytest.approx(1.959963984540054**2 * end * (1 - end) / count, abs=1e-12)
+    assert found.low <= found.value <= found.high
+    assert found.interval == pytest.approx((found.high - found.low) / 2)
 
 
 def test_results_survive_json() -> None:
-    measured = (Measurement("m", 1.5, 0.25, 200, pack([1, 0], of=1)),)
+    measured = (Measurement("m", 1.5, 0.25, 1.25, 1.75, 200, pack([1, 0], of=1)),)
     result = Result("fewshot", 1, "aa", "student", "bb", "cc", measured, {"num_ways": 50, "shots": [1, 5]}, 0.5)
-    assert Result.from_json(json.loads(json.dumps(result.to_json()))) == result
+    filed = json.loads(json.dumps(result.to_json()))
+    assert Result.from_json(filed) == result
+    for measurement in filed["measurements"]:
+        del measurement["low"], measurement["high"]  # as earlier versions wrote them
+    assert Result.from_json(filed) == result
 
 
 @pytest.mark.parametrize(("correct", "of"), [([3, 0, 50, 7], 50), ([1, 0, 0, 1, 1, 0, 1, 1, 0, 1], 1), ([300, 2], 400), ([1], 1)])

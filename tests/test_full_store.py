@@ -13,7 +13,7 @@ from obowlab.runs.folder import RunFolder
 from obowlab.runs.results import unpack
 from obowlab.tracking.outbox import Outbox
 from tests.benchmarks import store as stores
-from tests.command_line import Obowlab, empty_workplace
+from tests.command_line import Obowlab
 
 
 @pytest.fixture
@@ -26,12 +26,6 @@ def full(tmp_path: Path) -> Path:
     for job in stores.planned(12):
         stores.add_run(job, machine=machine, model=model, points=40)
     return tmp_path / "runs"
-
-
-@pytest.fixture
-def obowlab(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Obowlab:
-    empty_workplace(tmp_path, monkeypatch)
-    return Obowlab(capsys)
 
 
 def test_there_are_two_hundred_different_runs_of_several_recipes_and_seeds() -> None:
@@ -71,6 +65,7 @@ def test_the_same_run_is_drawn_alike(full: Path, tmp_path: Path) -> None:
     assert one == other
 
 
+@pytest.mark.usefixtures("workplace")
 def test_commands_have_something_to_say_of_it(full: Path, obowlab: Obowlab) -> None:
     code, out, _ = obowlab("runs", "list", "--runs-root", str(full))
     assert (code, len(re.findall(r"^\S+ +finished ", out, flags=re.MULTILINE))) == (0, 12)

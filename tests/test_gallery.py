@@ -12,9 +12,7 @@ from PIL import Image
 
 from obowlab.config import project_root
 from obowlab.evaluation.words.page import TEMPLATE, render_words
-from tests.browser import PHONE, browser, complaints, open_page, requests
-
-__all__ = ["browser"]
+from tests.browser import PHONE, complaints, open_page, requests
 
 PER_PAGE = 48
 WORDS_PER_SHEET = 32

@@ -14,13 +14,12 @@ import pytest
 from obowlab.config import Loaded, Machine, Recipe
 from obowlab.errors import UserError
 from obowlab.launch import gpu_leases as leases
-from obowlab.launch import local as launching
 from obowlab.launch import system
 from obowlab.launch.compute_command import compute_command
 from obowlab.launch.local import SAMPLE_EVERY_S, launch, plan, sample_interval_s
 from obowlab.runs import RunFolder
-from obowlab.tracking.mirror import SyncReport
 from tests.gpus import stand_in_gpus
+from tests.processes import wait_until
 
 COMPUTE = """
 import os, signal, sys, time
@@ -63,7 +62,8 @@ with folder.lock(), folder.metric_log() as log:
 LAUNCH = """
 import sys
 from pathlib import Path
-from tests.test_launch import NoMirror, loaded, machine_of, stand_in
+from tests.processes import NoMirror
+from tests.test_launch import loaded, machine_of, stand_in
 from obowlab.launch import local as launching
 launching.Mirror = NoMirror
 root = Path(sys.argv[1])
@@ -72,22 +72,7 @@ sys.exit(launching.launch(loaded(), seed=0, machine=machine_of(root), fresh=Fals
 """
 
 
-class NoMirror:
-    """Stands in for the mirror, which test_mirror.py tests: mlflow takes seconds to import."""
-
-    def __init__(self, folder: RunFolder, *, tracking_uri: str | None) -> None:
-        self.folder = folder
-
-    def sync(self, *, timeout_s: float) -> SyncReport:
-        return SyncReport(sent=0, pending=0)
-
-    def sync_when_due(self, *, timeout_s: float) -> SyncReport:
-        return self.sync(timeout_s=timeout_s)
-
-
-@pytest.fixture(autouse=True)
-def _no_mirror(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launching, "Mirror", NoMirror)
+pytestmark = pytest.mark.usefixtures("no_mirror")
 
 
 def loaded() -> Loaded:
@@ -123,13 +108,6 @@ def start(root: Path, behaviour: str) -> tuple["subprocess.Popen[str]", RunFolde
     folder = RunFolder.find("demo", runs_root=path)
     wait_until(lambda: folder.state.step >= 3 and folder.state.pid != launcher.pid)
     return launcher, folder
-
-
-def wait_until(condition: Callable[[], bool], *, timeout_s: float = 40.0) -> None:
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.02)
 
 
 def is_alive(pid: int) -> bool:

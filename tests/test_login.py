@@ -13,17 +13,12 @@ import pytest
 from obowlab.cli import doctor
 from obowlab.config import Machine
 from obowlab.tracking.server import answers, complaint, login
-from tests.command_line import empty_workplace
 
 SECRET = "se cret:%&/"
 CREDENTIALS = f"[mlflow]\nmlflow_tracking_username = filed\nmlflow_tracking_password = {SECRET}\n"
 
 
-@pytest.fixture(autouse=True)
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-    return empty_workplace(tmp_path, monkeypatch)
+pytestmark = pytest.mark.usefixtures("workplace")
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import torch
 
 from obowlab.config import Backbone, Obow, Views
 from obowlab.errors import UserError
-from obowlab.methods import OBoW, OneProcess, build_backbone
+from obowlab.methods import Batch, OBoW, OneProcess, build_backbone
 from tests.contracts import MethodContract
 
 SMALL = Backbone(stem="small", width=4)
@@ -18,8 +18,9 @@ class TestMethods(MethodContract):
 def step(method: OBoW, *, size: int = 40, kinds: tuple[str, ...] = ("crops",), number: int = 0) -> Any:
     generator = torch.Generator().manual_seed(number)
     views = {kind: torch.randn(8, 3, 16, 16, generator=generator) for kind in kinds}
-    draws = torch.rand(4, method.num_draws, generator=generator, dtype=torch.float64)
-    return method(torch.randn(4, 3, size, size, generator=generator), views, step=number, draws=draws)
+    uniforms = torch.rand(4, method.num_uniforms, generator=generator, dtype=torch.float64)
+    original = torch.randn(4, 3, size, size, generator=generator)
+    return method(Batch(original=original, views=views, uniforms=uniforms, step=number))
 
 
 def build(**options: Any) -> OBoW:

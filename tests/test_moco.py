@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from obowlab.config import Backbone, Moco, Views
 from obowlab.errors import UserError
-from obowlab.methods import MoCo, OneProcess
+from obowlab.methods import Batch, MoCo, OneProcess
 from obowlab.methods.moco import contrast_logits
 from obowlab.methods.split_batchnorm import SplitBatchNorm2d, split_batchnorm
 from obowlab.training.distributed import World, synchronise_batchnorm
@@ -25,12 +26,13 @@ def build(**options: Any) -> MoCo:
     return MoCo(method, backbone=SMALL, total_steps=10, seed=0, num_classes=None, comm=OneProcess()).double()
 
 
-def batch(step: int, *, num_crops: int = 2, num_patches: int = 0) -> tuple[dict[str, Tensor], Tensor]:
+def draw_batch(step: int, *, num_crops: int = 2, num_patches: int = 0) -> Batch:
     generator = torch.Generator().manual_seed(step)
     views = {"crops": torch.randn(BATCH * num_crops, 3, 16, 16, generator=generator, dtype=torch.float64)}
     if num_patches:
         views["patches"] = torch.randn(BATCH * num_patches, 3, 12, 12, generator=generator, dtype=torch.float64)
-    return views, torch.rand(BATCH, 1, generator=generator, dtype=torch.float64)
+    uniforms = torch.rand(BATCH, 1, generator=generator, dtype=torch.float64)
+    return Batch(original=torch.zeros(BATCH, 3, 1, 1), views=views, uniforms=uniforms, step=step)
 
 
 @pytest.mark.parametrize(("num_crops", "num_patches"), [(2, 0), (3, 2), (1, 1)])
@@ -39,12 +41,12 @@ def test_steps_are_those_of_the_oracle(num_crops: int, num_patches: int) -> None
     oracle = MocoOracle(method.method, method.state_dict(), stem="small", lr=0.05)
     optimizer = torch.optim.SGD(method.param_groups(weight_decay=0.0), lr=0.05)
     for step in range(3):
-        views, draws = batch(step, num_crops=num_crops, num_patches=num_patches)
-        output = method(torch.zeros(BATCH, 3, 1, 1), views, step=step, draws=draws)
+        batch = draw_batch(step, num_crops=num_crops, num_patches=num_patches)
+        output = method(batch)
         optimizer.zero_grad()
         output.loss.backward()
         optimizer.step()
-        loss, accuracy = oracle.step(views, num_images=BATCH, draws=draws)
+        loss, accuracy = oracle.step(dict(batch.views), num_images=BATCH, uniforms=batch.uniforms)
         assert float(output.loss.detach()) == pytest.approx(loss, rel=1e-9)
         assert float(output.metrics["contrast_accuracy"]) == pytest.approx(accuracy)
         torch.testing.assert_close(method.queue, torch.stack(oracle.queue), rtol=1e-9, atol=1e-12)
@@ -61,21 +63,15 @@ def test_steps_are_those_of_the_oracle(num_crops: int, num_patches: int) -> None
 
 def test_age_counts_the_steps_since_a_key_came() -> None:
     method = build(queue_size=12)
-    ages = [
-        float(method(torch.zeros(BATCH, 3, 1, 1), batch(s)[0], step=s, draws=batch(s)[1]).metrics["queue_age"]) for s in range(4)
-    ]
+    ages = [float(method(draw_batch(step)).metrics["queue_age"]) for step in range(4)]
     assert ages == [0.0, 1.0, 1.5, 1.5], "12 keys, 6 of them new in every step"
 
 
 def test_the_shuffle_decides_who_is_normalised_together() -> None:
-    views, draws = batch(0)
-    one, other = build(), build()
-    first = one(torch.zeros(BATCH, 3, 1, 1), views, step=0, draws=draws).loss
-    second = other(torch.zeros(BATCH, 3, 1, 1), views, step=0, draws=draws.flip(0)).loss
-    assert not torch.equal(first, second)
-    whole, again = build(batchnorm_splits=1), build(batchnorm_splits=1)
-    first = whole(torch.zeros(BATCH, 3, 1, 1), views, step=0, draws=draws).loss
-    second = again(torch.zeros(BATCH, 3, 1, 1), views, step=0, draws=draws.flip(0)).loss
+    batch = draw_batch(0)
+    shuffled = dataclasses.replace(batch, uniforms=batch.uniforms.flip(0))
+    assert not torch.equal(build()(batch).loss, build()(shuffled).loss)
+    first, second = build(batchnorm_splits=1)(batch).loss, build(batchnorm_splits=1)(shuffled).loss
     torch.testing.assert_close(first, second, rtol=1e-9, atol=0.0, msg="in one group the order cannot matter")
 
 
@@ -150,5 +146,5 @@ def test_one_crop_is_enough_beside_patches() -> None:
 )
 def test_a_batch_that_cannot_be_split_is_refused(batch_size: int, world_size: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        MoCo.check_shares(Moco(), batch_size=batch_size, world_size=world_size)
-    MoCo.check_shares(Moco(), batch_size=128, world_size=4)
+        MoCo.check_batch(Moco(), batch_size=batch_size, world_size=world_size)
+    MoCo.check_batch(Moco(), batch_size=128, world_size=4)

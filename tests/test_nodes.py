@@ -22,15 +22,13 @@ from obowlab.launch.compute_command import compute_command
 from obowlab.launch.nodes import RENDEZVOUS_VARIABLE, Rendezvous
 from obowlab.launch.system import process_tree
 from obowlab.runs.folder import RunFolder
+from tests.processes import wait_until
 from tests.runs import complete, points, small_recipe, weights
-from tests.test_launch import NoMirror, wait_until
 
 NODE = [sys.executable, "-m", "obowlab.launch.follower"]
 
 
-@pytest.fixture(autouse=True)
-def _no_mirror(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launching, "Mirror", NoMirror)
+pytestmark = pytest.mark.usefixtures("no_mirror")
 
 
 def machine_of(root: Path, *, data_root: Path, nodes: int) -> Machine:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from obowlab.config import Backbone, Obow
-from obowlab.methods import OBoW, OneProcess
+from obowlab.methods import Batch, OBoW, OneProcess
 from tests.oracles import ObowOracle
 
 STEM = "small"
@@ -35,7 +35,7 @@ def build(method: Obow, dtype: torch.dtype) -> tuple[OBoW, torch.optim.SGD, Obow
     return model, optimizer, oracle
 
 
-def batch(step: int) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+def draw_batch(step: int) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     generator = torch.Generator().manual_seed(step)
     original = torch.randn(NUM_IMAGES, 3, 40, 40, generator=generator, dtype=torch.float64)
     crops = torch.randn(NUM_IMAGES * 2, 3, 24, 24, generator=generator, dtype=torch.float64)
@@ -48,11 +48,12 @@ def disagreement(method: Obow, *, dtype: torch.dtype, num_steps: int) -> float:
     model, optimizer, oracle = build(method, dtype)
     errors: dict[str, float] = {}
     for step in range(num_steps):
-        original, views, draws = batch(step)
-        output = model(original.to(dtype), {kind: images.to(dtype) for kind, images in views.items()}, step=step, draws=draws)
+        original, views, uniforms = draw_batch(step)
+        cast = {kind: images.to(dtype) for kind, images in views.items()}
+        output = model(Batch(original=original.to(dtype), views=cast, uniforms=uniforms, step=step))
         optimizer.zero_grad()
         output.loss.backward()
-        expected_loss, expected_grads = oracle.step(original, views, step=step, draws=draws)
+        expected_loss, expected_grads = oracle.step(original, views, step=step, uniforms=uniforms)
         errors[f"loss {step}"] = relative_error(output.loss.detach(), torch.tensor(expected_loss, dtype=torch.float64))
         grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         assert grads.keys() == expected_grads.keys()

@@ -8,7 +8,7 @@ from PIL import Image, ImageFilter
 
 from obowlab.config import Views
 from obowlab.views import photometric
-from obowlab.views.loaders import Batch
+from obowlab.views.loaders import PixelBatch
 from obowlab.views.photometric import MEAN, STD, blur, coloured, jitter, luma, normalise, render
 from obowlab.views.views import Colour, colour, flips, patch_positions
 
@@ -60,7 +60,7 @@ def batch_of(count, views, *, seed=0, indices=None):
     crops = torch.from_numpy(pictures(count * views.num_crops, views.crop_size, seed=seed + 1)).unflatten(
         0, (count, views.num_crops)
     )
-    return Batch(
+    return PixelBatch(
         epoch=3,
         step=0,
         indices=np.arange(count) + 100 if indices is None else indices,
@@ -137,12 +137,12 @@ def test_a_batch_is_rendered_as_pil_renders_its_images_one_by_one():
 
     rendered = render(batch, SMALL, seed=7, device=CPU)
     crops = np.stack([reference(batch.crops[row, view], row, view) for row in range(count) for view in range(2)])
-    assert np.abs(to_bytes(rendered.crops) - crops).mean() < 0.3
-    assert np.abs(to_bytes(rendered.crops) - crops).max() < 10
+    assert np.abs(to_bytes(rendered.student["crops"]) - crops).mean() < 0.3
+    assert np.abs(to_bytes(rendered.student["crops"]) - crops).max() < 10
     corners = patch_positions(SMALL, seed=7, epoch=3, indices=batch.indices)
     sources = [reference(batch.patch_source[row], row, 2) for row in range(count)]
     patches = np.stack([sources[row][top : top + 16, left : left + 16] for row in range(count) for top, left in corners[row]])
-    assert np.abs(to_bytes(rendered.patches) - patches).mean() < 0.05
+    assert np.abs(to_bytes(rendered.student["patches"]) - patches).mean() < 0.05
     originals = np.stack([image[:, ::-1] if mirrored[row, 0] else image for row, image in enumerate(batch.original.numpy())])
     assert np.abs(to_bytes(rendered.original) - originals).max() < 1e-3
 
@@ -164,7 +164,7 @@ def test_a_view_does_not_depend_on_the_batch_it_is_rendered_in(monkeypatch):
     monkeypatch.setattr(photometric, "CHUNK_PIXELS", 2000)  # nor on how a batch is split
     in_chunks = render(batch, SMALL, seed=5, device=CPU)
     for row in range(8):
-        part = Batch(
+        part = PixelBatch(
             epoch=3,
             step=0,
             indices=batch.indices[row : row + 1],
@@ -176,10 +176,12 @@ def test_a_view_does_not_depend_on_the_batch_it_is_rendered_in(monkeypatch):
         alone = render(part, SMALL, seed=5, device=CPU)
         for whole in (together, in_chunks):
             torch.testing.assert_close(alone.original[0], whole.original[row], rtol=0, atol=0)
-            torch.testing.assert_close(alone.crops, whole.crops[2 * row : 2 * row + 2], rtol=0, atol=1e-4)
-            torch.testing.assert_close(alone.patches, whole.patches[5 * row : 5 * row + 5], rtol=0, atol=1e-4)
+            torch.testing.assert_close(alone.student["crops"], whole.student["crops"][2 * row : 2 * row + 2], rtol=0, atol=1e-4)
+            torch.testing.assert_close(
+                alone.student["patches"], whole.student["patches"][5 * row : 5 * row + 5], rtol=0, atol=1e-4
+            )
     other = render(batch, SMALL, seed=6, device=CPU)
-    assert (other.crops - together.crops).abs().mean() > 0.05
+    assert (other.student["crops"] - together.student["crops"]).abs().mean() > 0.05
 
 
 def test_shapes_memory_format_and_untouched_input():
@@ -188,15 +190,15 @@ def test_shapes_memory_format_and_untouched_input():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         views = render(batch, SMALL, seed=0, device=CPU)
     assert views.original.shape == (6, 3, 40, 40)
-    assert views.crops.shape == (12, 3, 32, 32)
-    assert views.patches.shape == (30, 3, 16, 16)
-    for tensor in (views.original, views.crops, views.patches):
+    assert views.student["crops"].shape == (12, 3, 32, 32)
+    assert views.student["patches"].shape == (30, 3, 16, 16)
+    for tensor in (views.original, views.student["crops"], views.student["patches"]):
         assert tensor.dtype == torch.float32
         assert tensor.is_contiguous(memory_format=torch.channels_last)
-    assert list(views.student_views()) == ["crops", "patches"]
+    assert list(views.student) == ["crops", "patches"]
     for kept, now in zip(before, (batch.original, batch.crops, batch.patch_source), strict=True):
         assert torch.equal(kept, now)
-    torch.testing.assert_close(views.crops, render(batch, SMALL, seed=0, device=CPU).crops)
+    torch.testing.assert_close(views.student["crops"], render(batch, SMALL, seed=0, device=CPU).student["crops"])
 
 
 def test_without_probabilities_a_view_is_only_normalised():
@@ -206,9 +208,9 @@ def test_without_probabilities_a_view_is_only_normalised():
     )
     batch = batch_of(4, still)
     views = render(batch, still, seed=0, device=CPU)
-    torch.testing.assert_close(views.crops, normalise(batch.crops.flatten(0, 1), device=CPU), rtol=0, atol=1e-6)
+    torch.testing.assert_close(views.student["crops"], normalise(batch.crops.flatten(0, 1), device=CPU), rtol=0, atol=1e-6)
     flipped = render(batch, still.model_copy(update={"flip_probability": 1.0}), seed=0, device=CPU)
-    torch.testing.assert_close(flipped.crops, views.crops.flip(-1), rtol=0, atol=0)
+    torch.testing.assert_close(flipped.student["crops"], views.student["crops"].flip(-1), rtol=0, atol=0)
     torch.testing.assert_close(flipped.original, views.original.flip(-1), rtol=0, atol=0)
 
 
@@ -223,7 +225,7 @@ def test_no_student_views_without_crops_or_patches():
         original_size=40, original_resize=44, num_crops=0, num_patches=5, patch_size=16, patch_source_size=48, patch_jitter=4
     )
     batch = batch_of(2, SMALL)
-    only = Batch(
+    only = PixelBatch(
         epoch=0,
         step=0,
         indices=batch.indices,
@@ -232,4 +234,4 @@ def test_no_student_views_without_crops_or_patches():
         crops=None,
         patch_source=batch.patch_source,
     )
-    assert list(render(only, views, seed=0, device=CPU).student_views()) == ["patches"]
+    assert list(render(only, views, seed=0, device=CPU).student) == ["patches"]

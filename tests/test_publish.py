@@ -15,7 +15,7 @@ from obowlab.config import Machine
 from obowlab.errors import UserError
 from obowlab.tracking.publish import Published, publish
 from obowlab.tracking.server import prepare_store
-from tests.command_line import Obowlab, empty_workplace
+from tests.command_line import Obowlab
 from tests.report_store import add_run
 
 
@@ -146,14 +146,13 @@ def test_an_address_mlflow_cannot_write_to_is_the_users_mistake(tmp_path: Path) 
 
 
 def test_report_is_kept_as_one_file(
-    machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    machine: Machine, obowlab: Obowlab, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = empty_workplace(tmp_path, monkeypatch)
-    obowlab, opened = Obowlab(capsys), []
+    opened: list[str] = []
     monkeypatch.setattr("webbrowser.open", lambda address: opened.append(address) is None)
     add_run(machine.runs_root, overrides=("training.epochs=7",))  # in no table
     command = ("report", "--out", "site", "--wait", "--runs-root", str(machine.runs_root))
-    index = place / "site" / "index.html"
+    index = workplace / "site" / "index.html"
     assert obowlab(*command, "--open") == (0, f"5 pages on 1 run, 0 tables and 0 studies: {index}\n", "")
     assert opened == [index.as_uri()]
     (run,) = runs_of(machine)

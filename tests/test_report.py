@@ -30,12 +30,10 @@ from obowlab.report.model import Site
 from obowlab.report.pages import build_site
 from obowlab.report.publish import LOG, make_parcel, pack, send
 from obowlab.report.read import Tables, gather, read_store, tables_at
-from tests.browser import PHONE, browser, complaints, open_page, requests
-from tests.command_line import Obowlab, contents, empty_workplace
+from tests.browser import PHONE, complaints, open_page, requests
+from tests.command_line import Obowlab, contents
 from tests.report_store import add_gallery, add_run, add_study, make_table
 from tests.test_chart import slow_path
-
-__all__ = ["browser"]
 
 HOSTILE = "<script>alert('x')</script>\"&<img src=x onerror=alert(1)>"
 
@@ -350,12 +348,7 @@ def test_a_failed_build_leaves_the_earlier_report(store: Site, tmp_path: Path, m
 # ------------------------------------------------------------------------------------------------------------- the command
 
 
-@pytest.fixture
-def obowlab(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Obowlab:
-    empty_workplace(tmp_path, monkeypatch)
-    return Obowlab(capsys)
-
-
+@pytest.mark.usefixtures("workplace")
 def test_command_without_runs_or_server_says_so(obowlab: Obowlab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert obowlab("report")[0] == 0
     assert [path.name for path in (tmp_path / "work").iterdir()] == ["report"]
@@ -368,6 +361,7 @@ def test_command_without_runs_or_server_says_so(obowlab: Obowlab, tmp_path: Path
     assert "secret" not in err
 
 
+@pytest.mark.usefixtures("workplace")
 def test_mlflow_gets_the_report_in_the_background(obowlab: Obowlab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = tmp_path / "work" / "runs"
     add_run(runs)
@@ -401,6 +395,7 @@ def test_a_report_that_was_replaced_is_not_sent(store: Site, tmp_path: Path) -> 
     assert not (tmp_path / "mlflow.db").exists()
 
 
+@pytest.mark.usefixtures("workplace")
 def test_a_store_without_room_for_a_log_is_said(obowlab: Obowlab, tmp_path: Path) -> None:
     add_run(tmp_path / "work" / "runs")
     (tmp_path / "work" / "runs" / ".logs").write_text("")
@@ -410,6 +405,7 @@ def test_a_store_without_room_for_a_log_is_said(obowlab: Obowlab, tmp_path: Path
     assert err.count("\n") == 1
 
 
+@pytest.mark.usefixtures("workplace")
 def test_command_refuses_what_is_not_a_report(obowlab: Obowlab, tmp_path: Path) -> None:
     (tmp_path / "work" / "notes").mkdir()
     (tmp_path / "work" / "notes" / "a.txt").write_text("a")

@@ -9,7 +9,7 @@ import torch
 
 from obowlab.config import Backbone, Rotnet, Views
 from obowlab.errors import UserError
-from obowlab.methods import OneProcess, RotNet
+from obowlab.methods import Batch, OneProcess, RotNet
 from obowlab.methods.rotnet import rotations
 
 
@@ -44,7 +44,7 @@ def test_loss_is_the_cross_entropy_of_the_rotation_per_kind() -> None:
         "crops": torch.randn(2, 3, 16, 16, generator=generator),
         "patches": torch.randn(6, 3, 8, 8, generator=generator),
     }
-    output = method(original, views, step=0, draws=torch.zeros(2, 0), labels=torch.tensor([2, 0]))
+    output = method(Batch(original=original, views=views, uniforms=torch.zeros(2, 0), step=0, labels=torch.tensor([2, 0])))
     expected: dict[str, float] = {}
     hits, seen = 0, 0
     upright = []

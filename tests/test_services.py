@@ -21,14 +21,13 @@ import requests
 import yaml
 
 from dashboards.services import write_env
-from tests.browser import DESKTOP, browser, complaints
+from tests.browser import DESKTOP, complaints
 from tests.command_line import finished_run
 from tests.lab import HOW, TABLE, Lab
+from tests.processes import wait_until
 from tests.runs import SMALL_RECIPE
 from tests.services import COMPOSE, LOOPBACK, ROOT, Stack, interpolate, missing_tools
-from tests.studies import REAL_STUDY, wait_until
-
-__all__ = ["browser"]
+from tests.studies import REAL_STUDY
 
 SECRETS = [name for name in write_env.values((ROOT / ".env.example").read_text()) if write_env.SECRET.fullmatch(name)]
 SERVICES: dict[str, Any] = yaml.safe_load(COMPOSE.read_text(encoding="utf-8"))["services"]

@@ -21,11 +21,11 @@ from obowlab.errors import UserError
 from obowlab.launch.jobs import logs_of, overview, reap, stop
 from obowlab.launch.slurm import JobRequest, Resources, live_runs, states, submit, submitted_jobs
 from obowlab.runs.folder import RunFolder
-from tests.command_line import Obowlab, empty_workplace, finished_run
+from tests.command_line import Obowlab
 
 
 class Cluster:
-    """Stand-ins for sbatch, squeue, scancel and scontrol in a folder on the PATH."""
+    """Stand-ins for every program of Slurm that is used, in a folder on the PATH; jobs themselves call srun."""
 
     def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.folder = folder
@@ -36,6 +36,7 @@ class Cluster:
         self._write("squeue", f"cat {folder}/queue 2>/dev/null || true")
         self._write("scancel", f'echo "$@" >>{folder}/cancelled')
         self._write("scontrol", f'echo "$@" >>{folder}/requeued')
+        self._write("srun", "exit 1")
         monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
 
     def _write(self, name: str, body: str) -> None:
@@ -58,21 +59,6 @@ class Cluster:
 @pytest.fixture
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cluster:
     return Cluster(tmp_path / "slurm", monkeypatch)
-
-
-@pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return empty_workplace(tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def obowlab(capsys: pytest.CaptureFixture[str]) -> Obowlab:
-    return Obowlab(capsys)
-
-
-@pytest.fixture
-def finished(workplace: Path) -> RunFolder:
-    return finished_run(workplace / "runs")
 
 
 def machine_in(root: Path, **slurm: Any) -> Machine:

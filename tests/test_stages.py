@@ -27,11 +27,6 @@ from tests.runs import chain_recipe, complete, points, small_recipe, start, weig
 SEED = 3
 
 
-@pytest.fixture
-def obowlab(capsys: pytest.CaptureFixture[str]) -> Obowlab:
-    return Obowlab(capsys)
-
-
 def machine_of(runs_root: Path, *, data_root: Path, **values: object) -> Machine:
     given = {"data_root": data_root, "runs_root": runs_root, "device": "cpu", "loader": "torch", "workers": 0}
     return Machine.model_validate({**given, **values})

@@ -4,13 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 import signal
 import socket
 import subprocess
-import tempfile
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +29,8 @@ from obowlab.studies.trial_locks import Claims
 from obowlab.studies.worker import distributions
 from obowlab.tables.statistics import estimate
 from tests.gpus import stand_in_gpus
-from tests.studies import NoMirror, Search, stand_in, start_worker, tuning_of, wait_until
+from tests.processes import NoMirror, wait_until
+from tests.studies import Search, stand_in, start_worker, tuning_of
 
 SECRET = "s3cret-pass"
 LEVELS = '[parameters."method.levels"]\nkind = "categorical"\nchoices = [["conv5"], ["conv4", "conv5"]]\n'
@@ -44,40 +41,6 @@ def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launching, "Mirror", NoMirror)
     for module, name, seconds in ((trials, "POLL_S", 0.03), (trials, "WAIT_S", 0.1), (workers, "POLL_S", 0.1)):
         monkeypatch.setattr(module, name, seconds)
-
-
-@pytest.fixture(scope="session")
-def postgresql() -> Iterator[str]:
-    """The address of a PostgreSQL server of our own, which asks for a password."""
-    found = shutil.which("initdb") or next((str(p) for p in sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))), None)
-    if found is None:
-        pytest.skip("PostgreSQL is not installed (Debian package postgresql)")
-    pytest.importorskip("psycopg")
-    tools = Path(found).resolve().parent
-    folder = Path(tempfile.mkdtemp(prefix="obowlab-postgresql-"))
-    (folder / "password").write_text(SECRET)
-    before: list[str] = []
-    if os.geteuid() == 0:  # the server refuses to run as root
-        for path in (folder, folder / "password"):
-            shutil.chown(path, "postgres", "postgres")
-        before = ["runuser", "-u", "postgres", "--"]
-    data = folder / "data"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-
-    def call(*words: str) -> None:
-        subprocess.run([*before, *words], check=True, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-    password = f"--pwfile={folder / 'password'}"
-    call(str(tools / "initdb"), "-D", str(data), "-U", "tuner", "--auth=scram-sha-256", password, "--no-sync", "-E", "UTF8")
-    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={folder} -c fsync=off"
-    call(str(tools / "pg_ctl"), "-D", str(data), "-o", options, "-l", str(folder / "log"), "-w", "start")
-    try:
-        yield f"postgresql://tuner:{SECRET}@127.0.0.1:{port}/postgres"
-    finally:
-        call(str(tools / "pg_ctl"), "-D", str(data), "-m", "immediate", "stop")
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def attempts(root: Path) -> dict[str, int]:

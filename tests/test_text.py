@@ -42,6 +42,19 @@ def test_estimates() -> None:
 
 
 @pytest.mark.parametrize(
+    ("ends", "expected"),
+    [
+        ({}, "97.25 ± 0.94"),
+        ({"low": 96.31, "high": 98.19}, "97.25 ± 0.94"),
+        ({"low": 96.1666, "high": 98.0333}, "97.25 [96.17, 98.03]"),
+    ],
+)
+def test_measurements(ends: dict[str, float], expected: str) -> None:
+    assert text.measurement({"value": 97.25, "interval": 0.94, **ends}) == expected
+    assert text.measurement(None) == "–"
+
+
+@pytest.mark.parametrize(
     ("value", "expected", "given"),
     [
         (None, '"all"', "all"),

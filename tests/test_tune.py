@@ -15,19 +15,11 @@ import pytest
 from obowlab.runs.folder import RunFolder
 from obowlab.studies.schema import StudyReport, StudyTrial
 from obowlab.studies.trial_locks import Claims
-from tests.command_line import Obowlab, contents, empty_workplace
-from tests.studies import REAL_STUDY, NoMirror, Search, tuning_of, wait_until
+from tests.command_line import Obowlab, contents
+from tests.processes import NoMirror, wait_until
+from tests.studies import REAL_STUDY, Search, tuning_of
 
-
-@pytest.fixture(autouse=True)
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.delenv("OBOWLAB_STUDY_STORAGE", raising=False)
-    return empty_workplace(tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def obowlab(capsys: pytest.CaptureFixture[str]) -> Obowlab:
-    return Obowlab(capsys)
+pytestmark = pytest.mark.usefixtures("workplace")
 
 
 def test_a_real_study_from_the_command_to_mlflow(

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from obowlab.config import Obow
-from obowlab.methods import OneProcess, bow
-from obowlab.methods.vocabulary import VOCABULARIES, Vocabulary
+from obowlab.methods import Comm, OneProcess, bow
+from obowlab.methods.vocabulary import VOCABULARIES, Vocabulary, level_metrics
 
 NUM_CHANNELS = 4
 
@@ -23,12 +23,38 @@ def maps(num_images: int, *, seed: int, size: int = 4) -> Tensor:
     return torch.randn(num_images, NUM_CHANNELS, size, size, generator=torch.Generator().manual_seed(seed)).clamp(min=0)
 
 
-def draws(num_images: int, *, seed: int) -> Tensor:
+def uniforms(num_images: int, *, seed: int) -> Tensor:
     return torch.rand(num_images, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def read(vocabulary: Vocabulary, step: int, num_images: int = 4) -> Any:
-    return vocabulary.read(maps(num_images, seed=step), draws_B=draws(num_images, seed=step), step=step, comm=OneProcess())
+def assign_and_update(vocabulary: Vocabulary, map_BCHW: Tensor, *, uniforms_B: Tensor, step: int, comm: Comm) -> Any:
+    assignment = vocabulary.assign(map_BCHW, comm=comm)
+    vocabulary.update(assignment, uniforms_B=uniforms_B, step=step, comm=comm)
+    return assignment
+
+
+def take(vocabulary: Vocabulary, step: int, num_images: int = 4) -> Any:
+    """Let a vocabulary assign the images of a step and move on."""
+    images, numbers = maps(num_images, seed=step), uniforms(num_images, seed=step)
+    return assign_and_update(vocabulary, images, uniforms_B=numbers, step=step, comm=OneProcess())
+
+
+@pytest.mark.parametrize("vocabulary", sorted(VOCABULARIES))
+@pytest.mark.parametrize("codes", ["soft", "hard"])
+def test_assigning_changes_nothing(vocabulary: str, codes: str) -> None:
+    words = build(vocabulary=vocabulary, codes=codes)
+    take(words, 0)
+    before = {name: value.clone() for name, value in words.state_dict().items()}
+    x = maps(4, seed=1)
+    copy = x.clone()
+    first, second = (words.assign(x, comm=OneProcess()) for _ in range(2))
+    assert torch.equal(x, copy)
+    assert all(torch.equal(value, before[name]) for name, value in words.state_dict().items())
+    assert torch.equal(first.targets, second.targets)
+    assert torch.equal(first.msd, second.msd)
+    words.update(first, uniforms_B=uniforms(4, seed=1), step=1, comm=OneProcess())
+    assert torch.equal(words.msd, first.msd)
+    assert not torch.equal(words.words, before["words"])
 
 
 @pytest.mark.parametrize("num_words", [5, 8, 10])
@@ -37,8 +63,8 @@ def test_the_queue_holds_the_newest_vectors_in_ring_order(num_words: int, batch_
     queue = build(num_words=num_words)
     ring, ages, pointer = list(queue.words.clone()), [0] * num_words, 0
     for step in range(7):
-        read(queue, step, batch_size)
-        for vector in bow.queue_vectors(maps(batch_size, seed=step), kind="local", draws_B=draws(batch_size, seed=step)):
+        take(queue, step, batch_size)
+        for vector in bow.queue_vectors(maps(batch_size, seed=step), kind="local", uniforms_B=uniforms(batch_size, seed=step)):
             ring[pointer], ages[pointer] = vector, step
             pointer = (pointer + 1) % num_words
     assert torch.equal(queue.words, torch.stack(ring))
@@ -49,34 +75,36 @@ def test_the_queue_holds_the_newest_vectors_in_ring_order(num_words: int, batch_
 def test_codes_use_the_old_words_and_the_new_msd() -> None:
     queue = build(delta_base=1.0)
     old_words, local = queue.words.clone(), maps(4, seed=0).flatten(2).transpose(1, 2)
-    reading = read(queue, 0)
-    distances = bow.Distances(local, old_words)
-    nearest = float(distances.nearest()[0].mean())
+    assignment = take(queue, 0)
+    nearest = float(bow.nearest_words(local, old_words)[0].mean())
     assert float(queue.msd) == pytest.approx(0.99 * 0.5 + 0.01 * nearest)
-    assert float(reading.mean_nearest) == pytest.approx(nearest)
-    assert torch.allclose(reading.targets, bow.soft_bow(distances, delta=queue.msd, pooling="max"))
+    assert float(assignment.mean_distance) == pytest.approx(nearest)
+    assert torch.allclose(assignment.targets, bow.soft_bow(local, old_words, delta=queue.msd, pooling="max"))
     assert not torch.equal(queue.words, old_words)
 
 
 def test_msd_can_start_at_the_first_batch() -> None:
     queue = build(msd_start="first_batch")
-    first = read(queue, 0).mean_nearest
+    first = take(queue, 0).mean_distance
     assert float(queue.msd) == float(first)
-    second = read(queue, 1).mean_nearest
+    second = take(queue, 1).mean_distance
     assert float(queue.msd) == pytest.approx(float(0.99 * first + 0.01 * second))
 
 
 def test_words_used_is_the_share_of_nearest_words() -> None:
     queue = build()
-    nearest = bow.Distances(maps(4, seed=0).flatten(2).transpose(1, 2), queue.words.clone()).nearest()[1]
-    assert float(read(queue, 0).words_used) == pytest.approx(100 * len(nearest.unique()) / 10)
+    nearest = bow.nearest_words(maps(4, seed=0).flatten(2).transpose(1, 2), queue.words)[1]
+    assignment = queue.assign(maps(4, seed=0), comm=OneProcess())
+    assert torch.equal(assignment.nearest, nearest)
+    found = level_metrics("conv5", assignment, torch.zeros(1, 10), comm=OneProcess())
+    assert float(found["words_used_conv5"]) == pytest.approx(100 * len(nearest.unique()) / 10)
 
 
 def test_the_border_counts_for_targets_and_queue() -> None:
     inner, outer = build(border=1, queue_vector="global_average"), build(border=0, queue_vector="global_average")
-    x, u = maps(4, seed=0, size=6), draws(4, seed=0)
-    with_border = inner.read(x, draws_B=u, step=0, comm=OneProcess())
-    without = outer.read(x[..., 1:-1, 1:-1], draws_B=u, step=0, comm=OneProcess())
+    x, u = maps(4, seed=0, size=6), uniforms(4, seed=0)
+    with_border = assign_and_update(inner, x, uniforms_B=u, step=0, comm=OneProcess())
+    without = assign_and_update(outer, x[..., 1:-1, 1:-1], uniforms_B=u, step=0, comm=OneProcess())
     assert torch.equal(with_border.targets, without.targets)
     assert torch.equal(inner.words, outer.words)
 
@@ -89,10 +117,10 @@ def test_replacing_kmeans_follows_the_equations_and_replaces_the_longest_dead() 
     last_used = [-(patience + 1)] * 10
     replaced = 0
     for step in range(40):
-        x, u = maps(num_images, seed=step), draws(num_images, seed=step)
+        x, u = maps(num_images, seed=step), uniforms(num_images, seed=step)
         if step > 10:  # a drift leaves words behind
             x = x + 0.5 * (step - 10)
-        kmeans.read(x, draws_B=u, step=step, comm=OneProcess())
+        assign_and_update(kmeans, x, uniforms_B=u, step=step, comm=OneProcess())
         features = [x[b, :, i, j].double() for b in range(num_images) for i in range(4) for j in range(4)]
         assigned = [min(range(10), key=lambda k, f=f: float(((f - words[k]) ** 2).sum())) for f in features]
         for k in range(10):
@@ -116,25 +144,25 @@ def test_the_noise_of_the_start_is_filled_from_the_batch_at_once() -> None:
     for name in ("kmeans_replace", "kmeans_sinkhorn"):
         kmeans = build(vocabulary=name)
         for step in range(5):
-            read(kmeans, step)
+            take(kmeans, step)
         assert (kmeans.last_used >= 0).all(), name
 
 
 def test_sinkhorn_words_are_the_balanced_means() -> None:
     kmeans = build(vocabulary="kmeans_sinkhorn", sinkhorn_epsilon=0.1, sinkhorn_iterations=30, kmeans_momentum=0.0)
     for step in range(4):
-        read(kmeans, step)
+        take(kmeans, step)
     words = kmeans.words.clone()
-    reading = read(kmeans, 4)
+    assignment = take(kmeans, 4)
     local = maps(4, seed=4).flatten(2).transpose(1, 2)
     dist = bow.squared_distances(local.flatten(0, 1), words)
     epsilon = 0.1 * dist.mean()
-    potential = bow.sinkhorn(bow.Distances(local, words), epsilon=epsilon, iterations=30, gather=lambda x: x)
+    potential = bow.sinkhorn(local, words, epsilon=epsilon, iterations=30, all_gather=lambda x: x)
     codes = bow.balanced_log_codes(dist, potential, epsilon=epsilon).exp()
     assert torch.allclose(codes.sum(0), torch.full((10,), 64 / 10), rtol=0.02), "every word has its share"
     assert torch.allclose(kmeans.words, (codes.T @ local.flatten(0, 1)) / codes.sum(0)[:, None], atol=1e-4)
     pooled = codes.view(4, 16, 10).amax(1)
-    assert torch.allclose(reading.targets, pooled / pooled.sum(1, keepdim=True), atol=1e-5)
+    assert torch.allclose(assignment.targets, pooled / pooled.sum(1, keepdim=True), atol=1e-5)
 
 
 @pytest.mark.parametrize("vocabulary", sorted(VOCABULARIES))
@@ -143,7 +171,7 @@ def test_sinkhorn_words_are_the_balanced_means() -> None:
 def test_targets_are_distributions(vocabulary: str, codes: str, pooling: str) -> None:
     words = build(vocabulary=vocabulary, codes=codes, pooling=pooling)
     for step in range(3):
-        targets = read(words, step).targets
+        targets = take(words, step).targets
         assert targets.shape == (4, 10)
         assert (targets >= 0).all()
         assert torch.allclose(targets.sum(1), torch.ones(4))
@@ -164,10 +192,10 @@ class TwoThreads:
         self.barrier.wait(timeout=20)
         return result
 
-    def gather(self, x: Tensor) -> Tensor:
+    def all_gather(self, x: Tensor) -> Tensor:
         return self.exchange(x, torch.cat)
 
-    def mean(self, x: Tensor) -> Tensor:
+    def all_reduce_mean(self, x: Tensor) -> Tensor:
         return self.exchange(x, lambda both: (both[0] + both[1]) / 2)
 
 
@@ -183,14 +211,14 @@ def test_two_processes_with_half_the_batch_each_equal_one(vocabulary: str, codes
         comm = TwoThreads(rank, shared, barrier)
         mine = slice(2 * rank, 2 * rank + 2)
         for step in range(6):
-            x, u = maps(4, seed=step)[mine], draws(4, seed=step)[mine]
-            targets[rank].append(halves[rank].read(x, draws_B=u, step=step, comm=comm).targets)
+            x, u = maps(4, seed=step)[mine], uniforms(4, seed=step)[mine]
+            targets[rank].append(assign_and_update(halves[rank], x, uniforms_B=u, step=step, comm=comm).targets)
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
     for thread in threads:
         thread.start()
     for step in range(6):
-        expected = read(whole, step).targets
+        expected = take(whole, step).targets
         if step == 5:
             last = expected
     for thread in threads:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from obowlab.config import Backbone, Obow, Recipe, Views, load_recipe
 from obowlab.errors import UserError
 from obowlab.evaluation.features import frozen, weights_hash
-from obowlab.methods import OBoW, OneProcess, ResNet, build_backbone
+from obowlab.methods import Batch, OBoW, OneProcess, ResNet, build_backbone
 from obowlab.runs.folder import RunFolder
 from obowlab.weights import encoder_file as weights
 from obowlab.weights.encoder_file import Encoder, export, import_authors, load_encoder, read_encoder, save_encoder, write_method
@@ -282,8 +282,8 @@ def test_an_imported_model_goes_on_learning(tmp_path: Path) -> None:
     method = import_authors(save(tmp_path / "model.pth.tar", state)).method
     assert method is not None
     views = {"crops": torch.randn(4, 3, 64, 64)}
-    draws = torch.rand(4, method.num_draws, dtype=torch.float64)
-    output = method.train()(torch.randn(4, 3, 160, 160), views, step=120, draws=draws)
+    uniforms = torch.rand(4, method.num_uniforms, dtype=torch.float64)
+    output = method.train()(Batch(original=torch.randn(4, 3, 160, 160), views=views, uniforms=uniforms, step=120))
     output.loss.backward()
     assert torch.isfinite(output.loss)
     assert output.metrics["word_age_conv5"].item() == pytest.approx(0)

@@ -15,16 +15,16 @@ from PIL import Image
 from obowlab.config import Backbone, Bownet, Data, Loaded, Machine, Recipe, Views, load_recipe
 from obowlab.data.datasets import open_split
 from obowlab.evaluation.features import frozen
-from obowlab.evaluation.words.gallery import sheets as word_sheets
+from obowlab.evaluation.words import sheets as word_sheets
 from obowlab.evaluation.words.gallery import show_words
 from obowlab.evaluation.words.search import CentreViews
 from obowlab.evaluation.words.sheets import TILE, WORDS_PER_SHEET
-from obowlab.methods import METHODS, Method, OBoW, OneProcess
+from obowlab.methods import METHODS, Batch, Method, OBoW, OneProcess
 from obowlab.runs.folder import RunFolder
 from obowlab.tracking.mirror import Mirror
 from obowlab.training import checkpoint as checkpoints
 from obowlab.views.photometric import normalise
-from tests.command_line import Obowlab, contents, empty_workplace
+from tests.command_line import Obowlab, contents
 from tests.runs import small_recipe
 from tests.test_word_search import level_words, search_slowly
 
@@ -32,17 +32,11 @@ STEP = 7
 
 
 @pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data_root: Path) -> Path:
-    place = empty_workplace(tmp_path, monkeypatch)
+def workplace(workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data_root: Path) -> Path:
     machine = tmp_path / "machine.toml"
     machine.write_text(f'data_root = "{data_root}"\nloader = "torch"\nworkers = 0\n')
     monkeypatch.setenv("OBOWLAB_MACHINE", str(machine))
-    return place
-
-
-@pytest.fixture
-def obowlab(capsys: pytest.CaptureFixture[str]) -> Obowlab:
-    return Obowlab(capsys)
+    return workplace
 
 
 def trained(place: Path, *overrides: str) -> RunFolder:
@@ -53,9 +47,9 @@ def trained(place: Path, *overrides: str) -> RunFolder:
     generator = torch.Generator().manual_seed(0)
     for step in range(STEP):
         original = torch.randn(16, 3, 24, 24, generator=generator)
-        draws = torch.rand(16, method.num_draws, generator=generator, dtype=torch.float64)
+        uniforms = torch.rand(16, method.num_uniforms, generator=generator, dtype=torch.float64)
         with torch.no_grad():
-            method(original, {"crops": original}, step=step, draws=draws)
+            method(Batch(original=original, views={"crops": original}, uniforms=uniforms, step=step))
     return with_checkpoint(loaded, method=method, place=place)
 
 

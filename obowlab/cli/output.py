@@ -59,22 +59,18 @@ def print_results(folder: RunFolder) -> None:
 def print_measurements(results: Iterable[Mapping[str, Any]]) -> None:
     """Print evaluation results: one row per metric, data set and protocol; student and random initialisation side by side.
 
-    Values are percent with the half-width of their 95 % interval; n counts what the interval was taken over.
+    Values are percent with their 95 % interval; n counts the episodes or images it was taken over.
     """
-    from obowlab.runs.metrics import lookup
+    from obowlab import text
+    from obowlab.runs.metrics import unit_of
+    from obowlab.runs.results import tabulate
 
-    rows: dict[tuple[str, str, str], dict[str, tuple[str, int]]] = {}
-    for result in results:
-        dataset = str(result.get("details", {}).get("dataset", ""))
-        protocol = f"{result['protocol']} v{result['version']} {str(result['protocol_hash'])[:8]}"
-        for measurement in result["measurements"]:
-            cell = f"{measurement['value']:.2f} ± {measurement['interval']:.2f} {lookup(measurement['name']).unit}"
-            row = rows.setdefault((measurement["name"], dataset, protocol), {})
-            row[result["subject"]] = (cell, int(measurement["count"]))
-    columns = ["metric", "student", "random initialisation", "n", "data set", "protocol"]
+    def shown(measurement: Mapping[str, Any] | None, unit: str) -> str:
+        return f"{text.measurement(measurement)} {unit}" if measurement is not None else text.ABSENT
+
     lines = []
-    for (name, dataset, protocol), cells in rows.items():
-        student, count = cells.get("student", ("–", 0))
-        untrained, untrained_count = cells.get("random", ("–", 0))
-        lines.append([name, student, untrained, str(count or untrained_count), dataset, protocol])
+    for row in tabulate(results):
+        unit = unit_of(row.metric)
+        lines.append([row.metric, shown(row.student, unit), shown(row.random, unit), str(row.count), row.dataset, row.protocol])
+    columns = ["metric", "student", "random initialisation", "n", "data set", "protocol"]
     print_table(columns, lines, right=("student", "random initialisation", "n"))

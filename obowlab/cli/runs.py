@@ -242,7 +242,7 @@ def _progress(state: State) -> str:
 
 def _headlines(results: list[dict[str, Any]]) -> list[str]:
     values = {
-        measurement["name"]: f"{measurement['value']:.1f} ± {measurement['interval']:.1f}"
+        measurement["name"]: text.measurement(measurement, digits=1)
         for result in results
         if result["subject"] == "student"
         for measurement in result["measurements"]

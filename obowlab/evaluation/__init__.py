@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from obowlab import text
 from obowlab.config import Evaluation, Machine, Recipe, canonical_hash, nearest
 from obowlab.data.class_lists import class_list
 from obowlab.errors import UserError
@@ -209,5 +210,5 @@ def _measure(name: str, *, store: FeatureStore, recipe: Recipe, subject: str, re
         elapsed_s=time.monotonic() - started,
     )
     for measurement in result.measurements:
-        report(f"{subject}: {measurement.name} {measurement.value:.2f} ± {measurement.interval:.2f} % ({measurement.count})")
+        report(f"{subject}: {measurement.name} {text.measurement(vars(measurement))} % ({measurement.count})")
     return result

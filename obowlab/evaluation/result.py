@@ -21,7 +21,9 @@ class Measurement:
     Attributes:
         name: what was measured, for example `fewshot_5shot`.
         value: percent.
-        interval: half-width of the 95 % interval, in percent.
+        interval: half of the 95 % interval's length, in percent.
+        low: lower end of the interval, in percent.
+        high: upper end; a proportion's interval reaches further towards 50 % than away from it.
         count: number of independent observations behind it (episodes or images).
         samples: the observations themselves, as `obowlab.runs.results` packs them, so that runs can be compared in pairs.
     """
@@ -29,6 +31,8 @@ class Measurement:
     name: str
     value: float
     interval: float
+    low: float
+    high: float
     count: int
     samples: dict[str, Any]
 
@@ -66,7 +70,10 @@ class Result:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Result:
         """Rebuild a result from what `to_json` returned."""
-        measurements = tuple(Measurement(**measurement) for measurement in values["measurements"])
+        measurements = tuple(
+            Measurement(**{"low": each["value"] - each["interval"], "high": each["value"] + each["interval"], **each})
+            for each in values["measurements"]  # results of earlier versions have no ends
+        )
         return cls(**{**values, "measurements": measurements})
 
 
@@ -80,24 +87,35 @@ def mean_with_interval(name: str, correct: Sequence[int], *, of: int) -> Measure
     """
     assert len(correct) >= 2, "an interval needs two episodes"
     accuracies = [100 * right / of for right in correct]
+    value, half = fmean(accuracies), Z_95 * stdev(accuracies) / math.sqrt(len(accuracies))
     return Measurement(
         name=name,
-        value=fmean(accuracies),
-        interval=Z_95 * stdev(accuracies) / math.sqrt(len(accuracies)),
+        value=value,
+        interval=half,
+        low=value - half,
+        high=value + half,
         count=len(accuracies),
         samples=pack(correct, of=of),
     )
 
 
 def proportion_with_interval(name: str, correct: Sequence[int]) -> Measurement:
-    """Return an accuracy in percent with the half-width of Wilson's interval, which stays honest at 0 and 100 %.
+    """Return an accuracy in percent with Wilson's interval, which keeps its coverage near 0 and 100 %.
 
     Args:
         name: of the measurement.
-        correct: 1 for every image that was answered rightly, else 0; at least one image.
+        correct: 1 for every image that was classified correctly, else 0; at least one image.
     """
+    from scipy.stats import binomtest  # half a second, which an evaluation without classifiers need not wait for
+
     count = len(correct)
-    assert count > 0
-    p = sum(correct) / count
-    half_width = Z_95 / (1 + Z_95**2 / count) * math.sqrt(p * (1 - p) / count + Z_95**2 / (4 * count**2))
-    return Measurement(name=name, value=100 * p, interval=100 * half_width, count=count, samples=pack(correct, of=1))
+    ends = binomtest(sum(correct), count).proportion_ci(0.95, method="wilson")
+    return Measurement(
+        name=name,
+        value=100 * sum(correct) / count,
+        interval=50 * float(ends.high - ends.low),
+        low=100 * float(ends.low),
+        high=100 * float(ends.high),
+        count=count,
+        samples=pack(correct, of=1),
+    )

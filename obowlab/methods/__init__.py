@@ -3,7 +3,7 @@
 from typing import Any
 
 from obowlab.methods.backbones import ResNet, build_backbone
-from obowlab.methods.base import Comm, LevelWords, Method, OneProcess, Preparation, StepOutput, VisualWords
+from obowlab.methods.base import Batch, Comm, LevelWords, Method, OneProcess, Preparation, StepOutput, VisualWords
 from obowlab.methods.bownet import BoWNet
 from obowlab.methods.moco import MoCo
 from obowlab.methods.obow import OBoW
@@ -14,6 +14,7 @@ METHODS: dict[str, type[Method[Any]]] = {"obow": OBoW, "bownet": BoWNet, "rotnet
 
 __all__ = [
     "METHODS",
+    "Batch",
     "BoWNet",
     "Comm",
     "LevelWords",

@@ -1,41 +1,42 @@
-"""What the training loop and a method say to each other."""
+"""What passes between the training loop and a method: the batch, the step's output, the other processes."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from obowlab.config import Backbone, Level, Section, Views
 from obowlab.errors import UserError
 from obowlab.methods.backbones import ResNet
-from obowlab.methods.online_classifier import Monitor
+from obowlab.methods.online_classifier import OnlineClassifier
 
 SettingsT = TypeVar("SettingsT", bound=Section)
 """The settings of one method: `config.Obow` and its likes."""
 
 
 class Comm(Protocol):
-    """Talk between the processes of a run; every process makes the same calls in the same order."""
+    """Collectives over the processes of a run; every process makes the same calls in the same order."""
 
     @property
     def rank(self) -> int:
-        """Which of them this is, from 0."""
+        """Return the number of this process, from 0."""
         ...
 
     @property
     def world_size(self) -> int:
-        """How many processes there are."""
+        """Return the number of processes."""
         ...
 
-    def gather(self, x: Tensor) -> Tensor:
+    def all_gather(self, x: Tensor) -> Tensor:
         """Concatenate `x` over the processes along dimension 0, in rank order, without gradient."""
         ...
 
-    def mean(self, x: Tensor) -> Tensor:
+    def all_reduce_mean(self, x: Tensor) -> Tensor:
         """Average `x` over the processes, without gradient."""
         ...
 
@@ -46,13 +47,37 @@ class OneProcess:
     rank: int = 0
     world_size: int = 1
 
-    def gather(self, x: Tensor) -> Tensor:
-        """Return `x`: there is nobody else."""
+    def all_gather(self, x: Tensor) -> Tensor:
+        """Return `x` without gradient."""
         return x.detach()
 
-    def mean(self, x: Tensor) -> Tensor:
-        """Return `x`: there is nobody else."""
+    def all_reduce_mean(self, x: Tensor) -> Tensor:
+        """Return `x` without gradient."""
         return x.detach()
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This process's share of the images of one training step.
+
+    Attributes:
+        original: the whole images, [B, 3, S, S].
+        views: kind of view (`crops`, `patches`) to the student's views, [B·V, 3, s, s], all views of an image together.
+        uniforms: random numbers in [0, 1), float64 [B, num_uniforms].
+        step: number of this step, from 0.
+        labels: classes of the images, [B]; only the online classifier sees them.
+        cutmix_lambda: for the kinds that cutmix mixed, the fraction of every view that shows its own image, [B·V]; the rest
+            shows the neighbouring image (0 and 1, 2 and 3, ...).
+        wants_metrics: whether this step is logged, and the metrics that cost something are worth their time.
+    """
+
+    original: Tensor
+    views: Mapping[str, Tensor]
+    uniforms: Tensor
+    step: int
+    labels: Tensor | None = None
+    cutmix_lambda: Mapping[str, Tensor] = field(default_factory=dict)
+    wants_metrics: bool = True
 
 
 @dataclass
@@ -60,8 +85,9 @@ class StepOutput:
     """What one training step returns.
 
     Attributes:
-        loss: 0-dim, to be differentiated; includes the monitor's loss (whose features are detached).
-        metrics: 0-dim detached tensors of this process, under the names of `obowlab.runs.metrics`.
+        loss: 0-dim, to be differentiated; includes the online classifier's loss (whose features are detached).
+        metrics: 0-dim detached tensors of this process, under the names of `obowlab.runs.metrics`. Losses and accuracies are
+            there at every step, the others when the batch wants metrics.
     """
 
     loss: Tensor
@@ -127,12 +153,12 @@ class Method(nn.Module, ABC, Generic[SettingsT]):
     Whatever must survive a restart is a parameter or a persistent buffer; nothing random is drawn but the initial weights.
 
     Attributes:
-        num_draws: uniforms a step needs per image.
-        monitor: the online linear classifier, or None.
+        num_uniforms: random numbers a step needs per image.
+        monitor: the online classifier, or None.
     """
 
-    num_draws: int
-    monitor: Monitor | None
+    num_uniforms: int
+    monitor: OnlineClassifier | None
 
     def __init__(
         self, method: SettingsT, *, backbone: Backbone, total_steps: int, seed: int, num_classes: int | None, comm: Comm
@@ -144,7 +170,7 @@ class Method(nn.Module, ABC, Generic[SettingsT]):
             backbone: the network to learn.
             total_steps: steps of the whole training, for schedules.
             seed: of the initial weights.
-            num_classes: of the data set, for the online monitor; None for no monitor.
+            num_classes: of the data set, for the online classifier; None for none.
             comm: the other processes of the run.
         """
         super().__init__()
@@ -161,8 +187,8 @@ class Method(nn.Module, ABC, Generic[SettingsT]):
         """
 
     @classmethod
-    def check_shares(cls, method: SettingsT, *, batch_size: int, world_size: int) -> None:
-        """Refuse, before anything is loaded, a batch or a number of processes that the method cannot share out.
+    def check_batch(cls, method: SettingsT, *, batch_size: int, world_size: int) -> None:
+        """Refuse, before anything is loaded, a batch size that the method cannot split over the processes.
 
         Raises:
             UserError: names the setting to change.
@@ -171,8 +197,8 @@ class Method(nn.Module, ABC, Generic[SettingsT]):
     def prepare(self, preparation: Preparation) -> bool:
         """Do once what must be done before the first step, and return whether there was anything to do.
 
-        What it makes is kept in parameters or persistent buffers: a run that goes on does not prepare again. Every process
-        calls it and ends with the same state.
+        The result is kept in parameters or persistent buffers: a resumed run does not prepare again. Every process calls it and
+        ends with the same state.
 
         Raises:
             UserError: the training images are not enough, or the teacher does not fit.
@@ -182,52 +208,52 @@ class Method(nn.Module, ABC, Generic[SettingsT]):
     @property
     @abstractmethod
     def encoder(self) -> ResNet:
-        """The network this method is for."""
+        """Return the network that is learnt."""
 
     def visual_words(self) -> VisualWords | None:
         """Return the words as they stand, sharing memory with the method; None when it describes images without words."""
         return None
 
     def param_groups(self, *, weight_decay: float) -> list[dict[str, Any]]:
-        """Return the optimiser's groups: all that is learnt, then the monitor if there is one."""
-        of_monitor = [] if self.monitor is None else list(self.monitor.parameters())
-        apart = {id(parameter) for parameter in of_monitor}
+        """Return the optimiser's groups: `method`, which is student and heads, and `monitor` if there is an online classifier."""
+        monitor = [] if self.monitor is None else list(self.monitor.parameters())
+        apart = {id(parameter) for parameter in monitor}
         learnt = [p for p in self.parameters() if p.requires_grad and id(p) not in apart]
         groups: list[dict[str, Any]] = [{"name": "method", "params": learnt, "weight_decay": weight_decay}]
-        if of_monitor:
-            groups.append({"name": "monitor", "params": of_monitor, "weight_decay": weight_decay})
+        if monitor:
+            groups.append({"name": "monitor", "params": monitor, "weight_decay": weight_decay})
         return groups
 
     @abstractmethod
-    def forward(
+    def forward(self, batch: Batch) -> StepOutput:
+        """Do one training step up to its loss."""
+
+    def _output(
         self,
-        original: Tensor,
-        views: Mapping[str, Tensor],
+        losses: Mapping[str, Tensor],
+        metrics: dict[str, Tensor],
         *,
-        step: int,
-        draws: Tensor,
-        labels: Tensor | None = None,
-        shares: Mapping[str, Tensor] | None = None,
+        features: Tensor,
+        labels: Tensor | None,
+        target_entropy: Tensor | None = None,
     ) -> StepOutput:
-        """Do one training step up to its loss.
+        """Add up the losses of the kinds of views, and the online classifier's.
 
         Args:
-            original: the whole image, [B, 3, S, S].
-            views: kind of view (`crops`, `patches`) to the student's views, [B·V, 3, s, s], all views of an image together.
-            step: number of this step, from 0.
-            draws: uniforms in [0, 1), [B, num_draws].
-            labels: classes of the images, [B]; only a monitor sees them.
-            shares: for kinds that cutmix mixed, the fraction of every view that is its own image's, [B·V]; the rest is the
-                neighbouring image's (0 and 1, 2 and 3, ...). None when nothing is mixed.
+            losses: kind of view to its loss, 0-dim.
+            metrics: whatever else there is to log.
+            features: what the online classifier sees, [N, D].
+            labels: classes of its rows, [N].
+            target_entropy: the least that the sum of the losses can be, 0-dim; None where that is 0.
         """
-
-    def _output(self, loss: Tensor, metrics: dict[str, Tensor], *, features: Tensor, labels: Tensor | None) -> StepOutput:
-        """Add the monitor's loss on these features, [N, D], and detach the metrics."""
-        metrics = metrics | {"loss": loss}
+        loss = torch.stack(list(losses.values())).sum()
+        metrics = {**metrics, **{f"loss_{kind}": value for kind, value in losses.items()}, "loss": loss}
+        if target_entropy is not None:
+            metrics["loss_kl"] = loss - target_entropy
         if self.monitor is not None and labels is not None:
-            judgement = self.monitor.judge(features, labels)
-            metrics |= judgement
-            loss = loss + judgement["monitor_loss"]
+            online = self.monitor.metrics(features, labels)
+            metrics |= online
+            loss = loss + online["monitor_loss"]
         return StepOutput(loss=loss, metrics={name: value.detach() for name, value in metrics.items()})
 
 

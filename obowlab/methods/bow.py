@@ -1,4 +1,4 @@
-"""The mathematics of online bags of visual words: pure functions of tensors (SPEC section 1, paper section 3).
+"""The mathematics of online bags of visual words: pure functions of tensors (docs/method.md; the paper's section 3).
 
 Shape suffixes, one letter per dimension:
 
@@ -13,7 +13,7 @@ wider type of the features) with autocast and TF32 off, whatever the encoder run
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -21,11 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-KEPT_ELEMENTS = 3 << 23
-"""So many distances of a batch (96 MiB) are kept for a second look; the rest is computed again."""
-
-CHUNK_ELEMENTS = 1 << 22
-"""So many distances (16 MiB) are made at a time, to stay in the cache; one image's are the least."""
+CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 28}
+"""Distances held at a time: on a CPU as many as its cache has room for (16 MiB), on a GPU those of a usual batch (1 GiB)."""
 
 
 @contextmanager
@@ -54,80 +51,46 @@ def crop_border(map_BCHW: Tensor, *, border: int) -> Tensor:
     return map_BCHW[..., border : height - border, border : width - border]
 
 
-def squared_distances(
-    features_NC: Tensor, words_KC: Tensor, *, words_norm_K: Tensor | None = None, out: Tensor | None = None
-) -> Tensor:
-    """Return the squared Euclidean distance of every feature to every word, [N, K], never negative.
-
-    Args:
-        features_NC: features.
-        words_KC: words.
-        words_norm_K: the words' squared lengths, if they are known.
-        out: memory for the result, [N, K].
-    """
+def squared_distances(features_NC: Tensor, words_KC: Tensor) -> Tensor:
+    """Return the squared Euclidean distance of every feature to every word, [N, K], never negative."""
     features_NC, words_KC = at_least_float32(features_NC), at_least_float32(words_KC)
-    words_norm_K = words_KC.square().sum(1) if words_norm_K is None else words_norm_K
     with full_precision(words_KC.device):
-        dist_NK = torch.addmm(words_norm_K, features_NC, words_KC.T, alpha=-2, out=out)
+        dist_NK = torch.addmm(words_KC.square().sum(1), features_NC, words_KC.T, alpha=-2)
         return dist_NK.add_(features_NC.square().sum(1, keepdim=True)).clamp_(min=0)
 
 
-class Distances:
-    """Squared distances of a batch's locations to the words, in chunks of whole images.
+def distance_chunks(local_BUC: Tensor, words_KC: Tensor, *, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield (local_BUC, dist_BUK) of a few images at a time, until all images were seen: memory has a bound whatever the batch.
 
-    They are needed more than once: mu_MSD is updated from the nearest word of *every* location before the first code is
-    made. The first images keep their distances; those of the others are computed again, so that memory has a bound whatever
-    the batch.
+    A training step reads the distances twice and computes them twice: the nearest word of *every* location must be known before
+    the first code is made, because mu_MSD depends on it.
+
+    Args:
+        local_BUC: features of the batch's locations.
+        words_KC: words.
+        limit: largest number of distances in memory; one image's are the least. By default that of the device.
     """
-
-    def __init__(
-        self, local_BUC: Tensor, words_KC: Tensor, *, kept_elements: int = KEPT_ELEMENTS, chunk_elements: int = CHUNK_ELEMENTS
-    ):
-        self.local_BUC = at_least_float32(local_BUC)
-        self.words_KC = at_least_float32(words_KC)
-        self.words_norm_K = self.words_KC.square().sum(1)
-        per_image = local_BUC.shape[1] * words_KC.shape[0]
-        self.images_per_chunk = max(1, chunk_elements // per_image)
-        self.num_kept = kept_elements // per_image
-        self._kept: dict[int, Tensor] = {}
-
-    def chunks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Yield (images, dist_BUK) until every image was seen.
-
-        A chunk is good until the next one is asked for; the last reader may overwrite what it is given.
-        """
-        scratch_NK: Tensor | None = None
-        for start in range(0, len(self.local_BUC), self.images_per_chunk):
-            images = slice(start, start + self.images_per_chunk)
-            if start not in self._kept:
-                local_BUC = self.local_BUC[images]
-                local_NC = local_BUC.flatten(0, 1)
-                out = None if scratch_NK is None else scratch_NK[: len(local_NC)]
-                dist_NK = squared_distances(local_NC, self.words_KC, words_norm_K=self.words_norm_K, out=out)
-                dist_BUK = dist_NK.view(*local_BUC.shape[:2], -1)
-                if start + len(local_BUC) <= self.num_kept:
-                    self._kept[start] = dist_BUK
-                elif scratch_NK is None:
-                    scratch_NK = dist_NK
-                yield images, dist_BUK
-            else:
-                yield images, self._kept[start]
-
-    def nearest(self) -> tuple[Tensor, Tensor]:
-        """Return the squared distance to the nearest word and its number, both [B, U]."""
-        found = [dist_BUK.min(dim=-1) for _, dist_BUK in self.chunks()]
-        return torch.cat([each.values for each in found]), torch.cat([each.indices for each in found])
-
-    def mean(self) -> Tensor:
-        """Return the mean over all pairs, without making them: E|x|² + E|v|² − 2 E[x]·E[v]."""
-        local_NC = self.local_BUC.flatten(0, 1)
-        cross = (local_NC.mean(0) * self.words_KC.mean(0)).sum()
-        return local_NC.square().sum(1).mean() + self.words_KC.square().sum(1).mean() - 2 * cross
+    limit = CHUNK_ELEMENTS.get(local_BUC.device.type, CHUNK_ELEMENTS["cpu"]) if limit is None else limit
+    for part_BUC in torch.split(local_BUC, max(1, limit // (local_BUC.shape[1] * len(words_KC)))):
+        yield part_BUC, squared_distances(part_BUC.flatten(0, 1), words_KC).view(*part_BUC.shape[:2], -1)
 
 
-def soft_codes(dist_BUK: Tensor, *, delta: Tensor) -> Tensor:
-    """Return the soft assignment of every location (eq. 4), in the memory of the distances."""
-    return torch.softmax(dist_BUK.mul_(-1 / delta), dim=-1, out=dist_BUK)
+def nearest_words(local_BUC: Tensor, words_KC: Tensor, *, limit: int | None = None) -> tuple[Tensor, Tensor]:
+    """Return the squared distance of every location to its nearest word, and that word's number, both [B, U]."""
+    found = [dist_BUK.min(dim=-1) for _, dist_BUK in distance_chunks(local_BUC, words_KC, limit=limit)]
+    return torch.cat([each.values for each in found]), torch.cat([each.indices for each in found])
+
+
+def mean_squared_distance(local_BUC: Tensor, words_KC: Tensor) -> Tensor:
+    """Return the mean over all pairs of a location and a word, without making them: E|x|² + E|v|² − 2 E[x]·E[v]."""
+    local_NC = local_BUC.flatten(0, 1)
+    cross = (local_NC.mean(0) * words_KC.mean(0)).sum()
+    return local_NC.square().sum(1).mean() + words_KC.square().sum(1).mean() - 2 * cross
+
+
+def soft_assign(dist_BUK: Tensor, *, delta: Tensor) -> Tensor:
+    """Return the soft assignment of every location to the words (eq. 4), [B, U, K], rows summing to 1."""
+    return torch.softmax(dist_BUK * (-1 / delta), dim=-1)
 
 
 def pool(codes_BUK: Tensor, *, pooling: str) -> Tensor:
@@ -135,10 +98,15 @@ def pool(codes_BUK: Tensor, *, pooling: str) -> Tensor:
     return codes_BUK.amax(dim=1) if pooling == "max" else codes_BUK.mean(dim=1)
 
 
-def soft_bow(distances: Distances, *, delta: Tensor, pooling: str) -> Tensor:
+def bow_target(pooled_BK: Tensor) -> Tensor:
+    """Scale every row of pooled codes to sum 1: the BoW target."""
+    return F.normalize(pooled_BK, p=1, dim=1)
+
+
+def soft_bow(local_BUC: Tensor, words_KC: Tensor, *, delta: Tensor, pooling: str, limit: int | None = None) -> Tensor:
     """Return the BoW targets of soft codes, [B, K], rows summing to 1."""
-    pooled = [pool(soft_codes(dist_BUK, delta=delta), pooling=pooling) for _, dist_BUK in distances.chunks()]
-    return F.normalize(torch.cat(pooled), p=1, dim=1)
+    chunks = distance_chunks(local_BUC, words_KC, limit=limit)
+    return bow_target(torch.cat([pool(soft_assign(dist_BUK, delta=delta), pooling=pooling) for _, dist_BUK in chunks]))
 
 
 def hard_bow(nearest_BU: Tensor, *, num_words: int, pooling: str, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -149,7 +117,7 @@ def hard_bow(nearest_BU: Tensor, *, num_words: int, pooling: str, dtype: torch.d
         target_BK.scatter_(1, nearest_BU, ones_BU)
     else:
         target_BK.scatter_add_(1, nearest_BU, ones_BU)
-    return F.normalize(target_BK, p=1, dim=1)
+    return bow_target(target_BK)
 
 
 def next_msd(msd: Tensor, mean_nearest: Tensor, *, momentum: float) -> Tensor:
@@ -160,27 +128,27 @@ def next_msd(msd: Tensor, mean_nearest: Tensor, *, momentum: float) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------ vocabulary
 
 
-def pick_locations(draws_B: Tensor, vectors_BUC: Tensor) -> Tensor:
-    """Return one location's vector per image, [B, C], at floor(draw · U); draws are uniform in [0, 1)."""
+def pick_locations(uniforms_B: Tensor, vectors_BUC: Tensor) -> Tensor:
+    """Return one location's vector per image, [B, C], at floor(u · U) for u in [0, 1)."""
     num_locations = vectors_BUC.shape[1]
-    # A draw next to 1 can round up to U.
-    index_B = (draws_B * num_locations).long().clamp(max=num_locations - 1)
+    # The product with a number next to 1 can round up to U.
+    index_B = (uniforms_B * num_locations).long().clamp(max=num_locations - 1)
     return vectors_BUC[torch.arange(len(index_B), device=index_B.device), index_B]
 
 
-def queue_vectors(map_BCHW: Tensor, *, kind: str, draws_B: Tensor) -> Tensor:
+def queue_vectors(map_BCHW: Tensor, *, kind: str, uniforms_B: Tensor) -> Tensor:
     """Return the vector each image offers to the queue, [B, C] (paper section 3.1, choices a, b, c).
 
     Args:
         map_BCHW: border-cropped teacher map; at least 3x3 for `local_average`.
         kind: `local` (a random location), `global_average`, or `local_average` (3x3 means, then a random one).
-        draws_B: uniforms in [0, 1), one per image.
+        uniforms_B: random numbers in [0, 1), one per image.
     """
     if kind == "global_average":
         return map_BCHW.mean(dim=(2, 3))
     if kind == "local_average":
         map_BCHW = F.avg_pool2d(map_BCHW, kernel_size=3, stride=1)
-    return pick_locations(draws_B, map_BCHW.flatten(2).transpose(1, 2))
+    return pick_locations(uniforms_B, map_BCHW.flatten(2).transpose(1, 2))
 
 
 def queue_slots(pointer: Tensor, *, num_vectors: int, num_words: int) -> Tensor:
@@ -199,25 +167,34 @@ def word_sums(local_NC: Tensor, nearest_N: Tensor, *, num_words: int) -> tuple[T
     return counts_K, sums_KC
 
 
-def sinkhorn(distances: Distances, *, epsilon: Tensor, iterations: int, gather: Callable[[Tensor], Tensor]) -> Tensor:
+def sinkhorn(
+    local_BUC: Tensor,
+    words_KC: Tensor,
+    *,
+    epsilon: Tensor,
+    iterations: int,
+    all_gather: Callable[[Tensor], Tensor],
+    limit: int | None = None,
+) -> Tensor:
     """Return the words' potentials f, [K], of the balanced assignment (appendix D): code = softmax_k(f_k − D_uk / ε).
 
     Alternate the two marginals in the log domain: every location has one unit of mass (the softmax), every word the same
     share of all. Starting and ending with the locations, each code sums to 1; the words are balanced as far as
-    `iterations` got. Distances are read once per iteration, in chunks.
+    `iterations` got.
 
     Args:
-        distances: of this process's images.
+        local_BUC: features of this process's images.
+        words_KC: words.
         epsilon: temperature, in the unit of the distances.
         iterations: at least 1.
-        gather: concatenates a tensor over the processes; makes the words' shares global.
+        all_gather: concatenates a tensor over the processes; makes the words' shares global.
+        limit: as in `distance_chunks`.
     """
-    potential_K = distances.words_KC.new_zeros(len(distances.words_KC))
+    potential_K = words_KC.new_zeros(len(words_KC))
     for _ in range(iterations):
-        mass = [
-            balanced_log_codes(dist, potential_K, epsilon=epsilon).flatten(0, 1).logsumexp(0) for _, dist in distances.chunks()
-        ]
-        log_mass_K = gather(torch.stack(mass).logsumexp(0, keepdim=True)).logsumexp(0)
+        chunks = distance_chunks(local_BUC, words_KC, limit=limit)
+        mass = [balanced_log_codes(dist, potential_K, epsilon=epsilon).flatten(0, 1).logsumexp(0) for _, dist in chunks]
+        log_mass_K = all_gather(torch.stack(mass).logsumexp(0, keepdim=True)).logsumexp(0)
         potential_K = potential_K - log_mass_K
         potential_K -= potential_K.mean()  # a constant changes no code; kept near 0
     return potential_K
@@ -272,18 +249,27 @@ def mixed_cross_entropy(log_prediction_BVK: Tensor, target_BVK: Tensor) -> Tenso
     return -(log_prediction_BVK * target_BVK).sum(dim=-1).mean()
 
 
-def prediction_loss(log_prediction_BVK: Tensor, target_BK: Tensor, *, share_BV: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return the loss of one kind of views, and the entropy of its targets, below which no prediction gets it.
+def prediction_losses(
+    log_predictions: Mapping[str, Tensor], target_BK: Tensor, *, cutmix_lambda: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return for every kind of views its loss and the entropy of its targets, which no prediction's loss is below, 0-dim.
 
     Args:
-        log_prediction_BVK: logarithms of the predicted BoW.
+        log_predictions: logarithms of the predicted BoW of every view, [B·V, K].
         target_BK: the BoW targets of the images.
-        share_BV: fraction of every view that is its own image's, the rest being its neighbour's; None: all of it.
+        cutmix_lambda: for mixed kinds, the fraction of every view that shows its own image, [B·V].
     """
-    if share_BV is None:
-        return cross_entropy(log_prediction_BVK, target_BK), entropy(target_BK).mean()
-    target_BVK = mixed_targets(target_BK, share_BV)
-    return mixed_cross_entropy(log_prediction_BVK, target_BVK), entropy(target_BVK).mean()
+    losses, target_entropies = {}, {}
+    for kind, log_prediction_NK in log_predictions.items():
+        log_prediction_BVK = log_prediction_NK.view(len(target_BK), -1, target_BK.shape[1])
+        if kind in cutmix_lambda:
+            target_BVK = mixed_targets(target_BK, cutmix_lambda[kind].view(len(target_BK), -1))
+            losses[kind] = mixed_cross_entropy(log_prediction_BVK, target_BVK)
+            target_entropies[kind] = entropy(target_BVK).mean()
+        else:
+            losses[kind] = cross_entropy(log_prediction_BVK, target_BK)
+            target_entropies[kind] = entropy(target_BK).mean()
+    return losses, target_entropies
 
 
 def neighbours(x: Tensor) -> Tensor:
@@ -291,10 +277,10 @@ def neighbours(x: Tensor) -> Tensor:
     return x.view(-1, 2, *x.shape[1:]).flip(1).view_as(x)
 
 
-def mixed_targets(target_BK: Tensor, share_BV: Tensor) -> Tensor:
-    """Return the target of every view of which its own image has `share` and the neighbouring image the rest, [B, V, K]."""
-    own_BVK = share_BV[..., None].to(target_BK.dtype) * target_BK[:, None]
-    return own_BVK + (1.0 - share_BV)[..., None].to(target_BK.dtype) * neighbours(target_BK)[:, None]
+def mixed_targets(target_BK: Tensor, lambda_BV: Tensor) -> Tensor:
+    """Return the target of every view that shows its own image to the part lambda and else the neighbouring one, [B, V, K]."""
+    own_BVK = lambda_BV[..., None].to(target_BK.dtype) * target_BK[:, None]
+    return own_BVK + (1.0 - lambda_BV)[..., None].to(target_BK.dtype) * neighbours(target_BK)[:, None]
 
 
 def entropy(probability: Tensor) -> Tensor:

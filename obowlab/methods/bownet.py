@@ -1,9 +1,8 @@
-"""BoWNet: a student predicts the bag of visual words of a frozen teacher, over words made once by k-means (SPEC, baselines)."""
+"""BoWNet: a student predicts the bag of visual words of a frozen teacher, over words made once by k-means."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -12,11 +11,11 @@ from obowlab.config import Backbone, Bownet, Views
 from obowlab.errors import UserError
 from obowlab.methods import bow
 from obowlab.methods.backbones import ResNet, build_backbone, map_size
-from obowlab.methods.base import Comm, LevelWords, Method, Preparation, StepOutput, VisualWords
+from obowlab.methods.base import Batch, Comm, LevelWords, Method, Preparation, StepOutput, VisualWords
 from obowlab.methods.heads import FixedHead
 from obowlab.methods.kmeans import kmeans
-from obowlab.methods.online_classifier import Monitor
-from obowlab.methods.vocabulary import Reading, level_metrics
+from obowlab.methods.online_classifier import OnlineClassifier
+from obowlab.methods.vocabulary import WordAssignment, level_metrics
 
 REPORT_EVERY = 50
 """Batches of images between two lines of progress."""
@@ -28,7 +27,7 @@ class BoWNet(Method[Bownet]):
     Teacher and words are fixed before the first step (`prepare`); both belong to the method's state.
     """
 
-    num_draws = 0
+    num_uniforms = 0
     words: Tensor
 
     def __init__(
@@ -42,7 +41,7 @@ class BoWNet(Method[Bownet]):
             features = self.student.num_features
             self.head = FixedHead(num_words=method.num_words, num_features=features)
             self.register_buffer("words", torch.zeros(method.num_words, self.student.level_channels[method.level]))
-            self.monitor = Monitor(num_features=features, num_classes=num_classes) if num_classes is not None else None
+            self.monitor = None if num_classes is None else OnlineClassifier(num_features=features, num_classes=num_classes)
 
     @classmethod
     def check_views(cls, method: Bownet, *, backbone: Backbone, views: Views) -> None:
@@ -55,7 +54,7 @@ class BoWNet(Method[Bownet]):
 
     @property
     def encoder(self) -> ResNet:
-        """The network this method is for: the student."""
+        """Return the student."""
         return self.student
 
     def visual_words(self) -> VisualWords:
@@ -100,8 +99,8 @@ class BoWNet(Method[Bownet]):
             seed=preparation.seed,
             report=preparation.report,
         )
-        # Every process did the same work on the same points; the first one's word counts.
-        shared = self.comm.gather(words_KC.to(self.words))
+        # Every process did the same work on the same points; all take the first one's result, to the bit.
+        shared = self.comm.all_gather(words_KC.to(self.words))
         self.words.copy_(shared[: self.method.num_words])
         return True
 
@@ -109,7 +108,7 @@ class BoWNet(Method[Bownet]):
         """Return the teacher's vectors at drawn locations of drawn images, [N, C], the same on every process."""
         numbers, locations = self._draw_locations(preparation)
         share = math.ceil(len(numbers) / self.comm.world_size)
-        padded = torch.arange(share * self.comm.world_size).clamp(max=len(numbers) - 1)  # every process gathers equally much
+        padded = torch.arange(share * self.comm.world_size).clamp(max=len(numbers) - 1)  # every process contributes equally many
         mine = padded[self.comm.rank * share : (self.comm.rank + 1) * share]
         found: list[Tensor] = []
         done = 0
@@ -120,7 +119,7 @@ class BoWNet(Method[Bownet]):
             done += len(images)
             if len(found) % REPORT_EVERY == 0 or done == len(mine):
                 preparation.report(f"Vocabulary: looked at {done} of {len(mine)} images.")
-        return self.comm.gather(torch.cat(found))[: len(numbers)].flatten(0, 1)
+        return self.comm.all_gather(torch.cat(found))[: len(numbers)].flatten(0, 1)
 
     def _draw_locations(self, preparation: Preparation) -> tuple[Tensor, Tensor]:
         """Return which images are looked at, [N], and at which locations of each, [N, L]: as few of each as will do."""
@@ -134,64 +133,38 @@ class BoWNet(Method[Bownet]):
 
     # ---------------------------------------------------------------------------------------------------------- a step
 
-    def forward(
-        self,
-        original: Tensor,
-        views: Mapping[str, Tensor],
-        *,
-        step: int,
-        draws: Tensor,
-        labels: Tensor | None = None,
-        shares: Mapping[str, Tensor] | None = None,
-    ) -> StepOutput:
-        """Do one training step up to its loss; for the arguments see `Method.forward`.
+    def forward(self, batch: Batch) -> StepOutput:
+        """Do one training step up to its loss.
 
-        The monitor sees the student's features of all views, each with the class of the image that most of it shows.
+        The online classifier sees the student's features of all views, each with the class of the image that most of it shows.
         """
-        num_images, level = len(original), self.method.level
-        with torch.no_grad():
-            reading = self._read(original)
-        features = {kind: self.student(images).view(num_images, -1, self.student.num_features) for kind, images in views.items()}
-        losses: dict[str, Tensor] = {}
-        floors: list[Tensor] = []
-        log_predictions: list[Tensor] = []
-        view_labels: list[Tensor] = []
-        for kind, features_BVD in features.items():
-            logits = bow.bow_logits(features_BVD.flatten(0, 1), self.head(self.words), kappa=self.head.kappa)
-            log_prediction_NK = torch.log_softmax(logits, dim=-1)
-            share_BV = shares[kind].view(num_images, -1) if shares is not None and kind in shares else None
-            part_BVK = log_prediction_NK.view(num_images, -1, self.method.num_words)
-            losses[f"loss_{kind}"], floor = bow.prediction_loss(part_BVK, reading.targets, share_BV=share_BV)
-            floors.append(floor)
-            log_predictions.append(log_prediction_NK.detach())
-            if labels is not None:
-                shown_BV = labels[:, None].expand(-1, features_BVD.shape[1])
-                view_labels.append(
-                    shown_BV if share_BV is None else torch.where(share_BV < 0.5, bow.neighbours(labels)[:, None], shown_BV)
-                )
-        loss = torch.stack(list(losses.values())).sum()
-        metrics = {**losses, "loss_kl": loss - torch.stack(floors).sum()}
-        metrics |= level_metrics(level, reading, torch.cat(log_predictions), comm=self.comm)
+        num_images, level = len(batch.original), self.method.level
+        features = {kind: self.student(images) for kind, images in batch.views.items()}
+        assignment = self.assign(batch.original)
+        log_predictions = {
+            kind: torch.log_softmax(bow.bow_logits(features_ND, self.head(self.words), kappa=self.head.kappa), dim=-1)
+            for kind, features_ND in features.items()
+        }
+        losses, entropies = bow.prediction_losses(log_predictions, assignment.targets, cutmix_lambda=batch.cutmix_lambda)
+        metrics: dict[str, Tensor] = {}
+        if batch.wants_metrics:
+            metrics = level_metrics(level, assignment, torch.cat(list(log_predictions.values())), comm=self.comm)
+        features_BVD = torch.cat([each.view(num_images, -1, self.student.num_features) for each in features.values()], dim=1)
         return self._output(
-            loss,
+            losses,
             metrics,
-            features=torch.cat(list(features.values()), dim=1).flatten(0, 1),
-            labels=torch.cat(view_labels, dim=1).flatten() if view_labels else None,
+            features=features_BVD.flatten(0, 1),
+            labels=view_labels(batch),
+            target_entropy=torch.stack(list(entropies.values())).sum(),
         )
 
-    def _read(self, original: Tensor) -> Reading:
-        """Make the BoW targets of a batch: hard codes, pooled, L1."""
-        distances = bow.Distances(self._local(original), self.words)
-        nearest_dist_BU, nearest_BU = distances.nearest()
-        used_K = torch.zeros_like(self.words[:, 0])
-        used_K[nearest_BU.flatten()] = 1.0
-        return Reading(
-            targets=bow.hard_bow(
-                nearest_BU, num_words=self.method.num_words, pooling=self.method.pooling, dtype=self.words.dtype
-            ),
-            mean_nearest=self.comm.mean(nearest_dist_BU.mean()),
-            words_used=100.0 * (self.comm.mean(used_K) > 0).to(used_K.dtype).mean(),
-        )
+    @torch.no_grad()
+    def assign(self, original: Tensor) -> WordAssignment:
+        """Return the BoW targets of a batch: hard codes, pooled, L1."""
+        distance_BU, nearest_BU = bow.nearest_words(self._local(original), self.words)
+        targets = bow.hard_bow(nearest_BU, num_words=self.method.num_words, pooling=self.method.pooling, dtype=self.words.dtype)
+        mean_distance = self.comm.all_reduce_mean(distance_BU.mean())
+        return WordAssignment(targets=targets, nearest=nearest_BU, mean_distance=mean_distance)
 
     def _local(self, images: Tensor) -> Tensor:
         """Return the teacher's vectors at the locations of its border-cropped maps, [B, U, C]."""
@@ -199,6 +172,20 @@ class BoWNet(Method[Bownet]):
         _refuse_small_map(self.method, size=min(map_BCHW.shape[-2:]))
         map_BCHW = bow.at_least_float32(bow.crop_border(map_BCHW, border=self.method.border))
         return map_BCHW.flatten(2).transpose(1, 2).contiguous()
+
+
+def view_labels(batch: Batch) -> Tensor | None:
+    """Return the class of the image that most of each view shows, all views of an image together; None without classes."""
+    if batch.labels is None:
+        return None
+    labels_BV = []
+    for kind, images in batch.views.items():
+        own_BV = batch.labels[:, None].expand(-1, len(images) // len(batch.labels))
+        if kind in batch.cutmix_lambda:
+            lambda_BV = batch.cutmix_lambda[kind].view(len(batch.labels), -1)
+            own_BV = torch.where(lambda_BV < 0.5, bow.neighbours(batch.labels)[:, None], own_BV)
+        labels_BV.append(own_BV)
+    return torch.cat(labels_BV, dim=1).flatten()
 
 
 def _refuse_small_map(method: Bownet, *, size: int) -> None:

@@ -1,4 +1,4 @@
-"""MoCo v2: tell the key of the same image from the keys of earlier ones (SPEC, baselines).
+"""MoCo v2: tell the key of the same image from the keys of earlier ones.
 
 He et al., "Momentum contrast for unsupervised visual representation learning", CVPR 2020; Chen et al., "Improved baselines with
 momentum contrastive learning", 2020.
@@ -18,8 +18,8 @@ from obowlab.config import Backbone, Moco, Views
 from obowlab.errors import UserError
 from obowlab.methods import bow
 from obowlab.methods.backbones import ResNet, build_backbone
-from obowlab.methods.base import Comm, Method, StepOutput, refuse_cutmix
-from obowlab.methods.online_classifier import Monitor
+from obowlab.methods.base import Batch, Comm, Method, StepOutput, refuse_cutmix
+from obowlab.methods.online_classifier import OnlineClassifier
 from obowlab.methods.split_batchnorm import split_batchnorm
 
 
@@ -44,10 +44,10 @@ class MoCo(Method[Moco]):
     the keys are shuffled over them, so that no group tells which query a key belongs to.
 
     Attributes:
-        num_draws: uniforms a step needs per image: the key's place in the shuffled batch.
+        num_uniforms: random numbers a step needs per image: one, which decides the key's place in the shuffled batch.
     """
 
-    num_draws = 1
+    num_uniforms = 1
     queue: Tensor
     pointer: Tensor
     inserted_at: Tensor
@@ -69,7 +69,7 @@ class MoCo(Method[Moco]):
             self.register_buffer("queue", F.normalize(torch.randn(method.queue_size, method.projection_size), dim=1))
             self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
             self.register_buffer("inserted_at", torch.zeros(method.queue_size, dtype=torch.int64))
-            self.monitor = Monitor(num_features=features, num_classes=num_classes) if num_classes is not None else None
+            self.monitor = None if num_classes is None else OnlineClassifier(num_features=features, num_classes=num_classes)
 
     @classmethod
     def check_views(cls, method: Moco, *, backbone: Backbone, views: Views) -> None:
@@ -86,7 +86,7 @@ class MoCo(Method[Moco]):
             )
 
     @classmethod
-    def check_shares(cls, method: Moco, *, batch_size: int, world_size: int) -> None:
+    def check_batch(cls, method: Moco, *, batch_size: int, world_size: int) -> None:
         """Refuse groups of batch-norm that are not equally large, lie across processes, or hold a single image.
 
         Raises:
@@ -106,77 +106,82 @@ class MoCo(Method[Moco]):
 
     @property
     def encoder(self) -> ResNet:
-        """The network this method is for: the student."""
+        """Return the student."""
         return self.student
 
-    def forward(
-        self,
-        original: Tensor,
-        views: Mapping[str, Tensor],
-        *,
-        step: int,
-        draws: Tensor,
-        labels: Tensor | None = None,
-        shares: Mapping[str, Tensor] | None = None,
-    ) -> StepOutput:
+    def forward(self, batch: Batch) -> StepOutput:
         """Do one training step up to its loss; teacher and queue move on.
 
-        The loss is the mean over the views of a kind and the sum over kinds. The original view plays no part. The monitor
-        sees the teacher's features of the keys. For the arguments see `Method.forward`.
+        The original view plays no part. The online classifier sees the teacher's features of the keys.
         """
-        num_images = len(original)
-        crops = views["crops"].view(num_images, -1, *views["crops"].shape[1:])
-        queries = {kind: images for kind, images in views.items() if kind != "crops"}
-        if crops.shape[1] > 1:
-            queries = {"crops": crops[:, :-1].flatten(0, 1), **queries}
-        queue_KC = self.queue.clone()  # the backward pass needs the keys that new ones are about to replace
-        query_of_kind = {kind: self.projection(self.student(images)) for kind, images in queries.items()}
-        with torch.no_grad():
-            self._move_teacher()
-            features_ND, keys_NC = self._keys(crops[:, -1], draws=draws)
+        num_images = len(batch.original)
+        queries, key_images = split_views(batch.views, num_images=num_images)
+        query_NC = {kind: self.forward_student(images) for kind, images in queries.items()}
+        self.update_teacher()
+        features_ND, keys_NC = self.forward_teacher(key_images, uniforms_B=batch.uniforms[:, 0])  # of the global batch
         mine = slice(self.comm.rank * num_images, (self.comm.rank + 1) * num_images)
-        metrics: dict[str, Tensor] = {"queue_age": step - self.inserted_at.to(self.queue.dtype).mean()}
-        hits: list[Tensor] = []
-        losses: list[Tensor] = []
-        for kind, query_NC in query_of_kind.items():
-            key_NC = keys_NC[mine].repeat_interleave(len(query_NC) // num_images, dim=0)
-            logits = contrast_logits(query_NC, key_NC, queue_KC, temperature=self.method.temperature)
-            losses.append(F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.int64)))
-            hits.append(logits.detach().argmax(dim=1) == 0)
-            metrics[f"loss_{kind}"] = losses[-1]
-        with torch.no_grad():
-            self._enqueue(keys_NC, step=step)
-        metrics["contrast_accuracy"] = 100.0 * torch.cat(hits).float().mean()
-        metrics["teacher_momentum"] = torch.full((), self.method.teacher_momentum, device=original.device)
-        return self._output(torch.stack(losses).sum(), metrics, features=features_ND[mine], labels=labels)
+        queue_KC = self.queue.clone()  # the backward pass needs the keys that new ones are about to replace
+        logits = {
+            kind: contrast_logits(each, repeat_keys(keys_NC[mine], each), queue_KC, temperature=self.method.temperature)
+            for kind, each in query_NC.items()
+        }
+        losses = {kind: F.cross_entropy(each, each.new_zeros(len(each), dtype=torch.int64)) for kind, each in logits.items()}
+        hits_N = torch.cat([each.detach().argmax(dim=1) == 0 for each in logits.values()])
+        metrics = {"contrast_accuracy": 100.0 * hits_N.float().mean()}
+        if batch.wants_metrics:
+            metrics["queue_age"] = batch.step - self.inserted_at.to(self.queue.dtype).mean()
+            metrics["teacher_momentum"] = torch.full((), self.method.teacher_momentum, device=batch.original.device)
+        self.update_queue(keys_NC, step=batch.step)
+        return self._output(losses, metrics, features=features_ND[mine], labels=batch.labels)
 
-    def _move_teacher(self) -> None:
+    def forward_student(self, images: Tensor) -> Tensor:
+        """Return the queries of views, [N, C]."""
+        return cast(Tensor, self.projection(self.student(images)))
+
+    @torch.no_grad()
+    def update_teacher(self) -> None:
         """Move the teacher's parameters towards the student's; its batch-norm statistics are its own."""
-        followers: list[Tensor] = [*self.teacher.parameters(), *self.teacher_projection.parameters()]
-        leaders: list[Tensor] = [*self.student.parameters(), *self.projection.parameters()]
-        torch._foreach_lerp_(followers, leaders, 1.0 - self.method.teacher_momentum)
+        teacher: list[Tensor] = [*self.teacher.parameters(), *self.teacher_projection.parameters()]
+        student: list[Tensor] = [*self.student.parameters(), *self.projection.parameters()]
+        torch._foreach_lerp_(teacher, student, 1.0 - self.method.teacher_momentum)
 
-    def _keys(self, images: Tensor, *, draws: Tensor) -> tuple[Tensor, Tensor]:
+    @torch.no_grad()
+    def forward_teacher(self, images: Tensor, *, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
         """Return the teacher's features and keys of the global batch, in its order, [N, D] and [N, C].
 
-        The images are encoded in the order of their draws, each process its part of it.
+        The images are encoded in the order of their random numbers, each process its part of it.
         """
-        order = self.comm.gather(draws[:, 0].to(images.device)).argsort(stable=True)
-        share = len(images)
-        mine = order[self.comm.rank * share : (self.comm.rank + 1) * share]
-        shuffled = self.comm.gather(images)[mine]
+        order = self.comm.all_gather(uniforms_B.to(images.device)).argsort(stable=True)
+        mine = slice(self.comm.rank * len(images), (self.comm.rank + 1) * len(images))
+        shuffled = self.comm.all_gather(images)[order[mine]]
         if images.is_contiguous(memory_format=torch.channels_last):
             shuffled = shuffled.contiguous(memory_format=torch.channels_last)
-        encoded_ND = self.comm.gather(self.teacher(shuffled))
+        encoded_ND = self.comm.all_gather(self.teacher(shuffled))
         features_ND = torch.empty_like(encoded_ND)
         features_ND[order] = encoded_ND
         return features_ND, cast(Tensor, self.teacher_projection(features_ND))
 
-    def _enqueue(self, keys_NC: Tensor, *, step: int) -> None:
+    @torch.no_grad()
+    def update_queue(self, keys_NC: Tensor, *, step: int) -> None:
+        """Put the keys of the global batch into the queue, in place of the oldest."""
         slots = bow.queue_slots(self.pointer, num_vectors=len(keys_NC), num_words=len(self.queue))
         self.queue.index_copy_(0, slots, keys_NC[-len(slots) :])
         self.inserted_at.index_fill_(0, slots, step)
         self.pointer.add_(len(keys_NC)).remainder_(len(self.queue))
+
+
+def split_views(views: Mapping[str, Tensor], *, num_images: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the queries by kind of view, [B·V, 3, s, s], and the last crop of every image, which gives its key."""
+    crops = views["crops"].view(num_images, -1, *views["crops"].shape[1:])
+    queries = {kind: images for kind, images in views.items() if kind != "crops"}
+    if crops.shape[1] > 1:
+        queries = {"crops": crops[:, :-1].flatten(0, 1), **queries}
+    return queries, crops[:, -1]
+
+
+def repeat_keys(keys_BC: Tensor, queries_NC: Tensor) -> Tensor:
+    """Return the key of each query, [N, C]: all queries of an image are beside each other."""
+    return keys_BC.repeat_interleave(len(queries_NC) // len(keys_BC), dim=0)
 
 
 def contrast_logits(query_NC: Tensor, key_NC: Tensor, queue_KC: Tensor, *, temperature: float) -> Tensor:

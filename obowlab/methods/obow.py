@@ -1,4 +1,4 @@
-"""OBoW: a student predicts, from small crops, the bag of visual words its teacher sees in the whole image (SPEC section 1)."""
+"""OBoW: a student predicts, from small crops, the bag of visual words its teacher sees in the whole image (docs/method.md)."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from obowlab.config import Backbone, Level, Obow, Views
 from obowlab.errors import UserError
 from obowlab.methods import bow
 from obowlab.methods.backbones import ResNet, build_backbone, map_size
-from obowlab.methods.base import Comm, LevelWords, Method, StepOutput, VisualWords
+from obowlab.methods.base import Batch, Comm, LevelWords, Method, StepOutput, VisualWords
 from obowlab.methods.heads import DynamicHead, FixedHead
-from obowlab.methods.online_classifier import Monitor
+from obowlab.methods.online_classifier import OnlineClassifier
 from obowlab.methods.schedules import teacher_momentum
 from obowlab.methods.vocabulary import VOCABULARIES, Vocabulary, level_metrics
 
 
 class OBoW(Method[Obow]):
-    """One call is one training step without its backward pass, in the order that SPEC pins.
+    """One call is one training step without its backward pass, in the order of docs/method.md, whose step numbers are cited.
 
     Attributes:
-        num_draws: uniforms a step needs per image: one per level.
+        num_uniforms: random numbers a step needs per image: one per level.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class OBoW(Method[Obow]):
         comm: Comm,
     ):
         super().__init__(method, backbone=backbone, total_steps=total_steps, seed=seed, num_classes=num_classes, comm=comm)
-        self.num_draws = len(method.levels)
+        self.num_uniforms = len(method.levels)
         self.student = build_backbone(backbone, seed=seed)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         with torch.random.fork_rng(devices=[]):
@@ -56,7 +56,7 @@ class OBoW(Method[Obow]):
                     for level in method.levels
                 }
             )
-            self.monitor = Monitor(num_features=features, num_classes=num_classes) if num_classes is not None else None
+            self.monitor = None if num_classes is None else OnlineClassifier(num_features=features, num_classes=num_classes)
 
     @classmethod
     def check_views(cls, method: Obow, *, backbone: Backbone, views: Views) -> None:
@@ -70,7 +70,7 @@ class OBoW(Method[Obow]):
 
     @property
     def encoder(self) -> ResNet:
-        """The network this method is for: the student."""
+        """Return the student."""
         return self.student
 
     def visual_words(self) -> VisualWords:
@@ -86,80 +86,86 @@ class OBoW(Method[Obow]):
         }
         return VisualWords(teacher=self.teacher, levels=levels)
 
-    def forward(
-        self,
-        original: Tensor,
-        views: Mapping[str, Tensor],
-        *,
-        step: int,
-        draws: Tensor,
-        labels: Tensor | None = None,
-        shares: Mapping[str, Tensor] | None = None,
-    ) -> StepOutput:
+    def forward(self, batch: Batch) -> StepOutput:
         """Do one training step up to its loss; teacher and vocabularies move on.
-
-        Args:
-            original: teacher's view, [B, 3, S, S].
-            views: kind of view (`crops`, `patches`) to the student's views, [B·V, 3, s, s], all views of an image together.
-            step: number of this step, from 0.
-            draws: uniforms in [0, 1), [B, num_draws].
-            labels: classes of the images, [B]; only the monitor sees them.
-            shares: kind of view to the fraction of every view that is its own image's, [B·V]; see `Method.forward`.
 
         Raises:
             UserError: a cropped feature map is too small for the vocabulary.
         """
-        num_images = len(original)
-        draws = draws.to(original.device)
-        # (2) The student meets its views, one pass per kind.
-        features = {kind: self.student(images) for kind, images in views.items()}
-        # (3) The teacher follows, before it looks.
-        momentum = self._move_teacher(step)
-        # (4) In train mode: its batch norms use the statistics of this batch.
-        with torch.no_grad():
-            maps, pooled = self.teacher.levels(original, self.method.levels)
-        features_ND = torch.cat(list(features.values()))
-        losses: dict[str, list[Tensor]] = {kind: [] for kind in features}
-        floors: dict[str, list[Tensor]] = {kind: [] for kind in features}
+        features = self.forward_student(batch.views)  # (2)
+        momentum = self.update_teacher(batch.step)  # (3), before it looks
+        maps, pooled = self.forward_teacher(batch.original)  # (4)
+        losses: dict[Level, dict[str, Tensor]] = {}
+        entropies: dict[Level, dict[str, Tensor]] = {}
         metrics: dict[str, Tensor] = {}
         for index, (level, vocabulary, head) in enumerate(self._levels()):
+            weights_KD = head(vocabulary.words)  # (1, 2) the words as they are before (7) moves them
+            log_predictions = predict(features, weights_KD, kappa=head.kappa)
+            assignment = vocabulary.assign(maps[level], comm=self.comm)  # (5, 6, 8, 9)
+            losses[level], entropies[level] = bow.prediction_losses(
+                log_predictions, assignment.targets, cutmix_lambda=batch.cutmix_lambda
+            )
+            if batch.wants_metrics:
+                metrics |= level_metrics(level, assignment, torch.cat(list(log_predictions.values())), comm=self.comm)
+                metrics |= {f"word_age_{level}": vocabulary.mean_age(step=batch.step), f"msd_{level}": assignment.msd}
+                metrics |= {f"kappa_{level}": head.kappa.clone()}
+            vocabulary.update(assignment, uniforms_B=batch.uniforms[:, index], step=batch.step, comm=self.comm)  # (7)
+        if batch.wants_metrics:
+            metrics["teacher_momentum"] = torch.full((), momentum, device=pooled.device)
+        # (10) The mean over the views of a kind and over levels, the sum over kinds.
+        return self._output(
+            mean_over_levels(losses),
+            metrics,
+            features=pooled,
+            labels=batch.labels,
+            target_entropy=torch.stack(list(mean_over_levels(entropies).values())).sum(),
+        )
+
+    def forward_student(self, views: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the features of every kind of views, [B·V, D], one pass per kind."""
+        return {kind: self.student(images) for kind, images in views.items()}
+
+    @torch.no_grad()
+    def update_teacher(self, step: int) -> float:
+        """Move the teacher's parameters towards the student's (eq. 3) and return the momentum.
+
+        The teacher's batch-norm statistics are its own.
+        """
+        method = self.method
+        momentum = teacher_momentum(
+            step, start=method.teacher_momentum, schedule=method.teacher_momentum_schedule, total_steps=self.total_steps
+        )
+        torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()), 1.0 - momentum)
+        return momentum
+
+    @torch.no_grad()
+    def forward_teacher(self, original: Tensor) -> tuple[dict[Level, Tensor], Tensor]:
+        """Return the maps of the levels and the pooled features, with batch norms that use the statistics of this batch.
+
+        Raises:
+            UserError: a cropped map is too small for the vocabulary.
+        """
+        maps, pooled = self.teacher.levels(original, self.method.levels)
+        for level in self.method.levels:
             _refuse_small_map(self.method, level=level, size=min(maps[level].shape[-2:]))
-            metrics[f"word_age_{level}"] = vocabulary.mean_age(step=step)
-            # (1, 2) Predictions are made with the words as they are before (5 - 9) move them.
-            weights_KD = head(vocabulary.words)
-            reading = vocabulary.read(maps[level], draws_B=draws[:, index], step=step, comm=self.comm)
-            log_prediction_NK = torch.log_softmax(bow.bow_logits(features_ND, weights_KD, kappa=head.kappa), dim=-1)
-            # (10) Mean over the views of a kind and over levels, sum over kinds.
-            parts = torch.split(log_prediction_NK, [len(each) for each in features.values()])
-            for kind, part_NK in zip(features, parts, strict=True):
-                part_BVK = part_NK.view(num_images, -1, self.method.num_words)
-                share_BV = shares[kind].view(num_images, -1) if shares is not None and kind in shares else None
-                loss, floor = bow.prediction_loss(part_BVK, reading.targets, share_BV=share_BV)
-                losses[kind].append(loss)
-                floors[kind].append(floor)
-            metrics |= level_metrics(level, reading, log_prediction_NK.detach(), comm=self.comm)
-            metrics[f"msd_{level}"] = vocabulary.msd.clone()
-            metrics[f"kappa_{level}"] = head.kappa.detach().clone()
-        of_kind = {f"loss_{kind}": torch.stack(each).mean() for kind, each in losses.items()}
-        loss = torch.stack(list(of_kind.values())).sum()
-        floor = torch.stack([torch.stack(each).mean() for each in floors.values()]).sum()
-        metrics |= of_kind | {"loss_kl": loss - floor}
-        metrics["teacher_momentum"] = torch.full((), momentum, device=original.device)
-        return self._output(loss, metrics, features=pooled, labels=labels)
+        return maps, pooled
 
     def _levels(self) -> Iterator[tuple[Level, Vocabulary, DynamicHead | FixedHead]]:
         for level in self.method.levels:
             yield level, cast(Vocabulary, self.vocabularies[level]), cast("DynamicHead | FixedHead", self.heads[level])
 
-    @torch.no_grad()
-    def _move_teacher(self, step: int) -> float:
-        """Move the teacher's parameters towards the student's (eq. 3); its batch-norm statistics are its own."""
-        method = self.method
-        alpha = teacher_momentum(
-            step, start=method.teacher_momentum, schedule=method.teacher_momentum_schedule, total_steps=self.total_steps
-        )
-        torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()), 1.0 - alpha)
-        return alpha
+
+def predict(features: Mapping[str, Tensor], weights_KD: Tensor, *, kappa: Tensor) -> dict[str, Tensor]:
+    """Return the logarithms of the BoW that every view's feature predicts, [B·V, K], by kind of view."""
+    logits_NK = bow.bow_logits(torch.cat(list(features.values())), weights_KD, kappa=kappa)
+    parts = torch.split(torch.log_softmax(logits_NK, dim=-1), [len(each) for each in features.values()])
+    return dict(zip(features, parts, strict=True))
+
+
+def mean_over_levels(values: Mapping[Level, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the mean over levels of every kind's value, 0-dim."""
+    kinds = next(iter(values.values()))
+    return {kind: torch.stack([of_level[kind] for of_level in values.values()]).mean() for kind in kinds}
 
 
 def _refuse_small_map(method: Obow, *, level: Level, size: int) -> None:

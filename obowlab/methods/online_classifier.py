@@ -1,4 +1,4 @@
-"""The online monitor: how linearly separable the classes are, while training goes on."""
+"""The online classifier: how linearly separable the classes are, while training goes on."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from obowlab.methods import bow
 
 
-class Monitor(nn.Module):
-    """A linear classifier on detached features, which does not touch the method."""
+class OnlineClassifier(nn.Module):
+    """A linear classifier on detached features, which has no influence on the method."""
 
     def __init__(self, *, num_features: int, num_classes: int):
         super().__init__()
@@ -22,7 +22,7 @@ class Monitor(nn.Module):
         """Return the logits of the classes."""
         return cast(Tensor, self.fc(self.norm(bow.at_least_float32(features_BD.detach()))))
 
-    def judge(self, features_BD: Tensor, labels_B: Tensor) -> dict[str, Tensor]:
+    def metrics(self, features_BD: Tensor, labels_B: Tensor) -> dict[str, Tensor]:
         """Return `monitor_loss`, to be minimised, and `monitor_accuracy` in percent."""
         logits = self(features_BD)
         accuracy = 100.0 * (logits.argmax(dim=1) == labels_B).float().mean()

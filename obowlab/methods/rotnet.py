@@ -1,8 +1,6 @@
-"""RotNet: by how many quarter turns was this view rotated? (Gidaris, Singh, Komodakis, ICLR 2018; SPEC, baselines)."""
+"""RotNet: by how many quarter turns was this view rotated? (Gidaris, Singh, Komodakis, ICLR 2018)."""
 
 from __future__ import annotations
-
-from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +9,8 @@ from torch import Tensor, nn
 from obowlab.config import Backbone, Rotnet, Views
 from obowlab.methods import bow
 from obowlab.methods.backbones import ResNet, build_backbone
-from obowlab.methods.base import Comm, Method, StepOutput, refuse_cutmix
-from obowlab.methods.online_classifier import Monitor
+from obowlab.methods.base import Batch, Comm, Method, StepOutput, refuse_cutmix
+from obowlab.methods.online_classifier import OnlineClassifier
 
 NUM_ROTATIONS = 4
 
@@ -27,7 +25,7 @@ def rotations(images: Tensor) -> Tensor:
 class RotNet(Method[Rotnet]):
     """Every view of every kind in its four rotations, and a linear classifier of the rotation on the pooled feature."""
 
-    num_draws = 0
+    num_uniforms = 0
 
     def __init__(
         self, method: Rotnet, *, backbone: Backbone, total_steps: int, seed: int, num_classes: int | None, comm: Comm
@@ -38,7 +36,7 @@ class RotNet(Method[Rotnet]):
             torch.manual_seed(seed + 1)  # the student's weights are a function of the seed alone: see build_backbone
             features = self.student.num_features
             self.head = nn.Linear(features, NUM_ROTATIONS)
-            self.monitor = Monitor(num_features=features, num_classes=num_classes) if num_classes is not None else None
+            self.monitor = None if num_classes is None else OnlineClassifier(num_features=features, num_classes=num_classes)
 
     @classmethod
     def check_views(cls, method: Rotnet, *, backbone: Backbone, views: Views) -> None:
@@ -51,37 +49,21 @@ class RotNet(Method[Rotnet]):
 
     @property
     def encoder(self) -> ResNet:
-        """The network this method is for."""
+        """Return the student."""
         return self.student
 
-    def forward(
-        self,
-        original: Tensor,
-        views: Mapping[str, Tensor],
-        *,
-        step: int,
-        draws: Tensor,
-        labels: Tensor | None = None,
-        shares: Mapping[str, Tensor] | None = None,
-    ) -> StepOutput:
-        """Do one training step up to its loss: mean over the rotated views of a kind, sum over kinds.
-
-        The monitor sees the unrotated views. For the arguments see `Method.forward`.
-        """
-        num_images = len(original)
-        losses: dict[str, Tensor] = {}
-        hits: list[Tensor] = []
-        upright: list[Tensor] = []
-        for kind, images in views.items():
-            features_ND = self.student(rotations(images))
+    def forward(self, batch: Batch) -> StepOutput:
+        """Do one training step up to its loss; the online classifier sees the unrotated views."""
+        num_images = len(batch.original)
+        features = {kind: self.student(rotations(images)) for kind, images in batch.views.items()}
+        losses, hits, upright = {}, [], []
+        for kind, features_ND in features.items():
             logits = bow.at_least_float32(self.head(features_ND))
-            turns = torch.arange(NUM_ROTATIONS, device=logits.device).repeat(len(images))
-            losses[f"loss_{kind}"] = F.cross_entropy(logits, turns)
+            turns = torch.arange(NUM_ROTATIONS, device=logits.device).repeat(len(logits) // NUM_ROTATIONS)
+            losses[kind] = F.cross_entropy(logits, turns)
             hits.append(logits.argmax(dim=1) == turns)
             upright.append(features_ND[::NUM_ROTATIONS].view(num_images, -1, features_ND.shape[1]))
+        metrics = {"rotation_accuracy": 100.0 * torch.cat(hits).float().mean()}
         features_BVD = torch.cat(upright, dim=1)
-        metrics = {**losses, "rotation_accuracy": 100.0 * torch.cat(hits).float().mean()}
-        view_labels = None if labels is None else labels.repeat_interleave(features_BVD.shape[1])
-        return self._output(
-            torch.stack(list(losses.values())).sum(), metrics, features=features_BVD.flatten(0, 1), labels=view_labels
-        )
+        labels = None if batch.labels is None else batch.labels.repeat_interleave(features_BVD.shape[1])
+        return self._output(losses, metrics, features=features_BVD.flatten(0, 1), labels=labels)

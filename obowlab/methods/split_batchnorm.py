@@ -12,7 +12,7 @@ from obowlab.methods.base import Comm
 class SplitBatchNorm2d(nn.BatchNorm2d):
     """Normalise contiguous, equally large groups of the batch [N, C, H, W] with their own statistics.
 
-    The groups are those of the global batch, whoever holds them, so that a result does not depend on the number of processes.
+    The groups are those of the global batch, whichever process holds them, so that a result does not depend on their number.
     Running statistics follow the mean over all groups of means and of unbiased variances; evaluation uses them as usual.
     """
 
@@ -52,7 +52,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
             for part, mean, variance in zip(input.chunk(self.num_groups), mean_GC, variance_GC, strict=True)
         ]
         with torch.no_grad():
-            statistics = self.comm.mean(torch.stack((mean_GC.mean(0), variance_GC.mean(0))))
+            statistics = self.comm.all_reduce_mean(torch.stack((mean_GC.mean(0), variance_GC.mean(0))))
             momentum = 0.1 if self.momentum is None else self.momentum
             self.num_batches_tracked += 1
             self.running_mean.lerp_(statistics[0], momentum)

@@ -1,7 +1,7 @@
 """The vocabulary of visual words and what it remembers between steps: a queue, or online k-means (paper sections 3.1, D).
 
-A vocabulary reads the teacher's map of one level once per step: it makes the BoW targets from the words as they are, then
-moves the words on. Everything it knows is a persistent buffer, the same on every process.
+A vocabulary has two verbs. `assign` describes the teacher's map of one level in the words as they are and changes nothing;
+`update` moves the words, which is the last thing a step does. Its state is in persistent buffers, equal on every process.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from obowlab.config import Level, Obow
@@ -21,19 +20,36 @@ AUTHORS_MSD = 0.5
 """Where mu_MSD starts in the authors' code; far from its true value for hundreds of steps."""
 
 
-@dataclass
-class Reading:
-    """What one step's maps say in the words of one level.
+@dataclass(frozen=True)
+class WordAssignment:
+    """A batch of this process described in the words of one level.
 
     Attributes:
         targets: the BoW targets, [B, K], rows summing to 1.
-        mean_nearest: mean squared distance to the nearest word over the locations of all processes, 0-dim.
-        words_used: percent of the words nearest to some location of the global batch, 0-dim.
+        nearest: number of every location's nearest word, [B, U].
+        mean_distance: mean squared distance to the nearest word over the locations of all processes, 0-dim.
     """
 
     targets: Tensor
-    mean_nearest: Tensor
-    words_used: Tensor
+    nearest: Tensor
+    mean_distance: Tensor
+
+
+@dataclass(frozen=True)
+class VocabularyAssignment(WordAssignment):
+    """What `Vocabulary.assign` found, and what `Vocabulary.update` needs of it.
+
+    Attributes:
+        inner_map: the teacher's map without its border, [B, C, H, W].
+        msd: mu_MSD with this batch taken in, 0-dim.
+        counts: for k-means, how many features of this process fall to each word, [K].
+        sums: for k-means, their sum, [K, C].
+    """
+
+    inner_map: Tensor
+    msd: Tensor
+    counts: Tensor | None = None
+    sums: Tensor | None = None
 
 
 class Vocabulary(nn.Module, ABC):
@@ -57,50 +73,60 @@ class Vocabulary(nn.Module, ABC):
         self.register_buffer("inserted_at", torch.zeros(method.num_words, dtype=torch.int64))
 
     @torch.no_grad()
-    def read(self, map_BCHW: Tensor, *, draws_B: Tensor, step: int, comm: Comm) -> Reading:
-        """Make the BoW targets of a batch and take the words one step further: (5) to (9) of SPEC's order.
-
-        The codes use the distances to the *old* words and the *updated* mu_MSD. As neither depends on the new words,
-        the words move last, and no copy of the old ones is needed.
+    def assign(self, map_BCHW: Tensor, *, comm: Comm) -> VocabularyAssignment:
+        """Return the BoW targets of a batch: distances to the words as they are, a temperature that knows this batch.
 
         Args:
             map_BCHW: the teacher's map, border included.
-            draws_B: uniforms in [0, 1), one per image: the location offered to the vocabulary.
-            step: number of this step, from 0.
             comm: the other processes; their images count as part of the batch.
         """
         map_BCHW = bow.at_least_float32(bow.crop_border(map_BCHW, border=self.method.border))
         local_BUC = map_BCHW.flatten(2).transpose(1, 2).contiguous()
-        distances = bow.Distances(local_BUC, self.words)
-        nearest_dist_BU, nearest_BU = distances.nearest()
-        mean_nearest = comm.mean(nearest_dist_BU.mean())
-        self._update_msd(mean_nearest)
-        used_K = torch.zeros_like(self.inserted_at, dtype=mean_nearest.dtype)
-        used_K[nearest_BU.flatten()] = 1.0
-        words_used = 100.0 * (comm.mean(used_K) > 0).to(used_K.dtype).mean()
-        target_BK = self._read(map_BCHW, distances, nearest_BU, draws_B=draws_B, step=step, comm=comm)
-        return Reading(targets=target_BK, mean_nearest=mean_nearest, words_used=words_used)
+        distance_BU, nearest_BU = bow.nearest_words(local_BUC, self.words)
+        mean_distance = comm.all_reduce_mean(distance_BU.mean())
+        moved = bow.next_msd(self.msd, mean_distance, momentum=self.method.msd_momentum)
+        msd = torch.where(self.msd_started, moved, mean_distance)
+        targets, counts, sums = self._describe(local_BUC, nearest_BU, msd=msd, comm=comm)
+        return VocabularyAssignment(
+            targets=targets,
+            nearest=nearest_BU,
+            mean_distance=mean_distance,
+            inner_map=map_BCHW,
+            msd=msd,
+            counts=counts,
+            sums=sums,
+        )
+
+    @torch.no_grad()
+    def update(self, assignment: VocabularyAssignment, *, uniforms_B: Tensor, step: int, comm: Comm) -> None:
+        """Take a batch into mu_MSD and the words.
+
+        Args:
+            assignment: of the batch, from `assign`.
+            uniforms_B: random numbers in [0, 1), one per image: the location whose vector is offered to the vocabulary.
+            step: number of this step, from 0.
+            comm: the other processes; their images count as part of the batch.
+        """
+        self.msd.copy_(assignment.msd)
+        self.msd_started.fill_(True)
+        self._move(assignment, uniforms_B=uniforms_B, step=step, comm=comm)
 
     def mean_age(self, *, step: int) -> Tensor:
         """Return the mean number of steps since the words were inserted, 0-dim."""
         return step - self.inserted_at.to(self.words.dtype).mean()
 
-    def _update_msd(self, mean_nearest: Tensor) -> None:
-        moved = bow.next_msd(self.msd, mean_nearest, momentum=self.method.msd_momentum)
-        self.msd.copy_(torch.where(self.msd_started, moved, mean_nearest))
-        self.msd_started.fill_(True)
-
-    def _nearest_word_targets(self, distances: bow.Distances, nearest_BU: Tensor) -> Tensor:
-        """Return the targets of eq. 4, or of its hard variant."""
+    def _describe(
+        self, local_BUC: Tensor, nearest_BU: Tensor, *, msd: Tensor, comm: Comm
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return the targets of eq. 4 or of its hard variant, [B, K]; for k-means also the `counts` and `sums`."""
+        pooling = self.method.pooling
         if self.method.codes == "hard":
-            return bow.hard_bow(nearest_BU, num_words=self.num_words, pooling=self.method.pooling, dtype=self.words.dtype)
-        return bow.soft_bow(distances, delta=self.method.delta_base * self.msd, pooling=self.method.pooling)
+            return bow.hard_bow(nearest_BU, num_words=self.num_words, pooling=pooling, dtype=self.words.dtype), None, None
+        return bow.soft_bow(local_BUC, self.words, delta=self.method.delta_base * msd, pooling=pooling), None, None
 
     @abstractmethod
-    def _read(
-        self, map_BCHW: Tensor, distances: bow.Distances, nearest_BU: Tensor, *, draws_B: Tensor, step: int, comm: Comm
-    ) -> Tensor:
-        """Return the targets, [B, K], and move the words."""
+    def _move(self, assignment: VocabularyAssignment, *, uniforms_B: Tensor, step: int, comm: Comm) -> None:
+        """Move the words."""
 
 
 class Queue(Vocabulary):
@@ -112,16 +138,13 @@ class Queue(Vocabulary):
         super().__init__(method, num_channels=num_channels)
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
 
-    def _read(
-        self, map_BCHW: Tensor, distances: bow.Distances, nearest_BU: Tensor, *, draws_B: Tensor, step: int, comm: Comm
-    ) -> Tensor:
-        target_BK = self._nearest_word_targets(distances, nearest_BU)
-        vectors_NC = comm.gather(bow.queue_vectors(map_BCHW, kind=self.method.queue_vector, draws_B=draws_B))
+    def _move(self, assignment: VocabularyAssignment, *, uniforms_B: Tensor, step: int, comm: Comm) -> None:
+        vectors_BC = bow.queue_vectors(assignment.inner_map, kind=self.method.queue_vector, uniforms_B=uniforms_B)
+        vectors_NC = comm.all_gather(vectors_BC)
         slots = bow.queue_slots(self.pointer, num_vectors=len(vectors_NC), num_words=self.num_words)
         self.words.index_copy_(0, slots, vectors_NC[-len(slots) :])
         self.inserted_at.index_fill_(0, slots, step)
         self.pointer.add_(len(vectors_NC)).remainder_(self.num_words)
-        return target_BK
 
 
 class KMeans(Vocabulary):
@@ -142,21 +165,30 @@ class KMeans(Vocabulary):
         self.register_buffer("sums", self.words.clone())
         self.register_buffer("last_used", torch.full((method.num_words,), -1 - method.kmeans_patience, dtype=torch.int64))
 
-    def _follow(self, counts_K: Tensor, sums_KC: Tensor, *, moves_K: Tensor, step: int) -> None:
-        """Take n and m of the global batch into the averages; of the words, move those marked."""
+    def _move(self, assignment: VocabularyAssignment, *, uniforms_B: Tensor, step: int, comm: Comm) -> None:
+        assert assignment.counts is not None
+        assert assignment.sums is not None
+        counts_K = comm.all_reduce_mean(assignment.counts) * comm.world_size
+        sums_KC = comm.all_reduce_mean(assignment.sums) * comm.world_size
+        moves_K = self._moves(counts_K)
         gamma = self.method.kmeans_momentum
         self.counts.mul_(gamma).add_(counts_K, alpha=1 - gamma)
         self.sums.mul_(gamma).add_(sums_KC, alpha=1 - gamma)
         self.words.copy_(torch.where(moves_K[:, None], self.sums / self.counts[:, None], self.words))
         self.last_used.masked_fill_(moves_K, step)
+        self._replace_dead(assignment.inner_map, uniforms_B=uniforms_B, step=step, comm=comm)
 
-    def _replace_dead(self, map_BCHW: Tensor, *, draws_B: Tensor, step: int, comm: Comm) -> None:
+    @abstractmethod
+    def _moves(self, counts_K: Tensor) -> Tensor:
+        """Return which words follow their averages in this step, [K], from the counts of the global batch."""
+
+    def _replace_dead(self, map_BCHW: Tensor, *, uniforms_B: Tensor, step: int, comm: Comm) -> None:
         """Replace words unused for more than `kmeans_patience` steps, longest dead first, by one local vector per image."""
-        vectors_NC = comm.gather(bow.queue_vectors(map_BCHW, kind="local", draws_B=draws_B))
+        vectors_NC = comm.all_gather(bow.queue_vectors(map_BCHW, kind="local", uniforms_B=uniforms_B))
         slots = self.last_used.argsort(stable=True)[: len(vectors_NC)]
         vectors_NC = vectors_NC[: len(slots)]
         dead = step - self.last_used[slots] > self.method.kmeans_patience
-        # Masks of a fixed size: how many are dead is never asked, so a GPU is not waited for.
+        # Masks of a fixed size, because counting the dead words would make the host wait for a GPU.
         self.words[slots] = torch.where(dead[:, None], vectors_NC, self.words[slots])
         self.sums[slots] = torch.where(dead[:, None], vectors_NC, self.sums[slots])
         self.counts[slots] = torch.where(dead, 1.0, self.counts[slots])
@@ -167,15 +199,13 @@ class KMeans(Vocabulary):
 class ReplacingKMeans(KMeans):
     """Variant (a) of appendix D: words that are rarely nearest to any feature are replaced."""
 
-    def _read(
-        self, map_BCHW: Tensor, distances: bow.Distances, nearest_BU: Tensor, *, draws_B: Tensor, step: int, comm: Comm
-    ) -> Tensor:
-        target_BK = self._nearest_word_targets(distances, nearest_BU)
-        counts_K, sums_KC = bow.word_sums(distances.local_BUC.flatten(0, 1), nearest_BU.flatten(), num_words=self.num_words)
-        counts_K, sums_KC = comm.mean(counts_K) * comm.world_size, comm.mean(sums_KC) * comm.world_size
-        self._follow(counts_K, sums_KC, moves_K=counts_K > 0, step=step)
-        self._replace_dead(map_BCHW, draws_B=draws_B, step=step, comm=comm)
-        return target_BK
+    def _describe(self, local_BUC: Tensor, nearest_BU: Tensor, *, msd: Tensor, comm: Comm) -> tuple[Tensor, Tensor, Tensor]:
+        targets, *_ = super()._describe(local_BUC, nearest_BU, msd=msd, comm=comm)
+        counts, sums = bow.word_sums(local_BUC.flatten(0, 1), nearest_BU.flatten(), num_words=self.num_words)
+        return targets, counts, sums
+
+    def _moves(self, counts_K: Tensor) -> Tensor:
+        return counts_K > 0
 
 
 class SinkhornKMeans(KMeans):
@@ -186,40 +216,45 @@ class SinkhornKMeans(KMeans):
     Hard codes are the largest entry of each balanced code; the words follow the soft ones all the same.
     """
 
-    def _read(
-        self, map_BCHW: Tensor, distances: bow.Distances, nearest_BU: Tensor, *, draws_B: Tensor, step: int, comm: Comm
-    ) -> Tensor:
-        epsilon = self.method.sinkhorn_epsilon * comm.mean(distances.mean())
-        potential_K = bow.sinkhorn(distances, epsilon=epsilon, iterations=self.method.sinkhorn_iterations, gather=comm.gather)
+    def _describe(self, local_BUC: Tensor, nearest_BU: Tensor, *, msd: Tensor, comm: Comm) -> tuple[Tensor, Tensor, Tensor]:
+        epsilon = self.method.sinkhorn_epsilon * comm.all_reduce_mean(bow.mean_squared_distance(local_BUC, self.words))
+        potential_K = bow.sinkhorn(
+            local_BUC, self.words, epsilon=epsilon, iterations=self.method.sinkhorn_iterations, all_gather=comm.all_gather
+        )
         counts_K, sums_KC = torch.zeros_like(self.counts), torch.zeros_like(self.sums)
         targets = []
-        for images, dist_BUK in distances.chunks():
+        for part_BUC, dist_BUK in bow.distance_chunks(local_BUC, self.words):
             codes_BUK = bow.balanced_log_codes(dist_BUK, potential_K, epsilon=epsilon).exp_()
             counts_K += codes_BUK.sum(dim=(0, 1))
             with bow.full_precision(codes_BUK.device):
-                sums_KC += codes_BUK.flatten(0, 1).T @ distances.local_BUC[images].flatten(0, 1)
-            if self.method.codes == "hard":
-                largest_BU = codes_BUK.argmax(dim=-1)
-                targets.append(
-                    bow.hard_bow(largest_BU, num_words=self.num_words, pooling=self.method.pooling, dtype=codes_BUK.dtype)
-                )
-            else:
-                targets.append(F.normalize(bow.pool(codes_BUK, pooling=self.method.pooling), p=1, dim=1))
-        counts_K, sums_KC = comm.mean(counts_K) * comm.world_size, comm.mean(sums_KC) * comm.world_size
-        self._follow(counts_K, sums_KC, moves_K=self.last_used >= 0, step=step)
-        self._replace_dead(map_BCHW, draws_B=draws_B, step=step, comm=comm)
-        return torch.cat(targets)
+                sums_KC += codes_BUK.flatten(0, 1).T @ part_BUC.flatten(0, 1)
+            targets.append(self._pooled(codes_BUK))
+        return torch.cat(targets), counts_K, sums_KC
+
+    def _pooled(self, codes_BUK: Tensor) -> Tensor:
+        """Return the targets of balanced codes."""
+        if self.method.codes == "hard":
+            largest_BU = codes_BUK.argmax(dim=-1)
+            return bow.hard_bow(largest_BU, num_words=self.num_words, pooling=self.method.pooling, dtype=codes_BUK.dtype)
+        return bow.bow_target(bow.pool(codes_BUK, pooling=self.method.pooling))
+
+    def _moves(self, counts_K: Tensor) -> Tensor:
+        return self.last_used >= 0
 
 
-def level_metrics(level: Level, reading: Reading, log_prediction_NK: Tensor, *, comm: Comm) -> dict[str, Tensor]:
-    """Return what a step says about one level: its words, its targets and the student's prediction of them."""
-    target_entropy_B = bow.entropy(reading.targets)
+@torch.no_grad()
+def level_metrics(level: Level, assignment: WordAssignment, log_prediction_NK: Tensor, *, comm: Comm) -> dict[str, Tensor]:
+    """Return what can be logged of one level: its words, its targets and the student's prediction of them."""
+    target_BK = assignment.targets
+    target_entropy_B = bow.entropy(target_BK)
+    used_K = target_BK.new_zeros(target_BK.shape[1])
+    used_K[assignment.nearest.flatten()] = 1.0
     return {
-        f"distance_{level}": reading.mean_nearest,
-        f"words_used_{level}": reading.words_used,
+        f"distance_{level}": assignment.mean_distance,
+        f"words_used_{level}": 100.0 * (comm.all_reduce_mean(used_K) > 0).to(used_K.dtype).mean(),
         f"target_entropy_{level}": target_entropy_B.mean(),
         f"perplexity_image_{level}": target_entropy_B.exp().mean(),
-        f"perplexity_batch_{level}": bow.perplexity(comm.mean(reading.targets.mean(dim=0))),
+        f"perplexity_batch_{level}": bow.perplexity(comm.all_reduce_mean(target_BK.mean(dim=0))),
         f"prediction_entropy_{level}": bow.entropy_of_logs(log_prediction_NK).mean(),
     }
 

@@ -98,7 +98,7 @@ def lookup(name: str) -> Metric:
         return METRICS[found[1]]
     elif name in METRICS and name not in _LEVEL_NAMES | _GPU_NAMES | {"fewshot"}:
         return METRICS[name]
-    raise KeyError(f"metric '{name}' is not described in track/metrics.py")
+    raise KeyError(f"metric '{name}' is not described in runs/metrics.py")
 
 
 def unit_of(name: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from obowlab.config import Recipe
-from obowlab.methods import METHODS, Method, OneProcess
+from obowlab.methods import METHODS, Batch, Method, OneProcess
 from obowlab.training.memory import forget_peak, peak_mib
 
 BATCH = 16
@@ -75,8 +75,8 @@ def _steps(
     for step in range(count + 1):
         started = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=recipe.training.precision == "bfloat16"):
-            draws = torch.rand(batch, method.num_draws, dtype=torch.float64, device=device)
-            loss = method(original, student, step=step, draws=draws).loss
+            numbers = torch.rand(batch, method.num_uniforms, dtype=torch.float64, device=device)
+            loss = method(Batch(original=original, views=student, uniforms=numbers, step=step, wants_metrics=False)).loss
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

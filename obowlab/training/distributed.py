@@ -33,7 +33,7 @@ class World:
         """Return whether this process writes the run's files."""
         return self.rank == 0
 
-    def gather(self, x: Tensor) -> Tensor:
+    def all_gather(self, x: Tensor) -> Tensor:
         """Concatenate the tensors [n, ...] of all ranks along the first axis, in rank order; no gradient."""
         if self.world_size == 1:
             return x
@@ -41,7 +41,7 @@ class World:
         dist.all_gather(parts, x.contiguous())
         return torch.cat(parts)
 
-    def mean(self, x: Tensor) -> Tensor:
+    def all_reduce_mean(self, x: Tensor) -> Tensor:
         """Average a tensor of the same shape over all ranks; no gradient."""
         if self.world_size == 1:
             return x
@@ -49,7 +49,7 @@ class World:
         dist.all_reduce(total)
         return total / self.world_size
 
-    def vote(self, *flags: bool) -> tuple[bool, ...]:
+    def any_rank(self, *flags: bool) -> tuple[bool, ...]:
         """Return for every flag whether it is set on any rank."""
         if self.world_size == 1:
             return flags
@@ -57,7 +57,7 @@ class World:
         dist.all_reduce(votes)
         return tuple(count > 0 for count in votes.tolist())
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Wait until every rank has come here."""
         if self.world_size > 1:
             dist.barrier()

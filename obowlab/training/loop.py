@@ -11,7 +11,7 @@ import torch
 
 from obowlab.data.datasets import Split, open_split, subset
 from obowlab.errors import UserError
-from obowlab.methods import METHODS, Method
+from obowlab.methods import METHODS, Batch, Method
 from obowlab.methods.schedules import learning_rate
 from obowlab.randomness import Stream, uniforms
 from obowlab.runs import provenance
@@ -69,7 +69,7 @@ def train(work: Work) -> Method[Any]:
                 logged_step=metric_log.last_step,
             )
             checkpoints.save(folder.path, checkpoint=state)
-        world.wait()
+        world.barrier()
 
     log_every = max(1, math.ceil(total_steps / machine.log_points))
     if world.is_main:
@@ -89,13 +89,15 @@ def train(work: Work) -> Method[Any]:
                 save()
                 if world.is_main:
                     last_log += online.measure(work, method=method, step=step, epoch=epoch)
-                world.wait()
+                world.barrier()
                 last_save = time.monotonic()
             waiting_since = time.monotonic()
-            for batch in loader.batches(epoch=epoch, start_step=start_step):
+            for pixels in loader.batches(epoch=epoch, start_step=start_step):
                 data_wait_s = time.monotonic() - waiting_since
-                views = render(batch, recipe.views, seed=work.seed, device=world.device)
-                draws = uniforms(seed=work.seed, epoch=epoch, indices=batch.indices, stream=Stream.WORDS, count=method.num_draws)
+                views = render(pixels, recipe.views, seed=work.seed, device=world.device)
+                draws = uniforms(
+                    seed=work.seed, epoch=epoch, indices=pixels.indices, stream=Stream.WORDS, count=method.num_uniforms
+                )
                 rate = learning_rate(
                     step, optimizer=recipe.optimizer, epochs=recipe.training.epochs, steps_per_epoch=steps_per_epoch
                 )
@@ -104,26 +106,28 @@ def train(work: Work) -> Method[Any]:
 
                 with torch.autocast(world.device.type, torch.bfloat16, enabled=recipe.training.precision == "bfloat16"):
                     output = parallel(
-                        views.original,
-                        views.student_views(),
-                        step=step,
-                        draws=torch.from_numpy(draws).to(world.device),
-                        labels=batch.labels.to(world.device),
-                        shares=views.shares(),
+                        Batch(
+                            original=views.original,
+                            views=views.student,
+                            uniforms=torch.from_numpy(draws).to(world.device),
+                            step=step,
+                            labels=pixels.labels.to(world.device),
+                            cutmix_lambda=views.cutmix_lambda,
+                        )
                     )
                 optimizer.zero_grad(set_to_none=True)
                 output.loss.backward()
                 # The one synchronisation of a step: all ranks update, save and stop together.
                 save_due = time.monotonic() - last_save > machine.checkpoint_every_s
-                broken, stopping, saving = world.vote(not math.isfinite(output.loss.item()), work.stop.signum != 0, save_due)
+                broken, stopping, saving = world.any_rank(not math.isfinite(output.loss.item()), work.stop.signum != 0, save_due)
                 if broken:
-                    raise UserError(_not_finite(work, step=step, epoch=epoch, indices=batch.indices.tolist()))
+                    raise UserError(_not_finite(work, step=step, epoch=epoch, indices=pixels.indices.tolist()))
                 optimizer.step()
                 step += 1
 
                 if step % log_every == 0 or step == total_steps:
                     names = sorted(output.metrics)
-                    averages = world.mean(torch.stack([output.metrics[name].float() for name in names])).tolist()
+                    averages = world.all_reduce_mean(torch.stack([output.metrics[name].float() for name in names])).tolist()
                     values = dict(zip(names, averages, strict=True))
                     values |= {"grad_norm": grad_norm(method), "learning_rate": rate, "epoch": step / steps_per_epoch}
                     now = time.monotonic()
@@ -176,7 +180,7 @@ def build(work: Work, *, split: Split, total_steps: int) -> Method[Any]:
     recipe = work.recipe
     kind = METHODS[recipe.method.name]
     kind.check_views(recipe.method, backbone=recipe.backbone, views=recipe.views)
-    kind.check_shares(recipe.method, batch_size=recipe.training.batch_size, world_size=work.world.world_size)
+    kind.check_batch(recipe.method, batch_size=recipe.training.batch_size, world_size=work.world.world_size)
     method = kind(
         recipe.method,
         backbone=recipe.backbone,

@@ -35,8 +35,8 @@ BATCHES_AHEAD = 2
 
 
 @dataclass(frozen=True)
-class Batch:
-    """One process's share of a step, before colours and flips.
+class PixelBatch:
+    """One process's share of the images of a step, cut but without colours and flips.
 
     Attributes:
         epoch: Epoch, from 0.
@@ -83,7 +83,7 @@ class TrainLoader:
         self._start = rank * self._share
         self._reader = _backend(cutter, name=backend, batch_size=self._share, workers=workers)
 
-    def batches(self, *, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+    def batches(self, *, epoch: int, start_step: int = 0) -> Iterator[PixelBatch]:
         """Yield the batches of an epoch from `start_step` on; nothing before it is read. Close the generator to end early.
 
         Raises:
@@ -98,7 +98,7 @@ class TrainLoader:
             for step, indices, kinds in zip(steps, mine, stream, strict=True):
                 original, *student = kinds
                 views = self._cutter.views
-                yield Batch(
+                yield PixelBatch(
                     epoch=epoch,
                     step=step,
                     indices=indices,

@@ -26,7 +26,7 @@ from obowlab.randomness import Bools, Floats
 from obowlab.views.views import Colour, colour, cutmix_boxes, flips, patch_positions
 
 if TYPE_CHECKING:
-    from obowlab.views.loaders import Batch
+    from obowlab.views.loaders import PixelBatch
 
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -43,33 +43,23 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
 @dataclass(frozen=True)
-class ViewTensors:
+class RenderedViews:
     """Normalised float32 views of B images, in channels_last memory.
 
     Attributes:
         original: [B, 3, S, S].
-        crops: [B * num_crops, 3, s, s], all crops of image 0 first; None without crops.
-        patches: [B * num_patches, 3, p, p], all patches of image 0 first; None without patches.
-        crop_shares: fraction of every crop's pixels that are its own image's, [B * num_crops]; the others are those of the
-            image's neighbour (0 and 1, 2 and 3, ...). None without cutmix.
+        student: what the student sees by kind, where there is any: `crops` [B * num_crops, 3, s, s] and `patches`
+            [B * num_patches, 3, p, p], all views of image 0 first.
+        cutmix_lambda: for kinds that cutmix mixed, the fraction of every view's pixels that are its own image's,
+            [B * num_crops]; the others are those of the image's neighbour (0 and 1, 2 and 3, ...).
     """
 
     original: Tensor
-    crops: Tensor | None
-    patches: Tensor | None
-    crop_shares: Tensor | None = None
-
-    def student_views(self) -> dict[str, Tensor]:
-        """Return the views the student sees, by kind."""
-        kinds = {"crops": self.crops, "patches": self.patches}
-        return {kind: images for kind, images in kinds.items() if images is not None}
-
-    def shares(self) -> dict[str, Tensor] | None:
-        """Return the own share of every view of the kinds that are mixed; None when nothing is."""
-        return None if self.crop_shares is None else {"crops": self.crop_shares}
+    student: dict[str, Tensor]
+    cutmix_lambda: dict[str, Tensor]
 
 
-def render(batch: Batch, views: Views, *, seed: int, device: torch.device) -> ViewTensors:
+def render(batch: PixelBatch, views: Views, *, seed: int, device: torch.device) -> RenderedViews:
     """Return the normalised views of a batch, with the colours and flips of its seed, epoch and images.
 
     Args:
@@ -80,7 +70,8 @@ def render(batch: Batch, views: Views, *, seed: int, device: torch.device) -> Vi
     """
     mirrored = flips(views, seed=seed, epoch=batch.epoch, indices=batch.indices)
     params = colour(views, seed=seed, epoch=batch.epoch, indices=batch.indices)
-    crops = patches = crop_shares = None
+    student: dict[str, Tensor] = {}
+    cutmix_lambda: dict[str, Tensor] = {}
     # The blur is a matrix product: autocast would do it in bfloat16.
     with torch.autocast(device.type, enabled=False), torch.no_grad():
         original = batch.original.to(device, non_blocking=True)
@@ -88,19 +79,19 @@ def render(batch: Batch, views: Views, *, seed: int, device: torch.device) -> Vi
         original = normalise(original.index_copy(0, chosen, original[chosen].flip(2)), device=device)
         if batch.crops is not None:
             count = batch.crops.shape[1]
-            crops = coloured(
+            student["crops"] = coloured(
                 batch.crops.to(device, non_blocking=True).flatten(0, 1),
                 params.of_views(slice(0, count)),
                 mirrored[:, 1 : 1 + count].reshape(-1),
             )
             if views.cutmix_probability:
                 boxes = cutmix_boxes(views, seed=seed, epoch=batch.epoch, indices=batch.indices)
-                crops, crop_shares = cutmix(crops, torch.from_numpy(boxes).to(device))
+                student["crops"], cutmix_lambda["crops"] = cutmix(student["crops"], torch.from_numpy(boxes).to(device))
         if batch.patch_source is not None:
             source = coloured(batch.patch_source.to(device, non_blocking=True), params.of_views(slice(-1, None)), mirrored[:, -1])
             corners = patch_positions(views, seed=seed, epoch=batch.epoch, indices=batch.indices)
-            patches = cut_patches(source, torch.from_numpy(corners).to(device), size=views.patch_size)
-    return ViewTensors(original=original, crops=crops, patches=patches, crop_shares=crop_shares)
+            student["patches"] = cut_patches(source, torch.from_numpy(corners).to(device), size=views.patch_size)
+    return RenderedViews(original=original, student=student, cutmix_lambda=cutmix_lambda)
 
 
 def normalise(images: Tensor, *, device: torch.device) -> Tensor:

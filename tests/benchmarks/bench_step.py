@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 
 from obowlab.config import Backbone, Obow
-from obowlab.methods import OBoW, OneProcess
+from obowlab.methods import Batch, OBoW, OneProcess
 
 
 def seconds(work: Callable[[], None]) -> tuple[float, float]:
@@ -55,7 +55,7 @@ def main() -> None:
 
     original = images(args.batch_size, 224)
     views = {"crops": images(args.batch_size * 2, 160), "patches": images(args.batch_size * 5, 96)}
-    draws = torch.rand(args.batch_size, model.num_draws, dtype=torch.float64)
+    uniforms = torch.rand(args.batch_size, model.num_uniforms, dtype=torch.float64, device=device)
     steps = iter(range(10**6))
 
     def autocast() -> torch.autocast:
@@ -63,7 +63,8 @@ def main() -> None:
 
     def step() -> None:
         with autocast():
-            output = model(original, views, step=next(steps), draws=draws)
+            batch = Batch(original=original, views=views, uniforms=uniforms, step=next(steps), wants_metrics=False)
+            output = model(batch)
         optimizer.zero_grad()
         output.loss.backward()
         optimizer.step()

@@ -30,9 +30,8 @@ def measure(variant: str, *, batch_size: int, num_words: int, threads: int) -> d
     maps = {level: torch.randn(batch_size, channels, size, size).clamp_(min=0) for level, (channels, size) in LEVELS.items()}
 
     def chunked(local: torch.Tensor, level_words: torch.Tensor) -> torch.Tensor:
-        distances = bow.Distances(local, level_words)
-        msd = bow.next_msd(torch.tensor(0.5), distances.nearest()[0].mean(), momentum=0.99)
-        return bow.soft_bow(distances, delta=0.1 * msd, pooling="max")
+        msd = bow.next_msd(torch.tensor(0.5), bow.nearest_words(local, level_words)[0].mean(), momentum=0.99)
+        return bow.soft_bow(local, level_words, delta=0.1 * msd, pooling="max")
 
     def at_once(local: torch.Tensor, level_words: torch.Tensor) -> torch.Tensor:
         dist = local.square().sum(2, keepdim=True) + level_words.square().sum(1) - 2 * local @ level_words.T
@@ -41,9 +40,10 @@ def measure(variant: str, *, batch_size: int, num_words: int, threads: int) -> d
         return target / target.sum(1, keepdim=True)
 
     def at_once_in_place(local: torch.Tensor, level_words: torch.Tensor) -> torch.Tensor:
-        distances = bow.Distances(local, level_words, kept_elements=1 << 62, chunk_elements=1 << 62)
-        msd = bow.next_msd(torch.tensor(0.5), distances.nearest()[0].mean(), momentum=0.99)
-        return bow.soft_bow(distances, delta=0.1 * msd, pooling="max")
+        dist = bow.squared_distances(local.flatten(0, 1), level_words).view(*local.shape[:2], -1)
+        msd = bow.next_msd(torch.tensor(0.5), dist.amin(2).mean(), momentum=0.99)
+        torch.softmax(dist.mul_(-1 / (0.1 * msd)), dim=2, out=dist)
+        return bow.bow_target(dist.amax(1))
 
     make = {"chunked": chunked, "at_once": at_once, "at_once_in_place": at_once_in_place}[variant]
 
