@@ -37,20 +37,7 @@ PLACEHOLDER = re.compile(r"[A-Z]{2,}|\.\.\.|^K$|^N$")
 TO_BE_WRITTEN = re.compile(r"simsiam|(^|/)mine\.toml$", re.IGNORECASE)
 """What the walk-throughs of CONTRIBUTING make a reader write."""
 
-GENERATED = (
-    "/",
-    "~",
-    "data/",
-    "runs/",
-    "report/",
-    "backups/",
-    "services/",
-    "words/",
-    ".venv/",
-    ".features/",
-    ".trash/",
-    "flowers/",
-)
+GENERATED = ("/", "~", "data/", "runs/", "report/", "backups/", "services/", "words/", ".venv/", ".features/", ".trash/", "flowers/")
 """How paths begin that commands write."""
 
 SECTIONS = "data|views|backbone|optimizer|training|evaluation|method"
@@ -120,9 +107,7 @@ def shell(page: str) -> Iterator[list[str]]:
 
 @cache
 def tracked() -> frozenset[str]:
-    listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=False)
     if listed.returncode:
         pytest.skip("not a git checkout")
     return frozenset(line for line in listed.stdout.splitlines() if (ROOT / line).is_file())
@@ -294,9 +279,7 @@ def test_paths_exist(page: str) -> None:
         folder = Path()
         for code in re.findall(r"`([^`]+)`", line):
             for word in code.split():
-                if not re.search(r"/|\.(py|md|html|toml|yml|sh|js|css)$", word) or word.startswith(
-                    ("http", "-", "postgresql", "sqlite")
-                ):
+                if not re.search(r"/|\.(py|md|html|toml|yml|sh|js|css)$", word) or word.startswith(("http", "-", "postgresql", "sqlite")):
                     continue
                 if PLACEHOLDER.search(word) or TO_BE_WRITTEN.search(word) or word.startswith(GENERATED) or "=" in word:
                     continue
