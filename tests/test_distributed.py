@@ -19,6 +19,7 @@ from obowlab.training.distributed import MainFailed, World, parallelise, synchro
 from obowlab.training.window import MetricWindow
 from obowlab.weights.encoder_file import read_encoder
 from tests.contracts import small_preparation
+from tests.fork_server import fork_all
 from tests.runs import complete, points, small_recipe, weights
 
 STEPS = 10
@@ -87,7 +88,7 @@ def test_every_method_is_compared() -> None:
 def test_two_processes_do_the_same_mathematics(method_config: MethodSection, tmp_path: Path) -> None:
     alone = train_in_float64(World(rank=0, world_size=1, device=torch.device("cpu")), method_config).state_dict()
     file = str(tmp_path / "state")
-    torch.multiprocessing.spawn(one_of_two, args=(file, method_config), nprocs=2)
+    fork_all(one_of_two, ranks=2, arguments=(file, method_config))
     ranks = [torch.load(f"{file}.{rank}", weights_only=True) for rank in range(2)]
     for name, value in alone.items():
         for rank in ranks:
@@ -125,7 +126,7 @@ def four_starts(rank: int, file: str) -> None:
 
 def test_four_processes_resume_to_the_bit(tmp_path: Path) -> None:
     """With more than two, a sum depends on the order it is taken in, and a new start must not change that."""
-    torch.multiprocessing.spawn(four_starts, args=(str(tmp_path / "rendezvous"),), nprocs=4)  # type: ignore[no-untyped-call]
+    fork_all(four_starts, ranks=4, arguments=(str(tmp_path / "rendezvous"),))
     for rank in range(4):
         equal = torch.load(tmp_path / f"rendezvous.{rank}", weights_only=True)
         assert [name for name, same in equal.items() if not same] == []
@@ -179,8 +180,14 @@ def alone(tmp_path_factory: pytest.TempPathFactory, data_root: Path) -> RunFolde
     return run(tmp_path_factory.mktemp("distributed") / "alone", data_root=data_root)
 
 
-def test_two_processes_equal_one(tmp_path: Path, data_root: Path, alone: RunFolder) -> None:
-    both = run(tmp_path / "both", data_root=data_root, procs=2)
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory, data_root: Path) -> RunFolder:
+    """The run that `alone` is, trained and measured by two processes of torchrun."""
+    folder = tmp_path_factory.mktemp("distributed") / "both"
+    return run(folder, data_root=data_root, procs=2, protocols='["fewshot", "knn"]')
+
+
+def test_two_processes_equal_one(alone: RunFolder, both: RunFolder) -> None:
     assert (both.state.total_steps or 0) >= STEPS
     pairs = list(zip(points(alone), points(both), strict=True))
     assert [one[0] for one, _ in pairs] == [two[0] for _, two in pairs]
@@ -194,8 +201,7 @@ def test_two_processes_equal_one(tmp_path: Path, data_root: Path, alone: RunFold
         assert two == pytest.approx(one, rel=0.02)
 
 
-def test_what_two_processes_trained_measures_in_one_as_it_did_there(tmp_path: Path, data_root: Path) -> None:
-    both = run(tmp_path / "both", data_root=data_root, procs=2, protocols='["fewshot", "knn"]')
+def test_what_two_processes_trained_measures_in_one_as_it_did_there(tmp_path: Path, data_root: Path, both: RunFolder) -> None:
     recipe = both.info.recipe
     encoder = read_encoder(both.path / "encoder.safetensors").model
     assert {type(module) for module in encoder.modules() if "BatchNorm" in type(module).__name__} == {torch.nn.BatchNorm2d}

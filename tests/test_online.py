@@ -64,7 +64,7 @@ def test_points_are_at_whole_epochs_and_the_last_is_left_to_the_final_evaluation
         assert set(point.values) == {"epoch", "fewshot_1shot", "fewshot_2shot"}
         assert all(lookup(name) for name in point.values)
         assert all(0 <= point.values[name] <= 100 for name in ("fewshot_1shot", "fewshot_2shot"))
-    assert mlflow_name("fewshot_1shot", online=True) == "online/fewshot_1shot"
+    assert mlflow_name("fewshot_1shot", source="online") == "online/fewshot_1shot"
     assert not list(measured.path.glob(".online*")), "features of passing weights are not kept"
 
 

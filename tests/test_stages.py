@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from obowlab.config import Loaded, Machine, load_recipe
-from obowlab.files import read_sealed
+from obowlab.files import read_checked
 from obowlab.methods import build_backbone
 from obowlab.runs.folder import RunFolder
 from obowlab.runs.lineage import find_run
@@ -107,7 +107,7 @@ def interrupted_copy(folder: Path, trained: tuple[Loaded, Machine, list[RunFolde
 def test_a_teacher_under_another_name_will_do(tmp_path: Path, trained: tuple[Loaded, Machine, list[RunFolder]]) -> None:
     first, second, _ = interrupted_copy(tmp_path, trained)
     other = first.path.rename(tmp_path / "mine-s3-00000000")
-    info = read_sealed(other / "run.json")
+    info = read_checked(other / "run.json")
     (other / "run.json").write_text(json.dumps({**info, "run_id": other.name, "name": "mine"}))
     assert train_here([str(second.path)]) == 0
     assert second.attempts()[-1]["teacher_run"] == "mine-s3-00000000"

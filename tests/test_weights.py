@@ -260,7 +260,7 @@ def test_the_authors_full_model(tmp_path: Path, levels: int, monitor: bool, modu
         words = state[f"bow_extractor.bow_extractor.{index}._embedding"]
         assert torch.equal(vocabulary.words, words)
         assert (vocabulary.msd.item(), vocabulary.pointer.item()) == (1.5 + index, 8 * index + 8)
-        # G(V) once more, by eq. 5 (docs/method.md, 5.1) on the authors' tensors.
+        # G(V) once more, by the formula of docs/method.md, section 5.1, on the authors' tensors.
         layer = f"bow_predictor.layers_w.{index}.b{index}"
         hidden = nn.functional.normalize(words) @ state[f"{layer}_fc.weight"].T
         hidden = (hidden - state[f"{layer}_bn.running_mean"]) / (state[f"{layer}_bn.running_var"] + 1e-5).sqrt()

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Direction = Literal["max", "min", "none"]
+METRIC_FILES = {"metrics": "train", "online": "online", "system": "system"}
+"""Metric file of a run folder, without `.jsonl` -> group of its metrics in MLflow."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Metric:
         unit: empty for a plain number.
         direction: whether more or less is better, or neither.
         help: one sentence.
-        group: the part before the slash in MLflow; what is measured during training goes to `online/` instead.
+        group: of meaning; `mlflow_name` returns where MLflow shows it.
     """
 
     name: str
@@ -98,7 +100,7 @@ def lookup(name: str) -> Metric:
     """Return the entry of a metric as it is logged: `perplexity_image_conv5`, `fewshot_5shot`, `gpu_memory_0`, ...
 
     Raises:
-        KeyError: nobody described this metric; add it to the list above.
+        KeyError: this metric has no entry; add it to the lists above.
     """
     if found := re.fullmatch(r"(\w+)_(conv[45])", name):
         if found[1] in _LEVEL_NAMES:
@@ -120,18 +122,12 @@ def unit_of(name: str) -> str:
         return ""
 
 
-def mlflow_name(name: str, *, subject: str | None = None, online: bool = False) -> str:
-    """Return the name under which MLflow groups a metric: `train/`, `online/`, `system/` or `eval/SUBJECT/` and its own.
+def mlflow_name(name: str, *, source: str) -> str:
+    """Return a metric's name in MLflow: its group (`train`, `online`, `system`, `eval/SUBJECT`) and its own.
 
     Args:
-        name: as logged.
-        subject: `student` or `random`; required for final evaluation metrics, absent for the others.
-        online: whether it was measured during training, always on the student.
+        name: as logged or measured.
+        source: the metric file it is from (a key of `METRIC_FILES`), or the subject of a final result: `student` or `random`,
+            with `/DATASET` behind it when it was measured on other data than the run's own.
     """
-    if online:
-        assert lookup(name).group == "eval" or name == "epoch", f"'{name}' is not measured during training"
-        assert subject is None, "during training only the student is measured"
-        return f"online/{name}"
-    group = lookup(name).group
-    assert (group == "eval") == (subject is not None), f"'{name}' and subject {subject!r} do not belong together"
-    return f"eval/{subject}/{name}" if subject is not None else f"{group}/{name}"
+    return f"{METRIC_FILES.get(source, f'eval/{source}')}/{name}"
