@@ -22,7 +22,7 @@ import pytest
 from obowlab.config import Machine
 from obowlab.config import validation as checking
 from obowlab.errors import UserError
-from obowlab.files import read_sealed
+from obowlab.files import read_checked
 from obowlab.report import curves, figures
 from obowlab.report import pages as build
 from obowlab.report import read as gather_module
@@ -257,7 +257,7 @@ def test_empty_store_gives_a_site_that_says_so(tmp_path: Path) -> None:
 def test_no_name_becomes_markup(tmp_path: Path) -> None:
     root = tmp_path / "runs"
     run = add_run(root, status="failed", message=HOSTILE)
-    values = read_sealed(run.path / "run.json")
+    values = read_checked(run.path / "run.json")
     values["name"], values["recipe"]["title"], values["recipe"]["data"]["dataset"] = HOSTILE, HOSTILE, HOSTILE
     (run.path / "run.json").write_text(json.dumps(values))
     add_study(root, name=HOSTILE, title=HOSTILE, run_id=HOSTILE, figures=True)
@@ -616,7 +616,7 @@ def test_hostile_names_are_shown_to_the_letter(browser: Any, tmp_path: Path) -> 
     root = tmp_path / "runs"
     for seed, kappa in ((0, 3), (1, 7)):
         run = add_run(root, seed=seed, overrides=(f"method.kappa={kappa}",), points=40)
-        values = read_sealed(run.path / "run.json")
+        values = read_checked(run.path / "run.json")
         values["name"] = HOSTILE
         (run.path / "run.json").write_text(json.dumps(values))
     add_study(root, name=HOSTILE, figures=True)

@@ -17,7 +17,7 @@ import pytest
 
 from obowlab import text
 from obowlab.config import load_recipe
-from obowlab.files import read_sealed
+from obowlab.files import read_checked
 from obowlab.report import curves
 from obowlab.report import read as gather
 from obowlab.report.curves import CACHE, Curve, cached_curves, over_seeds, read_curves, reduce, with_point
@@ -353,7 +353,7 @@ def test_an_interval_that_is_not_symmetric_keeps_its_ends() -> None:
 
 def test_run_of_another_version_is_shown_and_a_damaged_one_named(tmp_path: Path) -> None:
     old, damaged = add_run(tmp_path), add_run(tmp_path, seed=1)
-    values = read_sealed(old.path / "run.json")
+    values = read_checked(old.path / "run.json")
     values["recipe"]["method"]["unheard_of"] = 3
     values["name"] = "gone"
     (old.path / "run.json").write_text(json.dumps(values))

@@ -14,10 +14,10 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from filelock import FileLock
 from pydantic import BaseModel, ConfigDict
 
 from obowlab.config import Machine
+from obowlab.files import file_lock
 from obowlab.tracking.publish import Published, publish
 from obowlab.tracking.server import shown_uri, store_uri
 
@@ -83,7 +83,7 @@ def send(upload: Upload) -> Published | None:
     Returns:
         The outcome; None for a report that is no longer there.
     """
-    with FileLock(upload.machine.runs_root / LOCK), tempfile.TemporaryDirectory(prefix="obowlab-report-") as place:
+    with file_lock(upload.machine.runs_root / LOCK), tempfile.TemporaryDirectory(prefix="obowlab-report-") as place:
         archive = Path(place) / ARCHIVE
         try:
             pack(upload.folder, target=archive)

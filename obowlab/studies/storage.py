@@ -118,6 +118,24 @@ def open_storage(url: str, *, make: bool = True) -> BaseStorage:
         raise UserError(f"Cannot use {shown} (--storage): {reason}.") from None
 
 
+def open_existing(name: str, *, url: str) -> optuna.Study | None:
+    """Open a study without making anything; None when the storage or the study is not there.
+
+    Args:
+        name: of the study.
+        url: as `storage_url` returns it.
+
+    Raises:
+        UserError: as `open_storage`.
+    """
+    if not exists(url):
+        return None
+    try:
+        return optuna.load_study(study_name=name, storage=open_storage(url, make=False))
+    except KeyError:
+        return None
+
+
 def without_passwords(text: str, *, url: str) -> str:
     """Return the first line of a message, with the password of the address struck out wherever it stands."""
     line = shown_uri(" ".join(text.splitlines()[:1])).strip().rstrip(".")

@@ -32,7 +32,7 @@ from obowlab.studies.schema import (
 )
 from obowlab.studies.spec import Tuning
 from obowlab.studies.trial import objective_of
-from obowlab.studies.trial_locks import Claims
+from obowlab.studies.trial_locks import TrialLocks
 from obowlab.tables.statistics import estimate
 from obowlab.tracking.publish import publish
 from obowlab.tracking.server import shown_uri
@@ -53,7 +53,7 @@ _STATUSES: dict[TrialState, TrialStatus] = {
 
 
 def collect(
-    study: optuna.Study, *, tuning: Tuning, machine: Machine, claims: Claims, budget: int, storage: str, analyse: bool = True
+    study: optuna.Study, *, tuning: Tuning, machine: Machine, locks: TrialLocks, budget: int, storage: str, analyse: bool = True
 ) -> StudyReport:
     """Return what is known of a study now, from its storage and its run folders.
 
@@ -61,14 +61,14 @@ def collect(
         study: in its storage.
         tuning: what it searches.
         machine: where its runs are.
-        claims: who works on which trial.
+        locks: who works on which trial.
         budget: completed trials wanted.
         storage: its address.
         analyse: whether to compute importances and figures; takes a second or two.
     """
     frozen = study.get_trials(deepcopy=False)
     measured = {trial.number: _measurements(trial, tuning=tuning, machine=machine) for trial in frozen}
-    trials = tuple(_trial(t, tuning=tuning, machine=machine, claims=claims, measured=measured[t.number]) for t in frozen)
+    trials = tuple(_trial(t, tuning=tuning, machine=machine, locks=locks, measured=measured[t.number]) for t in frozen)
     completed = [trial for trial in trials if trial.status == "completed" and trial.value is not None]
     best = _best(completed, maximize=tuning.maximize) if completed else None
     paper = next((trial for trial in completed if trial.is_paper), None)
@@ -161,10 +161,10 @@ def _folders(trial: FrozenTrial, *, machine: Machine) -> dict[int, RunFolder | N
 
 
 def _trial(
-    trial: FrozenTrial, *, tuning: Tuning, machine: Machine, claims: Claims, measured: Mapping[int, Mapping[str, Any]]
+    trial: FrozenTrial, *, tuning: Tuning, machine: Machine, locks: TrialLocks, measured: Mapping[int, Mapping[str, Any]]
 ) -> StudyTrial:
     status = _STATUSES[trial.state]
-    if status == "running" and not claims.is_held(trial.number):
+    if status == "running" and not locks.is_held(trial.number):
         status = "stopped"
     attributes = trial.user_attrs
     runs = tuple(
@@ -331,11 +331,11 @@ class Reporter:
     """Writes the report after every trial and sends it at the end; the threads of a worker share it."""
 
     def __init__(
-        self, study: optuna.Study, *, tuning: Tuning, machine: Machine, claims: Claims, budget: int, storage: str
+        self, study: optuna.Study, *, tuning: Tuning, machine: Machine, locks: TrialLocks, budget: int, storage: str
     ) -> None:
-        self._collect = partial(collect, study, tuning=tuning, machine=machine, claims=claims, budget=budget, storage=storage)
+        self._collect = partial(collect, study, tuning=tuning, machine=machine, locks=locks, budget=budget, storage=storage)
         self._machine = machine
-        self._claims = claims
+        self._locks = locks
         self._turn = threading.Lock()
 
     def look(self) -> StudyReport:
@@ -346,11 +346,11 @@ class Reporter:
         """Write `study.json` as things stand."""
         with self._turn:
             report = self._collect()
-            write_atomic(self._claims.folder / STUDY_FILE, report.model_dump_json(indent=1))
+            write_atomic(self._locks.folder / STUDY_FILE, report.model_dump_json(indent=1))
             return report
 
     def send(self) -> tuple[StudyReport, str | None]:
         """Write the report and show it in MLflow; return one sentence when that was not possible."""
         report = self.write()
-        with self._claims.alone():
+        with self._locks.alone():
             return report, send_report(report, machine=self._machine)

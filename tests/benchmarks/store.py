@@ -26,7 +26,7 @@ from obowlab.launch.local import sample_interval_s
 from obowlab.report.read import cache_curves
 from obowlab.runs import provenance
 from obowlab.runs.folder import RunFolder
-from obowlab.tables.execute import Job, make_plan
+from obowlab.tables.plan import Job, make_plan
 from obowlab.tables.spec import load_table, table_files
 from obowlab.tracking.mirror import Mirror
 
