@@ -163,7 +163,7 @@ def test_age_is_no_trouble_for_means_and_odd_numbers_are() -> None:
     recipe = {**RECIPE, "method": {"num_words": 1000, "vocabulary": "kmeans_replace"}}
     assert not any(f.rule == "fresh" for f in judge({"word_age_conv5": flat(900.0)}, recipe=recipe))
     odd = replace(curve((1,), (1,)), omitted=3)
-    assert [f.said for f in judge({"loss": odd}, recipe=RECIPE)] == ["3 values are not finite"]
+    assert [f.detail for f in judge({"loss": odd}, recipe=RECIPE)] == ["3 values are not finite"]
     assert judge({"loss": flat(1.0)}, recipe={}) == ()
 
 
