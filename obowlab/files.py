@@ -1,15 +1,15 @@
-"""Files that outlive their writer: checksummed JSON, lines that are appended, whole files and folders that are replaced.
+"""Files that outlive their writer: JSON with a checksum, appended lines, files and folders that are replaced whole; file locks.
 
 A line file survives `kill -9` of its writer up to the last complete line; a replaced file is the old one or the new one.
 
 JSON objects end in a checksum: the last entry, `crc`, is the CRC-32 of every byte before it. A torn file is no JSON any more,
-but a bit that flips inside a number still is; the checksum tells both apart from what was written. It protects against
-accidents of disks and editors, not against somebody who computes it anew. JSON without one, which earlier versions wrote, is
-taken as it is.
+but a bit that flips inside a number still is; the checksum tells both from what was written. It protects against accidents of
+disks and editors, not against deliberate changes. JSON without one, which earlier versions wrote, is accepted.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -20,20 +20,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic_core import from_json
 
 from obowlab.errors import UserError
 
+if TYPE_CHECKING:
+    from filelock import FileLock
+
 KEY = "crc"
-_SEAL = re.compile(rb',\s*"crc":\s*"([0-9a-f]{8})"\s*\}\s*$')
+_CHECKSUM = re.compile(rb',\s*"crc":\s*"([0-9a-f]{8})"\s*\}\s*$')
 _LONGEST = 48
-"""No seal is longer, in bytes."""
+"""No checksum entry is longer, in bytes."""
 
 
-def seal(text: str) -> str:
-    """Return the text of a JSON object, with at least one entry, with its seal as last entry; indented if the text is."""
+def with_checksum(text: str) -> str:
+    """Return the text of a JSON object of at least one entry, with its checksum as last entry; indented if the text is."""
     body = text.rstrip()
     assert body.startswith("{")
     assert body.endswith("}")
@@ -42,19 +45,19 @@ def seal(text: str) -> str:
     return f'{body},{between}"{KEY}":"{zlib.crc32(body.encode()):08x}"{between.rstrip(" ")}}}'
 
 
-def is_whole(content: bytes) -> bool:
-    """Return whether the seal fits to the bytes; also without a seal."""
-    found = _SEAL.search(content, max(0, len(content) - _LONGEST))
+def checksum_fits(content: bytes) -> bool:
+    """Return whether the checksum fits the bytes; True without a checksum."""
+    found = _CHECKSUM.search(content, max(0, len(content) - _LONGEST))
     return found is None or zlib.crc32(content[: found.start()]) == int(found[1], 16)
 
 
-def unseal(content: bytes) -> dict[str, Any]:
-    """Parse a JSON object and return it without its seal.
+def parse_checked(content: bytes) -> dict[str, Any]:
+    """Parse a JSON object and return it without its checksum.
 
     Raises:
-        ValueError: it is no JSON object, or its seal does not fit.
+        ValueError: it is no JSON object, or its checksum does not fit.
     """
-    if not is_whole(content):
+    if not checksum_fits(content):
         raise ValueError("its checksum does not fit")
     value = json.loads(content)
     if not isinstance(value, dict):
@@ -63,18 +66,18 @@ def unseal(content: bytes) -> dict[str, Any]:
     return value
 
 
-def read_sealed(path: Path) -> dict[str, Any]:
-    """Parse a file that `seal` made.
+def read_checked(path: Path) -> dict[str, Any]:
+    """Parse a file of one JSON object with a checksum.
 
     Raises:
         FileNotFoundError: there is none.
         ValueError: it is damaged.
     """
-    return unseal(path.read_bytes())
+    return parse_checked(path.read_bytes())
 
 
 def append_whole(file: FileIO, line: bytes) -> None:
-    """Append a line to a file of one writer, whole or not at all: a full disk takes a part of it and only then complains.
+    """Append a line to a file of one writer, whole or not at all: a full disk takes a part of it and only then fails.
 
     Raises:
         OSError: the disk refuses.
@@ -104,9 +107,9 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 
 @contextmanager
 def folder_written(path: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `path`; when the block ends well it takes that place, replacing a folder that is there.
+    """Yield an empty folder beside `path`; when the block succeeds it takes that place, replacing a folder that is there.
 
-    A block that is left by an error or by Ctrl-C leaves what was there before, and nothing else.
+    An error or Ctrl-C in the block leaves what was there before, and nothing else.
     """
     beside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     before = beside.with_name(f"{beside.name}.before")
@@ -123,22 +126,57 @@ def folder_written(path: Path) -> Iterator[Path]:
             shutil.rmtree(rest, ignore_errors=True)
 
 
+def file_lock(path: Path, *, timeout_s: float = -1.0) -> FileLock:
+    """Return an exclusive lock on a file, to be entered with `with`; the kernel gives it back when its process dies.
+
+    The file stays where it is. A forked child does not hold the lock of its parent; network file systems know it too.
+
+    Args:
+        path: the lock file, made if absent; its folder has to be there.
+        timeout_s: longest time to wait when entering, which then raises TimeoutError; negative: without a limit.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+    """
+    from filelock import FileLock  # late: importing it takes longer than many a command
+
+    if not path.parent.is_dir():  # filelock would make it, and with it the folder of a run that was just moved away
+        raise FileNotFoundError(2, os.strerror(2), str(path.parent))
+    # No fallback to files whose presence is the lock: such a file outlives its process.
+    return FileLock(path, timeout=timeout_s, thread_local=False, fallback_to_soft=False)
+
+
+def is_held(path: Path) -> bool:
+    """Return whether any process, this one included, holds the `file_lock` of this file; makes no file.
+
+    filelock can only ask by taking the lock, which needs a right to write and disturbs others that ask; a shared flock does not.
+    """
+    try:
+        with path.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
 def read_lines(path: Path, *, check: Callable[[dict[str, Any]], object] = len) -> Iterator[dict[str, Any]]:
     """Yield every complete line; one that is still being written is left for the next reading.
 
-    Damaged lines at the end are left out: a crash of the machine leaves such, and the writer cuts them off when it goes on.
+    Damaged lines at the end are left out: a crash of the machine leaves such, and the writer cuts them off when it resumes.
 
     Args:
         path: a line file; one that is not there has no lines.
         check: raises ValueError for a line of another shape.
 
     Raises:
-        UserError: a line is damaged and a whole one follows it.
+        UserError: a line is damaged and an intact one follows it.
     """
     damaged = 0
     for number, line in enumerate(_complete_lines(path), start=1):
         try:
-            value = unseal(line)
+            value = parse_checked(line)
             check(value)
         except ValueError:
             damaged = damaged or number
@@ -155,7 +193,7 @@ def read_all(path: Path) -> list[dict[str, Any]]:
         UserError: as `read_lines`.
     """
     lines = _complete_lines(path)
-    if all(is_whole(line) for line in lines):
+    if all(checksum_fits(line) for line in lines):
         try:
             values: list[dict[str, Any]] = from_json(b"[" + b",".join(lines) + b"]")
         except ValueError:
@@ -166,12 +204,12 @@ def read_all(path: Path) -> list[dict[str, Any]]:
 
 
 def damaged_line(path: Path, number: int) -> UserError:
-    """Return the complaint about a line of a line file, from 1."""
-    return UserError(f"{path} is damaged at line {number}: put a copy of the file back, or delete that line to go on without it.")
+    """Return the error for a damaged line of a line file, from 1."""
+    return UserError(f"{path} is damaged at line {number}: restore it from a copy, or delete that line to continue without it.")
 
 
 def cut_torn_tail(path: Path, *, check: Callable[[dict[str, Any]], object] = len) -> None:
-    """Cut a line file back to its last complete line that is whole (a crash can leave half a line, or zeros)."""
+    """Cut a line file back to its last complete and intact line (a crash can leave half a line, or zeros)."""
     if not path.exists():
         return
     content = path.read_bytes()
@@ -196,7 +234,7 @@ def _complete_lines(path: Path) -> list[bytes]:
 
 def _is_good(line: bytes, check: Callable[[dict[str, Any]], object]) -> bool:
     try:
-        check(unseal(line))
+        check(parse_checked(line))
     except ValueError:
         return False
     return True

@@ -10,11 +10,13 @@ import torch
 import torch.distributed as dist
 
 from obowlab.config import Backbone, Bownet, Machine, MethodSection, Moco, Obow, Recipe, Rotnet
+from obowlab.errors import UserError
 from obowlab.evaluation import evaluate
 from obowlab.methods import METHODS, Batch, Method
 from obowlab.methods.backbones import build_backbone
 from obowlab.runs.folder import RunFolder
-from obowlab.training.distributed import World, parallelise, synchronise_batchnorm
+from obowlab.training.distributed import MainFailed, World, parallelise, synchronise_batchnorm
+from obowlab.training.window import MetricWindow
 from obowlab.weights.encoder_file import read_encoder
 from tests.contracts import small_preparation
 from tests.fork_server import fork_all
@@ -96,7 +98,7 @@ def test_two_processes_do_the_same_mathematics(method_config: MethodSection, tmp
 
 
 def four_starts(rank: int, file: str) -> None:
-    """Train six steps in one start and in two, the second of which goes on from the first."""
+    """Train six steps in one start and in two, the second of which resumes from the first."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=4)
     world = World(rank=rank, world_size=4, device=torch.device("cpu"))
@@ -122,12 +124,38 @@ def four_starts(rank: int, file: str) -> None:
     torch.save({name: torch.equal(value, ends[1][name]) for name, value in ends[0].items()}, f"{file}.{rank}")
 
 
-def test_four_processes_go_on_to_the_bit(tmp_path: Path) -> None:
+def test_four_processes_resume_to_the_bit(tmp_path: Path) -> None:
     """With more than two, a sum depends on the order it is taken in, and a new start must not change that."""
-    fork_all(four_starts, ranks=4, arguments=(str(tmp_path / "meet"),))
+    fork_all(four_starts, ranks=4, arguments=(str(tmp_path / "rendezvous"),))
     for rank in range(4):
-        equal = torch.load(tmp_path / f"meet.{rank}", weights_only=True)
+        equal = torch.load(tmp_path / f"rendezvous.{rank}", weights_only=True)
         assert [name for name, same in equal.items() if not same] == []
+
+
+def rank_0_fails(rank: int, file: str) -> None:
+    """Let rank 0 do something that works, then something that does not, and write how it ended."""
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    world = World(rank=rank, world_size=2, device=torch.device("cpu"))
+    window = MetricWindow()
+    window.add({"loss": torch.tensor(float(rank))})
+    found: list[Any] = [world.on_main(lambda: "done"), window.state(world), window.take(world)]
+
+    def full_disk() -> None:
+        raise UserError("no space left")
+
+    try:
+        world.on_main(full_disk)
+    except (UserError, MainFailed) as error:
+        found.append(type(error).__name__)
+    torch.save(found, f"{file}.{rank}")
+    dist.destroy_process_group()
+
+
+def test_a_failure_of_rank_0_ends_every_rank_and_metrics_are_kept_per_rank(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(rank_0_fails, args=(str(tmp_path / "rendezvous"),), nprocs=2)  # type: ignore[no-untyped-call]
+    found = [torch.load(tmp_path / f"rendezvous.{rank}", weights_only=True) for rank in range(2)]
+    state = {"counts": {"loss": 1}, "sums": [[0.0], [1.0]]}
+    assert found == [["done", state, {"loss": 0.5}, "UserError"], [None, state, {"loss": 0.5}, "MainFailed"]]
 
 
 def run(folder: Path, *, data_root: Path, protocols: str = "[]", **machine_values: object) -> RunFolder:

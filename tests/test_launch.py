@@ -18,6 +18,7 @@ from obowlab.launch import system
 from obowlab.launch.compute_command import compute_command
 from obowlab.launch.local import SAMPLE_EVERY_S, launch, plan, sample_interval_s
 from obowlab.runs import RunFolder
+from tests.gpus import stand_in_gpus
 from tests.processes import wait_until
 
 COMPUTE = """
@@ -122,7 +123,6 @@ def test_a_run_ends_well_and_is_not_trained_twice(tmp_path: Path) -> None:
     assert folder.attempts()[0]["threads"] == str(folder.machine.threads)
     assert run(tmp_path, "quick")[0] == 0
     assert len(folder.attempts()) == 1
-    assert (folder.path.parent / ".drawn" / f"{folder.run_id}.json").is_file(), "the next report would have to draw it"
 
 
 def test_fresh_puts_the_old_folder_aside(tmp_path: Path) -> None:
@@ -237,15 +237,7 @@ def test_a_store_mlflow_cannot_write_to_is_refused_before_anything_starts(tmp_pa
 
 
 def test_gpus_are_counted_and_read_without_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tool = tmp_path / "nvidia-smi"
-    tool.write_text(
-        "#!/bin/sh\n"
-        'if [ "$1" = -L ]; then echo "GPU 0: X (UUID: a)"; echo "GPU 1: X (UUID: b)"; exit; fi\n'
-        'echo "0, 35, 1024, 70.5"; echo "1, 0, 3, [N/A]"\n'
-    )
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    stand_in_gpus(tmp_path / "nvml", monkeypatch, gpus=("GPU-a", "GPU-b"), powers_w=(70.5, None))
     assert system.count_gpus() == 2
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     assert system.count_gpus() == 1
@@ -256,7 +248,8 @@ def test_gpus_are_counted_and_read_without_torch(tmp_path: Path, monkeypatch: py
     values = sampler.sample()
     assert values["gpu_power_0"] == 70.5
     assert "gpu_power_1" not in values
-    assert values["gpu_memory_1"] == 3.0
+    assert values["gpu_memory_1"] == 1025.0
+    assert values["gpu_utilisation_0"] == 35.0
     assert values["run_memory"] > 1.0
     assert values["disk_free"] > 0.0
     assert 0.0 <= values["cpu"] <= 100.0

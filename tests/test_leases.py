@@ -15,7 +15,7 @@ from tests.gpus import stand_in_gpus
 
 HOLD = """
 import sys, time
-from obowlab.launch.gpu_names import hold_as_worker, take
+from obowlab.launch.gpu_leases import hold_as_worker, take
 gpu, role = sys.argv[1:]
 name = take(gpu) if role == "launcher" else hold_as_worker(local_rank=0, gpus=[gpu])
 assert name is not None
@@ -42,10 +42,6 @@ def machine(procs: int, device: str = "cuda") -> Machine:
     return Machine.model_validate({"device": device, "procs": procs})
 
 
-def quiet(text: str) -> None:
-    pass
-
-
 def test_a_gpu_is_free_again_only_when_launcher_and_worker_are_gone(gpus: list[str]) -> None:
     launcher = holder(gpus[0], "launcher")
     worker = holder(gpus[0], "worker")
@@ -60,32 +56,32 @@ def test_a_gpu_is_free_again_only_when_launcher_and_worker_are_gone(gpus: list[s
     mine.close()
 
 
-def test_two_commands_never_share_and_the_later_one_waits(gpus: list[str]) -> None:
-    said: list[str] = []
+def test_two_commands_never_share_and_the_later_one_waits(gpus: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="obowlab")
     order: list[str] = []
-    with leased(machine(2), say=quiet) as first:
+    with leased(machine(2)) as first:
         assert first == {GPUS_VARIABLE: f"{gpus[0]},{gpus[1]}", "CUDA_VISIBLE_DEVICES": f"{gpus[0]},{gpus[1]}"}
-        with leased(machine(1, "auto"), say=quiet) as second:
+        with leased(machine(1, "auto")) as second:
             assert second[GPUS_VARIABLE] == gpus[2]
 
         def wait() -> None:
-            with leased(machine(2), say=said.append) as later:
+            with leased(machine(2)) as later:
                 order.append(later[GPUS_VARIABLE])
 
         waiting = threading.Thread(target=wait)
         waiting.start()
-        while not said:
+        while not caplog.messages:
             time.sleep(0.01)
         order.append("given back")
     waiting.join()
     assert order == ["given back", f"{gpus[0]},{gpus[1]}"]
-    assert said == ["Waiting for 2 free GPUs of 3; `obowlab jobs` shows who has them."]
+    assert caplog.messages == ["Waiting for 2 free GPUs of 3; `obowlab jobs` shows who has them."]
 
 
 def test_waiting_can_be_given_up_and_leaves_nothing_taken(gpus: list[str]) -> None:
     other = take(gpus[1])
     assert other is not None
-    with leased(machine(3), say=quiet, given_up=lambda: True) as mine:
+    with leased(machine(3), given_up=lambda: True) as mine:
         assert mine == {}
     for gpu in (gpus[0], gpus[2]):
         free = take(gpu)
@@ -104,13 +100,13 @@ def test_a_worker_that_lost_its_gpu_says_so(gpus: list[str]) -> None:
 
 
 def test_no_gpu_is_taken_for_the_cpu_and_only_visible_ones_for_cuda(gpus: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    with leased(machine(3, "cpu"), say=quiet) as nothing:
+    with leased(machine(3, "cpu")) as nothing:
         assert nothing == {}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", f"{gpus[2]},7,{gpus[0]}")  # what follows an unknown one is hidden
-    with leased(machine(1), say=quiet) as mine:
+    with leased(machine(1)) as mine:
         assert mine[GPUS_VARIABLE] == gpus[2]
     with pytest.raises(UserError, match="This machine has 1 GPU, not 2"):
         check_gpus(machine(2))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    with leased(machine(1), say=quiet) as mine:
+    with leased(machine(1)) as mine:
         assert mine[GPUS_VARIABLE] == gpus[1]

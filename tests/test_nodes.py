@@ -19,7 +19,7 @@ from obowlab.config import Loaded, Machine
 from obowlab.launch import local as launching
 from obowlab.launch import nodes
 from obowlab.launch.compute_command import compute_command
-from obowlab.launch.nodes import MEETING_VARIABLE, Meeting
+from obowlab.launch.nodes import RENDEZVOUS_VARIABLE, Rendezvous
 from obowlab.launch.system import process_tree
 from obowlab.runs.folder import RunFolder
 from tests.processes import wait_until
@@ -41,8 +41,8 @@ def recipe_in(folder: Path) -> Loaded:
 
 
 @contextmanager
-def second_node(meeting: Meeting) -> Iterator[subprocess.Popen[bytes]]:
-    follower = subprocess.Popen([*NODE, str(meeting.folder), "1"])
+def second_node(rendezvous: Rendezvous) -> Iterator[subprocess.Popen[bytes]]:
+    follower = subprocess.Popen([*NODE, str(rendezvous.folder), "1"])
     try:
         yield follower
     finally:
@@ -56,14 +56,14 @@ def test_two_nodes_equal_one_though_a_process_of_each_is_killed(
     loaded = recipe_in(tmp_path)
     one_node = complete(loaded, machine=machine_of(tmp_path / "one", data_root=data_root, nodes=1), seed=3)
     machine = machine_of(tmp_path / "two", data_root=data_root, nodes=2)
-    meeting = Meeting(tmp_path / "meeting")
-    monkeypatch.setenv(MEETING_VARIABLE, str(meeting.folder))
+    rendezvous = Rendezvous(tmp_path / "rendezvous")
+    monkeypatch.setenv(RENDEZVOUS_VARIABLE, str(rendezvous.folder))
     codes: list[int] = []
 
     def lead() -> None:
         codes.append(launching.launch(loaded, seed=3, machine=machine, fresh=False, progress=False))
 
-    with second_node(meeting) as follower, meeting.held():
+    with second_node(rendezvous) as follower, rendezvous.heartbeat():
         leader = threading.Thread(target=lead)
         leader.start()
         path = machine.runs_root / one_node.run_id
@@ -76,8 +76,8 @@ def test_two_nodes_equal_one_though_a_process_of_each_is_killed(
             os.kill(of_node_1[0] if node == 1 else next(pid for pid in of_both if pid not in of_node_1), signal.SIGKILL)
         leader.join(timeout=200)
         assert codes == [0]
-        meeting_files = {path.name for path in meeting.folder.iterdir()}
-    assert {"failed-1-1", "call.json"} <= meeting_files
+        files = {path.name for path in rendezvous.folder.iterdir()}
+    assert {"failed-1-1", "round.json"} <= files
     assert folder.state.status == "finished"
     assert len(folder.attempts()) == 3
     assert points(folder) == points(one_node)
@@ -98,31 +98,31 @@ def _wait_for_steps(folder: RunFolder, *, attempt: int, leader: threading.Thread
 
 
 def test_the_other_nodes_end_when_all_is_over_or_node_0_falls_silent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    meeting = Meeting(tmp_path / "meeting")
-    with meeting.held():
-        assert meeting.goes_on()
-        follower = subprocess.Popen([*NODE, str(meeting.folder), "1"])
+    rendezvous = Rendezvous(tmp_path / "rendezvous")
+    with rendezvous.heartbeat():
+        assert rendezvous.is_alive()
+        follower = subprocess.Popen([*NODE, str(rendezvous.folder), "1"])
         time.sleep(0.5)
         assert follower.poll() is None
     assert follower.wait(timeout=20) == 0
     monkeypatch.setattr(nodes, "SILENCE_S", 0.3)
-    silent = Meeting(tmp_path / "silent")
-    assert silent.next_call(after=0) is None
+    silent = Rendezvous(tmp_path / "silent")
+    assert silent.next_round(after=0) is None
     assert not silent.is_over()
 
 
 def test_a_newer_call_ends_the_one_before(tmp_path: Path) -> None:
-    meeting = Meeting(tmp_path)
-    first = meeting.call(tmp_path / "run", token="a")
-    assert meeting.stands(first)
-    assert not meeting.has_failed(first)
-    meeting.report_failure(first, node=1)
-    assert meeting.has_failed(first)
-    second = meeting.call(tmp_path / "run", token="a")
-    assert not meeting.stands(first)
-    assert not meeting.has_failed(second)
-    assert meeting.next_call(after=1) == second
-    assert meeting.rendezvous(second) != meeting.rendezvous(first)
+    rendezvous = Rendezvous(tmp_path)
+    first = rendezvous.start_round(tmp_path / "run", token="a")
+    assert rendezvous.is_current(first)
+    assert not rendezvous.has_failed(first)
+    rendezvous.report_failure(first, node=1)
+    assert rendezvous.has_failed(first)
+    second = rendezvous.start_round(tmp_path / "run", token="a")
+    assert not rendezvous.is_current(first)
+    assert not rendezvous.has_failed(second)
+    assert rendezvous.next_round(after=1) == second
+    assert rendezvous.torchrun_variables(second) != rendezvous.torchrun_variables(first)
 
 
 def test_torchrun_is_told_the_share_of_a_node(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import pytest
 from obowlab.config import Loaded, Machine, Recipe
 from obowlab.errors import UserError
 from obowlab.launch.jobs import logs_of, overview, reap, stop
-from obowlab.launch.slurm import Errand, Needs, live_runs, states, submit, submitted_jobs
+from obowlab.launch.slurm import JobRequest, Resources, live_runs, states, submit, submitted_jobs
 from obowlab.runs.folder import RunFolder
 from tests.command_line import Obowlab
 
@@ -65,8 +65,8 @@ def machine_in(root: Path, **slurm: Any) -> Machine:
     return Machine.model_validate({"runs_root": root / "runs", "data_root": root / "data", "device": "cpu", "slurm": slurm})
 
 
-def errand(*words: str, run: str | None = None) -> Errand:
-    return Errand(words=words, runs=(run,) if run else (), what=run or " ".join(words))
+def request(*words: str, run: str | None = None) -> JobRequest:
+    return JobRequest(arguments=words, runs=(run,) if run else (), what=run or " ".join(words))
 
 
 def flags(script: str) -> dict[str, str]:
@@ -88,9 +88,9 @@ def test_a_job_asks_for_what_its_processes_need(tmp_path: Path, cluster: Cluster
         "options": ("reservation=ssl", "exclusive"),
     }
     (job,) = submit(
-        [errand("run", "full", run="full-s0-1")],
+        [request("run", "full", run="full-s0-1")],
         machine=machine_in(tmp_path, **slurm),
-        needs=Needs(nodes=2, procs=8, gpus=True),
+        resources=Resources(nodes=2, procs=8, gpus=True),
         name="full",
     )
     asked = flags(cluster.script(1))
@@ -109,16 +109,16 @@ def test_a_job_asks_for_what_its_processes_need(tmp_path: Path, cluster: Cluster
 
 def test_many_commands_are_an_array_with_a_limit_after_others(tmp_path: Path, cluster: Cluster) -> None:
     machine = machine_in(tmp_path)
-    first = submit([errand("run", "stage")], machine=machine, needs=Needs(), name="first")
-    errands = [errand("run", "a", run="a-s0-1"), errand("run", "b", run="b-s0-1"), errand("run", "c", run="c-s0-1")]
-    jobs = submit(errands, machine=machine, needs=Needs(), name="table", at_a_time=2, after=first)
+    first = submit([request("run", "stage")], machine=machine, resources=Resources(), name="first")
+    requests = [request("run", "a", run="a-s0-1"), request("run", "b", run="b-s0-1"), request("run", "c", run="c-s0-1")]
+    jobs = submit(requests, machine=machine, resources=Resources(), name="table", at_a_time=2, after=first)
     assert [job.id for job in jobs] == ["2_0", "2_1", "2_2"]
     asked = flags(cluster.script(2))
     assert asked["array"] == "0-2%2"
     assert asked["dependency"] == "afterany:1"
     assert "gpus-per-node" not in asked
     cluster.queue("2_0|RUNNING|node1|None", "2_2|PENDING||JobArrayTaskLimit", "77|RUNNING|node9|None")
-    assert {number: state.word for number, state in states(jobs).items()} == {"2_0": "RUNNING", "2_2": "PENDING"}
+    assert {number: state.name for number, state in states(jobs).items()} == {"2_0": "RUNNING", "2_2": "PENDING"}
     assert set(live_runs(machine.runs_root)) == {"a-s0-1", "c-s0-1"}
 
 
@@ -127,11 +127,11 @@ def test_slurm_that_is_not_there_or_refuses_is_told_in_one_sentence(
 ) -> None:
     cluster.refuse()
     with pytest.raises(UserError, match=r"^Slurm refuses the job: error: invalid partition specified: nowhere; see \[slurm\]"):
-        submit([errand("run", "demo")], machine=machine_in(tmp_path), needs=Needs(), name="demo")
+        submit([request("run", "demo")], machine=machine_in(tmp_path), resources=Resources(), name="demo")
     assert submitted_jobs(tmp_path / "runs") == []
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(UserError, match="There is no Slurm here"):
-        submit([errand("run", "demo")], machine=machine_in(tmp_path), needs=Needs(), name="demo")
+        submit([request("run", "demo")], machine=machine_in(tmp_path), resources=Resources(), name="demo")
 
 
 # ---------------------------------------------------------------------------------------------------------- within the job
@@ -215,8 +215,9 @@ def test_jobs_of_both_launchers_are_listed_with_what_is_known(tmp_path: Path, cl
     gone = run_in(tmp_path, 3, status="running", step=3, total_steps=10, pid=2**22 + 1)
     local = run_in(tmp_path, 4, status="running", step=50, total_steps=100, trained_s=10.0)
     machine = machine_in(tmp_path)
-    submit([errand("run", run=queued.run_id), errand("run", run=training.run_id)], machine=machine, needs=Needs(), name="t")
-    submit([errand("tune", "kappa-delta")], machine=machine, needs=Needs(), name="tune")
+    requests = [request("run", run=queued.run_id), request("run", run=training.run_id)]
+    submit(requests, machine=machine, resources=Resources(), name="t")
+    submit([request("tune", "kappa-delta")], machine=machine, resources=Resources(), name="tune")
     cluster.queue("1_0|PENDING||BeginTime", "1_1|RUNNING|node1|None", "2|RUNNING|node2|None")
     with local.lock():
         found = {job.what: job for job in overview(tmp_path / "runs").jobs}
@@ -246,7 +247,7 @@ def test_dead_runs_are_reaped_and_live_ones_left_alone(tmp_path: Path, cluster: 
 
 def test_a_job_of_the_cluster_is_cancelled_and_a_run_here_is_told_to_stop(tmp_path: Path, cluster: Cluster) -> None:
     far, idle = run_in(tmp_path, 0), run_in(tmp_path, 2)
-    (job,) = submit([errand("run", run=far.run_id)], machine=machine_in(tmp_path), needs=Needs(), name="far")
+    (job,) = submit([request("run", run=far.run_id)], machine=machine_in(tmp_path), resources=Resources(), name="far")
     cluster.queue("1|RUNNING|node1|None")
     assert "Cancelled job 1" in stop(far.run_id, runs_root=tmp_path / "runs")
     assert (cluster.folder / "cancelled").read_text() == "1\n"
@@ -282,10 +283,10 @@ def test_a_run_is_submitted_once_with_everything_said_on_the_command_line(
     assert (code, err) == (0, "")
     assert "as job 1 on 2 nodes, 4 GPUs each." in out
     (job,) = submitted_jobs(workplace / "runs")
-    told = " ".join(job.errand.words)
+    told = " ".join(job.request.arguments)
     assert told.startswith("run demo --seed 7 --set data.dataset=small --procs 4 --nodes 2 --no-progress --runs-root ")
     assert told.endswith(f"--device cuda --launcher local --machine {machine}")
-    (run,) = job.errand.runs
+    (run,) = job.request.runs
     assert RunFolder.find(run, runs_root=workplace / "runs").state.status == "created"
     cluster.queue("1|PENDING||Resources")
     code, out, _ = obowlab(*words)
@@ -314,7 +315,7 @@ def test_the_stages_of_a_table_are_submitted_before_the_rows_that_need_them(
     assert (code, err) == (0, "")
     assert out.count("Submitted") >= 2
     jobs = submitted_jobs(workplace / "runs")
-    assert len({run for job in jobs for run in job.errand.runs}) == len(jobs)
+    assert len({run for job in jobs for run in job.request.runs}) == len(jobs)
     number = len({job.id.partition("_")[0] for job in jobs})
     assert all("dependency" in flags(cluster.script(later)) for later in range(2, number + 1))
     cluster.queue(*(f"{job.id}|PENDING||Priority" for job in jobs))
@@ -349,5 +350,5 @@ def test_measuring_can_be_a_job(obowlab: Obowlab, finished: RunFolder, cluster: 
     code, out, err = obowlab("eval", finished.run_id, "--protocol", "knn", "--launcher", "slurm", "--device", "cpu")
     assert (code, err) == (0, "")
     (job,) = submitted_jobs(finished.path.parent)
-    assert job.errand.words[:4] == ("eval", str(finished.path), "--protocol", "knn")
+    assert job.request.arguments[:4] == ("eval", str(finished.path), "--protocol", "knn")
     assert "Submitted eval" in out

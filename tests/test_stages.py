@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from obowlab.config import Loaded, Machine, load_recipe
-from obowlab.files import read_sealed
+from obowlab.files import read_checked
 from obowlab.methods import build_backbone
 from obowlab.runs.folder import RunFolder
 from obowlab.runs.lineage import find_run
@@ -69,7 +69,7 @@ def test_a_chain_killed_in_its_second_stage_goes_on_there(
     finished = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)
     assert finished.returncode == 0, finished.stdout
     assert f"Run {trained[2][0].run_id} is finished.\nStage 2 of 3: Chain (stage 2 of 3)\n" in finished.stdout
-    assert "Going on from step" in finished.stdout
+    assert "Resuming from step" in finished.stdout
     assert finished.stdout.count("k-means: 12 words") == 1, "the second stage had its words already"
     for expected in trained[2]:
         found = RunFolder.open(runs_root / expected.run_id)
@@ -107,7 +107,7 @@ def interrupted_copy(folder: Path, trained: tuple[Loaded, Machine, list[RunFolde
 def test_a_teacher_under_another_name_will_do(tmp_path: Path, trained: tuple[Loaded, Machine, list[RunFolder]]) -> None:
     first, second, _ = interrupted_copy(tmp_path, trained)
     other = first.path.rename(tmp_path / "mine-s3-00000000")
-    info = read_sealed(other / "run.json")
+    info = read_checked(other / "run.json")
     (other / "run.json").write_text(json.dumps({**info, "run_id": other.name, "name": "mine"}))
     assert train_here([str(second.path)]) == 0
     assert second.attempts()[-1]["teacher_run"] == "mine-s3-00000000"

@@ -15,7 +15,7 @@ from PIL import Image
 from obowlab.config import Backbone, Bownet, Data, Loaded, Machine, Recipe, Views, load_recipe
 from obowlab.data.datasets import open_split
 from obowlab.evaluation.features import frozen
-from obowlab.evaluation.words.gallery import sheets as word_sheets
+from obowlab.evaluation.words import sheets as word_sheets
 from obowlab.evaluation.words.gallery import show_words
 from obowlab.evaluation.words.search import CentreViews
 from obowlab.evaluation.words.sheets import TILE, WORDS_PER_SHEET

@@ -15,6 +15,7 @@ import click
 
 from obowlab import __version__
 from obowlab.errors import UserError
+from obowlab.log import log_to_stderr
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("obowlab.cli.run:run", "Pretrain a recipe, then evaluate the encoder; the same command again continues."),
@@ -32,7 +33,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "obowlab.cli.report:report",
         "Write tables, curves, vocabulary health, studies and provenance as a static site.",
     ),
-    "doctor": ("obowlab.cli.doctor:doctor", "Check this machine and say how to mend what is missing."),
+    "doctor": ("obowlab.cli.doctor:doctor", "Check this machine and print the command that fixes what is missing."),
     "ui": ("obowlab.cli.ui:ui", "Browse the runs in MLflow on this machine."),
 }
 """Command name -> (where it is, one line of help)."""
@@ -40,6 +41,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 UNUSABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 """What a disk may refuse anything with that a command writes."""
+
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What a file system without locks answers."""
 
 INTERRUPTED = 130
 """Exit code after Ctrl-C: 128 + SIGINT, as shells have it."""
@@ -113,7 +117,8 @@ def cli() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0 done, 1 failed, 2 a mistake to mend, 130 interrupted."""
+    """Run the command line and return its exit code: 0 done, 1 failed, 2 a mistake of the user, 130 interrupted."""
+    log_to_stderr()
     try:
         result: Any = cli.main(args=None if argv is None else list(argv), prog_name="obowlab", standalone_mode=False)
     except UserError as error:
@@ -128,10 +133,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except click.ClickException as error:
         return _complain(error.format_message())
     except OSError as error:
+        if error.errno in NO_LOCKS:
+            return _complain(f"The disk has no file locks ({error.strerror}): choose another --runs-root and --data-root.")
         if error.errno not in UNUSABLE:
             raise
         return _complain(
-            f"Cannot write {error.filename or 'to the disk'} ({error.strerror}): mend that and run the command again."
+            f"Cannot write {error.filename or 'to the disk'} ({error.strerror}): fix that and run the command again."
         )
     except click.Abort:  # Ctrl-C before the command began
         return INTERRUPTED

@@ -1,6 +1,6 @@
-"""`obowlab doctor`: one line for everything a run needs, and for each failure the line that mends it.
+"""`obowlab doctor`: one line for everything a run needs, and for each failure the command that fixes it.
 
-Whatever may be broken is tried in a process of its own, so that a library that does not load is a line and not a crash.
+What may be broken is tried in a process of its own, so that a library that does not load is a line and not a crash.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
@@ -55,16 +54,16 @@ class Check:
     """One line of the report.
 
     Attributes:
-        name: what was looked at.
+        name: what was checked.
         status: `fail` when runs cannot work, `warn` when something optional is missing.
         text: what was found.
-        mend: the command line that mends it; empty when all is well or when no command can.
+        fix: the command that fixes it; empty when all is well or when no command can.
     """
 
     name: str
     status: Literal["ok", "warn", "fail"]
     text: str
-    mend: str = ""
+    fix: str = ""
 
 
 @click.command()
@@ -72,7 +71,7 @@ class Check:
 @json_flag
 @dry_run_option
 def doctor(as_json: bool, options: MachineOptions, dry_run: bool) -> int:
-    """Check this machine and say how to mend what is missing.
+    """Check this machine and print the command that fixes what is missing.
 
     The exit code is 1 when something a run needs is missing; what is optional only warns.
     """
@@ -89,7 +88,7 @@ def doctor(as_json: bool, options: MachineOptions, dry_run: bool) -> int:
 
 
 def examine(machine: Machine) -> list[Check]:
-    """Look at everything a run needs on this machine; nothing is changed."""
+    """Check everything a run needs on this machine; nothing is changed."""
     with ThreadPoolExecutor(3) as pool:  # they wait for processes
         torch, mlflow, ffcv = pool.map(probe, (_TORCH, _MLFLOW, _FFCV))
     return [
@@ -110,8 +109,8 @@ def _print(checks: list[Check]) -> None:
     for check in checks:
         status = click.style(f"{check.status:<4}", fg={"ok": "green", "warn": "yellow", "fail": "red"}[check.status])
         click.echo(f"{status}  {check.name:<{width}}  {check.text}")
-        if check.mend:
-            click.echo(f"{'':<4}  {'':<{width}}  {check.mend}")
+        if check.fix:
+            click.echo(f"{'':<4}  {'':<{width}}  {check.fix}")
 
 
 def probe(code: str, *, timeout_s: float = PROBE_TIMEOUT_S) -> dict[str, Any] | str:
@@ -137,6 +136,8 @@ def _python() -> list[Check]:
 
 
 def _torch_and_cuda(found: dict[str, Any] | str) -> list[Check]:
+    from obowlab.launch.system import installed_gpus
+
     if isinstance(found, str):
         return [Check("torch", "fail", f"does not load: {found}", f"{_PIP} install --force-reinstall torch torchvision")]
     checks = [Check("torch", "ok", f"{found['torch']}, torchvision {found['torchvision']}, CPU arithmetic works")]
@@ -148,7 +149,7 @@ def _torch_and_cuda(found: dict[str, Any] | str) -> list[Check]:
             checks.append(Check("nccl", "ok", "available"))
         else:
             checks.append(Check("nccl", "warn", "torch was built without it: several GPUs will not work", _torch_for_cuda()))
-    elif shutil.which("nvidia-smi"):
+    elif installed_gpus():
         checks.append(
             Check(
                 "cuda",
@@ -200,23 +201,15 @@ def _system_libraries(*, ffcv_is_built: bool) -> list[Check]:
 
 
 def _memory() -> list[Check]:
-    facts = (
-        dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-        if Path("/proc/meminfo").exists()
-        else {}
-    )
-    if "MemAvailable" not in facts:
-        return [Check("memory", "warn", "this system does not say how much is free")]
-    free = int(facts["MemAvailable"].split()[0]) * 1024
-    total = int(facts["MemTotal"].split()[0]) * 1024
-    found = f"{text.size(free)} of {text.size(total)} free, {_cores()} CPU core(s)"
-    if free >= MIN_FREE_MEMORY:
+    import psutil
+
+    from obowlab.runs.provenance import num_cores
+
+    memory = psutil.virtual_memory()
+    found = f"{text.size(memory.available)} of {text.size(memory.total)} free, {num_cores()} CPU core(s)"
+    if memory.available >= MIN_FREE_MEMORY:
         return [Check("memory", "ok", found)]
     return [Check("memory", "warn", f"{found}: small batches only", "obowlab run NAME --set training.batch_size=32 --workers 1")]
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _disk(machine: Machine) -> list[Check]:
@@ -227,8 +220,8 @@ def _disk(machine: Machine) -> list[Check]:
     ):
         place = next(parent for parent in (root, *root.parents) if parent.exists())
         if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-            mend = f"obowlab doctor {option} DIR   # and give the same option to obowlab run, or set it in the machine file"
-            checks.append(Check(name, "fail" if option == "--runs-root" else "warn", f"cannot write below {place}", mend))
+            fix = f"obowlab doctor {option} DIR   # and give the same option to obowlab run, or set it in the machine file"
+            checks.append(Check(name, "fail" if option == "--runs-root" else "warn", f"cannot write below {place}", fix))
             continue
         free = shutil.disk_usage(place).free
         if free >= MIN_FREE_DISK:
@@ -255,7 +248,7 @@ def _tracking(machine: Machine) -> list[Check]:
     shown = shown_uri(uri)
     if not uri.startswith("http"):
         return [Check("tracking", "ok", f"{shown}; no server is needed")]
-    later = "runs go on and keep their points"
+    later = "runs continue and keep their points"
     try:
         status = answers(uri, timeout_s=5)
     except (OSError, ValueError) as error:
@@ -266,9 +259,9 @@ def _tracking(machine: Machine) -> list[Check]:
         return [Check("tracking", "ok", f"{shown} answers")]
     if status in (401, 403):
         text = f"{shown} does not take the login that is set" if login(uri) else f"{shown} asks for a login"
-        mend = "export MLFLOW_TRACKING_USERNAME=... MLFLOW_TRACKING_PASSWORD=...   # or ~/.mlflow/credentials"
-        return [Check("tracking", "warn", f"{text}; {later}", mend)]
-    return [Check("tracking", "warn", f"{shown} answers with {status}; {later}", "obowlab runs sync   # once it is mended")]
+        fix = "export MLFLOW_TRACKING_USERNAME=... MLFLOW_TRACKING_PASSWORD=...   # or ~/.mlflow/credentials"
+        return [Check("tracking", "warn", f"{text}; {later}", fix)]
+    return [Check("tracking", "warn", f"{shown} answers with {status}; {later}", "obowlab runs sync   # once it works again")]
 
 
 def _data(machine: Machine) -> list[Check]:

@@ -21,12 +21,13 @@ from obowlab.cli.options import (
 )
 from obowlab.cli.output import print_results
 from obowlab.errors import UserError
-from obowlab.launch.preflight import check_data, check_nodes
 
 if TYPE_CHECKING:
-    from obowlab.config import Loaded, Machine, Recipe
+    from obowlab.config import Loaded, Machine
     from obowlab.launch.cost import Cost
     from obowlab.launch.local import Plan
+    from obowlab.launch.stages import Stage
+    from obowlab.launch.submit import Submitter
     from obowlab.runs.folder import RunFolder
 
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 @click.option("--seed", type=click.IntRange(min=0, max=2**31 - 1), default=0, show_default=True, help="Seed of weights and data.")
 @set_option
 @click.option(
-    "--resume/--fresh", "resume", default=None, help="Insist on continuing a run, or begin again. [default: continue if there]"
+    "--resume/--fresh", "resume", default=None, help="Require a run to resume, or start again. [default: resume if there is one]"
 )
 @click.option("--procs", type=click.IntRange(min=1), metavar="N", help="Processes that share every batch. [default: 1]")
 @click.option(
@@ -70,9 +71,14 @@ def run(
     again, the command continues an unfinished run, and prints the results of a finished one.
 
     A recipe with a [teacher] has several stages, each a run of its own; those before the last are trained first where they are
-    missing. --fresh begins the last one again.
+    missing. --fresh starts the last one again.
     """
     from obowlab.config import load_recipe
+    from obowlab.launch.local import launch, plan
+    from obowlab.launch.stages import check_stages, open_stages
+    from obowlab.launch.submit import spread
+    from obowlab.report.read import cache_curves
+    from obowlab.runs.folder import RunFolder, run_id_of
 
     if gpus is not None:
         if options.device not in (None, "cuda") or procs not in (None, gpus):
@@ -80,110 +86,53 @@ def run(
         options, procs = replace(options, device="cuda"), gpus
     loaded = load_recipe(name, overrides=overrides)
     machine = options.machine(procs=procs, nodes=nodes)
-    from obowlab.launch.gpu_leases import check_gpus
-    from obowlab.launch.local import launch, plan
-    from obowlab.launch.submit import spread, submit_run
-    from obowlab.report.read import draw_ahead
-    from obowlab.runs.folder import RunFolder, run_id_of
-    from obowlab.runs.lineage import stages_of
-
     if machine.launcher == "slurm":
         machine = spread(machine, nodes=nodes)
-    else:
-        check_nodes(machine)
-        check_gpus(machine)
-    stages = stages_of(loaded, seed=seed, runs_root=machine.runs_root)
-    if stage is not None and stage > len(stages):
-        raise UserError(f"Recipe '{loaded.name}' has {len(stages)} stage{'s' * (len(stages) > 1)}, not {stage}: lower --stage.")
-    chosen = stages[:stage]
-    folders = [_folder(each, seed=seed, machine=machine) for each in chosen]
-    if resume and not any(folders):
-        run_id = run_id_of(chosen[-1], seed=seed)
-        raise UserError(f"There is no run '{run_id}' in {machine.runs_root} to resume; `obowlab runs list` shows what is there.")
-    fresh = resume is False
-    due = [
-        each for each, folder in zip(chosen, folders, strict=True) if not _is_finished(folder) or (fresh and each is chosen[-1])
-    ]
-    for each in due:
-        each.recipe.check_procs(machine.procs)
-    different = [each for number, each in enumerate(due) if each.recipe.data not in [one.recipe.data for one in due[:number]]]
-    for each in different:
-        check_data(each, machine=machine, dry_run=dry_run, say=click.echo)
-    if machine.launcher == "slurm" and due and not dry_run:
-        words = ["run", absolute(name), "--seed", str(seed), *(word for text in overrides for word in ("--set", text))]
-        words += ["--stage", str(stage)] if stage is not None else []
-        submitter = submitter_of(machine, options=options)
-        code = submit_run(words, due, seed=seed, fresh=fresh, submitter=submitter)
-        if submitter.wait and code == 0:
-            print_results(RunFolder.open(machine.runs_root / run_id_of(chosen[-1], seed=seed)))
-        return code
-    for number, each in enumerate(chosen, start=1):
-        if len(stages) > 1:
-            click.echo(f"Stage {number} of {len(stages)}: {each.recipe.title}")
-        folder = folders[number - 1]
-        last = number == len(chosen)
-        if folder is not None and each not in due:
-            _say_finished(folder, each, machine=machine, last=last)
+    stages = open_stages(loaded, seed=seed, machine=machine, last=stage, resume=resume)
+    check_stages(stages, machine=machine, dry_run=dry_run, say=click.echo)
+    if machine.launcher == "slurm" and any(each.is_due for each in stages) and not dry_run:
+        command = ["run", absolute(name), "--seed", str(seed), *(word for text in overrides for word in ("--set", text))]
+        command += ["--stage", str(stage)] if stage is not None else []
+        return _submit(command, stages, seed=seed, submitter=submitter_of(machine, options=options))
+    for each in stages:
+        if len(loaded.stages()) > 1:
+            click.echo(f"Stage {each.number} of {len(loaded.stages())}: {each.loaded.recipe.title}")
+        if each.folder is not None and not each.is_due:
+            _print_finished(each.folder, each.loaded, machine=machine, last=each.is_last)
             continue
-        again = fresh and last
-        is_new = folder is None or again or not folder.attempts()
-        cost = quoted(each.recipe, machine=machine, measure=not dry_run) if quote and is_new else None
+        cost = each.cost(machine, measure=not dry_run) if quote else None
         if dry_run:
-            _print_plan(each, plan=plan(each, seed=seed, machine=machine, fresh=again), machine=machine, cost=cost)
+            planned = plan(each.loaded, seed=seed, machine=machine, fresh=each.fresh)
+            _print_plan(each.loaded, plan=planned, machine=machine, cost=cost)
             continue
-        if code := launch(each, seed=seed, machine=machine, fresh=again, progress=not no_progress, cost=cost):
+        if code := launch(each.loaded, seed=seed, machine=machine, fresh=each.fresh, progress=not no_progress, cost=cost):
             return code
-        folder = RunFolder.open(machine.runs_root / run_id_of(each, seed=seed))
-        draw_ahead(folder)
+        folder = RunFolder.open(machine.runs_root / run_id_of(each.loaded, seed=seed))
+        cache_curves(folder)
         print_results(folder)
     return 0
 
 
-def quoted(recipe: Recipe, *, machine: Machine, measure: bool) -> Cost:
-    """Return, and say, what a training will cost.
-
-    Args:
-        recipe: of the training.
-        machine: where and with what.
-        measure: time a few steps if nothing is known yet; else say only what is known.
-    """
-    from obowlab.launch.cost import CostBook
-    from obowlab.launch.system import count_gpus
-    from obowlab.runs.records import store_runs
-
-    book = CostBook(machine, runs=store_runs(machine.runs_root).values())
-    if measure and book.cost(recipe).source == "unknown":
-        problem = book.measure([recipe])
-        if problem:
-            click.echo(f"Warning: no cost can be quoted ({problem}).", err=True)
-    cost = book.cost(recipe)
-    if measure and cost.seconds is not None:
-        on_cpu = machine.device == "cpu" or (machine.device == "auto" and count_gpus() == 0)
-        click.echo(cost.words(procs=machine.procs, device="cpu" if on_cpu else machine.device), err=True)
-    return cost
-
-
-def _folder(loaded: Loaded, *, seed: int, machine: Machine) -> RunFolder | None:
-    """Return the folder of a run; None when there is none yet."""
+def _submit(command: list[str], stages: list[Stage], *, seed: int, submitter: Submitter) -> int:
+    from obowlab.launch.submit import submit_run
     from obowlab.runs.folder import RunFolder, run_id_of
 
-    path = machine.runs_root / run_id_of(loaded, seed=seed)
-    return RunFolder.open(path) if (path / "run.json").is_file() else None
+    due = [stage.loaded for stage in stages if stage.is_due]
+    code = submit_run(command, due, seed=seed, fresh=stages[-1].fresh, submitter=submitter)
+    if submitter.wait and code == 0:
+        print_results(RunFolder.open(submitter.machine.runs_root / run_id_of(stages[-1].loaded, seed=seed)))
+    return code
 
 
-def _is_finished(folder: RunFolder | None) -> bool:
-    return folder is not None and folder.current_state().status == "finished"
-
-
-def _say_finished(folder: RunFolder, loaded: Loaded, *, machine: Machine, last: bool) -> None:
-    """Say that there is nothing to train, and of the last stage how it was measured."""
+def _print_finished(folder: RunFolder, loaded: Loaded, *, machine: Machine, last: bool) -> None:
+    """Print that there is nothing to train, and the results of the last stage."""
     if not last:
         click.echo(f"Run {folder.run_id} is finished.")
         return
     click.echo(f"Run {folder.run_id} is finished; --fresh would train it again.")
-    _say_if_evaluation_differs(folder, loaded)
+    _warn_if_evaluation_differs(folder, loaded)
     print_results(folder)
-    _say_if_pending(folder, machine)
+    _warn_if_pending(folder, machine)
 
 
 def _print_plan(loaded: Loaded, *, plan: Plan, machine: Machine, cost: Cost | None) -> None:
@@ -203,13 +152,13 @@ def _print_plan(loaded: Loaded, *, plan: Plan, machine: Machine, cost: Cost | No
         + (", random initialisation beside it" if recipe.evaluation.random_baseline else ""),
     ]
     if cost is not None:
-        words = cost.words(procs=machine.procs, device=machine.device).rstrip(".")
-        facts.append(f"{words[:1].lower()}{words[1:]}")
+        sentence = cost.sentence(procs=machine.procs, device=machine.device).rstrip(".")
+        facts.append(f"{sentence[:1].lower()}{sentence[1:]}")
     for fact in facts:
         click.echo(f"  {fact}")
 
 
-def _say_if_pending(folder: RunFolder, machine: Machine) -> None:
+def _warn_if_pending(folder: RunFolder, machine: Machine) -> None:
     from obowlab.tracking.mirror import Mirror
 
     pending = Mirror(folder, tracking_uri=machine.tracking_uri).pending()
@@ -217,7 +166,7 @@ def _say_if_pending(folder: RunFolder, machine: Machine) -> None:
         click.echo(f"MLflow lacks {pending} values, files or facts of it; `obowlab runs sync {folder.run_id}` sends them.")
 
 
-def _say_if_evaluation_differs(folder: RunFolder, loaded: Loaded) -> None:
+def _warn_if_evaluation_differs(folder: RunFolder, loaded: Loaded) -> None:
     from obowlab.config import flatten
 
     before, now = flatten(folder.info.recipe.evaluation), flatten(loaded.recipe.evaluation)

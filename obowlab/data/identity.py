@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from obowlab.data.manifest import Manifest, beton_path, file_sha256
-from obowlab.files import read_sealed, seal, write_atomic
+from obowlab.files import read_checked, with_checksum, write_atomic
 
 NOTES = ".hashed.json"
 LARGE = 2**30
@@ -67,13 +67,13 @@ def note_written(manifests: Iterable[Manifest], *, data_root: Path) -> None:
 
 def _notes(folder: Path) -> dict[str, list[int | str]]:
     try:
-        return {str(name): list(noted) for name, noted in read_sealed(folder / NOTES).items()}
+        return {str(name): list(noted) for name, noted in read_checked(folder / NOTES).items()}
     except (OSError, ValueError, TypeError):  # it only saves time
         return {}
 
 
 def _note(path: Path, *, identity: FileIdentity, digest: str) -> None:
     try:
-        write_atomic(path.parent / NOTES, seal(json.dumps({**_notes(path.parent), path.name: [*identity, digest]})))
+        write_atomic(path.parent / NOTES, with_checksum(json.dumps({**_notes(path.parent), path.name: [*identity, digest]})))
     except OSError:  # a data root that is only read: hashed again at the next start
         return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -14,10 +13,10 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from obowlab.data.beton import mend
+from obowlab.data.beton import fix_for
 from obowlab.data.sources import SPLITS
 from obowlab.errors import UserError
-from obowlab.files import read_sealed, seal
+from obowlab.files import file_lock, read_checked, with_checksum
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 
@@ -75,26 +74,26 @@ def read_manifest(data_root: Path, dataset: str, split: str) -> Manifest | None:
     """
     path = beton_path(data_root, dataset, split).with_suffix(".json")
     try:
-        manifest = Manifest.model_validate(read_sealed(path))
+        manifest = Manifest.model_validate(read_checked(path))
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): mend its permissions, or {mend(dataset)}.") from None
+        raise UserError(f"{path} cannot be read ({error.strerror}): fix its permissions, or {fix_for(dataset)}.") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{path} is no manifest of a data set ({where}: {first['msg']}): {mend(dataset)}.") from None
+        raise UserError(f"{path} is no manifest of a data set ({where}: {first['msg']}): {fix_for(dataset)}.") from None
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({str(error).splitlines()[0]}): {mend(dataset)}.") from None
+        raise UserError(f"{path} is damaged ({str(error).splitlines()[0]}): {fix_for(dataset)}.") from None
     if (manifest.dataset, manifest.split) != (dataset, split):
-        raise UserError(f"{path} describes {manifest.dataset}/{manifest.split}, not {dataset}/{split}: {mend(dataset)}.")
+        raise UserError(f"{path} describes {manifest.dataset}/{manifest.split}, not {dataset}/{split}: {fix_for(dataset)}.")
     return manifest
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Write a manifest so that it survives a power cut."""
     with path.open("w", encoding="utf-8") as file:
-        file.write(seal(json.dumps(manifest.model_dump(mode="json"), indent=1)) + "\n")
+        file.write(with_checksum(json.dumps(manifest.model_dump(mode="json"), indent=1)) + "\n")
         file.flush()
         os.fsync(file.fileno())
 
@@ -109,7 +108,7 @@ def file_sha256(path: Path) -> str:
 def workplace(data_root: Path, dataset: str, *, wait: bool) -> Iterator[Path]:
     """Lock a data set for writing and yield an empty folder beside it, which is removed at the end.
 
-    What an interrupted process left there is removed first. The lock is the system's and dies with its process.
+    What an interrupted process left there is removed first. The lock ends with its process.
 
     Args:
         data_root: folder of all data sets; created if absent.
@@ -122,16 +121,14 @@ def workplace(data_root: Path, dataset: str, *, wait: bool) -> Iterator[Path]:
     working = data_root / f".{dataset}.preparing"
     try:
         data_root.mkdir(parents=True, exist_ok=True)
-        lock = (data_root / f".{dataset}.lock").open("wb")
+        lock = file_lock(data_root / f".{dataset}.lock", timeout_s=-1 if wait else 0).acquire()
+    except TimeoutError:
+        raise UserError(f"Another process is preparing '{dataset}' in {data_root}: wait until it is done.") from None
     except OSError as error:
         raise UserError(
             f"Cannot write to the data root {data_root} ({error.strerror}): choose another with --data-root."
         ) from None
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise UserError(f"Another process is preparing '{dataset}' in {data_root}: wait until it is done.") from None
         if working.exists():
             shutil.rmtree(working)
         working.mkdir()

@@ -9,23 +9,21 @@ from pathlib import Path
 
 from obowlab.config import Machine
 from obowlab.launch.system import count_gpus
-from obowlab.runs.folder import LOCK_TOKEN_VARIABLE
+from obowlab.runs.locks import LOCK_TOKEN_VARIABLE
+from obowlab.runs.provenance import num_cores
 
 CommandFactory = Callable[[Path, Machine], list[str]]
 
-
 NO_PROGRESS_VARIABLE = "OBOWLAB_NO_PROGRESS"
-
-
 PATIENCE_VARIABLE = "OBOWLAB_PATIENCE_S"
-"""Seconds to wait for a run that another process has, before giving up; set for jobs of a cluster, where that process is often
-the last breath of the job's own start before."""
+"""Seconds to wait for a locked run before giving up; set for jobs of a cluster, where the holder is often the previous start of
+the same job, still shutting down."""
 
 
 def compute_command(path: Path, machine: Machine) -> list[str]:
     """Return the command that trains and evaluates the run of a folder on this node, through torchrun for several processes.
 
-    torchrun's own restarts are not used: a group that died is started anew by the launcher, so that nothing of the dead is met.
+    torchrun's own restarts are not used: the launcher starts a group that died anew, without leftovers of the dead processes.
     """
     launcher: list[str] = []
     if machine.procs > 1:
@@ -41,7 +39,7 @@ def environment_of(machine: Machine, *, token: str, progress: bool) -> dict[str,
     """Return the variables of a compute process.
 
     Args:
-        machine: with what it computes.
+        machine: says how many processes and threads, and on which device.
         token: of the run's lock.
         progress: whether it shows its progress on the terminal.
     """
@@ -50,7 +48,7 @@ def environment_of(machine: Machine, *, token: str, progress: bool) -> dict[str,
         LOCK_TOKEN_VARIABLE: token,
         "OMP_NUM_THREADS": str(threads_of(machine)),
     }
-    if machine.device != "cuda" and machine.procs > 1:  # gloo's processes would complain of a setting that is meant
+    if machine.device != "cuda" and machine.procs > 1:  # gloo would warn of a setting that is intended
         environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if not progress:
         environment[NO_PROGRESS_VARIABLE] = "1"
@@ -71,5 +69,4 @@ def threads_of(machine: Machine) -> int:
         return int(inherited)
     if machine.device == "cpu" or (machine.device == "auto" and count_gpus() == 0):
         return 1
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // (machine.procs // machine.nodes))
+    return max(1, num_cores() // (machine.procs // machine.nodes))

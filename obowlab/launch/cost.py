@@ -1,13 +1,14 @@
-"""What a training will cost before it begins: its time, memory and disk.
+"""What a training will cost: its time, memory and disk, estimated before it begins.
 
-They come, the best first, from a finished run of the same recipe on the same kind of device, or from a micro-benchmark: a few
-steps on random images in a process of its own (`obowlab.training.benchmark`), kept in RUNS_ROOT/.costs.json for the next time.
-What was quoted and what it came to are kept in the run's `cost.json`.
+The estimates come, the best first, from a finished run of the same recipe on the same kind of device, or from a micro-benchmark:
+a few steps on random images in a process of its own (`obowlab.training.benchmark`), kept in RUNS_ROOT/.costs.json. The quote and
+the actual cost are kept in the run's `cost.json`.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -27,7 +28,9 @@ from obowlab.data.manifest import read_manifest
 from obowlab.errors import UserError
 from obowlab.files import write_atomic
 from obowlab.launch.gpu_leases import leased
+from obowlab.launch.system import count_gpus
 from obowlab.runs.folder import COST_FILE, RunFolder, RunSummary
+from obowlab.runs.records import store_runs
 
 COSTS = ".costs.json"
 MIB = 2**20
@@ -35,15 +38,16 @@ SMALL_FILES_MIB = 3.0
 """Metrics, results and logs of a run."""
 
 BENCHMARK_TIMEOUT_S = 600.0
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one training takes.
+    """What one training costs.
 
     Attributes:
         steps: optimiser updates; None when the data set is not known here.
-        seconds: of training, evaluation not counted; None when nothing was measured.
+        seconds: of training, without evaluation; None when nothing was measured.
         source: where the numbers come from: `run`, `benchmark` or `unknown`.
         memory_mib: peak of one process, on its GPU or else of the process itself; None when not measured.
         disk_mib: of the run folder in the end; None when not measured.
@@ -55,12 +59,12 @@ class Cost:
     memory_mib: float | None = None
     disk_mib: float | None = None
 
-    def words(self, *, procs: int, device: str) -> str:
+    def sentence(self, *, procs: int, device: str) -> str:
         """Return the cost as a sentence.
 
         Args:
             procs: processes that train.
-            device: `cpu`, or whatever else computes on GPUs.
+            device: `cpu`, or any other name for GPUs.
         """
         if self.seconds is None:
             return "Cost: unknown."
@@ -74,12 +78,12 @@ class Cost:
 
 
 class Measured(BaseModel):
-    """What the micro-benchmark says of a recipe.
+    """What the micro-benchmark measures of a recipe.
 
     Attributes:
         step_s: seconds of a step of the whole batch in one process.
-        memory_mib: what a process takes without any image.
-        memory_mib_per_image: what every image of its share of the batch adds.
+        memory_mib: of a process without any image.
+        memory_mib_per_image: added by every image of its share of the batch.
         checkpoint_mib: of one checkpoint.
         encoder_mib: of the encoder alone.
     """
@@ -95,11 +99,11 @@ class CostBook:
     """The costs of recipes on this machine."""
 
     def __init__(self, machine: Machine, *, runs: Iterable[RunSummary]) -> None:
-        """Read what was measured.
+        """Read the measurements.
 
         Args:
             machine: its run store keeps the measurements.
-            runs: the finished ones among them tell their own time.
+            runs: the finished ones among them are measurements too.
         """
         self._machine = machine
         self._path = machine.runs_root / COSTS
@@ -110,7 +114,7 @@ class CostBook:
         self._measured = _read(self._path)
 
     def cost(self, recipe: Recipe) -> Cost:
-        """Return what a training of this recipe takes, as far as it is known."""
+        """Return what a training of this recipe costs, as far as it is known."""
         key, steps = recipe.fingerprint(seed=0), num_steps(recipe, data_root=self._machine.data_root)
         if key in self._finished:
             runs = self._finished[key]
@@ -137,7 +141,7 @@ class CostBook:
         """Time a few steps of the recipes that were never measured here, in one process.
 
         Returns:
-            Why not all of them could be timed, in a few words; empty when all is well. A cost is nothing to fail for.
+            Why not all of them could be timed, in a few words; empty on success. No run fails for want of a quote.
         """
         missing = {recipe.fingerprint(seed=0): recipe for recipe in recipes if self.cost(recipe).source == "unknown"}
         if not missing:
@@ -148,7 +152,7 @@ class CostBook:
         environment = {**os.environ, "OMP_NUM_THREADS": str(self._machine.threads or os.environ.get("OMP_NUM_THREADS") or 1)}
         one = self._machine.model_copy(update={"procs": 1, "nodes": 1})
         try:
-            with leased(one, say=lambda line: print(line, file=sys.stderr, flush=True)) as gpus:
+            with leased(one) as gpus:
                 done = subprocess.run(
                     [sys.executable, "-m", "obowlab.training.benchmark"],
                     input=request,
@@ -172,7 +176,7 @@ class CostBook:
         try:
             key = folder.info.recipe.fingerprint(seed=0)
         except UserError:
-            return  # made by another version: it cannot be what is planned now
+            return  # made by another version, whose recipes differ from this one's
         trained_s, facts = folder.trained_s(), folder.facts()
         if trained_s is not None and self._machine.device in ("auto", facts.get("device")):
             seconds = trained_s * int(facts.get("procs", 1)) / self._machine.procs
@@ -184,17 +188,35 @@ class CostBook:
         return f"{socket.gethostname()} {self._machine.device} {key}"
 
 
-# ---------------------------------------------------------------------------------------------------- quote and truth
+# ------------------------------------------------------------------------------------------------ quote and actual cost
 
 
-def quote(folder: RunFolder, *, cost: Cost, procs: int) -> None:
-    """Keep what a run is expected to cost beside it, unless that was done when it began."""
+def quoted(recipe: Recipe, *, machine: Machine, measure: bool) -> Cost:
+    """Return what a training will cost.
+
+    Args:
+        recipe: of the training.
+        machine: where and with what.
+        measure: time a few steps if nothing is known yet, and log the quote; else only return what is known.
+    """
+    book = CostBook(machine, runs=store_runs(machine.runs_root).values())
+    if measure and (problem := book.measure([recipe])):
+        logger.warning("No cost can be quoted (%s).", problem)
+    cost = book.cost(recipe)
+    if measure and cost.seconds is not None:
+        on_cpu = machine.device == "cpu" or (machine.device == "auto" and count_gpus() == 0)
+        logger.info(cost.sentence(procs=machine.procs, device="cpu" if on_cpu else machine.device))
+    return cost
+
+
+def write_quote(folder: RunFolder, *, cost: Cost, procs: int) -> None:
+    """Write what a run is expected to cost into its folder, unless that was done when it began."""
     if not (folder.path / COST_FILE).exists():
         _write(folder, {"quote": {**_numbers(cost, procs=procs), "source": cost.source}})
 
 
-def settle(folder: RunFolder) -> None:
-    """Keep what a finished run did cost beside what was quoted."""
+def write_actual_cost(folder: RunFolder) -> None:
+    """Write what a finished run did cost beside its quote."""
     files = [path.stat().st_size for path in folder.path.rglob("*") if path.is_file()]
     procs = int(folder.facts().get("procs", 1))
     truth = Cost(None, folder.trained_s(), "run", folder.state.memory_mib, round(sum(files) / MIB, 1))
@@ -217,7 +239,7 @@ def _size(mib: float) -> str:
 
 
 def num_steps(recipe: Recipe, *, data_root: Path) -> int | None:
-    """Return the optimiser updates of a recipe from the prepared data set, or from what is known of it; else None."""
+    """Return the optimiser updates of a recipe from the prepared data set, or from its published size; else None."""
     data = recipe.data
     manifest = read_manifest(data_root, data.dataset, "train")
     info = DATASETS.get(data.dataset)

@@ -1,4 +1,4 @@
-"""Leases of this machine's GPUs: names that the kernel gives to one process at a time, and takes back when it is gone.
+"""Leases of this machine's GPUs: names that the kernel gives to one process at a time, and takes back when it ends.
 
 A GPU has two names in Linux's abstract socket namespace, as a run has two locks: the launcher holds one, the training process
 that computes on the GPU the other. So a GPU stays taken while a training process whose launcher was killed is still saving.
@@ -9,6 +9,7 @@ each other's names: give each its own GPUs.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import socket
 import sys
@@ -21,7 +22,12 @@ from obowlab.config import Machine
 from obowlab.errors import UserError
 from obowlab.launch.system import count_gpus, visible_gpus
 
+GPUS_VARIABLE = "OBOWLAB_GPUS"
+"""Set by a launcher that holds GPUs for the processes it starts: their UUIDs, in the order of local ranks."""
+
 POLL_S = 1.0
+Role = Literal["launcher", "worker"]
+logger = logging.getLogger(__name__)
 
 
 def check_gpus(machine: Machine) -> None:
@@ -33,27 +39,24 @@ def check_gpus(machine: Machine) -> None:
     needed = machine.procs // machine.nodes
     if machine.device == "cpu" or (machine.device == "auto" and needed == 1):
         return
-    there = count_gpus()
-    if machine.device == "auto" and there == 0:
+    present = count_gpus()
+    if machine.device == "auto" and present == 0:
         return  # several processes on the CPU
-    if there < needed:
-        fewer = f"--gpus {there} or " if there else ""
-        noun = "GPU" if there == 1 else "GPUs"
-        raise UserError(f"This machine has {there} {noun}, not {needed}; use {fewer}--device cpu --procs N.")
+    if present < needed:
+        fewer = f"--gpus {present} or " if present else ""
+        noun = "GPU" if present == 1 else "GPUs"
+        raise UserError(f"This machine has {present} {noun}, not {needed}; use {fewer}--device cpu --procs N.")
 
 
 @contextmanager
-def leased(
-    machine: Machine, *, say: Callable[[str], None], given_up: Callable[[], bool] = lambda: False
-) -> Iterator[Mapping[str, str]]:
-    """Keep as many free GPUs as a machine's processes on this node need, for as long as the context lasts.
+def leased(machine: Machine, *, given_up: Callable[[], bool] = lambda: False) -> Iterator[Mapping[str, str]]:
+    """Lease as many free GPUs as a machine's processes on this node need, for as long as the context lasts.
 
-    While others have them, this waits, and says so once.
+    While other runs have them, this waits, and logs so once.
 
     Args:
         machine: a machine that computes on the CPU needs none.
-        say: prints one line.
-        given_up: asked while waiting; when it says yes, nothing is taken.
+        given_up: asked while waiting; when it returns True, nothing is leased.
 
     Raises:
         UserError: there are fewer.
@@ -65,33 +68,32 @@ def leased(
     if count == 0 or (machine.device == "auto" and count_gpus() == 0):
         yield {}
         return
+    check_gpus(machine.model_copy(update={"device": "cuda"}))  # with fewer, the waiting would never end
     with ExitStack() as held:
-        told = False
-        while not (mine := _take(count)):
-            check_gpus(machine.model_copy(update={"device": "cuda"}))  # there have to be so many, or this would never end
+        waiting = False
+        while not (leases := _take(count)):
             if given_up():
                 yield {}
                 return
-            if not told:
+            if not waiting:
                 noun = "GPU" if count == 1 else "GPUs"
-                say(f"Waiting for {count} free {noun} of {len(visible_gpus())}; `obowlab jobs` shows who has them.")
-                told = True
+                logger.info("Waiting for %d free %s of %d; `obowlab jobs` shows who has them.", count, noun, count_gpus())
+                waiting = True
             time.sleep(POLL_S)
-        for name in mine.values():
-            held.enter_context(name)
-        gpus = ",".join(mine)
+        for lease in leases.values():
+            held.enter_context(lease)
+        gpus = ",".join(leases)
         yield {GPUS_VARIABLE: gpus, "CUDA_VISIBLE_DEVICES": gpus}
 
 
 @contextmanager
-def using_gpus(machine: Machine, *, say: Callable[[str], None]) -> Iterator[None]:
-    """Let this process itself compute on free GPUs, and on no others; before torch is asked for the first time.
+def using_gpus(machine: Machine) -> Iterator[None]:
+    """Let this process itself compute on free GPUs, and on no others; enter it before torch is asked for a GPU.
 
     Args:
         machine: says how many; one that computes on the CPU needs none.
-        say: prints one line.
     """
-    with leased(machine, say=say) as variables:
+    with leased(machine) as variables:
         before = os.environ.get("CUDA_VISIBLE_DEVICES")
         if variables:
             os.environ["CUDA_VISIBLE_DEVICES"] = variables["CUDA_VISIBLE_DEVICES"]
@@ -108,29 +110,22 @@ def _take(count: int) -> dict[str, socket.socket]:
     """Take so many GPUs; none at all when there are not enough free ones."""
     taken: dict[str, socket.socket] = {}
     for gpu in visible_gpus():
-        name = take(gpu)
-        if name is not None:
-            taken[gpu] = name
+        lease = take(gpu)
+        if lease is not None:
+            taken[gpu] = lease
         if len(taken) == count:
             return taken
-    for name in taken.values():
-        name.close()
+    for lease in taken.values():
+        lease.close()
     return {}
 
 
-GPUS_VARIABLE = "OBOWLAB_GPUS"
-"""Set by a launcher that holds GPUs for the processes it starts: their UUIDs, in the order of local ranks."""
-
-
-Role = Literal["launcher", "worker"]
-
-
 def hold(gpu: str, *, role: Role) -> socket.socket | None:
-    """Take a GPU in one of the two roles; None when another has it. Closing the socket, or the process's end, gives it back.
+    """Hold a GPU in one of the two roles; None when another process does. Closing the socket, or the process's end, frees it.
 
     Args:
         gpu: its UUID.
-        role: whose name.
+        role: which of its two names.
     """
     name = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     if sys.platform != "linux":  # no such names there, and no NVIDIA GPUs
@@ -146,7 +141,7 @@ def hold(gpu: str, *, role: Role) -> socket.socket | None:
 
 
 def take(gpu: str) -> socket.socket | None:
-    """Take a GPU as a launcher; None when a launcher has it, or a training process that outlived its launcher."""
+    """Hold a GPU as a launcher; None when another launcher does, or a training process that outlived its launcher."""
     mine = hold(gpu, role="launcher")
     if mine is None:
         return None
@@ -174,5 +169,5 @@ def hold_as_worker(*, local_rank: int, gpus: Sequence[str] | None = None) -> soc
         return None
     mine = hold(gpus[local_rank], role="worker")
     if mine is None:
-        raise UserError(f"GPU {gpus[local_rank]} is used by another run: type the command again, and it takes a free one.")
+        raise UserError(f"GPU {gpus[local_rank]} is used by another run: run the command again to get a free one.")
     return mine

@@ -1,17 +1,18 @@
-"""What is queued, at work and over, on this machine and on the cluster, and how to stop it or tidy up after it.
+"""What is queued, running and over, on this machine and on the cluster, and how to stop it or tidy up after it.
 
-The run folders say how far everything is, their locks who is at work here, Slurm what waits and where its jobs run. Nothing else
-is remembered, so nothing can be out of date.
+The run folders say how far each run is, their locks which process trains it here, Slurm what waits and where its jobs run.
+Nothing else is stored, so nothing can be out of date.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,10 +23,11 @@ from obowlab.runs.locks import holder_of, is_locked
 
 RECENT_S = 24 * 3600.0
 POLL_S = 3.0
-SAY_EVERY_S = 60.0
+LOG_EVERY_S = 60.0
 SILENCE_S = 1800.0
 STATUSES = {"created": "queued", "running": "running", "interrupted": "interrupted", "failed": "failed", "finished": "done"}
 LOGS = ("terminal.txt", "log.txt")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,14 +37,14 @@ class Job:
     Attributes:
         what: the run id, or the command of a job that is not one run.
         launcher: `local` or `slurm`.
-        job: Slurm's number, or the process id of the launcher; empty when nothing is at work.
+        job: Slurm's number, or the process id of the launcher; empty when nothing runs.
         status: `queued`, `running`, `done`, `interrupted`, `failed` or `over` (of a command that is not one run).
         where: host or nodes.
         step: how far it is, in steps.
         total_steps: how far it goes; None while unknown.
         left_s: seconds of training left at the speed so far; None while unknown.
         message: why it waits or how it ended.
-        changed_at: when it was heard of last.
+        changed_at: when its state last changed.
     """
 
     what: str
@@ -58,13 +60,13 @@ class Job:
 
     @property
     def is_active(self) -> bool:
-        """Tell whether it is queued or running."""
+        """Whether it is queued or running."""
         return self.status in ("queued", "running")
 
 
 @dataclass(frozen=True)
 class Overview:
-    """All jobs of a run store, those at work first, and what could not be found out."""
+    """All jobs of a run store, running ones first, and what could not be found out."""
 
     jobs: tuple[Job, ...]
     problem: str = ""
@@ -82,10 +84,10 @@ def overview(runs_root: Path, *, everything: bool = False) -> Overview:
             problem = str(error)
     newest: dict[str, SlurmJob] = {}
     for job in reversed(submitted):  # a live one counts, else the newest
-        newest.update({run: job for run in job.errand.runs if newest.get(run) is None or newest[run].id not in alive})
+        newest.update({run: job for run in job.request.runs if newest.get(run) is None or newest[run].id not in alive})
     runs = list_runs(runs_root)
     jobs = [_of_run(run, job=newest.get(run.info.run_id), alive=alive) for run in runs]
-    jobs += [_of_command(job, alive=alive) for job in submitted if not job.errand.runs]
+    jobs += [_of_command(job, alive=alive) for job in submitted if not job.request.runs]
     since = 0.0 if everything else time.time() - RECENT_S
     shown = [job for job in jobs if job.is_active or job.changed_at >= since]
     order = ("running", "queued")
@@ -100,14 +102,14 @@ def _of_run(run: RunSummary, *, job: SlurmJob | None, alive: dict[str, SlurmStat
     slurm = alive.get(job.id) if job is not None else None
     if job is not None and slurm is not None and state.status != "finished":
         number = job.id
-        waits = slurm.word in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED")
+        waits = slurm.name in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "SUSPENDED")
         status, where = ("queued", "") if waits else ("running", slurm.nodes)
         message = slurm.reason if waits else ""
     elif is_locked(run.path):
         holder = holder_of(run.path)
         status, number, where, launcher = "running", f"pid {holder.get('pid', '?')}", str(holder.get("host", "")), "local"
-    elif status in ("queued", "running"):  # nobody has it
-        status, message = "interrupted", message or "nobody trains it; the same command goes on"
+    elif status in ("queued", "running"):  # no process has it
+        status, message = "interrupted", message or "no process trains it; the same command resumes"
     elif state.host:
         where = state.host
     left_s = None
@@ -129,9 +131,9 @@ def _of_run(run: RunSummary, *, job: SlurmJob | None, alive: dict[str, SlurmStat
 
 def _of_command(job: SlurmJob, *, alive: dict[str, SlurmState]) -> Job:
     slurm = alive.get(job.id)
-    waits = slurm is not None and slurm.word == "PENDING"
+    waits = slurm is not None and slurm.name == "PENDING"
     return Job(
-        what=job.errand.what,
+        what=job.request.what,
         launcher="slurm",
         job=job.id,
         status="over" if slurm is None else "queued" if waits else "running",
@@ -148,7 +150,7 @@ def _of_command(job: SlurmJob, *, alive: dict[str, SlurmState]) -> Job:
 
 
 def logs_of(ref: str, *, runs_root: Path) -> list[Path]:
-    """Return the files that hold what a run, or a job of the cluster, has printed, the most telling one first.
+    """Return the output files of a run or of a job of the cluster, the most useful one first.
 
     Raises:
         UserError: there is no such run or job, or it has printed nothing yet.
@@ -156,7 +158,7 @@ def logs_of(ref: str, *, runs_root: Path) -> list[Path]:
     job = _slurm_job(ref, runs_root=runs_root)
     files = log_files(job) if job is not None else []
     if not files:
-        path = RunFolder.find(ref, runs_root=runs_root).path if job is None or job.errand.runs else job.folder
+        path = RunFolder.find(ref, runs_root=runs_root).path if job is None or job.request.runs else job.folder
         files = [path / name for name in LOGS if (path / name).is_file()][:1]
     if not files:
         raise UserError(f"'{ref}' has printed nothing yet; `obowlab jobs` shows whether it waits.")
@@ -164,34 +166,34 @@ def logs_of(ref: str, *, runs_root: Path) -> list[Path]:
 
 
 def stop(ref: str, *, runs_root: Path) -> str:
-    """Ask a run, or a job of the cluster, to save itself and end; return what was done.
+    """Ask a run, or a job of the cluster, to save itself and end; return a message about it.
 
     Raises:
-        UserError: nothing is at work under this name, or it cannot be reached from here.
+        UserError: nothing runs under this name, or it cannot be reached from here.
     """
     job = _slurm_job(ref, runs_root=runs_root)
     if job is not None and states([job]):
         cancel(job)
-        return f"Cancelled job {job.id} of the cluster ({job.errand.what}); what was trained is saved."
-    if job is not None and not job.errand.runs:
+        return f"Cancelled job {job.id} of the cluster ({job.request.what}); what was trained is saved."
+    if job is not None and not job.request.runs:
         raise UserError(f"Job {job.id} is over.")
-    folder = RunFolder.find(job.errand.runs[0] if job is not None else ref, runs_root=runs_root)
+    folder = RunFolder.find(job.request.runs[0] if job is not None else ref, runs_root=runs_root)
     if not is_locked(folder.path):
-        raise UserError(f"Nobody trains {folder.run_id}; there is nothing to cancel.")
+        raise UserError(f"No process trains {folder.run_id}; there is nothing to cancel.")
     holder = holder_of(folder.path)
     if holder.get("host") != socket.gethostname():
         raise UserError(f"{folder.run_id} is trained on {holder.get('host')}: cancel it there.")
     os.kill(int(holder["pid"]), signal.SIGTERM)
-    return f"Asked process {holder['pid']} to stop; {folder.run_id} saves itself, and the same command goes on."
+    return f"Asked process {holder['pid']} to stop; {folder.run_id} saves itself, and the same command resumes it."
 
 
 def reap(runs_root: Path) -> list[RunFolder]:
-    """Mark as interrupted whatever says it is running though nobody trains it any more, and return those runs."""
+    """Mark runs as interrupted whose state is `running` though no process trains them, and return them."""
     reaped = []
     for run in list_runs(runs_root):
         folder = RunFolder(run.path, run.info)
         if folder.state.status == "running" and not is_locked(run.path):
-            folder.set_state(status="interrupted", message="its process is gone; the same command goes on")
+            folder.set_state(status="interrupted", message="its process is gone; the same command resumes")
             reaped.append(folder)
     return reaped
 
@@ -209,19 +211,19 @@ def _slurm_job(ref: str, *, runs_root: Path) -> SlurmJob | None:
             raise
         known = ", ".join(job.id for job in jobs[:5])
         raise UserError(f"No job {ref} was submitted from this run store; the newest: {known}.") from None
-    return next((job for job in jobs if run_id in job.errand.runs), None)
+    return next((job for job in jobs if run_id in job.request.runs), None)
 
 
 # ------------------------------------------------------------------------------------------------------------ waiting
 
 
-def wait_for(jobs: Sequence[SlurmJob], *, runs_root: Path, say: Callable[[str], None]) -> None:
-    """Wait until jobs of the cluster are over, and say now and then how far they are.
+def wait_for(jobs: Sequence[SlurmJob], *, runs_root: Path) -> None:
+    """Wait until jobs of the cluster are over, and log now and then how far they are.
 
     Raises:
-        UserError: Slurm has not answered for a long time; the jobs go on.
+        UserError: Slurm has not answered for a long time; the jobs continue.
     """
-    said_at, silent_since, before = 0.0, 0.0, ""
+    logged_at, silent_since, before = 0.0, 0.0, ""
     while True:
         try:
             alive = states(jobs)
@@ -234,11 +236,12 @@ def wait_for(jobs: Sequence[SlurmJob], *, runs_root: Path, say: Callable[[str], 
             continue
         if not alive:
             return
-        counts = Counter("waiting" if state.word == "PENDING" else state.word.lower() for state in alive.values())
+        counts = Counter("waiting" if state.name == "PENDING" else state.name.lower() for state in alive.values())
         progress = ", ".join(f"{count} {word}" for word, count in sorted(counts.items()))
-        if progress != before or time.monotonic() - said_at > SAY_EVERY_S:
-            at_work = [job for job in overview(runs_root).jobs if job.status == "running" and job.total_steps]
-            shares = ", ".join(f"{job.what} {100 * job.step // (job.total_steps or 1)} %" for job in at_work[:4])
-            say(f"{len(jobs) - len(alive)} of {len(jobs)} jobs over, {progress}{f'; {shares}' if shares else ''}.")
-            said_at, before = time.monotonic(), progress
+        if progress != before or time.monotonic() - logged_at > LOG_EVERY_S:
+            running = [job for job in overview(runs_root).jobs if job.status == "running" and job.total_steps]
+            shares = ", ".join(f"{job.what} {100 * job.step // (job.total_steps or 1)} %" for job in running[:4])
+            shares = f"; {shares}" if shares else ""
+            logger.info("%d of %d jobs over, %s%s.", len(jobs) - len(alive), len(jobs), progress, shares)
+            logged_at, before = time.monotonic(), progress
         time.sleep(POLL_S)

@@ -1,35 +1,37 @@
-"""Start a run on this machine, watch over it, and show it to MLflow meanwhile.
+"""Start a run on this machine, supervise it, and mirror it to MLflow meanwhile.
 
 The launcher holds the run's lock and its GPUs, starts the compute process (or torchrun's group of them), starts it again from the
 last checkpoint when it is killed, passes signals on and mirrors the run folder. It trains nothing and imports no torch: whatever
-happens to it, the run folder stays whole, and whatever happens to the compute process, the folder's state says so.
+happens to it, the run folder stays intact, and whatever happens to the compute process, the folder's state says so.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import signal
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from obowlab.config import Loaded, Machine
 from obowlab.launch.compute_command import PATIENCE_VARIABLE, CommandFactory, compute_command, environment_of, threads_of
-from obowlab.launch.cost import Cost, quote, settle
+from obowlab.launch.cost import Cost, write_actual_cost, write_quote
 from obowlab.launch.gpu_leases import check_gpus, leased
-from obowlab.launch.nodes import MEETING_VARIABLE, POLL_S, Call, Meeting
-from obowlab.launch.processes import STOPPING, StopSignals, kill_family, shell_code, start
+from obowlab.launch.nodes import POLL_S, RENDEZVOUS_VARIABLE, Rendezvous, Round
+from obowlab.launch.processes import StopSignals, kill_family, shell_code, start
 from obowlab.launch.system import SystemSampler, count_gpus
-from obowlab.runs.folder import Lock, RunFolder, RunTakenError, run_id_of
+from obowlab.runs.folder import RunFolder, run_id_of
 from obowlab.runs.info import Status
+from obowlab.runs.locks import Lock, RunTakenError
 from obowlab.runs.metric_log import MetricLog
-from obowlab.tracking.mirror import Mirror, SyncReport
+from obowlab.signals import STOPPING
+from obowlab.tracking.mirror import Mirror
 from obowlab.tracking.server import shown_uri, store_uri
 
 TRASH = ".trash"
@@ -39,10 +41,17 @@ SAMPLE_EVERY_S = 15.0
 MIRROR_TIMEOUT_S = 10.0
 FIRST_SYNC_TIMEOUT_S = 60.0
 """The first sync imports mlflow and may have to create the store."""
-LAST_SYNC_TIMEOUT_S = {True: 60.0, False: 15.0}
-"""After a finished run, which has a model to send; after one that was stopped, whose user waits for the prompt."""
+FINISHED_SYNC_TIMEOUT_S = 60.0
+"""The last sync of a finished run has a model to send."""
+STOPPED_SYNC_TIMEOUT_S = 15.0
+"""The last sync of a run that was stopped keeps its user waiting for the prompt."""
 MAX_RESTARTS = 3
 """In a row without any progress, after the compute process or one of its group was killed."""
+
+StartCompute = Callable[[Mapping[str, str]], "subprocess.Popen[bytes]"]
+"""Starts the compute process with further environment variables."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -54,8 +63,8 @@ class Plan:
         path: its folder.
         action: `new`, `resume`, `fresh` (the present folder is put aside) or `finished` (nothing to train).
         status: the state of the present folder; None for a new run.
-        step: how far it is.
-        total_steps: how far it goes, once known.
+        step: optimiser updates done.
+        total_steps: of the whole training, once known.
         threads: CPU threads of each process.
         command: what is started.
         tracking_uri: where the run is shown, without passwords.
@@ -72,7 +81,7 @@ class Plan:
     tracking_uri: str
 
     def lines(self) -> list[str]:
-        """Return the plan in words, one fact a line."""
+        """Return the plan as text, one fact a line."""
         progress = f", step {self.step} of {self.total_steps or '?'}" if self.status is not None else ""
         return [
             f"run: {self.run_id}",
@@ -127,7 +136,7 @@ def launch(
     quiet: bool = False,
     cost: Cost | None = None,
 ) -> int:
-    """Carry out a run to its end, from wherever it stands, and return the exit code.
+    """Train a run to its end, from its last checkpoint if it has one, and return the exit code.
 
     The first SIGINT or SIGTERM is passed on, and the run saves itself and stops; a second one kills it. A compute process that is
     killed otherwise, or a group of which one dies, is started again from the last checkpoint.
@@ -136,16 +145,16 @@ def launch(
         loaded: the recipe.
         seed: of weights and data.
         machine: where and with what.
-        fresh: put an existing run folder aside (into RUNS_ROOT/.trash) and begin again.
+        fresh: put an existing run folder aside (into RUNS_ROOT/.trash) and start again.
         progress: whether the compute process shows its progress on the terminal.
         command: makes the command line of the compute process.
         signals: lets another thread stop the run.
         environment: further variables for the compute process.
-        quiet: put what the compute process prints into `terminal.txt` of the run folder; for several runs side by side.
+        quiet: redirect the output of the compute process to `terminal.txt` of the run folder; for several runs side by side.
         cost: what a new run is expected to cost.
 
     Returns:
-        0 when the run is finished, 2 for a mistake the user can mend, 128 + signal when it was stopped or killed, else the
+        0 when the run is finished, 2 for a mistake the user can fix, 128 + signal when it was stopped or killed, else the
         compute process's own code or 1.
 
     Raises:
@@ -154,35 +163,42 @@ def launch(
     """
     check_gpus(machine)
     machine = machine.model_copy(update={"threads": threads_of(machine)})
-    store_uri(machine.tracking_uri, runs_root=machine.runs_root)  # complains before anything is touched
+    store_uri(machine.tracking_uri, runs_root=machine.runs_root)  # refuses a wrong address before anything is touched
     path = machine.runs_root / run_id_of(loaded, seed=seed)
     if fresh and (path / "run.json").is_file():
         put_aside(RunFolder.open(path))
     folder = RunFolder.create(loaded, seed=seed, runs_root=machine.runs_root)
     if cost is not None:
-        quote(folder, cost=cost, procs=machine.procs)
+        write_quote(folder, cost=cost, procs=machine.procs)
     mirror = Mirror(folder, tracking_uri=machine.tracking_uri)
     code = 0
     signals = signals or StopSignals()
     if folder.state.status != "finished":
         with (
             signals.listening(),
-            _locked(folder, signals=signals) as lock,
-            leased(machine, say=_say, given_up=lambda: bool(signals.received)) as gpus,
+            _held(folder, signals=signals) as lock,
+            leased(machine, given_up=lambda: bool(signals.received)) as gpus,
         ):
-            code = _carry_out(
-                folder,
-                machine=machine,
-                mirror=mirror,
-                command=command(path, machine),
-                environment={**environment_of(machine, token=lock.token, progress=progress), **gpus, **(environment or {})},
-                lock=lock,
-                output=path / TERMINAL if quiet else None,
-                signals=signals,
+            inherited = {**environment_of(machine, token=lock.token, progress=progress), **gpus, **(environment or {})}
+            output = path / TERMINAL if quiet else None
+
+            def start_compute(variables: Mapping[str, str]) -> subprocess.Popen[bytes]:
+                child = start(command(path, machine), environment={**inherited, **variables}, output=output)
+                signals.watch(child)
+                return child
+
+            folder.metric_log("system").close()  # refuses a damaged file here, not in the thread that writes to it
+            folder.write_machine(machine)
+            returncode = _train(folder, machine=machine, mirror=mirror, start_compute=start_compute, lock=lock, signals=signals)
+            code = _conclude(
+                folder, returncode=returncode, signals=signals, place=f"in {output}" if output else "on the terminal"
             )
         if code == 0:
-            settle(folder)
-    _say_pending(mirror.sync(timeout_s=LAST_SYNC_TIMEOUT_S[code == 0]))
+            write_actual_cost(folder)
+    report = mirror.sync(timeout_s=FINISHED_SYNC_TIMEOUT_S if code == 0 else STOPPED_SYNC_TIMEOUT_S)
+    if report.error is not None:
+        missing = f"{report.pending} values, files or facts of this run"
+        logger.warning("MLflow lacks %s (%s); 'obowlab runs sync' sends them.", missing, report.error)
     return code
 
 
@@ -200,14 +216,14 @@ def put_aside(folder: RunFolder) -> Path:
     return target
 
 
-# ------------------------------------------------------------------------------------------------------------ one attempt
+# ------------------------------------------------------------------------------------------------------------- training
 
 
 @contextmanager
-def _locked(folder: RunFolder, *, signals: StopSignals) -> Iterator[Lock]:
-    """Hold the run; with patience, wait for whoever has it."""
+def _held(folder: RunFolder, *, signals: StopSignals) -> Iterator[Lock]:
+    """Hold the run; with patience (`PATIENCE_VARIABLE`), wait for the process that has it."""
     deadline = time.monotonic() + float(os.environ.get(PATIENCE_VARIABLE) or 0)
-    told = False
+    waiting = False
     while True:
         try:
             with folder.lock() as lock:
@@ -216,69 +232,55 @@ def _locked(folder: RunFolder, *, signals: StopSignals) -> Iterator[Lock]:
         except RunTakenError as error:
             if time.monotonic() >= deadline or signals.received:
                 raise
-            if not told:
-                _say(f"{error} Waiting.")
-            told = True
+            if not waiting:
+                logger.info("%s Waiting.", error)
+            waiting = True
         time.sleep(POLL_S)
 
 
-def _carry_out(
-    folder: RunFolder,
-    *,
-    machine: Machine,
-    mirror: Mirror,
-    command: list[str],
-    environment: Mapping[str, str],
-    lock: Lock,
-    output: Path | None,
-    signals: StopSignals,
+def _train(
+    folder: RunFolder, *, machine: Machine, mirror: Mirror, start_compute: StartCompute, lock: Lock, signals: StopSignals
 ) -> int:
-    """Start the compute process, and again whenever it is killed, until the run has ended in one way or another."""
-    folder.metric_log("system").close()  # complains of a damaged file here, not in the thread that writes to it
-    folder.write_machine(machine)
+    """Start the compute process, and again whenever it is killed, and return its last exit code.
+
+    That ends when the run is finished, stopped or failed, or was killed `MAX_RESTARTS` times without progress.
+    """
+    rendezvous = Rendezvous(Path(os.environ[RENDEZVOUS_VARIABLE])) if machine.nodes > 1 else None
     if not signals.received:
         folder.set_state(status="running", message="")
-    meeting = Meeting(Path(os.environ[MEETING_VARIABLE])) if machine.nodes > 1 else None
-    restarts, step = 0, folder.state.step
+    step, restarts = folder.state.step, 0
     while not signals.received:
-        call = meeting.call(folder.path, token=lock.token) if meeting else None
-        place = meeting.rendezvous(call) if meeting and call else {}
-        child = start(command, environment={**environment, **place}, output=output)
-        signals.watch(child)
+        current = rendezvous.start_round(folder.path, token=lock.token) if rendezvous else None
+        child = start_compute(rendezvous.torchrun_variables(current) if rendezvous and current else {})
         with _watched(folder, mirror, child.pid, gpus=machine.device != "cpu"):
-            returncode = _wait(child, meeting=meeting, call=call)
-        if not _was_killed(folder, returncode=returncode, alone=machine.procs == 1) or signals.received:
-            break
-        state = folder.state
-        restarts, step = (1, state.step) if state.step > step else (restarts + 1, step)
+            returncode = _wait(child, rendezvous=rendezvous, current=current)
+        if signals.received or not _was_killed(folder, returncode=returncode, alone=machine.procs == 1):
+            return returncode
+        reached = folder.state.step
+        step, restarts = (reached, 1) if reached > step else (step, restarts + 1)
         if restarts > MAX_RESTARTS:
-            break
-        _say(f"A training process of {folder.run_id} was killed; starting again from the last checkpoint.")
-    else:
-        returncode = -signals.received[0]
-    code = _conclude(folder, returncode=returncode, asked=signals.received, words=f"in {output}" if output else "on the terminal")
-    if signals.reason and folder.state.status == "interrupted":
-        folder.set_state(message=signals.reason)
-    return code
+            return returncode
+        logger.info("A training process of %s was killed; starting again from the last checkpoint.", folder.run_id)
+    return -signals.received[0]
 
 
-def _wait(child: subprocess.Popen[bytes], *, meeting: Meeting | None, call: Call | None) -> int:
-    """Wait for this node's processes; end them when those of another node have died."""
-    if meeting is None or call is None:
+def _wait(child: subprocess.Popen[bytes], *, rendezvous: Rendezvous | None, current: Round | None) -> int:
+    """Wait for this node's processes; kill them when those of another node have died."""
+    if rendezvous is None or current is None:
         return child.wait()
     while True:
         try:
             return child.wait(POLL_S)
         except subprocess.TimeoutExpired:
-            if meeting.has_failed(call):
+            if rendezvous.has_failed(current):
                 kill_family(child)
 
 
 def _was_killed(folder: RunFolder, *, returncode: int, alone: bool) -> bool:
-    """Tell whether the compute process, or one of its group, died without a say in it."""
+    """Return whether the compute process, or one of its group, was killed rather than ended by itself."""
     if returncode == 0 or -returncode in STOPPING or folder.state.status in ("finished", "failed"):
         return False
-    if alone:  # an exit code of its own is an error that would come again
+    if alone:  # with an exit code of its own it met an error, which would come again
         return returncode < 0
     return shell_code(returncode) not in [128 + number for number in STOPPING]
 
@@ -303,7 +305,7 @@ def _watch(folder: RunFolder, mirror: Mirror, pid: int, ended: threading.Event, 
     warned = False
     timeout_s = FIRST_SYNC_TIMEOUT_S
     with folder.metric_log("system") as log:
-        # From here on by a clock that nobody sets; a resumed run goes on to the right of its past.
+        # Monotonic from here on, offset so that a resumed run continues the time axis.
         created = time.monotonic() - max(time.time() - folder.info.created_at, log.last_step + 1)
         while not ended.wait(MIRROR_EVERY_S):
             if time.monotonic() - sampled_at >= sample_interval_s(time.monotonic() - created):
@@ -313,7 +315,9 @@ def _watch(folder: RunFolder, mirror: Mirror, pid: int, ended: threading.Event, 
             timeout_s = MIRROR_TIMEOUT_S
             if report is not None and report.error is not None and not warned:
                 warned = True
-                _say(f"Warning: MLflow does not follow ({report.error}); training goes on, and what is missing is sent later.")
+                logger.warning(
+                    "MLflow does not follow (%s); training continues, and what is missing is sent later.", report.error
+                )
             elif report is not None and report.error is None:
                 warned = False
 
@@ -327,11 +331,18 @@ def _sample(log: MetricLog, sampler: SystemSampler, *, seconds: int) -> None:
     try:
         log.append(seconds, sampler.sample())
     except OSError as error:
-        _say(f"Warning: the system metrics cannot be written to {log.path}: {error.strerror}.")
+        logger.warning("The system metrics cannot be written to %s: %s.", log.path, error.strerror)
 
 
-def _conclude(folder: RunFolder, *, returncode: int, asked: list[int], words: str) -> int:
-    """Settle the state when the compute process could not, and return the launcher's exit code."""
+def _conclude(folder: RunFolder, *, returncode: int, signals: StopSignals, place: str) -> int:
+    """Write the final state if the compute process could not, and return the launcher's exit code; its output is at `place`."""
+    code = _settle(folder, returncode=returncode, asked=signals.received, place=place)
+    if signals.reason and folder.state.status == "interrupted":
+        folder.set_state(message=signals.reason)
+    return code
+
+
+def _settle(folder: RunFolder, *, returncode: int, asked: list[int], place: str) -> int:
     state = folder.state
     if state.status == "finished":
         return 0
@@ -341,32 +352,19 @@ def _conclude(folder: RunFolder, *, returncode: int, asked: list[int], words: st
         return shell_code(returncode)
     if state.status == "failed":
         return shell_code(returncode) if returncode != 0 else 2  # a group of processes ends with 0
-    goes_on = "the same command goes on from the last checkpoint"
+    resumes = "the same command resumes from the last checkpoint"
     if asked:
-        folder.set_state(status="interrupted", message=f"stopped by {signal.Signals(asked[-1]).name}; {goes_on}")
+        folder.set_state(status="interrupted", message=f"stopped by {signal.Signals(asked[-1]).name}; {resumes}")
         return 128 + asked[0]
     if -returncode in STOPPING:
-        folder.set_state(status="interrupted", message=f"stopped by {signal.Signals(-returncode).name}; {goes_on}")
+        folder.set_state(status="interrupted", message=f"stopped by {signal.Signals(-returncode).name}; {resumes}")
         return shell_code(returncode)
     if returncode < 0:
         name = signal.Signals(-returncode).name
         hint = " (out of memory?)" if -returncode == signal.SIGKILL else ""
-        message = f"the training process was killed by {name}{hint}; {goes_on}"
+        message = f"the training process was killed by {name}{hint}; {resumes}"
     else:
-        message = f"the training process ended with exit code {returncode} before it was done; its last words are {words}"
+        message = f"the training process ended with exit code {returncode} before it was done; its last output is {place}"
     folder.set_state(status="failed", message=message)
-    _say(f"Run {folder.run_id} failed: {message}.")
+    logger.error("Run %s failed: %s.", folder.run_id, message)
     return shell_code(returncode) or 1
-
-
-# ---------------------------------------------------------------------------------------------------------------- helpers
-
-
-def _say_pending(report: SyncReport) -> None:
-    if report.error is not None:
-        missing = f"{report.pending} values, files or facts of this run"
-        _say(f"Warning: MLflow lacks {missing} ({report.error}); 'obowlab runs sync' sends them.")
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

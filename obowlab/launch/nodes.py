@@ -1,8 +1,8 @@
-"""Nodes that train one run together, and the folder in the run store where they meet.
+"""Nodes that train one run together, and the folder of the run store in which they find each other.
 
-Node 0 runs the `obowlab` command. It calls the others to every start of a group of training processes; they start their share
-and say when it dies, and then everybody begins anew from the last checkpoint. Neither a port nor a host name is agreed on
-beforehand: torchrun's c10d rendezvous uses a file in this folder, and the agent of rank 0 announces there the port it was given.
+Node 0 runs the `obowlab` command. It opens a round for every start of the training processes; the other nodes start their share,
+report when it dies, and all begin the next round from the last checkpoint. No port and no host name has to be agreed on:
+torchrun's c10d rendezvous uses a file in this folder, in which the agent of rank 0 announces the port it was given.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from pydantic import BaseModel
 
 from obowlab.files import write_atomic
 
-MEETING_VARIABLE = "OBOWLAB_MEETING"
-"""The folder where the nodes of this job meet; set for the command on node 0."""
+RENDEZVOUS_VARIABLE = "OBOWLAB_RENDEZVOUS"
+"""The rendezvous folder of this job; set for the command on node 0."""
 
 POLL_S = 0.5
-BEAT_S = 5.0
+HEARTBEAT_S = 5.0
 SILENCE_S = 120.0
-"""Without a sign of life of node 0 for so long, the others give up."""
+"""Without a heartbeat of node 0 for so long, the other nodes give up."""
 
-CALL, BEAT, OVER, FAILED = "call.json", "beat", "over", "failed"
+ROUND, HEARTBEAT, OVER, FAILED = "round.json", "heartbeat", "over", "failed"
 
 
-class Call(BaseModel):
-    """One start of a group of training processes.
+class Round(BaseModel):
+    """One start of the training processes on all nodes.
 
     Attributes:
-        number: of all starts of this job, from 1.
+        number: among all starts of this job, from 1.
         run: the run folder.
         token: of the run's lock, which the processes of every node share.
     """
@@ -44,18 +44,18 @@ class Call(BaseModel):
 
 
 @dataclass
-class Meeting:
-    """The folder, as every node sees it."""
+class Rendezvous:
+    """The rendezvous folder, as every node sees it."""
 
     folder: Path
-    _beat: str = ""
+    _heartbeat: str = ""
     _heard_at: float = field(default_factory=time.monotonic)
 
     # ------------------------------------------------------------------------------------------------- node 0
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Show that node 0 is alive for as long as the context lasts, and say at its end that all is over."""
+    def heartbeat(self) -> Iterator[None]:
+        """Show that node 0 is alive for as long as the context lasts, and at its end that the job is over."""
         self.folder.mkdir(parents=True, exist_ok=True)
         ended = threading.Event()
 
@@ -63,8 +63,8 @@ class Meeting:
             count = 0
             while True:
                 count += 1
-                write_atomic(self.folder / BEAT, str(count))
-                if ended.wait(BEAT_S):
+                write_atomic(self.folder / HEARTBEAT, str(count))
+                if ended.wait(HEARTBEAT_S):
                     return
 
         thread = threading.Thread(target=beat, daemon=True)
@@ -76,57 +76,57 @@ class Meeting:
             thread.join()
             write_atomic(self.folder / OVER, "")
 
-    def call(self, run: Path, *, token: str) -> Call:
-        """Call all nodes to another start."""
-        before = self.last_call()
-        call = Call(number=before.number + 1 if before else 1, run=run, token=token)
-        write_atomic(self.folder / CALL, call.model_dump_json())
-        return call
+    def start_round(self, run: Path, *, token: str) -> Round:
+        """Ask all nodes to start their training processes."""
+        before = self.last_round()
+        current = Round(number=before.number + 1 if before else 1, run=run, token=token)
+        write_atomic(self.folder / ROUND, current.model_dump_json())
+        return current
 
-    def has_failed(self, call: Call) -> bool:
-        """Tell whether another node's share of a start has died."""
-        return any(self.folder.glob(f"{FAILED}-{call.number}-*"))
+    def has_failed(self, current: Round) -> bool:
+        """Return whether the processes of another node have died in this round."""
+        return any(self.folder.glob(f"{FAILED}-{current.number}-*"))
 
     # --------------------------------------------------------------------------------------------- other nodes
 
-    def next_call(self, *, after: int) -> Call | None:
-        """Wait for a newer call; None when all is over or node 0 is silent."""
-        while self.goes_on():
-            call = self.last_call()
-            if call is not None and call.number > after:
-                return call
+    def next_round(self, *, after: int) -> Round | None:
+        """Wait for a round with a higher number; None when the job is over or node 0 is silent."""
+        while self.is_alive():
+            current = self.last_round()
+            if current is not None and current.number > after:
+                return current
             time.sleep(POLL_S)
         return None
 
-    def stands(self, call: Call) -> bool:
-        """Tell whether a call is still the last one."""
-        return self.goes_on() and self.last_call() == call
+    def is_current(self, current: Round) -> bool:
+        """Return whether no later round has begun."""
+        return self.is_alive() and self.last_round() == current
 
-    def report_failure(self, call: Call, *, node: int) -> None:
-        """Say that this node's share of a start has died."""
-        write_atomic(self.folder / f"{FAILED}-{call.number}-{node}", "")
+    def report_failure(self, current: Round, *, node: int) -> None:
+        """Report that this node's processes have died in this round."""
+        write_atomic(self.folder / f"{FAILED}-{current.number}-{node}", "")
 
     def is_over(self) -> bool:
-        """Tell whether node 0 has said so."""
+        """Return whether node 0 has ended the job."""
         return (self.folder / OVER).exists()
 
-    # ----------------------------------------------------------------------------------------------- everybody
+    # ----------------------------------------------------------------------------------------------- all nodes
 
-    def goes_on(self) -> bool:
-        """Tell whether it is neither over nor node 0 silent; clocks of different nodes are not compared."""
-        beat = _read(self.folder / BEAT)
-        if beat != self._beat:
-            self._beat, self._heard_at = beat, time.monotonic()
+    def is_alive(self) -> bool:
+        """Return whether the job is not over and node 0 not silent; clocks of different nodes are not compared."""
+        heartbeat = _read(self.folder / HEARTBEAT)
+        if heartbeat != self._heartbeat:
+            self._heartbeat, self._heard_at = heartbeat, time.monotonic()
         return not self.is_over() and time.monotonic() - self._heard_at < SILENCE_S
 
-    def last_call(self) -> Call | None:
-        """Return the newest call; None before the first."""
-        text = _read(self.folder / CALL)
-        return Call.model_validate_json(text) if text else None
+    def last_round(self) -> Round | None:
+        """Return the latest round; None before the first."""
+        text = _read(self.folder / ROUND)
+        return Round.model_validate_json(text) if text else None
 
-    def rendezvous(self, call: Call) -> Mapping[str, str]:
-        """Return the variables that tell torchrun where the processes of a start find each other."""
-        return {"PET_RDZV_ID": str(call.number), "PET_RDZV_ENDPOINT": str(self.folder / f"rendezvous-{call.number}")}
+    def torchrun_variables(self, current: Round) -> Mapping[str, str]:
+        """Return the variables that tell torchrun where the processes of a round find each other."""
+        return {"PET_RDZV_ID": str(current.number), "PET_RDZV_ENDPOINT": str(self.folder / f"torchrun-{current.number}")}
 
 
 def _read(path: Path) -> str:

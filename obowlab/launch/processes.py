@@ -1,4 +1,4 @@
-"""Child processes of a launcher: tied to its life, told to stop once, killed with their whole family the second time."""
+"""Child processes of a launcher: tied to its life, asked to stop by the first signal, killed by the second."""
 
 from __future__ import annotations
 
@@ -7,54 +7,44 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
 from obowlab.launch.system import process_tree
+from obowlab.signals import on_signals
 
-STOPPING = (signal.SIGINT, signal.SIGTERM)
 _PR_SET_PDEATHSIG = 1
 
 
 @dataclass
 class StopSignals:
-    """Passes the first stopping signal on to the child and kills its whole family at the second.
+    """Passes the first stopping signal on to the child and kills the child and all its descendants at the second.
 
     Attributes:
-        received: what came, in order.
+        received: the signals, in order.
         reason: why the run is stopped, for its state; empty for a plain signal.
-        child: the process at work, while there is one.
+        child: the process that runs, while there is one.
     """
 
     received: list[int] = field(default_factory=list)
     reason: str = ""
     child: subprocess.Popen[bytes] | None = None
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take the signals of this process for as long as the context lasts; in another thread than the main one, none."""
-        if threading.current_thread() is not threading.main_thread():  # Python allows handlers in the main thread only
-            yield
-            return
-        before = {number: signal.signal(number, self._receive) for number in STOPPING}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def listening(self) -> AbstractContextManager[None]:
+        """Receive the signals of this process for as long as the context lasts; outside the main thread, none."""
+        return on_signals(self._receive)
 
     def watch(self, child: subprocess.Popen[bytes]) -> None:
-        """Pass signals on to this child from now on, and do now what one asked for before there was a child."""
+        """Pass signals on to this child from now on, also one that arrived before there was a child."""
         self.child = child
         if self.received:
             child.send_signal(self.received[0])
 
     def send(self, number: int, *, reason: str = "") -> None:
-        """Do as if this signal had come; for threads, which receive none."""
+        """Act as if this signal had arrived; for threads, which receive none."""
         if not self.received:
             self.reason = reason
         self._receive(number, None)
@@ -87,7 +77,7 @@ def start(command: list[str], *, environment: Mapping[str, str], output: Path | 
 def kill_family(child: subprocess.Popen[bytes]) -> None:
     """Kill a child and all its descendants at once."""
     for pid in process_tree(child.pid) or [child.pid]:
-        with suppress(ProcessLookupError):  # it was quicker
+        with suppress(ProcessLookupError):  # it has ended meanwhile
             os.kill(pid, signal.SIGKILL)
 
 

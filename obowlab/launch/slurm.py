@@ -1,14 +1,15 @@
 """Jobs of a Slurm cluster, through submitit, which is imported nowhere else.
 
-A job carries out an `obowlab` command, the same that could be typed on the node. So a job that is started again, after its time
-was up, after it was preempted or after its node died, does what the same command typed again does: it goes on from the newest
-valid checkpoint. What this module adds is the handling of signals: Slurm announces the end of a start some time before it; the
-command is then asked to save itself and stop, and the job is put into the queue again.
+A job runs an `obowlab` command, the same that could be typed on the node. So a job that Slurm starts again, after its time limit,
+a preemption or the death of its node, does what the same command typed again does: it resumes from the newest valid checkpoint.
+What this module adds is the handling of signals: Slurm announces the end of a start some time before it; the command is then
+asked to save itself and stop, and the job is put into the queue again.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -26,44 +27,47 @@ from obowlab.config import Machine, Slurm
 from obowlab.errors import UserError
 from obowlab.files import write_atomic
 from obowlab.launch.compute_command import PATIENCE_VARIABLE
-from obowlab.launch.nodes import MEETING_VARIABLE, Meeting
+from obowlab.launch.nodes import RENDEZVOUS_VARIABLE, Rendezvous
 from obowlab.launch.processes import shell_code, start
+from obowlab.log import log_to_stderr
+from obowlab.signals import on_signals
 
 JOBS = ".jobs"
-"""Folder of the run store that has a folder for every submission: order.json, and what submitit and the jobs write."""
+"""Folder of the run store with a folder for every submission: its jobs, and what submitit and the jobs write."""
 
-ORDER = "order.json"
+SUBMISSION = "order.json"
 PATIENCE_S = 600
 GRACE_S = 120.0
-"""After it has saved itself, a job that was told to end waits so long for whoever told it: Slurm may still want to requeue it."""
+"""Grace period after saving on a SIGTERM from outside; Slurm may still requeue the job."""
 
 ANNOUNCED = (signal.SIGUSR1, signal.SIGUSR2)
 """The start is nearly over, by its time limit or by preemption: save, and queue again."""
 
-TOLD = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
-"""Somebody ends the job, by scancel for instance, or Slurm does and requeues it itself: save, and wait for what comes."""
+ENDED = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+"""A user ends the job, by scancel for instance, or Slurm does and requeues it itself: save, and wait for Slurm."""
 
 SLURM_TIMEOUT_S = 30.0
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Errand:
-    """One command to be carried out as a job.
+class JobRequest:
+    """One command to be run as a job.
 
     Attributes:
-        words: the words after `obowlab`.
+        arguments: the command line after `obowlab`.
         runs: ids of the runs it trains, as far as they are known.
-        what: what to call it.
+        what: its name in lists.
     """
 
-    words: tuple[str, ...]
+    arguments: tuple[str, ...]
     runs: tuple[str, ...]
     what: str
 
 
 @dataclass(frozen=True)
-class Needs:
-    """What each job of a submission needs.
+class Resources:
+    """What each job of a submission gets.
 
     Attributes:
         nodes: machines.
@@ -78,25 +82,25 @@ class Needs:
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """A submitted job, as `order.json` remembers it."""
+    """A submitted job, as `SUBMISSION` remembers it."""
 
     id: str
     folder: Path
-    errand: Errand
+    request: JobRequest
     submitted_at: float
 
 
 @dataclass(frozen=True)
 class SlurmState:
-    """What Slurm says of a job that is not over.
+    """Slurm's state of a job that is not over.
 
     Attributes:
-        word: PENDING, RUNNING, COMPLETING, ...
+        name: PENDING, RUNNING, COMPLETING, ...
         nodes: where it runs.
         reason: why it waits.
     """
 
-    word: str
+    name: str
     nodes: str
     reason: str
 
@@ -111,14 +115,14 @@ def check_slurm() -> None:
         UserError: sbatch is missing.
     """
     if shutil.which("sbatch") is None:
-        raise UserError("There is no Slurm here (no sbatch on the PATH): use --launcher local, or type this on a login node.")
+        raise UserError("There is no Slurm here (no sbatch on the PATH): use --launcher local, or run this on a login node.")
 
 
 def submit(
-    errands: Sequence[Errand],
+    requests: Sequence[JobRequest],
     *,
     machine: Machine,
-    needs: Needs,
+    resources: Resources,
     name: str,
     at_a_time: int | None = None,
     after: Sequence[SlurmJob] = (),
@@ -126,12 +130,12 @@ def submit(
     """Submit commands as one job, or as one array of jobs, and return at once.
 
     Args:
-        errands: the commands; they are carried out in the present folder.
+        requests: the commands; they run in the current folder.
         machine: its run store keeps the submission, its `slurm` section says how to submit.
-        needs: of every job.
+        resources: of every job.
         name: of the jobs in Slurm's lists.
         at_a_time: at most so many jobs of the array run together.
-        after: jobs that have to be over first, whatever came of them.
+        after: jobs that have to be over first, successful or not.
 
     Raises:
         UserError: there is no Slurm, or it refuses the jobs.
@@ -144,24 +148,24 @@ def submit(
     folder.mkdir(parents=True)
     executor = submitit.SlurmExecutor(folder=folder, python=_python(machine.slurm), max_num_timeout=0)
     executor.update_parameters(
-        **_parameters(machine.slurm, needs=needs),
+        **_parameters(machine.slurm, resources=resources),
         job_name=name,
-        array_parallelism=at_a_time or len(errands),
+        array_parallelism=at_a_time or len(requests),
         **({"dependency": f"afterany:{':'.join(dict.fromkeys(job.id.partition('_')[0] for job in after))}"} if after else {}),
     )
-    tasks = [NodeTask(errand.words, folder=folder, cwd=Path.cwd(), nodes=needs.nodes) for errand in errands]
+    tasks = [NodeTask(request.arguments, folder=folder, cwd=Path.cwd(), nodes=resources.nodes) for request in requests]
     try:
         submitted = [executor.submit(tasks[0])] if len(tasks) == 1 else executor.map_array(NodeTask.__call__, tasks)
     except (FailedJobError, UncompletedJobError, subprocess.CalledProcessError) as error:
         shutil.rmtree(folder, ignore_errors=True)
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        complaints = [line for line in lines if "error:" in line or "fatal:" in line]
-        reason = (complaints or lines or [type(error).__name__])[-1]
+        errors = [line for line in lines if "error:" in line or "fatal:" in line]
+        reason = (errors or lines or [type(error).__name__])[-1]
         raise UserError(f"Slurm refuses the job: {reason.removeprefix('sbatch: ')}; see [slurm] of the machine file.") from None
     now = round(time.time(), 3)
-    jobs = [SlurmJob(job.job_id, folder, errand, now) for job, errand in zip(submitted, errands, strict=True)]
-    order = {"submitted_at": now, "jobs": [{"id": job.id, **asdict(job.errand)} for job in jobs]}
-    write_atomic(folder / ORDER, json.dumps(order, indent=1))
+    jobs = [SlurmJob(job.job_id, folder, request, now) for job, request in zip(submitted, requests, strict=True)]
+    submission = {"submitted_at": now, "jobs": [{"id": job.id, **asdict(job.request)} for job in jobs]}
+    write_atomic(folder / SUBMISSION, json.dumps(submission, indent=1))
     return jobs
 
 
@@ -169,27 +173,27 @@ def _python(slurm: Slurm) -> str:
     return f"{slurm.container} python3" if slurm.container else sys.executable
 
 
-def _parameters(slurm: Slurm, *, needs: Needs) -> dict[str, Any]:
-    """Return the parameters of submitit's executor; those of the cluster's choice are left out."""
-    here = needs.procs // needs.nodes
+def _parameters(slurm: Slurm, *, resources: Resources) -> dict[str, Any]:
+    """Return the parameters of submitit's executor; those left to the cluster are absent."""
+    here = resources.procs // resources.nodes
     cpus = slurm.cpus_per_process * here
     values: dict[str, Any] = {
-        "nodes": needs.nodes,
+        "nodes": resources.nodes,
         "ntasks_per_node": 1,  # one launcher per node, whose torchrun starts the processes
         "cpus_per_task": cpus,
         "time": slurm.time,
         "signal_delay_s": slurm.save_before_s,
         "stderr_to_stdout": True,
-        # Slurm 22.05 stopped handing the cores of a job on to srun by itself; and no node may survive the others' failure.
+        # Slurm 22.05 stopped passing the cores of a job on to srun; and no node may survive the failure of another.
         "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={cpus}"],
-        "gpus_per_node": (f"{slurm.gpu_type}:{here}" if slurm.gpu_type else here) if needs.gpus else None,
+        "gpus_per_node": (f"{slurm.gpu_type}:{here}" if slurm.gpu_type else here) if resources.gpus else None,
         "partition": slurm.partition,
         "account": slurm.account,
         "qos": slurm.qos,
         "constraint": slurm.constraint,
         "mem": _memory(slurm.memory_per_process, here),
         "setup": list(slurm.setup) or None,
-        "additional_parameters": {"requeue": True, **dict(_option(word) for word in slurm.options)},
+        "additional_parameters": {"requeue": True, **dict(_option(option) for option in slurm.options)},
     }
     return {key: value for key, value in values.items() if value is not None}
 
@@ -201,8 +205,8 @@ def _memory(each: str | None, count: int) -> str | None:
     return f"{int(number) * count}{unit}"
 
 
-def _option(word: str) -> tuple[str, str | bool]:
-    key, equals, value = word.partition("=")
+def _option(option: str) -> tuple[str, str | bool]:
+    key, equals, value = option.partition("=")
     return key, value if equals else True
 
 
@@ -212,11 +216,12 @@ def _option(word: str) -> tuple[str, str | bool]:
 def submitted_jobs(runs_root: Path) -> list[SlurmJob]:
     """Return every job that was submitted from this run store, the newest first."""
     jobs = []
-    for file in sorted((runs_root / JOBS).glob(f"*/{ORDER}"), reverse=True):
-        order = json.loads(file.read_bytes())
-        for job in order["jobs"]:
-            errand = Errand(words=tuple(job["words"]), runs=tuple(job["runs"]), what=job["what"])
-            jobs.append(SlurmJob(id=job["id"], folder=file.parent, errand=errand, submitted_at=order["submitted_at"]))
+    for file in sorted((runs_root / JOBS).glob(f"*/{SUBMISSION}"), reverse=True):
+        submission = json.loads(file.read_bytes())
+        for job in submission["jobs"]:
+            arguments = job["arguments"] if "arguments" in job else job["words"]  # "words": written before 0.2
+            request = JobRequest(arguments=tuple(arguments), runs=tuple(job["runs"]), what=job["what"])
+            jobs.append(SlurmJob(id=job["id"], folder=file.parent, request=request, submitted_at=submission["submitted_at"]))
     return jobs
 
 
@@ -239,7 +244,7 @@ def states(jobs: Iterable[SlurmJob]) -> dict[str, SlurmState]:
     if done.returncode != 0:
         raise UserError(f"Slurm does not answer: {' '.join(done.stderr.split())[:200]}")
     rows = (line.split("|", maxsplit=3) for line in done.stdout.splitlines() if line.count("|") >= 3)
-    return {number: SlurmState(word, nodes, reason) for number, word, nodes, reason in rows if number in wanted}
+    return {number: SlurmState(name, nodes, reason) for number, name, nodes, reason in rows if number in wanted}
 
 
 def live_runs(runs_root: Path) -> dict[str, SlurmJob]:
@@ -250,16 +255,16 @@ def live_runs(runs_root: Path) -> dict[str, SlurmJob]:
     """
     jobs = submitted_jobs(runs_root)
     alive = states(jobs)
-    return {run: job for job in reversed(jobs) if job.id in alive for run in job.errand.runs}
+    return {run: job for job in reversed(jobs) if job.id in alive for run in job.request.runs}
 
 
 def log_files(job: SlurmJob) -> list[Path]:
-    """Return what the nodes of a job have printed, node 0 first; all its starts follow each other in one file."""
+    """Return the output files of a job's nodes, node 0 first; all starts of the job are in one file."""
     return sorted(job.folder.glob(f"{job.id}_*_log.out"), key=lambda path: int(path.name.split("_")[-2]))
 
 
 def cancel(job: SlurmJob) -> None:
-    """Tell Slurm to end a job; it saves itself first.
+    """Ask Slurm to end a job; it saves itself first.
 
     Raises:
         UserError: Slurm refuses.
@@ -275,65 +280,61 @@ def cancel(job: SlurmJob) -> None:
 class NodeTask:
     """What each node of a job does; submitit stores it when the job is submitted and calls it at every start."""
 
-    def __init__(self, words: Sequence[str], *, folder: Path, cwd: Path, nodes: int) -> None:
-        self.words = tuple(words)
+    def __init__(self, arguments: Sequence[str], *, folder: Path, cwd: Path, nodes: int) -> None:
+        self.arguments = tuple(arguments)
         self.folder = folder
         self.cwd = cwd
         self.nodes = nodes
         self._announced = False
-        self._told = 0
+        self._ended = False
 
     def __call__(self) -> None:
-        """Carry the command out, or follow node 0; end the process with the command's exit code."""
+        """Run the command, or follow node 0; end the process with the command's exit code."""
+        log_to_stderr()
         node = int(os.environ.get("SLURM_NODEID", "0"))
         restarts = int(os.environ.get("SLURM_RESTART_COUNT") or 0)
         os.chdir(self.cwd)
-        meeting = Meeting(self.folder / f"meeting-{os.environ['SLURM_JOB_ID']}-{restarts}")
+        rendezvous = Rendezvous(self.folder / f"rendezvous-{os.environ['SLURM_JOB_ID']}-{restarts}")
         if self.nodes == 1:
             code = self._run(self._command())
         elif node == 0:
-            with meeting.held():
-                code = self._run(self._command(), **{MEETING_VARIABLE: str(meeting.folder)})
+            with rendezvous.heartbeat():
+                code = self._run(self._command(), **{RENDEZVOUS_VARIABLE: str(rendezvous.folder)})
         else:
-            code = self._run([sys.executable, "-m", "obowlab.launch.follower", str(meeting.folder), str(node)])
-        if code > 128 and (self._announced or self._told):
+            code = self._run([sys.executable, "-m", "obowlab.launch.follower", str(rendezvous.folder), str(node)])
+        if code > 128 and (self._announced or self._ended):
             self._leave(node)
         raise SystemExit(code)
 
     def _command(self) -> list[str]:
-        return [sys.executable, "-m", "obowlab.cli", *self.words]
+        return [sys.executable, "-m", "obowlab.cli", *self.arguments]
 
     def _run(self, command: list[str], **variables: str) -> int:
         environment = {**os.environ, PATIENCE_VARIABLE: str(PATIENCE_S), "PYTHONUNBUFFERED": "1", **variables}
         child: subprocess.Popen[bytes] | None = None
 
         def stop(number: int, frame: FrameType | None) -> None:
-            first = not (self._announced or self._told)
+            first = not (self._announced or self._ended)
             self._announced = self._announced or number in ANNOUNCED
-            self._told = self._told or (number if number in TOLD else 0)
-            if first and child is not None:  # a second signal would make the command give up what it is saving
+            self._ended = self._ended or number in ENDED
+            if first and child is not None:  # a second signal would make the command abandon what it is saving
                 child.terminate()
 
-        for number in (*ANNOUNCED, *TOLD):  # in place of submitit's, which know nothing of the command
-            signal.signal(number, stop)
-        child = start(command, environment=environment, output=None)
-        if self._announced or self._told:
-            child.terminate()
-        return shell_code(child.wait())
+        with on_signals(stop, (*ANNOUNCED, *ENDED)):  # in place of submitit's handlers, which know nothing of the command
+            child = start(command, environment=environment, output=None)
+            if self._announced or self._ended:
+                child.terminate()
+            return shell_code(child.wait())
 
     def _leave(self, node: int) -> None:
         """Put the job into the queue again if this start was to end, and wait for Slurm to end it."""
         job = os.environ["SLURM_JOB_ID"]
         if self._announced and node == 0:
-            _say(f"Everything is saved; job {job} goes back into the queue.")
+            logger.info("Everything is saved; job %s goes back into the queue.", job)
             done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True, check=False)
             if done.returncode != 0:
-                _say(f"Slurm does not requeue job {job}: {' '.join(done.stderr.split())}; submit the command again.")
+                logger.warning("Slurm does not requeue job %s: %s; submit the command again.", job, " ".join(done.stderr.split()))
                 return
         deadline = time.monotonic() + GRACE_S
         while time.monotonic() < deadline:
             time.sleep(1.0)
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -10,9 +11,10 @@ from obowlab.errors import UserError
 from obowlab.launch import jobs as cluster_jobs
 from obowlab.launch import slurm
 from obowlab.launch.local import put_aside
-from obowlab.launch.slurm import Errand, Needs, SlurmJob, check_slurm, live_runs
+from obowlab.launch.slurm import JobRequest, Resources, SlurmJob, check_slurm, live_runs
 from obowlab.runs.folder import RunFolder, run_id_of
 
+logger = logging.getLogger(__name__)
 FOLLOW = "`obowlab jobs --watch` shows how far they are, `obowlab jobs logs RUN` what they print."
 
 
@@ -22,48 +24,46 @@ class Submitter:
 
     Attributes:
         machine: where and with what.
-        complete: adds to the words of a command everything that options said here.
+        complete: adds the options of this command line to the arguments of a job's command.
         wait: whether the command waits until its jobs are over.
-        say: prints one line of output.
-        warn: prints one line beside the output.
+        say: prints one line.
     """
 
     machine: Machine
     complete: Callable[[Sequence[str]], tuple[str, ...]]
     wait: bool
     say: Callable[[str], None]
-    warn: Callable[[str], None]
 
     def submit(
         self,
-        errands: Sequence[Errand],
+        requests: Sequence[JobRequest],
         *,
-        needs: Needs,
+        resources: Resources,
         name: str,
         at_a_time: int | None = None,
         after: Sequence[SlurmJob] = (),
     ) -> list[SlurmJob]:
-        """Submit commands and say under which numbers."""
-        jobs = slurm.submit(errands, machine=self.machine, needs=needs, name=name, at_a_time=at_a_time, after=after)
-        what = errands[0].what if len(errands) == 1 else f"{len(errands)} jobs"
+        """Submit commands and print the numbers of their jobs."""
+        jobs = slurm.submit(requests, machine=self.machine, resources=resources, name=name, at_a_time=at_a_time, after=after)
+        what = requests[0].what if len(requests) == 1 else f"{len(requests)} jobs"
         numbers = jobs[0].id if len(jobs) == 1 else f"{jobs[0].id} to {jobs[-1].id}"
         limit = f", {at_a_time} at a time" if at_a_time is not None and at_a_time < len(jobs) else ""
-        nodes = f" on {needs.nodes} nodes" if needs.nodes > 1 else ""
-        with_gpus = f", {needs.procs} GPU{'s' * (needs.procs > 1)} each" if needs.gpus else ""
+        nodes = f" on {resources.nodes} nodes" if resources.nodes > 1 else ""
+        with_gpus = f", {resources.procs} GPU{'s' * (resources.procs > 1)} each" if resources.gpus else ""
         self.say(f"Submitted {what} as job {numbers}{nodes}{with_gpus}{limit}.")
         return jobs
 
     def wait_for(self, jobs: Sequence[SlurmJob]) -> int:
-        """Wait until jobs are over; Ctrl-C ends the waiting alone. Return 0, or 130 when the user left."""
+        """Wait until jobs are over; Ctrl-C ends only the waiting. Return 0, or 130 after Ctrl-C."""
         try:
-            cluster_jobs.wait_for(jobs, runs_root=self.machine.runs_root, say=self.warn)
+            cluster_jobs.wait_for(jobs, runs_root=self.machine.runs_root)
         except KeyboardInterrupt:
-            self.warn("The jobs go on; `obowlab jobs cancel RUN` ends them.")
+            logger.info("The jobs continue; `obowlab jobs cancel RUN` ends them.")
             return 130
         return 0
 
     def follow(self, jobs: Sequence[SlurmJob], *, hint: str = "") -> int:
-        """Wait for jobs if the command was told to; else say how to follow them, and a hint. Return the exit code."""
+        """Wait for jobs with --wait; else print how to follow them, and a hint. Return the exit code."""
         if self.wait:
             return self.wait_for(jobs)
         self.say(f"{FOLLOW} {hint}".rstrip())
@@ -87,7 +87,7 @@ def spread(machine: Machine, *, nodes: int | None) -> Machine:
 
 
 def submit_run(
-    words: Sequence[str],
+    arguments: Sequence[str],
     due: Sequence[Loaded],
     *,
     seed: int,
@@ -97,17 +97,17 @@ def submit_run(
     """Submit what is due of a recipe as one job, unless a job has it already.
 
     Args:
-        words: the command, without what options say of machine and place.
+        arguments: the command, without the options of machine and places.
         due: the stages that are not finished, the run itself last.
         seed: of all of them.
         fresh: put the present folder of the last one aside first.
         submitter: makes the job; with `wait`, this returns when it is over.
 
     Returns:
-        0; when waiting, 1 if the run did not finish and 130 if the user left.
+        0; when waiting, 1 if the run did not finish and 130 after Ctrl-C.
 
     Raises:
-        UserError: there is no Slurm, it refuses the job, or a job has the run that is to begin afresh.
+        UserError: there is no Slurm, it refuses the job, or a job has the run that is to start again.
     """
     machine = submitter.machine
     check_slurm()
@@ -123,15 +123,15 @@ def submit_run(
             put_aside(RunFolder.open(machine.runs_root / runs[-1]))
         for each in due:
             RunFolder.create(each, seed=seed, runs_root=machine.runs_root)
-        command = [*words, "--procs", str(machine.procs), "--nodes", str(machine.nodes), "--no-progress"]
-        errand = Errand(words=submitter.complete(command), runs=tuple(runs), what=runs[-1])
-        needs = Needs(nodes=machine.nodes, procs=machine.procs, gpus=machine.device != "cpu")
-        jobs = submitter.submit([errand], needs=needs, name=runs[-1])
+        command = [*arguments, "--procs", str(machine.procs), "--nodes", str(machine.nodes), "--no-progress"]
+        request = JobRequest(arguments=submitter.complete(command), runs=tuple(runs), what=runs[-1])
+        resources = Resources(nodes=machine.nodes, procs=machine.procs, gpus=machine.device != "cpu")
+        jobs = submitter.submit([request], resources=resources, name=runs[-1])
     if (code := submitter.follow(jobs)) or not submitter.wait:
         return code
     for run in runs:
         state = RunFolder.open(machine.runs_root / run).current_state()
         if state.status != "finished":
-            submitter.warn(f"Run {run} did not finish ({state.status}): {state.message or 'see its log'}.")
+            logger.info("Run %s did not finish (%s): %s.", run, state.status, state.message or "see its log")
             return 1
     return 0

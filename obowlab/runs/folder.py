@@ -1,8 +1,8 @@
-"""The run folder: the one record of a training run that everything else reads.
+"""The run folder: the one record of a training run, which everything else reads.
 
 A run lives in `RUNS_ROOT/RUN_ID`. Every file has one writer: `run.json`, `machine.json` and `cost.json` the launcher,
 `state.json`, `metrics.jsonl`, `online.jsonl`, `attempts.jsonl` and `results/` the process that trains or evaluates,
-`system.jsonl` and `mirror.json` the launcher's mirror; only `labels.json` has several, who take turns. Whole files are written
+`system.jsonl` and `mirror.json` the launcher; only `labels.json` has several, which take turns. Whole files are written
 beside and renamed; line files are appended and survive `kill -9` up to the last complete line. Nothing here imports torch or
 mlflow.
 """
@@ -10,15 +10,13 @@ mlflow.
 from __future__ import annotations
 
 import difflib
-import fcntl
 import json
 import os
 import re
-import secrets
 import socket
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,18 +24,14 @@ from typing import Any
 from obowlab import __version__
 from obowlab.config import Loaded, Machine, canonical_hash
 from obowlab.errors import UserError
-from obowlab.files import append_whole, cut_torn_tail, read_all, read_lines, read_sealed, seal, write_atomic
+from obowlab.files import append_whole, cut_torn_tail, file_lock, read_all, read_checked, read_lines, with_checksum, write_atomic
 from obowlab.runs.info import RunInfo, State, read_info, read_result, read_state
-from obowlab.runs.locks import HELD, HELD_GUARD, HOLDER_BYTE, WORKER_BYTE, is_locked, read_holder, try_lock
+from obowlab.runs.locks import Lock, hold, is_locked
 from obowlab.runs.metric_log import MetricLog, Point, parse_point, read_points
-
-LOCK_TOKEN_VARIABLE = "OBOWLAB_RUN_LOCK"
-"""Set by a launcher that holds the lock for the processes it starts; see `RunFolder.lock`."""
-
 
 COST_FILE = "cost.json"
 STALE_AFTER_S = 3600.0
-"""A running state of another host is believed for so long after its last update, once nobody holds the lock."""
+"""A `running` state of another host counts for so long after its last update, once no process holds the lock."""
 
 
 @dataclass(frozen=True)
@@ -47,17 +41,6 @@ class RunSummary:
     path: Path
     info: RunInfo
     state: State
-
-
-@dataclass(frozen=True)
-class Lock:
-    """A held run lock; `token` goes to child processes as the environment variable `LOCK_TOKEN_VARIABLE`."""
-
-    token: str
-
-
-class RunTakenError(UserError):
-    """Another process has the run; the sentence names it."""
 
 
 class RunFolder:
@@ -99,7 +82,7 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             write_atomic(path / "state.json", State(updated_at=info.created_at).model_dump_json(indent=1))
             # Last: its presence makes the folder a run.
-            write_atomic(path / "run.json", seal(info.model_dump_json(indent=1, by_alias=True)))
+            write_atomic(path / "run.json", with_checksum(info.model_dump_json(indent=1, by_alias=True)))
         except OSError as error:
             raise UserError(f"Cannot create the run folder {path} (--runs-root): {error.strerror}.") from None
         return cls(path, info)
@@ -115,7 +98,7 @@ class RunFolder:
 
     @classmethod
     def find(cls, ref: str, *, runs_root: Path) -> RunFolder:
-        """Open the run with this id, unique beginning of an id, or path.
+        """Open the run with this id, unique prefix of an id, or path.
 
         Raises:
             UserError: none or several match; names the nearest.
@@ -131,7 +114,7 @@ class RunFolder:
             return cls.open(runs_root / matches[0])
         if matches:
             raise UserError(
-                f"'{ref}' is the beginning of {len(matches)} runs: {', '.join(matches[:5])}{', ...' * (len(matches) > 5)}."
+                f"'{ref}' is a prefix of {len(matches)} runs: {', '.join(matches[:5])}{', ...' * (len(matches) > 5)}."
             )
         close = difflib.get_close_matches(ref, known, n=1, cutoff=0.4)
         hint = f"Did you mean '{close[0]}'?" if close else "'obowlab runs list' shows what is there."
@@ -164,57 +147,17 @@ class RunFolder:
         write_atomic(self.path / "state.json", state.model_dump_json(indent=1))
         return state
 
-    @contextmanager
-    def lock(self) -> Iterator[Lock]:
+    def lock(self) -> AbstractContextManager[Lock]:
         """Hold the run exclusively, for as long as the context and this process last.
 
-        A launcher holds it and gives its token to the process it starts; that one then holds its own part, so that the run
-        stays taken when the launcher dies first. Forked loader processes hold nothing.
+        A launcher holds it and gives its token to the process it starts; that one then holds a lock of its own, so that the run
+        stays taken when the launcher dies first.
 
         Raises:
             RunTakenError: another process has it; names its process id and host.
-            UserError: the folder cannot be written to, or its file system knows no locks.
+            UserError: the folder cannot be written to, or its file system has no locks.
         """
-        key = str(self.path.resolve())
-        with HELD_GUARD:  # the kernel would give it to another thread of this process
-            if key in HELD:
-                raise self._taken(os.getpid())
-            HELD.add(key)
-        try:
-            with self._locked_file() as token:
-                yield Lock(token=token)
-        finally:
-            HELD.discard(key)  # after the file was closed: closing it would end a lock taken anew
-
-    @contextmanager
-    def _locked_file(self) -> Iterator[str]:
-        try:
-            fd = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise UserError(f"Cannot write to the run folder {self.path} ({error.strerror}): mend that and try again.") from None
-        try:
-            holder = read_holder(fd)
-            token = os.environ.get(LOCK_TOKEN_VARIABLE)
-            if token is not None and token == holder.get("token"):
-                if not try_lock(fd, WORKER_BYTE):
-                    raise self._taken(self.state.pid)
-            else:
-                if not try_lock(fd, HOLDER_BYTE):
-                    raise self._taken(holder.get("pid"))
-                if not try_lock(fd, WORKER_BYTE):  # its launcher was killed, it is still saving
-                    raise self._taken(self.state.pid)
-                fcntl.lockf(fd, fcntl.LOCK_UN, 1, WORKER_BYTE)
-                token = secrets.token_hex(8)
-                content = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "token": token}).encode()
-                os.ftruncate(fd, 0)
-                os.pwrite(fd, content, 0)
-            yield token
-        finally:
-            os.close(fd)
-
-    def _taken(self, pid: int | None) -> RunTakenError:
-        host = self.state.host or socket.gethostname()
-        return RunTakenError(f"Run '{self.run_id}' is being trained by process {pid} on {host}; wait for it or stop it first.")
+        return hold(self.path)
 
     # ------------------------------------------------------------------------------------------------ records
 
@@ -230,7 +173,7 @@ class RunFolder:
             raise UserError(f"{path} is damaged; start the run again with 'obowlab run' to replace it.") from None
 
     def write_machine(self, machine: Machine) -> None:
-        """Remember where and with what the run is carried out."""
+        """Write where and with what the run is trained."""
         write_atomic(self.path / "machine.json", machine.model_dump_json(indent=1, exclude={"tracking_uri"}))
 
     def append_attempt(self, facts: Mapping[str, Any]) -> int:
@@ -238,7 +181,7 @@ class RunFolder:
         path = self.path / "attempts.jsonl"
         cut_torn_tail(path)
         number = len(self.attempts()) + 1
-        line = seal(json.dumps({"attempt": number, "time": round(time.time(), 3), **facts}, default=str))
+        line = with_checksum(json.dumps({"attempt": number, "time": round(time.time(), 3), **facts}, default=str))
         with path.open("ab", buffering=0) as file:
             append_whole(file, line.encode() + b"\n")
             os.fsync(file.fileno())
@@ -289,14 +232,14 @@ class RunFolder:
         identity = [result.get(key) for key in ("subject", "protocol", "version", "protocol_hash", "weights_hash", "data_hash")]
         name = f"{result['subject']}-{result['protocol']}-{canonical_hash(identity)[:8]}.json"
         dated = {**result, "measured_at": round(time.time(), 3)}
-        return self.write_artifact(f"results/{name}", seal(json.dumps(dated, indent=1, allow_nan=False)))
+        return self.write_artifact(f"results/{name}", with_checksum(json.dumps(dated, indent=1, allow_nan=False)))
 
     def trained_s(self) -> float | None:
         """Return the seconds spent on training steps, all starts together; None when nothing was logged."""
         state = self.state
         if state.trained_s is not None:
             return state.trained_s
-        total_s, last_step = 0.0, 0  # a run of an older version: the points tell, at the cost of reading them all
+        total_s, last_step = 0.0, 0  # a run of an older version: from its points, at the cost of reading them all
         for point in map(parse_point, read_all(self.path / "metrics.jsonl")):
             total_s += point.values.get("step_time_s", 0.0) * (point.step - last_step)
             last_step = point.step
@@ -305,7 +248,7 @@ class RunFolder:
     def mlflow_run_id(self) -> str | None:
         """Return the id of the MLflow run that mirrors this one, in the store it was sent to last; None when it never was."""
         try:
-            stores = read_sealed(self.mirror_path)["stores"]
+            stores = read_checked(self.mirror_path)["stores"]
             ids = [sent["run_id"] for sent in stores.values() if sent.get("run_id")]
         except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
             return None
@@ -319,9 +262,9 @@ class RunFolder:
             return {}  # nothing depends on it
 
     def labels(self) -> dict[str, str]:
-        """Return what studies and tables said about this run: MLflow tag name to text."""
+        """Return the labels that studies and tables gave this run: MLflow tag name to text."""
         try:
-            labels = read_sealed(self.path / "labels.json")
+            labels = read_checked(self.path / "labels.json")
             if not all(isinstance(text, str) for text in labels.values()):
                 raise ValueError("a label is no text")
             return labels
@@ -331,7 +274,7 @@ class RunFolder:
             raise UserError(f"{self.path / 'labels.json'} is damaged; remove it; only labels are lost.") from None
 
     def add_labels(self, labels: Mapping[str, str]) -> bool:
-        """Say which study or table this run belongs to; the mirror makes tags of it, also once the run is finished.
+        """Label this run with the study or table it belongs to; the mirror makes tags of it, also when the run is finished.
 
         Other labels stay, a label of the same name is replaced; several processes may add at once.
 
@@ -342,17 +285,16 @@ class RunFolder:
             Whether anything was new.
         """
         assert all(name.startswith("obowlab.") for name in labels), f"labels are called obowlab.NAME, not {list(labels)}"
-        with (self.path / "labels.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with file_lock(self.path / "labels.lock"):
             before = self.labels()
             if before | dict(labels) == before:
                 return False
-            write_atomic(self.path / "labels.json", seal(json.dumps(before | dict(labels), indent=1)))
+            write_atomic(self.path / "labels.json", with_checksum(json.dumps(before | dict(labels), indent=1)))
         return True
 
     @property
     def mirror_path(self) -> Path:
-        """What the mirror remembers of this run."""
+        """Where the mirror records what it has sent of this run."""
         return self.path / "mirror.json"
 
 
@@ -367,7 +309,7 @@ def run_id_of(loaded: Loaded, *, seed: int) -> str:
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", loaded.name):
         raise UserError(
-            f"Rename the recipe file '{loaded.name}.toml': runs are named after it, so only letters, digits and '._-' will do."
+            f"Rename the recipe file '{loaded.name}.toml': runs are named after it and may have letters, digits and '._-' only."
         )
     return f"{loaded.name}-s{seed}-{loaded.recipe.fingerprint(seed=seed)[:8]}"
 
@@ -380,20 +322,20 @@ def list_runs(runs_root: Path) -> list[RunSummary]:
         try:
             info = read_info(path)
         except UserError:
-            continue  # `find` and `open` say what is wrong with it
+            continue  # `damaged_runs` reports it
         runs.append(RunSummary(path=path, info=info, state=_believable(read_state(path), path)))
     return sorted(runs, key=lambda run: run.info.created_at, reverse=True)
 
 
 def damaged_runs(runs_root: Path) -> list[str]:
     """Return a sentence for every run folder that `list_runs` leaves out."""
-    complaints = []
+    errors = []
     for run_id in _run_ids(runs_root):
         try:
             read_info(runs_root / run_id)
         except UserError as error:
-            complaints.append(str(error))
-    return complaints
+            errors.append(str(error))
+    return errors
 
 
 # ------------------------------------------------------------------------------------------------------------- helpers
@@ -411,19 +353,11 @@ def _believable(state: State, path: Path) -> State:
     if state.status != "running":
         return state
     if state.host == socket.gethostname():
-        gone = state.pid is None or not _alive(state.pid)
+        import psutil  # late: most runs are not running
+
+        gone = state.pid is None or not psutil.pid_exists(state.pid)
     else:
         gone = time.time() - state.updated_at > STALE_AFTER_S
     if gone and not is_locked(path):
         return state.model_copy(update={"status": "interrupted", "message": state.message or "its process is gone"})
     return state
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

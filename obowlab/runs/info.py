@@ -1,4 +1,4 @@
-"""What a run is and how far it is: the two small files of its folder that everything begins with, and its results."""
+"""What a run is, how far it is, and its results: the small files of its folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from obowlab import __version__
 from obowlab.config import Recipe
 from obowlab.errors import UserError
-from obowlab.files import read_sealed
+from obowlab.files import read_checked
 
 Status = Literal["created", "running", "interrupted", "failed", "finished"]
 
@@ -72,7 +72,7 @@ def read_info(path: Path) -> RunInfo:
     """
     file = path / "run.json"
     try:
-        return RunInfo.model_validate(read_sealed(file))
+        return RunInfo.model_validate(read_checked(file))
     except FileNotFoundError:
         raise UserError(f"{path} is not a run folder: it has no run.json.") from None
     except (ValueError, OSError):
@@ -100,7 +100,7 @@ def read_result(path: Path) -> dict[str, Any]:
         UserError: the file is damaged.
     """
     try:
-        result = read_sealed(path)
+        result = read_checked(path)
         if not {"subject", "protocol", "protocol_hash"} <= result.keys():
             raise ValueError("no evaluation result")
     except ValueError:

@@ -1,85 +1,99 @@
-"""The two byte locks of a run folder's file `lock`: one of the launcher, one of the compute process it starts.
+"""The locks of a run folder: `lock` of the launcher, `worker.lock` of the training process it starts.
 
-They are POSIX record locks, which network file systems know, and which the kernel gives back when their process dies.
+Each is held until its process ends, however it ends: the kernel gives it back. A run is taken as long as either is held, so a
+training process whose launcher was killed keeps the run until it has saved itself.
 """
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
+import secrets
 import socket
-import threading
-import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from obowlab.errors import UserError
+from obowlab.files import file_lock, is_held
+from obowlab.runs.info import read_state
 
-HOLDER_BYTE, WORKER_BYTE = 0, 1
-HELD: set[str] = set()
-"""Run folders locked by this process. Such a lock is lost when the process closes the file anywhere: never open it again."""
-HELD_GUARD = threading.Lock()
-"""Of `HELD`, and of opening lock files just to look: between threads of one process the kernel's locks mean nothing."""
+LAUNCHER, WORKER = "lock", "worker.lock"
+LOCK_TOKEN_VARIABLE = "OBOWLAB_RUN_LOCK"
+"""Set by a launcher for the processes it starts: with its token they may take the worker's lock of the same run."""
+
+TRY_S = 0.3
+"""Longest time to try for a lock, because a process that only looks holds it for an instant."""
+
+
+@dataclass(frozen=True)
+class Lock:
+    """A held run lock; `token` goes to child processes as the environment variable `LOCK_TOKEN_VARIABLE`."""
+
+    token: str
+
+
+class RunTakenError(UserError):
+    """Another process has the run; the message names it."""
 
 
 def is_locked(path: Path) -> bool:
-    """Return whether any process holds the run of this folder."""
-    with HELD_GUARD:
-        if str(path.resolve()) in HELD:
-            return True
-        try:
-            fd = os.open(path / "lock", os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return False
-        try:
-            fcntl.lockf(fd, fcntl.LOCK_SH | fcntl.LOCK_NB, 2, HOLDER_BYTE)
-        except OSError:
-            return True
-        finally:
-            os.close(fd)
-        return False
+    """Return whether any process, this one included, holds the run of this folder."""
+    return is_held(path / LAUNCHER) or is_held(path / WORKER)
 
 
 def holder_of(path: Path) -> dict[str, Any]:
-    """Return who held the run of this folder last: pid and host; empty when nobody ever did."""
-    with HELD_GUARD:
-        if str(path.resolve()) in HELD:
-            return {"pid": os.getpid(), "host": socket.gethostname()}
-        try:
-            fd = os.open(path / "lock", os.O_RDONLY | os.O_CLOEXEC)
-        except FileNotFoundError:
-            return {}
-        try:
-            return read_holder(fd)
-        finally:
-            os.close(fd)
-
-
-def try_lock(fd: int, byte: int) -> bool:
-    """Take one byte of an open lock file; False when another process has it.
-
-    Raises:
-        UserError: the file system knows no locks.
-    """
-    for attempt in range(5):  # `is_locked` of another process may hold it for an instant
-        try:
-            fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
-            return True
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                raise UserError(
-                    f"The file system of the run store knows no locks ({error.strerror}); use another --runs-root."
-                ) from None
-            time.sleep(0.02 * (attempt + 1))
-    return False
-
-
-def read_holder(fd: int) -> dict[str, Any]:
-    """Return what the holder wrote into an open lock file: pid, host and token; empty when nobody did."""
+    """Return the pid, host and token of the launcher that took the run of this folder last; empty when none ever did."""
     try:
-        holder = json.loads(os.pread(fd, 4096, 0))
-    except ValueError:
+        holder = json.loads((path / LAUNCHER).read_bytes())
+    except (FileNotFoundError, ValueError):
         return {}
     return holder if isinstance(holder, dict) else {}
+
+
+@contextmanager
+def hold(path: Path) -> Iterator[Lock]:
+    """Hold the run of this folder until the context or this process ends, as its launcher or as that launcher's worker.
+
+    Forked loader processes hold nothing: filelock closes its files in a forked child.
+
+    Raises:
+        RunTakenError: another process has it.
+        UserError: the folder cannot be written to, or its file system has no locks.
+    """
+    token = os.environ.get(LOCK_TOKEN_VARIABLE, "")
+    holder = holder_of(path)
+    is_worker = token != "" and token == holder.get("token")
+    lock = file_lock(path / (WORKER if is_worker else LAUNCHER), timeout_s=TRY_S)
+    try:
+        lock.acquire()
+    except TimeoutError:
+        raise _taken(path, by_worker=is_worker) from None
+    except OSError as error:
+        raise UserError(
+            f"Cannot lock the run folder {path} ({error.strerror}): make it writable, or use a --runs-root that has file locks."
+        ) from None
+    try:
+        # A worker takes its lock and then reads the token; a launcher writes the token and then looks at the worker's lock. So of
+        # a worker and a new launcher at the same moment at least one sees the other.
+        if is_worker:
+            if token != holder_of(path).get("token"):
+                raise _taken(path)
+        else:
+            token = secrets.token_hex(8)
+            holder = {"pid": os.getpid(), "host": socket.gethostname(), "token": token}
+            (path / LAUNCHER).write_text(json.dumps(holder), encoding="utf-8")
+            if is_held(path / WORKER):  # its launcher was killed, it is still saving
+                raise _taken(path, by_worker=True)
+        yield Lock(token)
+    finally:
+        lock.release()
+
+
+def _taken(path: Path, *, by_worker: bool = False) -> RunTakenError:
+    state, holder = read_state(path), holder_of(path)
+    pid = state.pid if by_worker else holder.get("pid")
+    host = (state.host if by_worker else holder.get("host")) or socket.gethostname()
+    return RunTakenError(f"Run '{path.name}' is being trained by process {pid} on {host}; wait for it or stop it first.")

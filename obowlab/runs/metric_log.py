@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from obowlab.files import append_whole, cut_torn_tail, read_all, read_lines, seal
+from obowlab.files import append_whole, cut_torn_tail, read_all, read_lines, with_checksum
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class MetricLog:
         """Open or create the file.
 
         Raises:
-            UserError: a line in the middle is damaged, and what stands behind it cannot be trusted to be all.
+            UserError: a line in the middle is damaged.
         """
         self.path = path
         self.last_step = -1
@@ -70,7 +70,7 @@ class MetricLog:
             "time": round(time.time() if time_s is None else time_s, 3),
             "metrics": {name: _to_json(float(value)) for name, value in values.items()},
         }
-        append_whole(self._file, seal(json.dumps(line, allow_nan=False, separators=(",", ":"))).encode() + b"\n")
+        append_whole(self._file, with_checksum(json.dumps(line, allow_nan=False, separators=(",", ":"))).encode() + b"\n")
         self.last_step = step
         return True
 
@@ -112,7 +112,7 @@ def read_points(path: Path) -> list[Point]:
     """
     try:
         return [parse_point(line) for line in read_all(path)]
-    except ValueError:  # a whole line that is no point: found with its number, or left out at the end
+    except ValueError:  # an intact line that is no point: reported with its number, or left out at the end
         return [parse_point(line) for line in read_lines(path, check=parse_point)]
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 PACKAGES = (
     "obowlab",
     "torch",
@@ -34,7 +36,7 @@ COMMIT_VARIABLE = "OBOWLAB_COMMIT"
 
 @dataclass(frozen=True)
 class Code:
-    """The state of the checkout that holds this package; all None when it was installed from a wheel and nobody says.
+    """The state of the checkout that holds this package; all None when it was installed from a wheel without `COMMIT_VARIABLE`.
 
     Attributes:
         commit: full hash of HEAD.
@@ -83,13 +85,18 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "versions": versions(),
         "host": socket.gethostname(),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpus": num_cores(),
         "cpu_model": _cpu_model(),
-        "memory_mib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20,
+        "memory_mib": psutil.virtual_memory().total // 2**20,
         "argv": list(sys.argv),
         "pid": os.getpid(),
         "threads": os.environ.get("OMP_NUM_THREADS"),
     }
+
+
+def num_cores() -> int:
+    """Return how many processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cpu_model() -> str:

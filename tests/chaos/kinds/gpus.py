@@ -8,6 +8,7 @@ import functools
 import os
 import random
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -15,10 +16,12 @@ from obowlab.config import Machine
 from obowlab.errors import UserError
 from obowlab.launch.gpu_leases import GPUS_VARIABLE, hold_as_worker, leased, take
 from obowlab.launch.processes import tied_to_this_process
+from obowlab.launch.system import installed_gpus
 from tests.chaos import forks
 from tests.chaos.forks import Child
 from tests.chaos.judge import BrokenError
 from tests.chaos.ledger import Case, Kind
+from tests.gpus import write_stand_in
 
 NUM_GPUS = 3
 CONTENDERS = 5
@@ -29,12 +32,8 @@ SAVING_S = 0.3
 def leases(case: Case) -> None:
     """Kill -9 launchers and training processes that contend for three GPUs."""
     gpus = [f"GPU-chaos-{os.getpid()}-{case.seed}-{number}" for number in range(NUM_GPUS)]
-    tool = case.place / "bin" / "nvidia-smi"
-    tool.parent.mkdir()
-    lines = "".join(f'echo "GPU {number}: NVIDIA (UUID: {gpu})"\n' for number, gpu in enumerate(gpus))
-    tool.write_text(f'#!/bin/sh\n[ "$1" = -L ] || exit 1\n{lines}')
-    tool.chmod(0o755)
-    environment = {"PATH": f"{tool.parent}:{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
+    write_stand_in(case.place / "nvml", gpus=gpus)
+    environment = {"CUDA_VISIBLE_DEVICES": ""}
     contenders: list[Child] = []
     while case.injected < case.num_faults:
         contenders = [one for one in contenders if one.poll() is None]
@@ -67,8 +66,11 @@ def leases(case: Case) -> None:
 def _launcher(place: Path, seed: float) -> int:
     """Lease one GPU, let a training process compute on it, and wait for that."""
     os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    sys.path.insert(0, str(place / "nvml"))
+    sys.modules.pop("pynvml", None)
+    installed_gpus.cache_clear()
     die_with_parent = tied_to_this_process()
-    with leased(Machine(device="cuda"), say=lambda text: None) as variables:
+    with leased(Machine(device="cuda")) as variables:
         pid = os.fork()
         if pid == 0:
             os.environ.update(variables)

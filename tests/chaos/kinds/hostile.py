@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from obowlab.data.beton import read_index
-from obowlab.files import seal
+from obowlab.files import with_checksum
 from obowlab.runs.folder import RunFolder
 from obowlab.runs.info import RunInfo
 from tests.chaos import forks
@@ -156,7 +156,7 @@ def _write_pages(case: Case, folder: RunFolder, *, name: str) -> None:
     values = {**run.info.recipe_values, "title": name}
     sources = {**run.info.sources, "title": name}
     hostile = RunInfo.model_validate({**run.info.model_dump(by_alias=True), "recipe": values, "sources": sources})
-    (run.path / "run.json").write_text(seal(hostile.model_dump_json(by_alias=True)))
+    (run.path / "run.json").write_text(with_checksum(hostile.model_dump_json(by_alias=True)))
     run.add_labels({"obowlab.table": name, "obowlab.row": name})
     run.append_attempt({"commit": name, "host": name, "device": name, "versions": {name: name}})
     run.set_state(message=name)

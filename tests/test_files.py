@@ -17,7 +17,7 @@ from obowlab.config import load_recipe
 from obowlab.data.datasets import open_split
 from obowlab.data.identity import NOTES
 from obowlab.errors import UserError
-from obowlab.files import append_whole, cut_torn_tail, is_whole, read_all, read_lines, seal, unseal
+from obowlab.files import append_whole, checksum_fits, cut_torn_tail, parse_checked, read_all, read_lines, with_checksum
 from obowlab.runs.folder import RunFolder, damaged_runs, list_runs
 from obowlab.runs.metric_log import parse_point
 from obowlab.tracking.outbox import Outbox, Sent
@@ -34,8 +34,8 @@ def flip(path: Path, *, at: bytes) -> None:
 @pytest.mark.parametrize("indent", [None, 1])
 def test_a_sealed_object_comes_back_and_every_flipped_bit_of_it_is_noticed(indent: int | None) -> None:
     value: dict[str, Any] = {"step": 12, "metrics": {"loss": 0.5, "ß": "nan"}, "list": [1, {"a": None}]}
-    text = seal(json.dumps(value, indent=indent))
-    assert unseal(text.encode()) == value
+    text = with_checksum(json.dumps(value, indent=indent))
+    assert parse_checked(text.encode()) == value
     assert json.loads(text)["crc"]
     content = text.encode()
     for position in range(content.rindex(b",", 0, content.rindex(b'"crc"'))):
@@ -43,15 +43,15 @@ def test_a_sealed_object_comes_back_and_every_flipped_bit_of_it_is_noticed(inden
             changed = bytearray(content)
             changed[position] ^= 1 << bit
             with pytest.raises(ValueError):  # noqa: PT011 - the checksum's, or json's
-                unseal(bytes(changed))
+                parse_checked(bytes(changed))
 
 
 def test_objects_of_earlier_versions_have_no_seal_and_anything_else_is_refused() -> None:
-    assert unseal(b'{"a": 1}') == {"a": 1}
-    assert is_whole(b'{"a": 1}')
+    assert parse_checked(b'{"a": 1}') == {"a": 1}
+    assert checksum_fits(b'{"a": 1}')
     for content in (b"[]", b"null", b"", b"{", b"\x00\x00", b"\xff{}"):
         with pytest.raises(ValueError):  # noqa: PT011 - whatever json says
-            unseal(content)
+            parse_checked(content)
 
 
 def test_a_damaged_line_in_the_middle_is_named_and_at_the_end_left_out(tmp_path: Path) -> None:
@@ -63,10 +63,10 @@ def test_a_damaged_line_in_the_middle_is_named_and_at_the_end_left_out(tmp_path:
     whole = path.read_bytes()
     flip(path, at=b'"step":2,"time":')
     for read in (run.metrics, run.metric_log, lambda: read_all(path), lambda: list(read_lines(path))):
-        with pytest.raises(UserError, match=r"metrics\.jsonl is damaged at line 2: put a copy of the file back, or delete"):
+        with pytest.raises(UserError, match=r"metrics\.jsonl is damaged at line 2: restore it from a copy, or delete"):
             read()
     path.write_bytes(whole)
-    other = seal('{"words": "no point"}').encode() + b"\n"
+    other = with_checksum('{"words": "no point"}').encode() + b"\n"
     path.write_bytes(other + whole)
     with pytest.raises(UserError, match="line 1"):
         run.metrics()
@@ -82,7 +82,7 @@ def test_a_damaged_line_in_the_middle_is_named_and_at_the_end_left_out(tmp_path:
 
 def test_a_reader_of_all_lines_agrees_with_the_plain_one_on_any_damage(tmp_path: Path) -> None:
     path, dice = tmp_path / "lines.jsonl", random.Random(0)
-    lines = [seal(json.dumps({"step": step, "metrics": {}, "time": 0})).encode() + b"\n" for step in range(6)]
+    lines = [with_checksum(json.dumps({"step": step, "metrics": {}, "time": 0})).encode() + b"\n" for step in range(6)]
     for _ in range(300):
         content = bytearray(b"".join(lines))
         for _ in range(dice.randint(0, 2)):
