@@ -1,7 +1,8 @@
 """The services of docker-compose.yml without Docker: their own commands and environment, on loopback.
 
 What differs from Docker is written down here and nowhere else: host names, ports and folders (`Stack.here`), what the image of
-PostgreSQL does on an empty volume (`Stack._make_database`), and health checks that call wget (`Stack._wait`). `make services` keeps such a stack running for a developer.
+PostgreSQL does on an empty volume (`Stack._make_database`), and health checks that call wget (`Stack._wait`). `make services`
+keeps such a stack running for a developer.
 """
 
 from __future__ import annotations
