@@ -123,10 +123,9 @@ import os, sys, time
 from pathlib import Path
 from obowlab.runs import RunFolder
 with RunFolder.open(Path(sys.argv[1])).lock() as lock:
-    if "fork" in sys.argv and os.fork() == 0:
-        time.sleep(3)
-        os._exit(0)
     print(lock.token, flush=True)
+    if "fork" in sys.argv and (child := os.fork()):
+        print(child, flush=True)
     time.sleep(60)
 """
 
@@ -138,12 +137,14 @@ def test_lock_names_its_holder_and_ends_with_it(tmp_path: Path) -> None:
     child = run_python(HOLD, run.path, "fork")
     assert child.stdout is not None
     assert child.stdout.readline()
+    forked = int(child.stdout.readline())
     with pytest.raises(UserError, match=f"process {child.pid} on {socket.gethostname()}"), run.lock():
         pass
     child.kill()  # its forked child lives on, as a loader's worker might
-    os.waitpid(child.pid, 0)
+    child.wait()
     with run.lock():
         pass
+    os.kill(forked, signal.SIGKILL)
 
 
 def test_lock_lets_in_whom_the_holder_started_and_stays_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
