@@ -19,7 +19,7 @@ from obowlab.studies.schema import StudyReport
 from obowlab.studies.spec import Tuning, plan_study
 from obowlab.studies.storage import open_storage, quiet, storage_url
 from obowlab.studies.summary import Reporter
-from obowlab.studies.trial_locks import Claims
+from obowlab.studies.trial_locks import TrialLocks
 from obowlab.studies.worker import Ended, Worker, open_study, study_folder
 from tests.processes import NoMirror
 
@@ -161,14 +161,14 @@ class Search:
         self.tuning = tuning or tuning_of(root)
         self.machine = machine_of(root)
         self.url = storage_url(storage, runs_root=self.machine.runs_root)
-        self.claims = Claims(study_folder(self.tuning, machine=self.machine))
+        self.locks = TrialLocks(study_folder(self.tuning, machine=self.machine))
         self.said: list[str] = []
 
     def open(self) -> optuna.Study:
         with quiet():
-            with self.claims.alone():
+            with self.locks.alone():
                 storage = open_storage(self.url)
-            return open_study(self.tuning, storage=storage, claims=self.claims)
+            return open_study(self.tuning, storage=storage, locks=self.locks)
 
     def work(
         self,
@@ -183,7 +183,7 @@ class Search:
             return Worker(
                 self.tuning,
                 study=self.open(),
-                claims=self.claims,
+                locks=self.locks,
                 machine=self.machine,
                 slots=slots,
                 budget=budget,
@@ -196,7 +196,7 @@ class Search:
         study = self.open()
         with quiet():
             return Reporter(
-                study, tuning=self.tuning, machine=self.machine, claims=self.claims, budget=budget, storage=self.url
+                study, tuning=self.tuning, machine=self.machine, locks=self.locks, budget=budget, storage=self.url
             ).write()
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from obowlab.runs.folder import RunFolder, list_runs
-from obowlab.tables.execute import make_plan
+from obowlab.tables.plan import make_plan
 from obowlab.tables.spec import load_table
 from tests.runs import SMALL_RECIPE
 
@@ -119,7 +119,7 @@ def test_ctrl_c_stops_within_seconds_and_says_that_it_goes_on(tmp_path: Path, da
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130, said
-    assert "the same command goes on" in said
+    assert "the same command continues" in said
     runs = list_runs(runs_root)
     assert [run.state.status for run in runs] == ["interrupted", "interrupted"]
     assert all((run.path / "checkpoint.pt").is_file() for run in runs)

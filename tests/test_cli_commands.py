@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 
 from obowlab.cli import doctor, ui
-from obowlab.cli import eval as eval_module
 from obowlab.config import Machine, load_recipe
 from obowlab.errors import UserError
 from obowlab.runs.folder import RunFolder
@@ -190,10 +189,11 @@ def test_results_of_eval_are_printed_filed_and_sent_on(
     obowlab: Obowlab, finished: RunFolder, workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from obowlab.evaluation import Result
+    from obowlab.weights.subject import Subject
 
     asked: dict[str, Any] = {}
 
-    def measure(chosen: eval_module.Subject, **how: Any) -> list[Result]:
+    def measure(chosen: Subject, **how: Any) -> list[Result]:
         asked.update(how, neighbours=chosen.recipe.evaluation.knn.num_neighbours)
         return [Result.from_json(result("knn", "student", 22.0))]
 
@@ -204,7 +204,7 @@ def test_results_of_eval_are_printed_filed_and_sent_on(
         def sync(self, *, timeout_s: float) -> SyncReport:
             return SyncReport(sent=1, pending=0)
 
-    monkeypatch.setattr(eval_module, "_measure", measure)
+    monkeypatch.setattr("obowlab.training.measure.measure", measure)
     monkeypatch.setattr("obowlab.tracking.mirror.Mirror", Mirror)
     words = [
         "eval",
@@ -221,7 +221,7 @@ def test_results_of_eval_are_printed_filed_and_sent_on(
     code, out, err = obowlab(*words)
     assert (code, err) == (0, "")
     assert "22.00 ± 0.50 %" in out
-    assert (asked["names"], asked["dataset"], asked["with_random"], asked["neighbours"]) == (("knn",), "small", True, 3)
+    assert (asked["protocols"], asked["dataset"], asked["with_random"], asked["neighbours"]) == (("knn",), "small", True, 3)
     assert json.loads((workplace / "out.json").read_text())[0]["measurements"][0]["value"] == 22.0
     assert len(asked["mirrored"]) == len(finished.results()) == 4
     code, _, err = obowlab("eval", "demo", "--set", "training.epochs=3")

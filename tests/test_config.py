@@ -103,7 +103,7 @@ BAD_FILES = [
     ("[views]\nnum_crops = 0\n", r"\(bad\.toml\): num_crops and num_patches are both 0"),
     ("[views]\noriginal_size = 300\n", r"original_resize must be at least original_size"),
     ("[views]\nnum_patches = 5\npatch_size = 250\n", r"must fit into patch_source_size"),
-    ("[views]\ncrop_scale = [0.6, 0.08]\n", r"'views' \(bad\.toml\): crop_scale must be \[low, high\]"),
+    ("[views]\ncrop_scale = [0.6, 0.08]\n", r"'views\.crop_scale' \(bad\.toml\): crop_scale must be \[low, high\]"),
     ("[views]\ncrop_scale = [0.0, 0.5]\n", r"crop_scale are fractions"),
     ("[views]\nblur_sigma = [0.1]\n", r"'views\.blur_sigma'"),
     ("extends = 3\n", r"'extends' .* must be the name of one recipe"),
@@ -126,7 +126,7 @@ def test_missing_recipe_file_is_named() -> None:
 
 
 def test_settings_that_do_not_fit_name_the_option_before_the_file() -> None:
-    with pytest.raises(UserError, match=r"'views' \(--set views\.patch_size=250\): patch_size"):
+    with pytest.raises(UserError, match=r"'views\.patch_size' \(--set views\.patch_size=250\): patch_size"):
         load_recipe("full", overrides=["views.patch_size=250"])
 
 
@@ -437,7 +437,10 @@ def test_overrides_lie_over_changes(tmp_path: Path) -> None:
         (CHAIN + "crop_size = 0\n", r"'teacher\.teacher\.views\.crop_size' \(bad\.toml\): .*not 0"),
         (CHAIN.replace("= 8", "= 0"), r"'training\.epochs' \(bad\.toml\): .*not 0"),
         (CHAIN + "[teacher.backbone]\nwidth = 3\n", r"teacher\.backbone must be the same"),
-        ("[views]\nnum_crops = 0\nnum_patches = 1\ncutmix_probability = 0.5\n", r"'views' \(bad\.toml\): cutmix_probability"),
+        (
+            "[views]\nnum_crops = 0\nnum_patches = 1\ncutmix_probability = 0.5\n",
+            r"'views\.cutmix_probability' \(bad\.toml\): cutmix_probability",
+        ),
         ("[views]\nwhole_scale = [0.5, 2.0]\n", r"whole_scale are fractions"),
     ],
 )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import socket
 from pathlib import Path
 
 from obowlab.config import Machine, Recipe, load_recipe
-from obowlab.launch.cost import Cost, CostBook, num_steps, write_actual_cost, write_quote
+from obowlab.launch.cost import COSTS, Cost, CostBook, num_steps, write_actual_cost, write_quote
 from obowlab.runs.folder import RunFolder, list_runs
 from obowlab.tracking.outbox import Outbox, Sent
 from tests.runs import small_recipe
@@ -29,12 +31,9 @@ def test_a_benchmark_is_kept_and_a_finished_run_knows_better(data_root: Path, tm
     assert book.measure([loaded.recipe, loaded.recipe]) == ""
     measured = CostBook(machine, runs=[]).cost(loaded.recipe)
     assert (measured.source, measured.steps) == ("benchmark", 21)
-    assert measured.seconds is not None
-    assert 0 < measured.seconds < 600
-    assert measured.memory_mib is not None
-    assert measured.disk_mib is not None
-    assert 50 < measured.memory_mib < 4000
-    assert 3 < measured.disk_mib < 20
+    (stored,) = json.loads((machine.runs_root / COSTS).read_text()).values()
+    assert measured == expected_cost(stored, steps=21, images=8, procs=1)
+    assert all(value > 0 for value in stored.values())
     folder = RunFolder.create(loaded, seed=5, runs_root=machine.runs_root)
     folder.append_attempt({"device": "cpu"})
     folder.set_state(status="finished", step=21, total_steps=21, trained_s=12.5)
@@ -43,6 +42,26 @@ def test_a_benchmark_is_kept_and_a_finished_run_knows_better(data_root: Path, tm
     assert (known.source, known.seconds) == ("run", 12.5)
     on_gpu = CostBook(machine.model_copy(update={"device": "cuda"}), runs=runs).cost(loaded.recipe)
     assert on_gpu.source == "unknown", "another device, another time"
+
+
+def test_a_quote_is_arithmetic_on_the_measured_numbers(data_root: Path, tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path, dataset="small", epochs=3, batch_size=8).recipe
+    stored = {"step_s": 0.5, "memory_mib": 100.0, "memory_mib_per_image": 2.5, "checkpoint_mib": 8.0, "encoder_mib": 1.5}
+    runs_root = tmp_path / "runs"
+    runs_root.mkdir()
+    (runs_root / COSTS).write_text(json.dumps({f"{socket.gethostname()} cpu {recipe.fingerprint(seed=0)}": stored}))
+    for procs, seconds, memory_mib in ((1, 10.5, 120.0), (2, 5.25, 110.0), (4, 2.625, 105.0)):
+        machine = Machine(data_root=data_root, runs_root=runs_root, device="cpu", procs=procs)
+        cost = CostBook(machine, runs=[]).cost(recipe)
+        assert cost == Cost(21, seconds, "benchmark", memory_mib=memory_mib, disk_mib=22.0)
+        assert cost == expected_cost(stored, steps=21, images=8, procs=procs)
+
+
+def expected_cost(stored: dict[str, float], *, steps: int, images: int, procs: int) -> Cost:
+    """Two checkpoints, two encoders and 3 MiB of small files; a share of the batch and of the time for each process."""
+    memory_mib = round(stored["memory_mib"] + images / procs * stored["memory_mib_per_image"], 1)
+    disk_mib = round(2 * stored["checkpoint_mib"] + 2 * stored["encoder_mib"] + 3.0, 1)
+    return Cost(steps, steps * stored["step_s"] / procs, "benchmark", memory_mib=memory_mib, disk_mib=disk_mib)
 
 
 def test_several_processes_share_the_time(data_root: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import fcntl
 import io
 import json
@@ -24,6 +25,14 @@ from obowlab.data.identity import NOTES
 from obowlab.data.sources import read_source
 from obowlab.errors import UserError
 from tests.conftest import draw_photo
+
+JPEG = base64.b64decode(
+    "/9j/4AAQSkZJRgABAQAAAQABAAD/2wBDABALDA4MChAODQ4SERATGCgaGBYWGDEjJR0oOjM9PDkzODdASFxOQERXRTc4UG1RV19iZ2hnPk1xeXBk"
+    "eFxlZ2P/2wBDARESEhgVGC8aGi9jQjhCY2NjY2NjY2NjY2NjY2NjY2NjY2NjY2NjY2NjY2NjY2NjY2NjY2NjY2NjY2NjY2NjY2P/wAARCAAIAAgD"
+    "ASIAAhEBAxEB/8QAFQABAQAAAAAAAAAAAAAAAAAAAAX/xAAUEAEAAAAAAAAAAAAAAAAAAAAA/8QAFQEBAQAAAAAAAAAAAAAAAAAAAAb/xAAUEQEA"
+    "AAAAAAAAAAAAAAAAAAAA/9oADAMBAAIRAxEAPwCWAKZ//9k="
+)
+"""A picture of 8x8 pixels, as bytes: the encoder at hand does not matter."""
 
 
 def jpeg_bytes(seed: int, *, size: int = 32) -> bytes:
@@ -252,6 +261,19 @@ def test_other_modes_become_rgb() -> None:
             assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (30, 20))
 
 
+def test_the_same_files_give_the_same_bytes_as_ever(tmp_path: Path) -> None:
+    for split, count in (("train", 3), ("val", 2)):
+        for name in "ab":
+            folder = tmp_path / "source" / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                (folder / f"{number}.jpg").write_bytes(JPEG)
+    (tmp_path / "source" / "train" / "a" / "x.jpg").write_bytes(b"torn")
+    report = prepare("set", source=tmp_path / "source", data_root=tmp_path / "root", workers=2)
+    assert [image.name for image in report.skipped] == ["train/a/x.jpg"]
+    assert [manifest.file_sha256[:16] for manifest in report.manifests] == ["7b2e2ef214796b00", "d804c515c66e87dd"]
+
+
 def test_prepare_again_is_idle_for_the_same_source_and_refused_for_another(tmp_path: Path, image_folder: Path) -> None:
     assert not prepare("set", source=image_folder, data_root=tmp_path).already_prepared
     (tmp_path / "set" / "lowshot_classes.json").write_text("{}")
@@ -340,7 +362,7 @@ def test_truncated_file(own: Path) -> None:
         read_index(path)
     report = verify("small", data_root=own)
     assert [problem.split for problem in report.problems] == ["train"]
-    assert "data prepare small --source DIR --force" in report.problems[0].mend
+    assert "data prepare small --source DIR --force" in report.problems[0].fix
 
 
 @pytest.mark.parametrize("position", [0, 2, 8, 9, 16, 17, 26, 24 + 1044, 2 * 1044 + 32, 2 * 1044 + 30])

@@ -208,7 +208,7 @@ def test_intervals() -> None:
     assert measured.interval == pytest.approx(1.96 * (200 / 3) ** 0.5 / 2, rel=1e-4)
     proportion = proportion_with_interval("p", [1] * 22_930 + [0] * 27_070)
     assert (proportion.value, proportion.count) == (pytest.approx(45.86), 50_000)
-    assert proportion.interval == pytest.approx(0.4368, abs=1e-4)  # SPEC section 6 says 0.44
+    assert proportion.interval == pytest.approx(0.4368, abs=1e-4)  # docs/method.md, 11.5
     nothing = proportion_with_interval("p", [0] * 10)  # Wilson: nothing right of 10 proves little
     assert (nothing.value, nothing.low, nothing.high) == (0, 0, pytest.approx(27.7533, abs=1e-4))
 

@@ -19,7 +19,7 @@ from obowlab.config import flatten, load_recipe, recipe_files
 GOLDEN = Path(__file__).parent / "golden" / "recipes"
 NAMES = list(recipe_files())
 
-IMAGENET20 = {  # SPEC sections 2 to 4, column RN18 on 20 % of ImageNet
+IMAGENET20 = {  # paper, section 4 and appendix C, column RN18 on 20 % of ImageNet
     "data.dataset": "imagenet",
     "data.images_per_class": 260,
     "views.original_resize": 256,

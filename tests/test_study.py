@@ -25,7 +25,7 @@ from obowlab.studies import storage as storages
 from obowlab.studies import trial as trials
 from obowlab.studies import worker as workers
 from obowlab.studies.storage import open_storage, storage_url
-from obowlab.studies.trial_locks import Claims
+from obowlab.studies.trial_locks import TrialLocks
 from obowlab.studies.worker import distributions
 from obowlab.tables.statistics import estimate
 from tests.gpus import stand_in_gpus
@@ -255,7 +255,7 @@ def test_ctrl_c_stops_within_seconds_and_the_same_command_goes_on(tmp_path: Path
 def test_another_recipe_under_the_same_name_is_refused(tmp_path: Path) -> None:
     Search(tmp_path).open()
     changed = Search(tmp_path, tuning=tuning_of(tmp_path, overrides=("optimizer.learning_rate=0.5",)))
-    with pytest.raises(UserError, match=r"begun with optimizer.learning_rate = its default, now it is 0.5.*--name"):
+    with pytest.raises(UserError, match=r"created with optimizer.learning_rate = its default, now it is 0.5.*--name"):
         changed.open()
     Search(tmp_path, tuning=tuning_of(tmp_path, overrides=("optimizer.learning_rate=0.5",), study_name="other")).open()
     Search(tmp_path, tuning=tuning_of(tmp_path, pruner="median")).open()
@@ -302,7 +302,7 @@ def test_file_systems_are_read_from_the_mount_table(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_claim_has_one_holder_and_ends_with_its_process(tmp_path: Path) -> None:
-    mine, other = Claims(tmp_path), Claims(tmp_path)
+    mine, other = TrialLocks(tmp_path), TrialLocks(tmp_path)
     assert mine.take(3)
     assert not mine.take(3)
     assert not other.take(3)

@@ -122,7 +122,7 @@ def test_another_version_is_drawn_again(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.usefixtures("few")
-def test_damaged_is_told_with_what_mends_it(tmp_path: Path) -> None:
+def test_a_damaged_file_is_refused_with_the_command_that_fixes_it(tmp_path: Path) -> None:
     path = open_split("synthetic", "train", data_root=tmp_path).path
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(UserError, match="data prepare synthetic --force"):

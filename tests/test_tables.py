@@ -18,7 +18,7 @@ from obowlab.runs.records import Record, read_records, write_records
 from obowlab.runs.results import pack
 from obowlab.tables import render
 from obowlab.tables.build import NOTICE, ONE_SEED, build_table, finished_seeds
-from obowlab.tables.execute import make_plan, shown_command
+from obowlab.tables.plan import make_plan
 from obowlab.tables.spec import PlannedTable, load_table, resolve_names, table_files
 
 ONE_TO_FIVE = ["table1", "table2", "table3", "table4", "table5"]
@@ -45,7 +45,7 @@ def test_thirty_rows_are_twenty_four_trainings(scale: str) -> None:
         return sum(not job.is_stage for job in plan.jobs)
 
     plan = make_plan([load_table(name, scale=scale) for name in ONE_TO_FIVE], seeds=[0], rows={})
-    assert plan.num_rows == 30
+    assert sum(len(table.rows) for table in plan.tables) == 30
     assert trainings(ONE_TO_FIVE) == 24
     assert trainings([*ONE_TO_FIVE, "table7"]) == 26
     vanilla = next(job for job in plan.jobs if job.places[0] == "table1/queue_local_average")
@@ -85,7 +85,7 @@ def test_a_jobs_command_makes_the_very_run() -> None:
         assert all(parse_override(text) for text in overrides)
         loaded = load_recipe(words[1], overrides=overrides)
         stage = int(words[words.index("--stage") + 1]) if "--stage" in words else len(loaded.stages())
-        assert loaded.stages()[stage - 1].recipe.fingerprint(seed=1) == job.fingerprint, shown_command(job)
+        assert loaded.stages()[stage - 1].recipe.fingerprint(seed=1) == job.fingerprint, job.command
 
 
 def test_names_of_tables() -> None:
@@ -111,10 +111,10 @@ paper = { knn_top1 = 1 }
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (("title =", "titel ="), r"unknown key 'titel'.*'title'"),
+        (("title =", "titel ="), r"Unknown key 'titel'.*'title'"),
         (('base = "vanilla"', 'base = "vanilla"\nset = { "training.epochs" = 1 }'), r"'set' belongs to a row.*'base'"),
         (('base = "vanilla"', 'extends = "vanilla"'), r"a recipe, not a table.*experiments/"),
-        (("label =", "lable ="), r"unknown key 'row\.1\.lable'.*'label'"),
+        (("label =", "lable ="), r"Unknown key 'row\.1\.lable'.*'label'"),
         (('primary = "knn_top1"', 'primary = "linear_top1"'), "not among the columns"),
         (("knn_top1", "knn_top"), "'knn_top' is not a metric.*knn_top1"),
         (('base = "vanilla"', 'base = "vanila"'), "vanilla"),

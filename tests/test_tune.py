@@ -14,7 +14,7 @@ import pytest
 
 from obowlab.runs.folder import RunFolder
 from obowlab.studies.schema import StudyReport, StudyTrial
-from obowlab.studies.trial_locks import Claims
+from obowlab.studies.trial_locks import TrialLocks
 from tests.command_line import Obowlab, contents
 from tests.processes import NoMirror, wait_until
 from tests.studies import REAL_STUDY, Search, tuning_of
@@ -127,7 +127,7 @@ def test_looking_changes_nothing(workplace: Path, obowlab: Obowlab) -> None:
     [
         ("", "Name a study or its TOML file"),
         ("kappa-dleta", "Did you mean 'kappa-delta'?"),
-        ("kappa-delta --scale demo --show", "was not begun in this storage"),
+        ("kappa-delta --scale demo --show", "is not in this storage"),
         ("kappa-delta --scale demo --gpus 2 --jobs 2", "leave --device and --jobs out"),
         ("kappa-delta --scale demo --gpus 64", "GPUs, not 64"),
         ("kappa-delta --scale demo --storage mysql://me:hidden@h/d", "--storage cannot be 'mysql://h/d'"),
@@ -170,9 +170,9 @@ def test_the_dashboard_shows_the_studies(workplace: Path, obowlab: Obowlab) -> N
     wait_until(lambda: server.poll() is not None)
 
 
-def test_claims_of_a_study_need_a_folder_that_can_be_made(workplace: Path) -> None:
+def test_locks_of_a_study_need_a_folder_that_can_be_made(workplace: Path) -> None:
     from obowlab.errors import UserError
 
     (workplace / "file").write_text("")
     with pytest.raises(UserError, match="--runs-root"):
-        Claims(workplace / "file" / "study")
+        TrialLocks(workplace / "file" / "study")

@@ -62,7 +62,7 @@ class AuthorsLayer(nn.Module):
 
 
 def authors_model(*, levels: int, monitor: bool, num_words: int = 24) -> tuple[State, nn.Module, nn.Module]:
-    """A full model as their code saves it, with its student and teacher; written by SPEC section 7, not by our reader."""
+    """A full model as their code saves it, with its student and teacher; written without our reader."""
     torch.manual_seed(levels)
     student, teacher = (worn(build_backbone(NARROW, seed=seed), seed) for seed in (1, 2))
     state = {"_alpha": torch.tensor([0.995]), "_iteration": torch.tensor([120.0])}
@@ -260,7 +260,7 @@ def test_the_authors_full_model(tmp_path: Path, levels: int, monitor: bool, modu
         words = state[f"bow_extractor.bow_extractor.{index}._embedding"]
         assert torch.equal(vocabulary.words, words)
         assert (vocabulary.msd.item(), vocabulary.pointer.item()) == (1.5 + index, 8 * index + 8)
-        # G(V) once more, by the formula of SPEC section 1 on the authors' tensors.
+        # G(V) once more, by the formula of docs/method.md, section 5.1, on the authors' tensors.
         layer = f"bow_predictor.layers_w.{index}.b{index}"
         hidden = nn.functional.normalize(words) @ state[f"{layer}_fc.weight"].T
         hidden = (hidden - state[f"{layer}_bn.running_mean"]) / (state[f"{layer}_bn.running_var"] + 1e-5).sqrt()

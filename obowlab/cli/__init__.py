@@ -117,7 +117,7 @@ def cli() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit code: 0 done, 1 failed, 2 a mistake to mend, 130 interrupted."""
+    """Run the command line and return its exit code: 0 done, 1 failed, 2 a mistake of the user, 130 interrupted."""
     log_to_stderr()
     try:
         result: Any = cli.main(args=None if argv is None else list(argv), prog_name="obowlab", standalone_mode=False)
@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno not in UNUSABLE:
             raise
         return _complain(
-            f"Cannot write {error.filename or 'to the disk'} ({error.strerror}): mend that and run the command again."
+            f"Cannot write {error.filename or 'to the disk'} ({error.strerror}): fix that and run the command again."
         )
     except click.Abort:  # Ctrl-C before the command began
         return INTERRUPTED

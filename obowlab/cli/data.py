@@ -81,7 +81,7 @@ def verify(name: str, source: Path | None, sample: int, options: MachineOptions,
         return 0
     report = verify_dataset(name, data_root=root, source=source, sample=sample, progress=lambda text: click.echo(text, err=True))
     for problem in report.problems:
-        click.echo(f"{problem.split}: {problem.what}\n  {problem.mend}")
+        click.echo(f"{problem.split}: {problem.what}\n  {problem.fix}")
     images = ", ".join(f"{manifest.num_images} {manifest.split}" for manifest in report.manifests)
     compared = f"{report.num_compared} compared with the source" if report.num_compared else "the source is no longer there"
     verdict = "as it was prepared" if report.ok else f"{len(report.problems)} problem(s)"

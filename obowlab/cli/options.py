@@ -60,7 +60,7 @@ _DECLARED = {
 
 @dataclass(frozen=True)
 class MachineOptions:
-    """What a command was told of the machine; None where it was told nothing.
+    """The options of a command that describe the machine; None where one is not given.
 
     Attributes:
         machine_file: holds the machine's other settings; None for the usual place.
@@ -84,8 +84,8 @@ class MachineOptions:
         """
         from obowlab.config import load_machine
 
-        said = {name: value for name, value in vars(self).items() if name not in ("machine_file", "wait")}
-        machine = load_machine(file=self.machine_file, overrides=said | overrides)
+        given = {name: value for name, value in vars(self).items() if name not in ("machine_file", "wait")}
+        machine = load_machine(file=self.machine_file, overrides=given | overrides)
         if self.wait and machine.launcher != "slurm":
             raise UserError("--wait is for jobs of a cluster (--launcher slurm): here the command waits anyway.")
         return machine
@@ -107,15 +107,13 @@ def machine_options(*names: str) -> Callable[[Callable[..., Returned]], Callable
 
 
 def submitter_of(machine: Machine, *, options: MachineOptions) -> Submitter:
-    """Return what makes jobs of a command: they run it with the options of machine and places given here."""
-    from obowlab.config import command_options
+    """Return what submits a command as jobs, which run it with the options of machine and places given here."""
     from obowlab.launch.submit import Submitter
 
     file = ("--machine", str(options.machine_file.absolute())) if options.machine_file is not None else ()
-    rest = (*command_options(machine), "--device", machine.device, "--launcher", "local", *file)
     return Submitter(
         machine=machine,
-        complete=lambda words: (*words, *rest),
+        complete=lambda words: (*words, *machine.local_args(), *file),
         wait=options.wait,
         say=click.echo,
     )

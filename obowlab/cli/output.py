@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 if TYPE_CHECKING:
+    from obowlab.config import Machine
     from obowlab.runs.folder import RunFolder
+
+MIRROR_TIMEOUT_S = 60.0
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title: str = "", right: Sequence[str] = ()) -> None:
@@ -45,6 +48,17 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title:
     for line in lines:
         table.add_row(*(Text(cell) for cell in line))
     console.print(table)
+
+
+def send_to_mlflow(folders: Iterable[RunFolder], *, machine: Machine) -> None:
+    """Send what runs got after their own mirror had ended; a store that does not answer gets it with the next sync."""
+    from obowlab.tracking.mirror import Mirror
+
+    for folder in folders:
+        report = Mirror(folder, tracking_uri=machine.tracking_uri).sync(timeout_s=MIRROR_TIMEOUT_S)
+        if report.error is not None:
+            click.echo(f"Warning: MLflow lacks this ({report.error}); `obowlab runs sync` sends it.", err=True)
+            return
 
 
 def print_results(folder: RunFolder) -> None:

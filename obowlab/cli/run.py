@@ -77,7 +77,7 @@ def run(
     from obowlab.launch.local import launch, plan
     from obowlab.launch.stages import check_stages, open_stages
     from obowlab.launch.submit import spread
-    from obowlab.report.read import draw_ahead
+    from obowlab.report.read import cache_curves
     from obowlab.runs.folder import RunFolder, run_id_of
 
     if gpus is not None:
@@ -108,7 +108,7 @@ def run(
         if code := launch(each.loaded, seed=seed, machine=machine, fresh=each.fresh, progress=not no_progress, cost=cost):
             return code
         folder = RunFolder.open(machine.runs_root / run_id_of(each.loaded, seed=seed))
-        draw_ahead(folder)
+        cache_curves(folder)
         print_results(folder)
     return 0
 

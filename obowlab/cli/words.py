@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from obowlab.cli.options import HARDWARE, PATH, ROOTS, MachineOptions, dry_run_option, json_flag, machine_options, would
-from obowlab.cli.output import print_table
+from obowlab.cli.output import print_table, send_to_mlflow
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 LEVELS = ("conv4", "conv5")
 SPLITS = ("train", "val")
-MIRROR_TIMEOUT_S = 60.0
 
 
 @click.command()
@@ -72,7 +71,7 @@ def words(
         return
     _print(facts, target=target, as_json=as_json)
     if out is None:
-        _mirror(folder, machine=machine)
+        send_to_mlflow([folder], machine=machine)
 
 
 def _refuse_target(target: Path) -> None:
@@ -157,7 +156,7 @@ def _levels(found: VisualWords, *, asked: tuple[str, ...], run_id: str) -> tuple
     """Return the levels to show, in the recipe's order.
 
     Raises:
-        UserError: the run has no words of a level that was asked for.
+        UserError: the run has no words of one of these levels.
     """
     there = tuple(found.levels)
     for level in asked:
@@ -193,12 +192,3 @@ def _print(facts: dict[str, Any], *, target: Path, as_json: bool) -> None:
 
 def _number(value: Any) -> str:
     return "–" if value is None else f"{cast(float, value):.2f}"
-
-
-def _mirror(folder: RunFolder, *, machine: Machine) -> None:
-    """Send the gallery on; a store that does not answer gets it with the next sync."""
-    from obowlab.tracking.mirror import Mirror
-
-    report = Mirror(folder, tracking_uri=machine.tracking_uri).sync(timeout_s=MIRROR_TIMEOUT_S)
-    if report.error is not None:
-        click.echo(f"MLflow does not have it yet: {report.error}; `obowlab runs sync` sends it.", err=True)

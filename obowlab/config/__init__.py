@@ -1,7 +1,7 @@
 """Recipe and Machine: everything that changes a result, and everything that must not.
 
 A `Recipe` (`recipe`, `methods`) is read from TOML (`experiments/NAME.toml`, with `extends`) and sparse overrides (`files`). A
-`Machine` (`machine`) says where and with what a run is carried out; no field of it may change a result beyond the order of float
+`Machine` (`machine`) says where and with what a run is computed; no field of it may change a result beyond the order of float
 sums.
 """
 
@@ -17,7 +17,7 @@ from obowlab.config.loading import (
     recipe_files,
     recipe_from_values,
 )
-from obowlab.config.machine import Machine, Slurm, command_options, load_machine
+from obowlab.config.machine import Machine, Slurm, load_machine
 from obowlab.config.methods import METHOD_SECTIONS, Bownet, MethodSection, Moco, Obow, Rotnet
 from obowlab.config.recipe import (
     FINGERPRINT_VERSION,
@@ -32,7 +32,7 @@ from obowlab.config.recipe import (
     Training,
     Views,
 )
-from obowlab.config.validation import nearest, read_toml, set_by
+from obowlab.config.validation import nearest, parse_section, read_toml, set_by
 
 __all__ = [
     "FINGERPRINT_VERSION",
@@ -62,7 +62,6 @@ __all__ = [
     "Training",
     "Views",
     "canonical_hash",
-    "command_options",
     "find_file",
     "flatten",
     "layer",
@@ -70,6 +69,7 @@ __all__ = [
     "load_recipe",
     "nearest",
     "parse_override",
+    "parse_section",
     "project_root",
     "read_toml",
     "recipe_files",

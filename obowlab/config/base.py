@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[float, Field(gt=0.0)]
@@ -22,6 +24,20 @@ class Section(BaseModel):
 
 
 SectionT = TypeVar("SectionT", bound=Section)
+
+
+CONFLICT = "conflict"
+"""Type of the error of `conflict` among pydantic's."""
+
+
+def conflict(reason: str, *, keys: Iterable[str]) -> PydanticCustomError:
+    """Return the error that settings do not go together, for the validators of a section.
+
+    Args:
+        reason: in a sentence without its full stop.
+        keys: the settings that are to blame, relative to the section; the message names the one that was set, and where.
+    """
+    return PydanticCustomError(CONFLICT, "{reason}", {"reason": reason, "keys": list(keys)})
 
 
 def canonical_hash(value: Any) -> str:

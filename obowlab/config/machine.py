@@ -1,4 +1,4 @@
-"""The machine: where and with what a run is carried out, and nothing that changes a result beyond the order of float sums."""
+"""The machine: where and with what a run is computed, and nothing that changes a result beyond the order of float sums."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Slurm(Section):
 
 
 class Machine(Section):
-    """Where and with what a run is carried out; nothing here changes a result."""
+    """Where and with what a run is computed; nothing here changes a result."""
 
     data_root: Path = Field(Path("data"), strict=False)
     runs_root: Path = Field(Path("runs"), strict=False)
@@ -51,13 +51,13 @@ class Machine(Section):
     channels_last: bool = True
     compile: bool = False
     checkpoint_every_s: Positive = 120.0
-    log_points: Count = Field(2000, description="at most so many points per training metric")
+    log_points: Count = Field(2000, description="limit on the points of a training metric")
 
-
-def command_options(machine: Machine) -> list[str]:
-    """Return the options that tell another `obowlab` command, here or on a node, to use the same places and loader."""
-    words = ["--runs-root", str(machine.runs_root), "--data-root", str(machine.data_root), "--loader", machine.loader]
-    return words if machine.workers is None else [*words, "--workers", str(machine.workers)]
+    def local_args(self) -> tuple[str, ...]:
+        """Return the options with which another `obowlab` command, started here or by a job, uses the same places and device."""
+        args = ("--runs-root", str(self.runs_root), "--data-root", str(self.data_root), "--loader", self.loader)
+        workers = () if self.workers is None else ("--workers", str(self.workers))
+        return (*args, *workers, "--device", self.device, "--launcher", "local")
 
 
 def load_machine(*, file: Path | None = None, overrides: Mapping[str, Any] | None = None) -> Machine:

@@ -6,11 +6,11 @@ from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from obowlab.config.base import Count, Fraction, Level, Positive, Section
+from obowlab.config.base import Count, Fraction, Level, Positive, Section, conflict
 
 
 class Obow(Section):
-    """The method of the paper (SPEC section 1)."""
+    """The method of the paper (docs/method.md)."""
 
     name: Literal["obow"] = "obow"
     levels: tuple[Level, ...] = ("conv5",)
@@ -37,7 +37,7 @@ class Obow(Section):
     @model_validator(mode="after")
     def _levels_known_once(self) -> Obow:
         if not self.levels or len(set(self.levels)) != len(self.levels):
-            raise ValueError("levels must name conv4, conv5 or both, each once")
+            raise conflict("levels must name conv4, conv5 or both, each once", keys=["levels"])
         return self
 
 
@@ -45,7 +45,7 @@ class Bownet(Section):
     """BoWNet: the bag of visual words of a frozen teacher, over a vocabulary made once by k-means (paper, Table 5).
 
     The teacher is the encoder of the stage before (the recipe's `teacher`). What the paper leaves open (points and iterations
-    of k-means) is said beside each value.
+    of k-means) is noted beside each value.
     """
 
     name: Literal["bownet"] = "bownet"

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from obowlab.config.base import Count, Fraction, Positive, Range, Section, canonical_hash
+from obowlab.config.base import Count, Fraction, Positive, Range, Section, canonical_hash, conflict
 from obowlab.config.methods import AnyMethod, Moco, Obow
 from obowlab.errors import UserError
 
@@ -31,7 +31,7 @@ class Data(Section):
 
 
 class Views(Section):
-    """Sizes in pixels and probabilities of the views cut from one image (SPEC section 2, paper appendix G)."""
+    """Sizes in pixels and probabilities of the views cut from one image (docs/method.md, section 1; paper, appendix G)."""
 
     original_size: Count = 224
     original_resize: Count = 256
@@ -72,21 +72,29 @@ class Views(Section):
     @model_validator(mode="after")
     def _fits(self) -> Views:
         if self.num_crops + self.num_patches == 0:
-            raise ValueError("num_crops and num_patches are both 0: the student would see nothing")
+            raise conflict(
+                "num_crops and num_patches are both 0: the student would see nothing", keys=("num_crops", "num_patches")
+            )
         if self.original_resize < self.original_size:
-            raise ValueError("original_resize must be at least original_size")
+            raise conflict("original_resize must be at least original_size", keys=("original_resize", "original_size"))
         if self.num_patches and self.patch_size + self.patch_jitter > self.patch_source_size:
-            raise ValueError("patch_size + patch_jitter must fit into patch_source_size")
+            raise conflict(
+                "patch_size + patch_jitter must fit into patch_source_size",
+                keys=("patch_size", "patch_jitter", "patch_source_size"),
+            )
         if self.cutmix_probability and not self.num_crops:
-            raise ValueError("cutmix_probability is above 0, but num_crops is 0 and patches are never mixed")
+            raise conflict(
+                "cutmix_probability is above 0, but num_crops is 0 and patches are never mixed",
+                keys=("cutmix_probability", "num_crops"),
+            )
         for name in ("crop_scale", "whole_scale", "patch_scale", "blur_sigma"):
             low, high = getattr(self, name)
             if low > high:
-                raise ValueError(f"{name} must be [low, high] with low <= high")
+                raise conflict(f"{name} must be [low, high] with low <= high", keys=[name])
         for name in ("crop_scale", "whole_scale", "patch_scale"):
             low, high = getattr(self, name)
             if low <= 0 or high > 1:
-                raise ValueError(f"{name} are fractions of the image's area, in (0, 1]")
+                raise conflict(f"{name} are fractions of the image's area, in (0, 1]", keys=[name])
         return self
 
 
@@ -99,7 +107,7 @@ class Backbone(Section):
 
 
 class Optimizer(Section):
-    """SGD and its learning rate (SPEC section 3)."""
+    """SGD and its learning rate (docs/method.md, sections 6.5 and 8.1)."""
 
     learning_rate: Positive = 0.05
     end_learning_rate: Annotated[float, Field(ge=0.0)] = 0.0
@@ -119,7 +127,7 @@ class Training(Section):
 
 
 class FewShot(Section):
-    """Prototype classification of frozen features (SPEC section 4)."""
+    """Prototype classification of frozen features (docs/method.md, section 11.2)."""
 
     classes: str = Field("all", description="all, or a key of DATA_ROOT/DATASET/lowshot_classes.json, or a file of class names")
     num_ways: Annotated[int, Field(ge=2)] = 50
@@ -130,7 +138,7 @@ class FewShot(Section):
 
 
 class Linear(Section):
-    """Linear classifier on cached features of the centre crop and its flip (SPEC section 4)."""
+    """Linear classifier on cached features of the centre crop and its flip (docs/method.md, section 11.3)."""
 
     epochs: Count = 50
     batch_size: Count = 256
@@ -180,11 +188,17 @@ class Recipe(Section):
     def _stages_fit(self) -> Recipe:
         needs_teacher = self.method.name == "bownet"
         if needs_teacher and self.teacher is None:
-            raise ValueError("method.name is bownet, which needs a stage before it: say under [teacher] how that is trained")
+            raise conflict(
+                "method.name is bownet, which needs a stage before it: describe its training under [teacher]",
+                keys=["method.name"],
+            )
         if self.teacher is not None and not needs_teacher:
-            raise ValueError(f"[teacher] describes a stage before this one, but method.name {self.method.name} uses none")
+            raise conflict(
+                f"[teacher] describes a stage before this one, but method.name {self.method.name} uses none", keys=["method.name"]
+            )
         if self.teacher is not None and self.teacher.backbone != self.backbone:
-            raise ValueError("teacher.backbone must be the same as backbone")
+            keys = [f"teacher.backbone.{name}" for name in Backbone.model_fields]
+            raise conflict("teacher.backbone must be the same as backbone", keys=keys)
         return self
 
     def check_procs(self, procs: int) -> None:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import copy
 import difflib
 import json
-import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
-from obowlab.config.base import Section, SectionT
+from obowlab.config.base import CONFLICT, Section, SectionT
 from obowlab.errors import UserError
+
+DEFAULT = "default"
+"""The source of a setting that no file and no option set."""
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
@@ -102,7 +104,7 @@ def set_by(key: str, *, sources: Mapping[str, str]) -> tuple[str, str]:
     name = key
     while name not in sources and name.startswith("teacher."):
         name = name.removeprefix("teacher.")
-    return (name, sources[name]) if name in sources else (key, "default")
+    return (name, sources[name]) if name in sources else (key, DEFAULT)
 
 
 def validate(model: type[SectionT], document: Mapping[str, Any], *, sources: Mapping[str, str], prefix: str = "") -> SectionT:
@@ -125,16 +127,54 @@ def validate(model: type[SectionT], document: Mapping[str, Any], *, sources: Map
         parts = [str(part) for part in first["loc"] if not isinstance(part, int)]
         if len(parts) > 1 and parts[0] == "method":
             del parts[1]  # pydantic names the member of the union
-        key = prefix + ".".join(parts)
-        reason = re.sub(r"^Value error, ", "", first["msg"])
-        if isinstance(first["input"], Mapping):  # settings that do not fit together: find who set those the reason names
-            words = set(re.findall(r"[\w.]+", reason))
-            group = f"{key}." if parts else prefix
-            named = [name for name in sources if name.startswith(group) and words & {name[len(group) :], name.rsplit(".", 1)[-1]}]
-            named.sort(key=lambda name: not sources[name].startswith("--"))  # an option before a file
-            source = sources[named[0]] if named else "default"
-            complaint = f"'{key if parts else prefix + 'method.name'}' ({source}): {reason}."
+        if first["type"] == CONFLICT:
+            group = prefix + "".join(f"{part}." for part in parts)
+            setters = [set_by(f"{group}{key}", sources=sources) for key in first["ctx"]["keys"]]
+            key, source = min(setters, key=lambda setter: (not setter[1].startswith("--"), setter[1] == DEFAULT))
+            complaint = f"'{key}' ({source}): {first['msg']}."
         else:
-            key, source = set_by(key, sources=sources)
-            complaint = f"'{key}' ({source}): {reason}, not {first['input']!r:.60}."
+            key, source = set_by(prefix + ".".join(parts), sources=sources)
+            complaint = f"'{key}' ({source}): {first['msg']}, not {first['input']!r:.60}."
         raise UserError(complaint) from None
+
+
+def parse_section(model: type[SectionT], values: Mapping[str, Any], *, place: str) -> SectionT:
+    """Make a section of a file that is not a recipe.
+
+    Args:
+        model: of the section.
+        values: as TOML gives them.
+        place: what the message calls the section: the file, or `[sampler] of FILE`.
+
+    Raises:
+        UserError: the first complaint, with the key; an unknown key before all others, as it often stands for a missing one.
+    """
+    try:
+        return model.model_validate_json(json.dumps(values, default=str))
+    except ValidationError as error:
+        first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
+    name = ".".join(str(part + 1) if isinstance(part, int) else part for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        known = list(_section_at(model, first["loc"][:-1]).model_fields)
+        raise UserError(f"Unknown key '{name}' in {place}.{nearest(str(first['loc'][-1]), known)}")
+    if first["type"] == "missing":
+        raise UserError(f"{place} lacks '{name}'.")
+    given = "" if isinstance(first["input"], Mapping) else f", not {first['input']!r:.60}"
+    where = f"'{name}' in {place}" if name else place
+    raise UserError(f"{where}: {first['msg'].removeprefix('Value error, ')}{given}.")
+
+
+def _section_at(model: type[Section], loc: Sequence[int | str]) -> type[Section]:
+    """Return the section that a path of field names, list positions and table keys leads to."""
+    for part in loc:
+        field = model.model_fields.get(str(part))
+        if field is not None:
+            model = next((each for each in _types_in(field.annotation) if issubclass(each, Section)), model)
+    return model
+
+
+def _types_in(annotation: Any) -> Iterator[type]:
+    if isinstance(annotation, type):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _types_in(argument)

@@ -81,7 +81,7 @@ class BetonWriter:
 
     Args:
         path: the file to create.
-        capacity: at most so many images will be added (their metadata stands before them).
+        capacity: limit on the number of images (their metadata is stored before them).
         page_size: a power of two, as `page_size_for` gives; no image may be larger.
     """
 
@@ -162,12 +162,12 @@ class BetonIndex:
 
 
 def damaged(path: Path, what: str) -> UserError:
-    """Return the error for a file that cannot be used, with the commands that tell more and that mend it."""
+    """Return the error for a file that cannot be used, with the commands that examine and fix it."""
     name = path.parent.name
-    return UserError(f"{path} is damaged ({what}): check it with `obowlab data verify {name}`, then {mend(name)}.")
+    return UserError(f"{path} is damaged ({what}): check it with `obowlab data verify {name}`, then {fix_for(name)}.")
 
 
-def mend(dataset: str) -> str:
+def fix_for(dataset: str) -> str:
     """Return what to type to make a data set again."""
     source = "" if dataset == "synthetic" else " --source DIR"
     return f"make it again with `obowlab data prepare {dataset}{source} --force`"

@@ -88,8 +88,9 @@ def _indices_of_key(key: str, *, num_classes: int, file: Path) -> list[int]:
     if key not in known:
         raise UserError(f"{file} has no list of class indices '{key}' (evaluation.fewshot.classes).{nearest(key, known)}")
     indices: list[int] = lists[key]
-    if min(indices) < 0 or max(indices) >= num_classes:
-        raise UserError(f"'{key}' of {file} names class {max(indices)}, but the data set has {num_classes} classes.")
+    outside = [index for index in indices if not 0 <= index < num_classes]
+    if outside:
+        raise UserError(f"'{key}' of {file} names class {outside[0]}, but the data set has {num_classes} classes.")
     return indices
 
 

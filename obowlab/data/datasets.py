@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from obowlab.data import synthetic
-from obowlab.data.beton import damaged, mend, read_index
+from obowlab.data.beton import damaged, fix_for, read_index
 from obowlab.data.identity import FileIdentity, identify, is_written_file
 from obowlab.data.manifest import Manifest, Skipped, beton_path, check_name, read_manifest
-from obowlab.data.prepare import Plan, PrepareReport, Progress, plan_prepare, prepare, prepare_synthetic, synthetic_manifests
+from obowlab.data.prepare import Plan, PrepareReport, Progress, plan_prepare, prepare, synthetic_is_drawn
 from obowlab.data.sources import LAYOUT, SPLITS
 from obowlab.data.verification import Problem, VerifyReport, verify
 from obowlab.errors import UserError
@@ -132,7 +132,7 @@ class Split:
         """Make sure that the file is still the one that was opened; asks its size and time only.
 
         Raises:
-            UserError: somebody changed or replaced it meanwhile.
+            UserError: it was changed or replaced meanwhile.
         """
         try:
             same = identify(self.path) == self.identity
@@ -160,8 +160,8 @@ def open_split(dataset: str, split: str, *, data_root: Path) -> Split:
     """
     check_name(dataset)
     assert split in SPLITS
-    if dataset == synthetic.NAME and synthetic_manifests(data_root) is None:
-        prepare_synthetic(data_root=data_root)
+    if dataset == synthetic.NAME and not synthetic_is_drawn(data_root):
+        prepare(synthetic.NAME, source=None, data_root=data_root)
     return _open(dataset, split, data_root)
 
 
@@ -178,7 +178,7 @@ def _open(dataset: str, split: str, data_root: Path, *, hashed: bool = True) -> 
         if hashed and not is_written_file(path, manifest=manifest):
             raise damaged(path, "its SHA-256 is not that of the file that was written")
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): mend that, or {mend(dataset)}.") from None
+        raise UserError(f"{path} cannot be read ({error.strerror}): make it readable, or {fix_for(dataset)}.") from None
     if index.stamp != manifest.content_hash or len(index.labels) != manifest.num_images:
         raise damaged(path, "it does not belong to the manifest beside it")
     if index.labels.max() >= len(manifest.class_names):
@@ -201,7 +201,7 @@ def _open(dataset: str, split: str, data_root: Path, *, hashed: bool = True) -> 
 def subset(split: Split, *, images_per_class: int | None) -> NDArray[np.int64]:
     """Return the int64 indices [n] of the first `images_per_class` images of every class (all if None), in order.
 
-    Images are sorted by class and file name, so 260 of ImageNet's are the paper's "20 %" as the authors take it (SPEC section 3).
+    Images are sorted by class and file name, so 260 of ImageNet's are the paper's "20 %" as the authors take it.
     """
     indices = np.arange(split.num_images, dtype=np.int64)
     if images_per_class is None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from obowlab.data.beton import mend
+from obowlab.data.beton import fix_for
 from obowlab.data.sources import SPLITS
 from obowlab.errors import UserError
 from obowlab.files import file_lock, read_checked, with_checksum
@@ -78,15 +78,15 @@ def read_manifest(data_root: Path, dataset: str, split: str) -> Manifest | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): mend its permissions, or {mend(dataset)}.") from None
+        raise UserError(f"{path} cannot be read ({error.strerror}): fix its permissions, or {fix_for(dataset)}.") from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{path} is no manifest of a data set ({where}: {first['msg']}): {mend(dataset)}.") from None
+        raise UserError(f"{path} is no manifest of a data set ({where}: {first['msg']}): {fix_for(dataset)}.") from None
     except ValueError as error:
-        raise UserError(f"{path} is damaged ({str(error).splitlines()[0]}): {mend(dataset)}.") from None
+        raise UserError(f"{path} is damaged ({str(error).splitlines()[0]}): {fix_for(dataset)}.") from None
     if (manifest.dataset, manifest.split) != (dataset, split):
-        raise UserError(f"{path} describes {manifest.dataset}/{manifest.split}, not {dataset}/{split}: {mend(dataset)}.")
+        raise UserError(f"{path} describes {manifest.dataset}/{manifest.split}, not {dataset}/{split}: {fix_for(dataset)}.")
     return manifest
 
 

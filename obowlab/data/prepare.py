@@ -1,13 +1,15 @@
-"""Make prepared data sets: from an ImageFolder or a .tar of one, or by drawing the synthetic set."""
+"""Make prepared data sets: from an ImageFolder or a .tar of one, or by drawing the synthetic set.
+
+Both give a `Content` per split, a stream of records, and `build` writes it: one file format, one way to write it.
+"""
 
 from __future__ import annotations
 
 import io
-import os
 import shutil
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,8 +18,9 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 
 import obowlab
+from obowlab import text
 from obowlab.data import synthetic
-from obowlab.data.beton import MAX_SIDE, MIN_PAGE_SIZE, BetonWriter, Record, page_size_for, read_index
+from obowlab.data.beton import MAX_PAGE_SIZE, MAX_SIDE, MIN_PAGE_SIZE, BetonWriter, Record, page_size_for, read_index
 from obowlab.data.identity import note_written
 from obowlab.data.manifest import (
     Manifest,
@@ -32,29 +35,39 @@ from obowlab.data.manifest import (
 )
 from obowlab.data.sources import SPLITS, Source, SourceImage, SourceSplit, read_source
 from obowlab.errors import UserError
+from obowlab.runs.provenance import num_cores
 
 JPEG_QUALITY = 95
 """Of images that are not RGB JPEG files already."""
 
+REPORT_EVERY_S = 0.5
 _PROBE_IMAGES = 64
 _CHUNK = 16
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What preparing will do, known before it starts."""
+    """What preparing will do, known before it starts.
+
+    Attributes:
+        dataset: its name.
+        source: folder or archive.
+        num_images: of each split.
+        num_classes: of the train split.
+        num_bytes: of all image files, about what the prepared files will take.
+        free_bytes: where they are written.
+        estimated_s: seconds that decoding takes.
+        num_ignored: other files of the source, which are left out.
+    """
 
     dataset: str
     source: str
     num_images: dict[str, int]
-    """Images of each split."""
     num_classes: int
     num_bytes: int
-    """Bytes of all image files: about what the prepared files will take."""
     free_bytes: int
     estimated_s: float
     num_ignored: int
-    """Files beside the images that are left out."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +108,29 @@ class DecodedImage:
     width: int
 
 
+@dataclass(frozen=True)
+class Content:
+    """What a split is made of.
+
+    Attributes:
+        split: `train` or `val`.
+        class_names: of all splits.
+        num_images: how many images there are, the unreadable included.
+        page_size: of the file, in bytes.
+        source: where the images come from.
+        source_hash: identifies them without reading them.
+        records: begins to yield the images in order, each as a record or with the reason why it is skipped.
+    """
+
+    split: str
+    class_names: tuple[str, ...]
+    num_images: int
+    page_size: int
+    source: str
+    source_hash: str
+    records: Callable[[], Iterator[Record | Skipped]]
+
+
 class UnreadableImageError(Exception):
     """An image file cannot become a record; the text says why."""
 
@@ -126,13 +162,12 @@ def to_rgb_jpeg(data: bytes) -> DecodedImage:
 
 
 def plan_prepare(name: str, *, source: Path, data_root: Path, workers: int | None = None) -> Plan:
-    """List the source and decode a few of its images to tell what preparing it will take; nothing is written.
+    """List the source and decode a few of its images to estimate time and size; nothing is written.
 
     Raises:
         UserError: as `prepare`.
     """
-    _check_preparable(name)
-    return _plan(name, read_source(source), data_root, workers or _usable_cores())
+    return _plan(name, _read_source(name, source), data_root=data_root, workers=workers or num_cores())
 
 
 def prepare(
@@ -147,16 +182,16 @@ def prepare(
 ) -> PrepareReport:
     """Write DATA_ROOT/NAME from an ImageFolder or a plain .tar of one; every image is decoded once to find the unreadable.
 
-    Nothing is visible until everything is written; an interrupted call starts over when it is typed again.
+    Nothing is visible until everything is written; an interrupted call starts over when it is repeated.
 
     Args:
-        name: of the data set, `[a-z0-9][a-z0-9_-]*`.
+        name: of the data set, `[a-z0-9][a-z0-9_-]*`; `synthetic` is drawn, and waits for another process that draws it.
         source: folder or .tar with train/CLASS/*.JPEG and val/CLASS/*.JPEG, or CLASS/*.JPEG (train only); None for `synthetic`.
         data_root: folder of all data sets.
         force: replace what was prepared from another source.
         workers: decoding threads; as many as this process has cores if absent.
-        announce: is told size and estimated time before the work starts.
-        progress: is told now and then how far it is.
+        announce: called with size and estimated time before the work starts.
+        progress: called twice a second and at the end of each split.
 
     Returns:
         What was prepared; with `already_prepared` if the same source was prepared before and `force` is not set.
@@ -165,108 +200,171 @@ def prepare(
         UserError: a bad name or source, no readable image, no space, or another source was prepared under this name.
     """
     start = time.monotonic()
+    workers = workers or num_cores()
     if name == synthetic.NAME:
         if source is not None:
             raise UserError(f"'{name}' is drawn, not read: leave --source out, or choose another name for your images.")
-        return prepare_synthetic(data_root=data_root, force=force, progress=progress)
-    _check_preparable(name)
-    if source is None:
-        raise UserError(f"Give --source DIR, the folder or .tar that holds the images of '{name}'.")
-    found = read_source(source)
-    with workplace(data_root, name, wait=False) as working:
-        finished = _finished(name, found, data_root, force)
-        if finished is not None:
-            return PrepareReport(finished, already_prepared=True, elapsed_s=time.monotonic() - start, notes=())
-        workers = workers or _usable_cores()
-        plan = _plan(name, found, data_root, workers)
-        if plan.num_bytes * 1.02 + (64 << 20) > plan.free_bytes:
-            raise UserError(
-                f"{name} needs about {plan.num_bytes / 1e9:.1f} GB and {data_root} has {plan.free_bytes / 1e9:.1f} GB left: "
-                "make room or choose another --data-root."
-            )
-        if announce is not None:
-            announce(plan)
-        notes = [f"left out, as no image of train/ or val/: {found.num_ignored} files"] if found.num_ignored else []
-        manifests = []
-        for split in found.splits:
-            skipped: list[Skipped] = []
-            records = _decoded(split, workers, skipped, progress)
-            written = _write(working, name, split.name, records, capacity=len(split.images), page_size=_page_size(split))
-            if written is None:
+        found, contents = None, [_drawn(split) for split in SPLITS]
+    else:
+        found = _read_source(name, source)
+        contents = [_content(split, source=str(found.path), workers=workers) for split in found.splits]
+    with workplace(data_root, name, wait=found is None) as working:
+        if not force:
+            present = [each for split in SPLITS if (each := read_manifest(data_root, name, split)) is not None]
+            if found is not None:
+                _refuse_another(name, found, present=present)
+            if _is_complete(contents, present=present, data_root=data_root):
+                return PrepareReport(tuple(present), already_prepared=True, elapsed_s=time.monotonic() - start, notes=())
+        if found is not None:
+            plan = _plan(name, found, data_root=data_root, workers=workers)
+            if plan.num_bytes * 1.02 + (64 << 20) > plan.free_bytes:
                 raise UserError(
-                    f"No image of {found.path}, {split.name}, can be read; the first: {skipped[0].name}: {skipped[0].reason}."
+                    f"{name} needs about {text.size(plan.num_bytes)} and {data_root} has {text.size(plan.free_bytes)} left: "
+                    "make room or choose another --data-root."
                 )
-            manifest = _manifest(
-                name, split.name, split.class_names, working, written, skipped, str(found.path), split.listing_hash
-            )
-            manifests.append(manifest)
-            notes += _class_notes(split, skipped)
+            if announce is not None:
+                announce(plan)
+        manifests = [build(content, dataset=name, folder=working, progress=progress) for content in contents]
         publish(working, data_root, name)
         note_written(manifests, data_root=data_root)
+    notes = _notes(found, manifests) if found is not None else []
     return PrepareReport(tuple(manifests), already_prepared=False, elapsed_s=time.monotonic() - start, notes=tuple(notes))
 
 
-def prepare_synthetic(
-    *, data_root: Path, force: bool = False, progress: Callable[[Progress], None] | None = None
-) -> PrepareReport:
-    """Draw the synthetic data set into DATA_ROOT unless this version of it is there; wait for a process that is at it.
+def build(content: Content, *, dataset: str, folder: Path, progress: Callable[[Progress], None] | None = None) -> Manifest:
+    """Write one split, FOLDER/SPLIT.beton and FOLDER/SPLIT.json, and return its manifest.
+
+    The finished file is read once more: the manifest describes what the disk holds.
 
     Raises:
-        UserError: the data root cannot be written.
+        UserError: none of its images can be read, or the disk refuses.
     """
-    start = time.monotonic()
-    with workplace(data_root, synthetic.NAME, wait=True) as working:
-        present = synthetic_manifests(data_root)
-        if present is not None and not force:
-            return PrepareReport(present, already_prepared=True, elapsed_s=time.monotonic() - start, notes=())
-        manifests = []
-        for split in SPLITS:
-            records = _watched(synthetic.records(split), split, synthetic.num_images(split), progress)
-            written = _write(
-                working, synthetic.NAME, split, records, capacity=synthetic.num_images(split), page_size=MIN_PAGE_SIZE
-            )
-            assert written is not None
-            manifests.append(
-                _manifest(
-                    synthetic.NAME, split, synthetic.CLASS_NAMES, working, written, [], "drawn by obowlab", _synthetic_hash(split)
-                )
-            )
-        publish(working, data_root, synthetic.NAME)
-        note_written(manifests, data_root=data_root)
-    return PrepareReport(tuple(manifests), already_prepared=False, elapsed_s=time.monotonic() - start, notes=())
-
-
-def synthetic_manifests(data_root: Path) -> tuple[Manifest, ...] | None:
-    """Return the manifests of the synthetic data set if this version of it is prepared."""
-    found = [read_manifest(data_root, synthetic.NAME, split) for split in SPLITS]
-    present = tuple(
-        manifest for manifest in found if manifest is not None and manifest.source_hash == _synthetic_hash(manifest.split)
+    path = folder / f"{content.split}.beton"
+    skipped: list[Skipped] = []
+    start = last = time.monotonic()
+    try:
+        with BetonWriter(path, capacity=content.num_images, page_size=content.page_size) as writer:
+            for done, record in enumerate(content.records(), start=1):
+                if isinstance(record, Skipped):
+                    skipped.append(record)
+                else:
+                    writer.append(record)
+                now = time.monotonic()
+                if progress is not None and (now - last >= REPORT_EVERY_S or done == content.num_images):
+                    last = now
+                    left_s = (now - start) / done * (content.num_images - done)
+                    progress(Progress(content.split, done=done, total=content.num_images, remaining_s=left_s))
+    except OSError as error:
+        raise UserError(
+            f"Cannot write '{dataset}' into {folder.parent} ({error.strerror}): make room or choose another --data-root."
+        ) from error
+    if not writer.num_images:
+        first = f"{skipped[0].name}: {skipped[0].reason}"
+        raise UserError(f"No image of {content.source}, {content.split}, can be read; the first: {first}.")
+    manifest = Manifest(
+        dataset=dataset,
+        split=content.split,
+        num_images=len(read_index(path).labels),
+        class_names=content.class_names,
+        content_hash=writer.content_hash,
+        file_bytes=path.stat().st_size,
+        file_sha256=file_sha256(path),
+        source=content.source,
+        source_hash=content.source_hash,
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        obowlab_version=obowlab.__version__,
+        skipped=tuple(skipped),
     )
-    return present if len(present) == len(SPLITS) else None
+    write_manifest(path.with_suffix(".json"), manifest)
+    return manifest
 
 
-# -------------------------------------------------------------------------------------------------------------- helpers
+def synthetic_is_drawn(data_root: Path) -> bool:
+    """Return whether this version of the synthetic data set is prepared."""
+    present = [read_manifest(data_root, synthetic.NAME, split) for split in SPLITS]
+    return [each and each.source_hash for each in present] == [_drawn(split).source_hash for split in SPLITS]
 
 
-def _check_preparable(name: str) -> None:
+# -------------------------------------------------------------------------------------------------------------- contents
+
+
+def _drawn(split: str) -> Content:
+    """Return the content of a split of the synthetic data set."""
+    return Content(
+        split=split,
+        class_names=synthetic.CLASS_NAMES,
+        num_images=synthetic.num_images(split),
+        page_size=MIN_PAGE_SIZE,
+        source="drawn by obowlab",
+        source_hash=f"synthetic version {synthetic.SYNTHETIC_VERSION} {split}",
+        records=lambda: synthetic.records(split),
+    )
+
+
+def _content(split: SourceSplit, *, source: str, workers: int) -> Content:
+    """Return the content of a split that is read from image files."""
+    page_size = page_size_for(max(image.size * (1 if _is_jpeg(image) else 2) for image in split.images))
+    return Content(
+        split=split.name,
+        class_names=split.class_names,
+        num_images=len(split.images),
+        page_size=page_size,
+        source=source,
+        source_hash=split.listing_hash,
+        records=lambda: _decoded(split.images, page_size=page_size, workers=workers),
+    )
+
+
+def _decoded(images: Sequence[SourceImage], *, page_size: int, workers: int) -> Iterator[Record | Skipped]:
+    """Yield images in order, decoded by a pool of threads that is a few chunks ahead."""
+    waiting: deque[Future[list[Record | Skipped]]] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for first in range(0, len(images), _CHUNK):
+                chunk = images[first : first + _CHUNK]
+                waiting.append(pool.submit(lambda chunk: [_decode(image, page_size=page_size) for image in chunk], chunk))
+                if len(waiting) > 4 * workers:
+                    yield from waiting.popleft().result()
+            while waiting:
+                yield from waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _decode(image: SourceImage, *, page_size: int) -> Record | Skipped:
+    try:
+        decoded = to_rgb_jpeg(image.read())
+    except UnreadableImageError as error:
+        return Skipped(name=image.name, reason=str(error))
+    except OSError as error:
+        return Skipped(name=image.name, reason=f"cannot be read: {error.strerror or error}")
+    if len(decoded.jpeg) > page_size:
+        return Skipped(name=image.name, reason=f"takes {len(decoded.jpeg)} bytes as JPEG, more than a page of {page_size}")
+    return Record(label=image.label, jpeg=decoded.jpeg, height=decoded.height, width=decoded.width)
+
+
+def _is_jpeg(image: SourceImage) -> bool:
+    return image.name.lower().endswith((".jpg", ".jpeg"))
+
+
+# --------------------------------------------------------------------------------------------------------------- sources
+
+
+def _read_source(name: str, source: Path | None) -> Source:
     if check_name(name) == synthetic.NAME:
         raise UserError(f"'{name}' is drawn on first use and has no --source.")
+    if source is None:
+        raise UserError(f"Give --source DIR, the folder or .tar that holds the images of '{name}'.")
+    return read_source(source)
 
 
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _synthetic_hash(split: str) -> str:
-    return f"synthetic version {synthetic.SYNTHETIC_VERSION} {split}"
-
-
-def _plan(name: str, source: Source, data_root: Path, workers: int) -> Plan:
+def _plan(name: str, source: Source, *, data_root: Path, workers: int) -> Plan:
     images = [image for split in source.splits for image in split.images]
     probe = images[:: -(-len(images) // _PROBE_IMAGES)]
     start = time.monotonic()
     with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(_decode_or_reason, probe))
+        list(pool.map(lambda image: _decode(image, page_size=MAX_PAGE_SIZE), probe))
     per_byte = (time.monotonic() - start) / max(1, sum(image.size for image in probe))
     num_bytes = sum(image.size for image in images)
     existing = next(folder for folder in (data_root, *data_root.absolute().parents) if folder.exists())
@@ -282,11 +380,7 @@ def _plan(name: str, source: Source, data_root: Path, workers: int) -> Plan:
     )
 
 
-def _finished(name: str, source: Source, data_root: Path, force: bool) -> tuple[Manifest, ...] | None:
-    """Return the manifests if just this source was prepared; complain if another was."""
-    if force:
-        return None
-    present = [manifest for split in SPLITS if (manifest := read_manifest(data_root, name, split)) is not None]
+def _refuse_another(name: str, source: Source, *, present: Sequence[Manifest]) -> None:
     for manifest in present:
         split = source.split(manifest.split)
         if split is None or (split.listing_hash, split.class_names) != (manifest.source_hash, manifest.class_names):
@@ -294,142 +388,26 @@ def _finished(name: str, source: Source, data_root: Path, force: bool) -> tuple[
                 f"'{name}' was prepared from {manifest.source}, whose files differ from {source.path}: "
                 "choose another name, or add --force to replace it."
             )
-    complete = len(present) == len(source.splits) and all(
-        beton_path(data_root, name, manifest.split).is_file()
-        and beton_path(data_root, name, manifest.split).stat().st_size == manifest.file_bytes
-        for manifest in present
-    )
-    return tuple(present) if complete else None
 
 
-def _page_size(split: SourceSplit) -> int:
-    return page_size_for(max(image.size * (1 if _is_jpeg(image) else 2) for image in split.images))
+def _is_complete(contents: Sequence[Content], *, present: Sequence[Manifest], data_root: Path) -> bool:
+    """Return whether these contents are prepared, in files of the right size."""
+    if [each.source_hash for each in contents] != [manifest.source_hash for manifest in present]:
+        return False
+    files = [(beton_path(data_root, manifest.dataset, manifest.split), manifest.file_bytes) for manifest in present]
+    return all(path.is_file() and path.stat().st_size == num_bytes for path, num_bytes in files)
 
 
-def _is_jpeg(image: SourceImage) -> bool:
-    return image.name.lower().endswith((".jpg", ".jpeg"))
-
-
-def _decode_or_reason(image: SourceImage) -> DecodedImage | str:
-    try:
-        return to_rgb_jpeg(image.read())
-    except UnreadableImageError as error:
-        return str(error)
-    except OSError as error:
-        return f"cannot be read: {error.strerror or error}"
-
-
-def _decoded(
-    split: SourceSplit, workers: int, skipped: list[Skipped], progress: Callable[[Progress], None] | None
-) -> Iterator[Record]:
-    """Yield the images of a split in order, decoded by a pool of threads a little ahead; note the unreadable in `skipped`."""
-    page_size = _page_size(split)
-    chunks = (split.images[first : first + _CHUNK] for first in range(0, len(split.images), _CHUNK))
-    report = _reporter(split.name, len(split.images), progress)
-    done = 0
-    with ThreadPoolExecutor(workers) as pool:
-        for chunk, results in _in_order(pool, chunks, ahead=4 * workers):
-            for image, result in zip(chunk, results, strict=True):
-                if isinstance(result, DecodedImage) and len(result.jpeg) > page_size:
-                    result = f"takes {len(result.jpeg)} bytes as JPEG, more than a page of {page_size}"
-                if isinstance(result, str):
-                    skipped.append(Skipped(name=image.name, reason=result))
-                else:
-                    yield Record(label=image.label, jpeg=result.jpeg, height=result.height, width=result.width)
-            done += len(chunk)
-            report(done)
-
-
-def _in_order(
-    pool: ThreadPoolExecutor, chunks: Iterable[tuple[SourceImage, ...]], *, ahead: int
-) -> Iterator[tuple[tuple[SourceImage, ...], list[DecodedImage | str]]]:
-    """Decode chunks in the pool, at most `ahead` of them waiting, and yield them in their order."""
-    waiting: deque[tuple[tuple[SourceImage, ...], Future[list[DecodedImage | str]]]] = deque()
-    try:
-        for chunk in chunks:
-            waiting.append((chunk, pool.submit(lambda images: [_decode_or_reason(image) for image in images], chunk)))
-            if len(waiting) > ahead:
-                first, future = waiting.popleft()
-                yield first, future.result()
-        while waiting:
-            first, future = waiting.popleft()
-            yield first, future.result()
-    finally:
-        for _, future in waiting:
-            future.cancel()
-
-
-def _watched(records: Iterable[Record], split: str, total: int, progress: Callable[[Progress], None] | None) -> Iterator[Record]:
-    report = _reporter(split, total, progress)
-    for done, record in enumerate(records, start=1):
-        yield record
-        report(done)
-
-
-def _reporter(split: str, total: int, progress: Callable[[Progress], None] | None) -> Callable[[int], None]:
-    """Return a function that passes on, twice a second at most and at the end, how many images are done."""
-    start = last = time.monotonic()
-
-    def report(done: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if progress is not None and (now - last >= 0.5 or done == total):
-            last = now
-            progress(Progress(split=split, done=done, total=total, remaining_s=(now - start) / done * (total - done)))
-
-    return report
-
-
-def _write(working: Path, name: str, split: str, records: Iterable[Record], *, capacity: int, page_size: int) -> str | None:
-    """Write the records to WORKING/SPLIT.beton; return their content hash, or None if there were none."""
-    try:
-        with BetonWriter(working / f"{split}.beton", capacity=capacity, page_size=page_size) as writer:
-            for record in records:
-                writer.append(record)
-    except OSError as error:
-        raise UserError(
-            f"Cannot write '{name}' into {working.parent} ({error.strerror}): make room or choose another --data-root."
-        ) from error
-    return writer.content_hash if writer.num_images else None
-
-
-def _manifest(
-    name: str,
-    split: str,
-    class_names: tuple[str, ...],
-    working: Path,
-    content_hash: str,
-    skipped: list[Skipped],
-    source: str,
-    source_hash: str,
-) -> Manifest:
-    """Write WORKING/SPLIT.json, reading the finished file once more: what the disk holds is what the manifest tells."""
-    path = working / f"{split}.beton"
-    manifest = Manifest(
-        dataset=name,
-        split=split,
-        num_images=len(read_index(path).labels),
-        class_names=class_names,
-        content_hash=content_hash,
-        file_bytes=path.stat().st_size,
-        file_sha256=file_sha256(path),
-        source=source,
-        source_hash=source_hash,
-        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-        obowlab_version=obowlab.__version__,
-        skipped=tuple(skipped),
-    )
-    write_manifest(path.with_suffix(".json"), manifest)
-    return manifest
-
-
-def _class_notes(split: SourceSplit, skipped: list[Skipped]) -> list[str]:
-    """Tell which classes lost more than half of their images, or have none in this split."""
-    lost = Counter(image.name.split("/", 1)[0] for image in skipped)
-    given = Counter(split.class_names[image.label] for image in split.images)
-    notes = [
-        f"{split.name}/{name}: {lost[name]} of {given[name]} images cannot be read"
-        for name in split.class_names
-        if lost[name] * 2 > given[name]
-    ]
-    return notes + [f"{split.name} has no image of class {name}" for name in split.class_names if not given[name]]
+def _notes(source: Source, manifests: Sequence[Manifest]) -> list[str]:
+    """Say what was left out, and which classes lost more than half of their images or have none in a split."""
+    notes = [f"left out, as no image of train/ or val/: {source.num_ignored} files"] if source.num_ignored else []
+    for split, manifest in zip(source.splits, manifests, strict=True):
+        lost = Counter(image.name.split("/", 1)[0] for image in manifest.skipped)
+        given = Counter(split.class_names[image.label] for image in split.images)
+        notes += [
+            f"{split.name}/{name}: {lost[name]} of {given[name]} images cannot be read"
+            for name in split.class_names
+            if lost[name] * 2 > given[name]
+        ]
+        notes += [f"{split.name} has no image of class {name}" for name in split.class_names if not given[name]]
+    return notes

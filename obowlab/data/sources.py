@@ -53,7 +53,7 @@ class SourceSplit:
 
     @property
     def listing_hash(self) -> str:
-        """SHA-256 (hex) of every image's name and size: tells another source without reading it."""
+        """SHA-256 (hex) of every image's name and size: a change of the source shows without reading images."""
         digest = hashlib.sha256()
         for image in self.images:
             digest.update(f"{image.name}\0{image.size}\n".encode("utf-8", "surrogateescape"))
@@ -99,7 +99,9 @@ def _walk(folder: Path) -> Iterator[SourceImage]:
             try:
                 status = file.stat()
             except OSError as error:
-                raise UserError(f"--source holds {file}, which cannot be read ({error.strerror}): remove or mend it.") from None
+                raise UserError(
+                    f"--source holds {file}, which cannot be read ({error.strerror}): remove it or make it readable."
+                ) from None
             if stat.S_ISREG(status.st_mode):
                 yield SourceImage(label=-1, name=file.relative_to(folder).as_posix(), path=file, offset=0, size=status.st_size)
 
@@ -142,9 +144,9 @@ def _splits(path: Path, images: Iterable[SourceImage]) -> tuple[SourceSplit, ...
     if "train" not in groups:
         raise UserError(f"--source {path} has val/ but no train/; expected {LAYOUT}.")
     class_names = tuple(sorted(groups["train"]))
-    strangers = sorted(set(groups.get("val", {})) - set(class_names))
-    if strangers:
-        raise UserError(f"--source {path} has classes in val/ that train/ has not, such as '{strangers[0]}'.")
+    unknown = sorted(set(groups.get("val", {})) - set(class_names))
+    if unknown:
+        raise UserError(f"--source {path} has classes in val/ that train/ does not have, such as '{unknown[0]}'.")
     splits = []
     for split in SPLITS:
         if split in groups:

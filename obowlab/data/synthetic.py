@@ -7,7 +7,7 @@ part, a part that is missing or covered, noise. What a network has to find are t
 bag of visual words describes. The nuisances are mild enough that OBoW finds them within a thousand steps.
 
 Every number is drawn by a counter-based generator keyed by (version, split, image), so an image never depends on another one.
-Only exactly rounded arithmetic is used; the JPEG bytes are those of the JPEG library at hand, so the content hash is recorded
+Only exactly rounded arithmetic is used; the JPEG bytes are those of the installed JPEG library, so the content hash is recorded
 where the set is drawn.
 """
 
@@ -57,7 +57,7 @@ def records(split: str) -> Iterator[Record]:
 
 
 class _Draws:
-    """Uniform numbers of one image (or of the class table), each asked for once and in order."""
+    """Uniform numbers of one image (or of the class table), each drawn once and in order."""
 
     def __init__(self, *, stream: int, index: int) -> None:
         key = np.array([SYNTHETIC_VERSION << 32 | stream, index], np.uint64)

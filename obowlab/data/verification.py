@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from obowlab.data import synthetic
-from obowlab.data.beton import BetonIndex, ContentHash, mend, read_index
+from obowlab.data.beton import BetonIndex, ContentHash, fix_for, read_index
 from obowlab.data.manifest import Manifest, beton_path, check_name, file_sha256, read_manifest
 from obowlab.data.prepare import UnreadableImageError, to_rgb_jpeg
 from obowlab.data.sources import SPLITS, Source, read_source
@@ -23,11 +23,11 @@ SAME_PIXELS = 4.0
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with a split, and what to type about it."""
+    """What is wrong with a split, and the command that fixes it."""
 
     split: str
     what: str
-    mend: str
+    fix: str
 
 
 @dataclass(frozen=True)
@@ -64,46 +64,46 @@ def verify(
         source: folder or .tar to compare with; the one noted in the manifest, if it is still there, when absent.
         sample: images of each split that are decoded and compared; None for all.
         seed: draws the sample.
-        progress: is told what is being done.
+        progress: called with what is done next.
 
     Raises:
         UserError: it was never prepared, or the given source cannot be listed.
     """
     check_name(name)
-    tell = progress or (lambda text: None)
+    report = progress or (lambda text: None)
     problems: list[Problem] = []
     manifests: list[Manifest] = []
     for split in SPLITS:
         try:
             manifest = read_manifest(data_root, name, split)
         except UserError as error:
-            problems.append(Problem(split, str(error), mend(name)))
+            problems.append(Problem(split, str(error), fix_for(name)))
             continue
         if manifest is not None:
             manifests.append(manifest)
         elif beton_path(data_root, name, split).exists():
-            problems.append(Problem(split, f"{beton_path(data_root, name, split)} has no manifest beside it", mend(name)))
+            problems.append(Problem(split, f"{beton_path(data_root, name, split)} has no manifest beside it", fix_for(name)))
     if not manifests and not problems:
         raise UserError(f"'{name}' is not prepared in {data_root}: there is nothing to verify.")
     given = read_source(source) if source is not None else None
     num_decoded = num_compared = 0
     for manifest in manifests:
         path = beton_path(data_root, name, manifest.split)
-        tell(f"{path}: hashing {manifest.file_bytes / 1e6:.0f} MB")
+        report(f"{path}: hashing {manifest.file_bytes / 1e6:.0f} MB")
         index, found = _check_file(path, manifest)
         if index is not None:
             count = len(index.labels)
             chosen = np.random.default_rng(seed).permutation(count)[: count if sample is None else sample]
-            tell(f"{path}: decoding {len(chosen)} of {count} images")
+            report(f"{path}: decoding {len(chosen)} of {count} images")
             images = _Images(path, index, np.sort(chosen).tolist())
             found += _check_decoding(images)
             num_decoded += len(chosen)
             original = given or _noted_source(manifest)
             if original is not None:
-                tell(f"{path}: comparing them with {original.path}")
+                report(f"{path}: comparing them with {original.path}")
                 found += _compare(images, manifest, original)
                 num_compared += len(chosen)
-        problems += [Problem(manifest.split, what, mend(name)) for what in found]
+        problems += [Problem(manifest.split, what, fix_for(name)) for what in found]
     return VerifyReport(name, tuple(manifests), num_decoded, num_compared, tuple(problems))
 
 
@@ -168,7 +168,7 @@ def _noted_source(manifest: Manifest) -> Source | None:
         return None
     try:
         return read_source(Path(manifest.source))
-    except UserError:  # it was replaced by something else; only a source that is asked for must be there
+    except UserError:  # it was replaced by something else; only a source given by the user must exist
         return None
 
 

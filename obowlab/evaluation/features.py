@@ -1,8 +1,8 @@
 """Frozen features of whole splits, computed once and kept on disk under the hash of everything they depend on.
 
-An entry is a folder `CACHE_DIR/KEY` with one `.npy` file and what it was made of. It is written beside and renamed, so a
-killed process leaves no half entry, and its bytes are checked against their hash before use. A key covers the weights, the
-images, the view and the version of this code: no entry is ever stale.
+An entry is a folder `CACHE_DIR/KEY` with one `.npy` file and what it was made of. It is written under a temporary name and
+renamed, so a killed process leaves no half entry, and its bytes are checked against their hash before use. A key covers the
+weights, the images, the view and the version of this code: no entry is ever stale.
 """
 
 from __future__ import annotations
@@ -168,9 +168,9 @@ class FeatureStore:
         if not entry.is_dir():
             return False
         try:
-            said = json.loads((entry / "entry.json").read_text(encoding="utf-8"))
+            written = json.loads((entry / "entry.json").read_text(encoding="utf-8"))
             with (entry / "features.npy").open("rb") as file:
-                sound = bool(said == {"key": key, "sha256": hashlib.file_digest(file, "sha256").hexdigest()})
+                sound = bool(written == {"key": key, "sha256": hashlib.file_digest(file, "sha256").hexdigest()})
         except (OSError, ValueError):
             sound = False
         if not sound:
@@ -214,7 +214,7 @@ class _EntryWriter:
         self.digest = hashlib.sha256()
         self._file = file
         self._count = count
-        self._begun = False
+        self._has_header = False
 
     def write(self, data: bytes) -> int:
         """Write and hash: numpy's header writer needs nothing more of a file."""
@@ -224,8 +224,8 @@ class _EntryWriter:
     def append(self, rows: npt.NDArray[np.float32]) -> None:
         """Add float32 [n, c]."""
         assert np.isfinite(rows).all(), "features must be finite"
-        if not self._begun:
-            self._begun = True
+        if not self._has_header:
+            self._has_header = True
             np.lib.format.write_array_header_1_0(
                 self, {"descr": "<f4", "fortran_order": False, "shape": (self._count, rows.shape[1])}
             )
@@ -234,19 +234,19 @@ class _EntryWriter:
 
 @contextmanager
 def _entry_writer(entry: Path, *, key: dict[str, Any], count: int) -> Iterator[_EntryWriter]:
-    """Write an entry beside its place and rename it when the block ends well."""
-    beside = entry.with_name(f".{entry.name}.{os.getpid()}")
+    """Write an entry under a temporary name and rename it when the block succeeds."""
+    temporary = entry.with_name(f".{entry.name}.{os.getpid()}")
     try:
-        beside.mkdir(parents=True, exist_ok=True)
-        with (beside / "features.npy").open("wb") as file:
+        temporary.mkdir(parents=True, exist_ok=True)
+        with (temporary / "features.npy").open("wb") as file:
             writer = _EntryWriter(file, count=count)
             yield writer
-        (beside / "entry.json").write_text(json.dumps({"key": key, "sha256": writer.digest.hexdigest()}), encoding="utf-8")
+        (temporary / "entry.json").write_text(json.dumps({"key": key, "sha256": writer.digest.hexdigest()}), encoding="utf-8")
         if not entry.exists():  # another process may have been first; its features are as good
-            beside.rename(entry)
+            temporary.rename(entry)
     except OSError as error:
         raise UserError(
             f"Cannot keep features in {entry.parent} ({error.strerror}); make room or choose another --runs-root."
         ) from error
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Few-shot classification of frozen features with prototypes (SPEC section 4; the paper's section 4.1 and appendix C.2).
+"""Few-shot classification of frozen features with prototypes (docs/method.md, section 11.2; paper, section 4.1 and appendix C.2).
 
 An episode draws `num_ways` classes and, from each, `num_shots` training and `num_queries` test images. A class's prototype
 is the mean of its L2-normalised training features, normalised again; a test image goes to the prototype of highest cosine.

@@ -1,4 +1,4 @@
-"""A linear classifier on cached features (SPEC section 4, the RN18 protocol; the paper's appendix C.2).
+"""A linear classifier on cached features (docs/method.md, section 11.3; paper, appendix C.2).
 
 As the authors' code does it: no normalisation of the features, weights from N(0, 0.01²) and a bias of zeros, weight decay on
 both; in every epoch each training image appears once, as its centre crop or that crop's mirror image with equal chance; the

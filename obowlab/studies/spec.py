@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from obowlab import text
-from obowlab.config import Count, Loaded, Section, find_file, flatten, load_recipe, nearest, project_root, read_toml
+from obowlab.config import (
+    Count,
+    Loaded,
+    Section,
+    find_file,
+    flatten,
+    load_recipe,
+    nearest,
+    parse_section,
+    project_root,
+    read_toml,
+)
 from obowlab.config.scales import recipe_for
+from obowlab.config.validation import flat_pairs
 from obowlab.errors import UserError
 from obowlab.runs.metrics import lookup
 
 Scalar = bool | int | float | str
 Choice = Scalar | tuple[Scalar, ...]
-SectionT = TypeVar("SectionT", bound=Section)
 
 PROTOCOL_OF = {"fewshot": "fewshot", "linear_top1": "linear", "knn_top1": "knn"}
 """Entry of the metric list -> the evaluation protocol that measures it."""
@@ -153,7 +164,7 @@ class Tuning:
         return None if self.spec.pruner.kind == "none" else self.spec.pruner.metric or self.spec.objective
 
     def every_epochs(self, epochs: int) -> int:
-        """Return how often a training of so many epochs is measured; 0: never."""
+        """Return the epochs between two measurements of a training of `epochs` epochs; 0: none."""
         return 0 if self.online_metric is None else max(1, epochs // (self.spec.pruner.points + 1))
 
     def recipe(self, params: Mapping[str, Any]) -> Loaded:
@@ -189,11 +200,11 @@ class Tuning:
         """Return what must stay the same for the trials of a study to be comparable: dotted key to value.
 
         The number of trials, the sampler's and the pruner's settings may change from one command to the next. Recipe settings
-        at their default are left out, so that a later version which knows one more goes on with the same study.
+        at their default are left out, so that a later version which knows one more continues the same study.
         """
         distinct = self.base.recipe.model_dump(mode="json", exclude_defaults=True)
         distinct["method"] = {"name": self.base.recipe.method.name, **distinct.get("method", {})}
-        recipe = {key: value for key, value in _flat(distinct) if key not in self.spec.parameters and _moves_weights(key)}
+        recipe = {key: value for key, value in flat_pairs(distinct) if key not in self.spec.parameters and _moves_weights(key)}
         settings = {f"evaluation.{self.protocol}.{k}": v for k, v in flatten(self._protocol_settings()).items()}
         space = {f"parameters.{key}": json.loads(p.model_dump_json()) for key, p in self.spec.parameters.items()}
         return {**recipe, **settings, **space, "objective": self.spec.objective, "seeds": list(self.spec.seeds)}
@@ -223,13 +234,13 @@ def load_study(name: str) -> tuple[Path, StudySpec]:
             raise UserError(f"'{key}' in {place} must be a table, [{key}].")
     parameters = {key: _parameter(key, value, place=place) for key, value in document.get("parameters", {}).items()}
     sections = {
-        "sampler": _section(Sampler, document.get("sampler", {}), place=f"[sampler] of {place}"),
-        "pruner": _section(Pruner, document.get("pruner", {}), place=f"[pruner] of {place}"),
+        "sampler": parse_section(Sampler, document.get("sampler", {}), place=f"[sampler] of {place}"),
+        "pruner": parse_section(Pruner, document.get("pruner", {}), place=f"[pruner] of {place}"),
     }
     plain = {key: value for key, value in document.items() if key not in ("parameters", *sections)}
     dumped = {key: json.loads(value.model_dump_json()) for key, value in {**parameters, **sections}.items()}
     whole = {**plain, **{key: dumped[key] for key in sections}, "parameters": {key: dumped[key] for key in parameters}}
-    return path, _section(StudySpec, whole, place=place)
+    return path, parse_section(StudySpec, whole, place=place)
 
 
 def plan_study(name: str, *, scale: str, overrides: Sequence[str] = (), study_name: str | None = None) -> Tuning:
@@ -274,32 +285,7 @@ def _parameter(key: str, values: Any, *, place: str) -> Section:
     kind = values.get("kind")
     if not isinstance(kind, str) or kind not in PARAMETERS:
         raise UserError(f"{where}: 'kind' must be one of {', '.join(PARAMETERS)}{f', not {kind!r}' if kind is not None else ''}.")
-    return _section(PARAMETERS[kind], values, place=where)
-
-
-def _section(model: type[SectionT], values: Mapping[str, Any], *, place: str) -> SectionT:
-    known = list(model.model_fields)
-    for key in values:
-        if key not in known:
-            raise UserError(f"Unknown key '{key}' in {place}.{nearest(key, known)}")
-    try:
-        return model.model_validate_json(json.dumps(values, default=str))
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"] if not isinstance(part, int))
-        reason = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "missing":
-            raise UserError(f"{place} lacks '{name}'.") from None
-        given = "" if isinstance(first["input"], dict) else f", not {first['input']!r:.60}"
-        raise UserError((f"'{name}' in " if name else "") + f"{place}: {reason}{given}.") from None
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
+    return parse_section(PARAMETERS[kind], values, place=where)
 
 
 def _moves_weights(key: str) -> bool:

@@ -18,10 +18,9 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 
 from obowlab.errors import UserError
+from obowlab.studies.schema import STUDIES
 from obowlab.tracking.server import shown_uri
 
-STUDIES = ".studies"
-"""Folder of the run store for everything about studies."""
 JOURNAL = "studies.journal"
 STORAGE_VARIABLE = "OBOWLAB_STUDY_STORAGE"
 CONNECT_TIMEOUT_S = 10
@@ -117,6 +116,24 @@ def open_storage(url: str, *, make: bool = True) -> BaseStorage:
     except Exception as error:
         reason = without_passwords(str(error.__cause__ or error), url=url)
         raise UserError(f"Cannot use {shown} (--storage): {reason}.") from None
+
+
+def open_existing(name: str, *, url: str) -> optuna.Study | None:
+    """Open a study without making anything; None when the storage or the study is not there.
+
+    Args:
+        name: of the study.
+        url: as `storage_url` returns it.
+
+    Raises:
+        UserError: as `open_storage`.
+    """
+    if not exists(url):
+        return None
+    try:
+        return optuna.load_study(study_name=name, storage=open_storage(url, make=False))
+    except KeyError:
+        return None
 
 
 def without_passwords(text: str, *, url: str) -> str:

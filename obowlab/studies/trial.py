@@ -1,4 +1,4 @@
-"""One trial in the hands of a worker: its runs, one per seed, from wherever they stand to the objective's value.
+"""Run one trial: train and measure what its runs, one per seed, still lack, and return the objective's value.
 
 A recipe with several stages has a run for each; those before the last are trained first, once for all trials that share them.
 """
@@ -10,6 +10,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -25,13 +26,13 @@ from obowlab.runs.folder import RunFolder
 from obowlab.runs.lineage import find_run, stages_of
 from obowlab.runs.locks import RunTakenError
 from obowlab.studies.spec import Tuning
-from obowlab.studies.trial_locks import Claims
+from obowlab.studies.trial_locks import TrialLocks
 
 POLL_S = 1.0
 WAIT_S = 3.0
-"""Between looks at a run or trial that another process works on."""
+"""Between two looks at a run or trial that another process works on."""
 MAX_RESTARTS = 3
-"""Of a run that somebody else asked to stop; the launcher itself goes on with one that was killed."""
+"""Of a run that was stopped by a signal from outside; a killed one is restarted by the launcher itself."""
 
 Ending = Literal["completed", "pruned", "failed", "stopped"]
 
@@ -41,9 +42,9 @@ class Outcome:
     """How a trial ended.
 
     Attributes:
-        ending: `stopped` leaves the trial open: the next worker goes on with it.
+        ending: `stopped` leaves the trial open: the next worker continues it.
         value: mean of the objective over the seeds; None unless completed.
-        message: what to tell about it.
+        message: why; empty when there is nothing to explain.
     """
 
     ending: Ending
@@ -52,255 +53,222 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Bench:
+class TrialContext:
     """What the trials of one worker share.
 
     Attributes:
         tuning: the study.
         study: in its storage.
-        claims: who works on which trial.
+        locks: who works on which trial.
         machine: of every run.
         stopping: set when the user wants to stop.
         say: prints one line.
         watch: registers what can stop the run that is being trained; false when it is too late to begin.
-        patiently: calls a function with the given arguments, again and again while the storage is away.
+        retry: calls a function with the given arguments, repeatedly while the storage does not answer.
         command: makes the command line of the compute process.
     """
 
     tuning: Tuning
     study: optuna.Study
-    claims: Claims
+    locks: TrialLocks
     machine: Machine
     stopping: threading.Event
     say: Callable[[str], None]
     watch: Callable[[StopSignals], bool]
-    patiently: Callable[..., Any]
+    retry: Callable[..., Any]
     command: CommandFactory
 
 
-class TrialWork:
-    """Carries out one trial that this worker has claimed."""
+class TrialRunner:
+    """Runs one trial whose lock this worker holds."""
 
-    def __init__(self, bench: Bench, *, trial: optuna.Trial, recipe: Loaded) -> None:
-        """Prepare the runs of a point and write down which they are, before anything is trained.
+    def __init__(self, context: TrialContext, *, trial: optuna.Trial, recipe: Loaded) -> None:
+        """Prepare the runs of a point and record in the storage which they are, before anything is trained.
 
         Args:
-            bench: what the worker's trials share.
+            context: what the worker's trials share.
             trial: running, with all its parameters.
             recipe: of its point.
         """
-        self.bench = bench
-        self.trial = trial
-        self.recipe = recipe
-        root = bench.machine.runs_root
-        seeds = bench.tuning.spec.seeds
-        self.earlier = {seed: stages_of(recipe, seed=seed, runs_root=root)[:-1] for seed in seeds}
-        self.folders = {seed: _folder_of(recipe, seed=seed, machine=bench.machine) for seed in seeds}
-        self.run_ids = {str(seed): folder.run_id for seed, folder in self.folders.items()}
-        name, number = bench.tuning.name, str(trial.number)
-        self._remember(
+        self._context = context
+        self._trial = trial
+        self._recipe = recipe
+        self._pruned: str | None = None
+        self._reported: dict[int, float] = {}
+        root = context.machine.runs_root
+        seeds = context.tuning.spec.seeds
+        self._earlier = {seed: stages_of(recipe, seed=seed, runs_root=root)[:-1] for seed in seeds}
+        self._folders = {seed: _folder_of(recipe, seed=seed, machine=context.machine) for seed in seeds}
+        self._run_ids = {str(seed): folder.run_id for seed, folder in self._folders.items()}
+        name, number = context.tuning.name, str(trial.number)
+        self._record(
             {
-                "runs": self.run_ids,
-                "run_folders": {str(seed): str(folder.path.relative_to(root)) for seed, folder in self.folders.items()},
-                "fingerprints": {str(seed): folder.info.fingerprint for seed, folder in self.folders.items()},
+                "runs": self._run_ids,
+                "run_folders": {str(seed): str(folder.path.relative_to(root)) for seed, folder in self._folders.items()},
+                "fingerprints": {str(seed): folder.info.fingerprint for seed, folder in self._folders.items()},
                 "worker": {"pid": os.getpid(), "host": socket.gethostname()},
             }
         )
-        for folder in self.folders.values():
+        for folder in self._folders.values():
             folder.add_labels({"obowlab.study": name, "obowlab.trial": number, f"obowlab.study.{name}": number})
 
-    @property
-    def is_paper(self) -> bool:
-        """Whether this is the paper's own point, which is never pruned."""
-        return bool(self.trial.user_attrs.get("paper"))
-
-    def carry_out(self) -> Outcome:
+    def run(self) -> Outcome:
         """Train and measure what is missing and return how the trial ended.
 
         Raises:
             UserError: something that every trial would meet; the trial stays open.
         """
-        twin = self._await_twin()
-        if self.bench.stopping.is_set():
+        duplicate = self._await_duplicate()
+        if self._context.stopping.is_set():
             return Outcome("stopped")
-        if twin is not None and twin.state == TrialState.PRUNED:
-            self._remember({"repeat_of": twin.number})
-            self._copy_points(twin)
-            return Outcome("pruned", message=f"the point of trial {twin.number}, which was pruned")
-        finished_before = all(folder.state.status == "finished" for folder in self.folders.values())
+        if duplicate is not None and duplicate.state == TrialState.PRUNED:
+            self._record({"repeat_of": duplicate.number})
+            self._copy_points(duplicate)
+            return Outcome("pruned", message=f"the point of trial {duplicate.number}, which was pruned")
+        finished_before = all(folder.state.status == "finished" for folder in self._folders.values())
         values = {}
-        for position, (seed, folder) in enumerate(self.folders.items()):
+        for position, (seed, folder) in enumerate(self._folders.items()):
             ended = None
-            for stage in self.earlier[seed] if folder.state.status != "finished" else ():
-                ended = ended or self._complete(_folder_of(stage, seed=seed, machine=self.bench.machine), stage, seed=seed)
-            ended = ended or self._complete(folder, self.recipe, seed=seed, reports=position == 0)
-            self._remember({"mlflow_runs": {str(seed): folder.mlflow_run_id() for seed, folder in self.folders.items()}})
+            for stage in self._earlier[seed] if folder.state.status != "finished" else ():
+                ended = ended or self._complete(_folder_of(stage, seed=seed, machine=self._context.machine), stage, seed=seed)
+            reports = position == 0 and self._context.tuning.online_metric is not None
+            ended = ended or self._complete(folder, self._recipe, seed=seed, reports=reports)
+            self._record({"mlflow_runs": {str(seed): folder.mlflow_run_id() for seed, folder in self._folders.items()}})
             if ended is not None:
                 return ended
-            values[seed] = objective_of(folder, tuning=self.bench.tuning)
-        self._remember({"values": {str(seed): result["value"] for seed, result in values.items()}})
+            values[seed] = objective_of(folder, tuning=self._context.tuning)
+        self._record({"values": {str(seed): result["value"] for seed, result in values.items()}})
         mean = sum(result["value"] for result in values.values()) / len(values)
-        if finished_before and not self.trial.user_attrs.get("resumed"):
-            self._remember({"repeat_of": twin.number if twin is not None else "finished runs"})
+        if finished_before and not self._trial.user_attrs.get("resumed"):
+            self._record({"repeat_of": duplicate.number if duplicate is not None else "finished runs"})
             return Outcome("completed", value=mean, message="these runs were finished already")
         return Outcome("completed", value=mean)
 
     # ------------------------------------------------------------------------------------------------ one run
 
     def _complete(self, folder: RunFolder, recipe: Loaded, *, seed: int, reports: bool = False) -> Outcome | None:
-        """Bring one run to its end; None when it is there, else how the trial ends instead."""
-        bench = self.bench
-        reports = reports and bench.tuning.online_metric is not None
-        if reports and folder.state.status != "finished" and self._is_condemned():
-            return Outcome("pruned", message="its last worker did not come to say so")
+        """Train one run to its end; None when it is finished, else how the trial ends instead."""
+        context = self._context
+        if reports:
+            self._reported = self._stored_points()
+            if folder.state.status != "finished" and self._reported and self._should_prune():
+                return Outcome("pruned", message="the previous worker died before recording it")
         for attempt in range(MAX_RESTARTS + 1):
             signals = StopSignals()
-            if not bench.watch(signals):
+            if not context.watch(signals):
                 return Outcome("stopped")
-            reader = _OnlineReader(self, folder=folder, signals=signals) if reports else None
-            code = self._launch(folder, recipe, seed=seed, signals=signals, reader=reader)
+            code = self._train(folder, recipe, seed=seed, signals=signals, reports=reports)
             state = folder.current_state()
             if state.status == "finished":
                 return None
-            if bench.stopping.is_set() or code is None:
+            if context.stopping.is_set() or code is None:
                 return Outcome("stopped")
-            if reader is not None and reader.pruned is not None:
-                return Outcome("pruned", message=reader.pruned)
+            if self._pruned is not None:
+                return Outcome("pruned", message=self._pruned)
             if state.status != "interrupted" or attempt == MAX_RESTARTS:
                 return Outcome("failed", message=f"run {folder.run_id}: {state.message}")
-            bench.say(
-                f"trial {self.trial.number}: run {folder.run_id} was stopped from outside ({state.message}); going on with it"
-            )
+            self._say(f"run {folder.run_id} was stopped from outside ({state.message}); resuming it")
         raise AssertionError("the last attempt returns")
 
-    def _launch(
-        self, folder: RunFolder, recipe: Loaded, *, seed: int, signals: StopSignals, reader: _OnlineReader | None
-    ) -> int | None:
-        """Launch a run, waiting for whoever trains it already; None when the user stopped the waiting."""
-        bench, told = self.bench, False
-        loaded = replace(recipe, name=folder.info.name)
+    def _train(self, folder: RunFolder, recipe: Loaded, *, seed: int, signals: StopSignals, reports: bool) -> int | None:
+        """Launch a run, waiting for another process that trains it already; None when the user stopped the waiting."""
+        context, announced = self._context, False
         while True:
-            try:
-                if reader is not None:
-                    reader.start()
-                return launch(
-                    loaded,
+            with ThreadPoolExecutor(1) as pool:
+                training = pool.submit(
+                    launch,
+                    replace(recipe, name=folder.info.name),
                     seed=seed,
-                    machine=bench.machine,
+                    machine=context.machine,
                     fresh=False,
                     progress=False,
-                    command=bench.command,
+                    command=context.command,
                     signals=signals,
                     quiet=True,
                 )
+                while not wait([training], timeout=POLL_S).done:
+                    if reports:
+                        self._report_points(folder, signals=signals)
+            if reports:
+                self._report_points(folder)
+            try:
+                return training.result()
             except RunTakenError as error:
-                if not told:
-                    bench.say(f"trial {self.trial.number}: {error}")
-                told = True
-            finally:
-                if reader is not None:
-                    reader.finish()
-            if bench.stopping.wait(WAIT_S):
+                if not announced:
+                    self._say(str(error))
+                announced = True
+            if context.stopping.wait(WAIT_S):
                 return None
 
-    def _is_condemned(self) -> bool:
-        """Return whether the results that an earlier worker reported are bad enough already."""
-        return not self.is_paper and bool(self.reported()) and bool(self.bench.patiently(self.trial.should_prune))
+    def _report_points(self, folder: RunFolder, *, signals: StopSignals | None = None) -> None:
+        """Report the results during training that are new to the storage; stop the run when the pruner says so.
 
-    # ------------------------------------------------------------------------------------------------- twins
-
-    def _await_twin(self) -> FrozenTrial | None:
-        """Return the earliest other trial of the same point, once nobody works on it any more."""
-        bench, told = self.bench, False
-        while True:
-            twin = self._twin()
-            if twin is None or twin.state != TrialState.RUNNING or not bench.claims.is_held(twin.number):
-                return twin
-            if not told:
-                bench.say(f"trial {self.trial.number}: the point of trial {twin.number}, which is being trained; waiting for it")
-            told = True
-            if bench.stopping.wait(WAIT_S):
-                return None
-
-    def _twin(self) -> FrozenTrial | None:
-        states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
-        trials = self.bench.patiently(self.bench.study.get_trials, deepcopy=False, states=states)
-        same = [t for t in trials if t.number < self.trial.number and t.user_attrs.get("runs") == self.run_ids]
-        return min(same, key=lambda t: t.number, default=None)
-
-    def _copy_points(self, twin: FrozenTrial) -> None:
-        for epoch, value in twin.intermediate_values.items():
-            if epoch not in self.reported():
-                self.bench.patiently(self.trial.report, value, step=epoch)
-
-    # ------------------------------------------------------------------------------------------------ storage
-
-    def reported(self) -> dict[int, float]:
-        """Return what the storage has of this trial's results during training, epoch to percent."""
-        number = self.trial.number
-        trials = self.bench.patiently(self.bench.study.get_trials, deepcopy=False)
-        return dict(trials[number].intermediate_values)
-
-    def _remember(self, facts: Mapping[str, Any]) -> None:
-        before = self.trial.user_attrs
-        for key, value in facts.items():
-            if before.get(key) != value:
-                self.bench.patiently(self.trial.set_user_attr, key, value)
-
-
-class _OnlineReader:
-    """Reads the results of a run as it writes them, reports them to the trial and stops the run when the pruner says so."""
-
-    def __init__(self, work: TrialWork, *, folder: RunFolder, signals: StopSignals) -> None:
-        self.pruned: str | None = None
-        self._work = work
-        self._folder = folder
-        self._signals = signals
-        self._reported = work.reported()
-        self._ended = threading.Event()
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
-
-    def start(self) -> None:
-        """Begin to read in the background."""
-        self._ended.clear()
-        self._thread = threading.Thread(target=self._watch, name="online reader", daemon=True)
-        self._thread.start()
-
-    def finish(self) -> None:
-        """Read what is left and stop reading; what went wrong meanwhile is raised here."""
-        self._ended.set()
-        assert self._thread is not None
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-
-    def _watch(self) -> None:
-        try:
-            while not self._ended.wait(POLL_S):
-                self._read(may_prune=True)
-            self._read(may_prune=False)
-        except BaseException as error:  # handed over to the trial's own thread
-            self._error = error
-
-    def _read(self, *, may_prune: bool) -> None:
-        bench, trial = self._work.bench, self._work.trial
-        metric = bench.tuning.online_metric
+        Args:
+            folder: of the run.
+            signals: stop the run; None when it has ended.
+        """
+        metric, study, number = self._context.tuning.online_metric, self._context.tuning.name, self._trial.number
         assert metric is not None
-        for point in self._folder.metrics("online"):
+        for point in folder.metrics("online"):
             epoch = round(point.values["epoch"])
             if epoch in self._reported or metric not in point.values:
                 continue
             value = point.values[metric]
-            bench.patiently(trial.report, value, step=epoch)
+            self._context.retry(self._trial.report, value, step=epoch)
             self._reported[epoch] = value
-            epochs = self._work.recipe.recipe.training.epochs
-            bench.say(f"trial {trial.number}: epoch {epoch} of {epochs}, {metric} {value:.2f}")
-            if may_prune and self.pruned is None and not self._work.is_paper and bench.patiently(trial.should_prune):
-                self.pruned = f"{metric} {value:.2f} after epoch {epoch}"
-                reason = f"pruned by trial {trial.number} of study {bench.tuning.name}: {self.pruned}, worse than the median"
-                self._folder.add_labels({"obowlab.pruned": f"{bench.tuning.name}, trial {trial.number}: {self.pruned}"})
-                self._signals.send(signal.SIGTERM, reason=reason)
+            self._say(f"epoch {epoch} of {self._recipe.recipe.training.epochs}, {metric} {value:.2f}")
+            if signals is not None and self._pruned is None and self._should_prune():
+                self._pruned = f"{metric} {value:.2f} after epoch {epoch}"
+                folder.add_labels({"obowlab.pruned": f"{study}, trial {number}: {self._pruned}"})
+                reason = f"pruned by trial {number} of study {study}: {self._pruned}, worse than the median"
+                signals.send(signal.SIGTERM, reason=reason)
+
+    def _should_prune(self) -> bool:
+        """Return whether the results so far are bad enough; the paper's own point is never pruned."""
+        return not self._trial.user_attrs.get("paper") and bool(self._context.retry(self._trial.should_prune))
+
+    # --------------------------------------------------------------------------------------------- duplicates
+
+    def _await_duplicate(self) -> FrozenTrial | None:
+        """Return the earliest other trial of the same point, once no worker holds it any more."""
+        announced = False
+        while True:
+            duplicate = self._duplicate()
+            if duplicate is None or duplicate.state != TrialState.RUNNING or not self._context.locks.is_held(duplicate.number):
+                return duplicate
+            if not announced:
+                self._say(f"the point of trial {duplicate.number}, which is being trained; waiting for it")
+            announced = True
+            if self._context.stopping.wait(WAIT_S):
+                return None
+
+    def _duplicate(self) -> FrozenTrial | None:
+        states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
+        trials = self._context.retry(self._context.study.get_trials, deepcopy=False, states=states)
+        same = [t for t in trials if t.number < self._trial.number and t.user_attrs.get("runs") == self._run_ids]
+        return min(same, key=lambda t: t.number, default=None)
+
+    def _copy_points(self, duplicate: FrozenTrial) -> None:
+        stored = self._stored_points()
+        for epoch, value in duplicate.intermediate_values.items():
+            if epoch not in stored:
+                self._context.retry(self._trial.report, value, step=epoch)
+
+    # ------------------------------------------------------------------------------------------------ storage
+
+    def _stored_points(self) -> dict[int, float]:
+        """Return what the storage has of this trial's results during training, epoch to percent."""
+        trials = self._context.retry(self._context.study.get_trials, deepcopy=False)
+        return dict(trials[self._trial.number].intermediate_values)
+
+    def _record(self, facts: Mapping[str, Any]) -> None:
+        before = self._trial.user_attrs
+        for key, value in facts.items():
+            if before.get(key) != value:
+                self._context.retry(self._trial.set_user_attr, key, value)
+
+    def _say(self, line: str) -> None:
+        self._context.say(f"trial {self._trial.number}: {line}")
 
 
 # ---------------------------------------------------------------------------------------------------------------- results
@@ -332,7 +300,7 @@ def objective_of(folder: RunFolder, *, tuning: Tuning) -> dict[str, Any]:
 
 
 def _folder_of(recipe: Loaded, *, seed: int, machine: Machine) -> RunFolder:
-    """Open the run of this recipe and seed, under whatever name it was begun, or create it."""
+    """Open the run of this recipe and seed, whatever its name, or create it."""
     found = find_run(recipe.recipe.fingerprint(seed=seed), runs_root=machine.runs_root)
     return found or RunFolder.create(recipe, seed=seed, runs_root=machine.runs_root)
 

@@ -23,7 +23,7 @@ TRY_S = 0.3
 """Longest time to try for a trial, because a worker that only looks holds it for an instant."""
 
 
-class Claims:
+class TrialLocks:
     """The locks of one study, as one process sees them; its threads share it."""
 
     def __init__(self, folder: Path) -> None:

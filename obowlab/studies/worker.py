@@ -1,4 +1,4 @@
-"""A worker: claims trials of a study until enough are completed, so many at a time, and goes on with those of dead workers.
+"""A worker: runs trials of a study until enough are completed, several at a time, and resumes those of dead workers.
 
 Any number of workers, on one machine or several, may work on one study as long as they share its storage and its run store.
 What to do next is decided by one worker at a time: a dead worker's trial first, else a new point if the budget has room for it.
@@ -10,10 +10,10 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import optuna
@@ -26,22 +26,21 @@ from obowlab.config import Machine
 from obowlab.errors import UserError
 from obowlab.launch.compute_command import CommandFactory, compute_command
 from obowlab.launch.processes import StopSignals
-from obowlab.signals import STOPPING
+from obowlab.studies.schema import STUDIES
 from obowlab.studies.spec import CategoricalParameter, FloatParameter, Parameter, Tuning, choice_label
-from obowlab.studies.storage import STUDIES
-from obowlab.studies.trial import Bench, Outcome, TrialWork, describe
-from obowlab.studies.trial_locks import Claims
+from obowlab.studies.trial import Outcome, TrialContext, TrialRunner, describe
+from obowlab.studies.trial_locks import TrialLocks
 
 POLL_S = 2.0
 RETRY_S = 5.0
-LOOK_AGAIN = "things have just changed"
+SIGNAL_POLL_S = 0.2
 MAX_FAILURES = 3
-"""So many failed trials of this worker in a row, and it gives up: something is wrong that another point will not mend."""
+"""After so many failed trials in a row a worker gives up: something is wrong that another point will not fix."""
 DEFINITION = "definition"
 """Attribute of a study: what must stay the same."""
 
 
-class Stopped(Exception):  # noqa: N818 - not an error: open trials are gone on with later
+class Stopped(Exception):  # noqa: N818 - not an error: open trials are resumed later
     """The user wants to stop."""
 
 
@@ -58,40 +57,31 @@ class Ended:
     failures: int
 
 
-def open_study(tuning: Tuning, *, storage: BaseStorage, claims: Claims) -> optuna.Study:
+def open_study(tuning: Tuning, *, storage: BaseStorage, locks: TrialLocks) -> optuna.Study:
     """Open a study, or make it and put the paper's point first.
 
     Raises:
-        UserError: it was begun with another recipe, space or objective.
+        UserError: it was created with another recipe, space or objective.
     """
     definition = tuning.definition()
-    with claims.alone():
+    with locks.alone():
         study = optuna.create_study(
             study_name=tuning.name,
             storage=storage,
             direction="maximize" if tuning.maximize else "minimize",
             load_if_exists=True,
         )
-        begun_with = study.user_attrs.get(DEFINITION)
-        if begun_with is None:
+        created_with = study.user_attrs.get(DEFINITION)
+        if created_with is None:
             study.set_user_attr("title", tuning.spec.title)
             study.set_user_attr(DEFINITION, definition)
         else:
-            _refuse_another(tuning, begun_with=begun_with, definition=definition)
+            _refuse_another(tuning, created_with=created_with, definition=definition)
         study.set_metric_names([tuning.spec.objective])
         paper = tuning.paper_point()
         if paper is not None and not any(trial.user_attrs.get("paper") for trial in study.get_trials(deepcopy=False)):
             study.enqueue_trial(paper, user_attrs={"paper": True})
     study.pruner = _pruner(tuning)
-    return study
-
-
-def find_study(tuning: Tuning, *, storage: BaseStorage) -> optuna.Study | None:
-    """Open a study that is there; None when it is not."""
-    try:
-        study = optuna.load_study(study_name=tuning.name, storage=storage)
-    except KeyError:
-        return None
     return study
 
 
@@ -108,7 +98,7 @@ class Worker:
         tuning: Tuning,
         *,
         study: optuna.Study,
-        claims: Claims,
+        locks: TrialLocks,
         machine: Machine,
         slots: int,
         budget: int,
@@ -121,17 +111,17 @@ class Worker:
         Args:
             tuning: the study.
             study: in its storage.
-            claims: who works on which trial.
+            locks: who works on which trial.
             machine: of every run.
             slots: trials at a time.
-            budget: completed trials in the storage, whoever completed them.
+            budget: completed trials in the storage, of all workers.
             say: prints one line.
             after_trial: called after every trial that ended.
             command: makes the command line of the compute process.
         """
         self.tuning = tuning
         self.study = study
-        self.claims = claims
+        self.locks = locks
         self.budget = budget
         self._machine = machine
         self._slots = slots
@@ -139,104 +129,105 @@ class Worker:
         self._after_trial = after_trial
         self._command = command
         self._stopping = threading.Event()
-        self._signum = 0
         self._guard = threading.Lock()
         self._running: list[StopSignals] = []
         self._failures = 0
-        self._errors: list[BaseException] = []
 
     def work(self) -> Ended:
         """Work until the budget is reached, the user stops it or too many trials fail.
 
         Raises:
-            UserError: something that every trial would meet; open trials are gone on with by the next worker.
+            UserError: something that every trial would meet; the next worker resumes the open trials.
         """
-        threads = [threading.Thread(target=self._slot, name=f"slot {number}") for number in range(self._slots)]
-        with self._listening():
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                while thread.is_alive():
-                    thread.join(0.2)  # in turns, so that signals are dealt with
-        for error in self._errors:
-            raise error
-        return Ended(signum=self._signum, failures=self._failures)
+        signals, handled = StopSignals(), 0
+        with signals.listening(), ThreadPoolExecutor(self._slots) as pool:
+            slots = [pool.submit(self._slot) for _ in range(self._slots)]
+            while wait(slots, timeout=SIGNAL_POLL_S).not_done:
+                for number in signals.received[handled:]:
+                    self._stop(number)
+                    handled += 1
+        for slot in slots:
+            slot.result()
+        return Ended(signum=next(iter(signals.received), 0), failures=self._failures)
 
     # -------------------------------------------------------------------------------------------------- slots
 
     def _slot(self) -> None:
-        bench = Bench(
+        """Run one trial after the other."""
+        context = TrialContext(
             tuning=self.tuning,
             study=self.study,
-            claims=self.claims,
+            locks=self.locks,
             machine=self._machine,
             stopping=self._stopping,
             say=self._say,
             watch=self._watch,
-            patiently=self._patiently,
+            retry=self._retry,
             command=self._command,
         )
-        waiting = ""
+        waited_for: list[int] = []
         try:
             while not self._stopping.is_set():
-                trial = self._patiently(self._claim)
-                if isinstance(trial, str):
-                    if not trial:
-                        return
-                    if trial not in (waiting, LOOK_AGAIN):
-                        self._say(trial)
-                    waiting = trial
+                trial, others = self._retry(self._claim)
+                if trial is not None:
+                    try:
+                        outcome = TrialRunner(context, trial=trial, recipe=self.tuning.recipe(trial.params)).run()
+                        self._settle(trial, outcome)
+                    finally:
+                        self.locks.release(trial.number)
+                elif not others:
+                    return
+                else:
+                    if others != waited_for:
+                        numbers = ", ".join(str(number) for number in others)
+                        self._say(f"waiting for trial {numbers} of other workers or jobs")
                     self._stopping.wait(POLL_S)
-                    continue
-                waiting = ""
-                try:
-                    outcome = TrialWork(bench, trial=trial, recipe=self.tuning.recipe(trial.params)).carry_out()
-                    self._settle(trial, outcome)
-                finally:
-                    self.claims.release(trial.number)
+                waited_for = others
         except Stopped:
             return
-        except BaseException as error:  # raised again by `work`, once every run has saved itself
-            self._errors.append(error)
+        except BaseException:  # raised again by `work`, once every run has saved a checkpoint
             self._stop(signal.SIGTERM)
+            raise
 
-    def _claim(self) -> optuna.Trial | str:
+    def _claim(self) -> tuple[optuna.Trial | None, list[int]]:
         """Decide what to do next, alone among all workers.
 
         Returns:
-            A trial to carry out, which this worker holds; or why there is none yet; or nothing when the budget is reached.
+            A trial to run, whose lock this worker then holds. Without one, the trials of others to wait for: if they all
+            complete, the budget is reached. Neither when it is reached.
         """
-        with self.claims.alone():
-            trials = self.study.get_trials(deepcopy=False)
-            completed = sum(trial.state == TrialState.COMPLETE for trial in trials)
-            if completed >= self.budget:
-                return ""
-            running = [trial for trial in trials if trial.state == TrialState.RUNNING]
-            for trial in running:
-                if self.claims.take(trial.number):
-                    with self._released_unless_well(trial.number):
-                        now = self.study.get_trials(deepcopy=False)[trial.number]
-                        if now.state == TrialState.RUNNING:
-                            return self._adopt(trial.number, trial._trial_id)
-                    self.claims.release(trial.number)  # its worker has just finished it and let it go
-                    return LOOK_AGAIN
+        with self.locks.alone():
+            while True:
+                trials = self.study.get_trials(deepcopy=False)
+                completed = sum(trial.state == TrialState.COMPLETE for trial in trials)
+                if completed >= self.budget:
+                    return None, []
+                running = [trial for trial in trials if trial.state == TrialState.RUNNING]
+                left = next((trial for trial in running if self.locks.take(trial.number)), None)
+                if left is None:
+                    break
+                with self._released_on_error(left.number):
+                    if self.study.get_trials(deepcopy=False)[left.number].state == TrialState.RUNNING:
+                        return self._adopt(left.number, left._trial_id), []
+                self.locks.release(left.number)  # its worker recorded its end between the two looks
             if completed + len(running) >= self.budget:
-                return f"waiting for trial {', '.join(str(trial.number) for trial in running)} of other workers or jobs"
+                return None, [trial.number for trial in running]
             # The sampler's seed follows the number of the trial, so that workers and restarts never draw the same points.
             self.study.sampler = _sampler(self.tuning, number=len(trials))
             chosen = self.study.ask(distributions(self.tuning))
-            assert self.claims.take(chosen.number), "nobody else can know of this trial"
-        with self._released_unless_well(chosen.number):
+            taken = self.locks.take(chosen.number)
+            assert taken, "no other worker can know of this trial"
+        with self._released_on_error(chosen.number):
             kind = "the paper's point, " if chosen.user_attrs.get("paper") else ""
             self._say(f"trial {chosen.number}: {kind}{describe(chosen.params)}")
-            return chosen
+        return chosen, []
 
     @contextmanager
-    def _released_unless_well(self, number: int) -> Iterator[None]:
+    def _released_on_error(self, number: int) -> Iterator[None]:
         try:
             yield
         except BaseException:
-            self.claims.release(number)  # it is open, and the next claim finds it
+            self.locks.release(number)  # it is open, and the next claim finds it
             raise
 
     def _adopt(self, number: int, trial_id: int) -> optuna.Trial:
@@ -249,20 +240,20 @@ class Worker:
         trial.set_user_attr("resumed", times)
         worker = trial.user_attrs.get("worker", {})
         left_by = f" left by process {worker['pid']} on {worker['host']}" if worker else ""
-        self._say(f"trial {number}: going on with {describe(trial.params)},{left_by or ' whose worker is gone'}")
+        self._say(f"trial {number}: resuming {describe(trial.params)},{left_by or ' whose worker is gone'}")
         return trial
 
     def _settle(self, trial: optuna.Trial, outcome: Outcome) -> None:
         if outcome.ending == "stopped":
             return
         if outcome.message:
-            self._patiently(trial.set_user_attr, "message", outcome.message)
+            self._retry(trial.set_user_attr, "message", outcome.message)
         state = {"completed": TrialState.COMPLETE, "pruned": TrialState.PRUNED, "failed": TrialState.FAIL}[outcome.ending]
-        self._patiently(self.study.tell, trial.number, outcome.value, state=state, skip_if_finished=True)
+        self._retry(self.study.tell, trial.number, outcome.value, state=state, skip_if_finished=True)
         value = f" {self.tuning.spec.objective} {outcome.value:.2f}" if outcome.value is not None else ""
         why = f" ({outcome.message})" if outcome.message else ""
         self._say(f"trial {trial.number}: {outcome.ending}{value}{why}")
-        self._patiently(self._after_trial)
+        self._retry(self._after_trial)
         with self._guard:
             self._failures = self._failures + 1 if outcome.ending == "failed" else 0
             if self._failures >= MAX_FAILURES:
@@ -277,44 +268,27 @@ class Worker:
             self._running.append(signals)
             return True
 
-    @contextmanager
-    def _listening(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():  # Python allows handlers in the main thread only
-            yield
-            return
-
-        def receive(number: int, frame: FrameType | None) -> None:
-            self._signum = self._signum or number
-            self._stop(number)
-
-        before = {number: signal.signal(number, receive) for number in STOPPING}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
     def _stop(self, number: int) -> None:
         """Let no trial begin any more and stop all runs; a second call kills those that have not stopped by then."""
         self._stopping.set()
         for signals in list(self._running):
             signals.send(number)
 
-    def _patiently(self, function: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
-        """Call a function of the storage; while the storage is away, say so and try again.
+    def _retry(self, function: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
+        """Call a function of the storage; while the storage does not answer, say so and try again.
 
         Raises:
             Stopped: the user stopped the waiting; the trial stays open.
         """
-        told = False
+        announced = False
         while True:
             try:
                 return function(*args, **keywords)
             except StorageInternalError as error:
                 reason = " ".join(str(error.__cause__ or error).split())[:120]
-                if not told:
-                    self._say(f"the study's storage does not answer ({reason}); runs go on, and it is asked again")
-                told = True
+                if not announced:
+                    self._say(f"the study's storage does not answer ({reason}); runs continue, and it is tried again")
+                announced = True
             if self._stopping.wait(RETRY_S):
                 raise Stopped
 
@@ -355,11 +329,11 @@ def _pruner(tuning: Tuning) -> optuna.pruners.BasePruner:
     )
 
 
-def _refuse_another(tuning: Tuning, *, begun_with: Mapping[str, Any], definition: Mapping[str, Any]) -> None:
-    for key in {**begun_with, **definition}:
-        if begun_with.get(key) != definition.get(key):
-            before, now = (values.get(key, "its default") for values in (begun_with, definition))
+def _refuse_another(tuning: Tuning, *, created_with: Mapping[str, Any], definition: Mapping[str, Any]) -> None:
+    for key in {**created_with, **definition}:
+        if created_with.get(key) != definition.get(key):
+            before, now = (values.get(key, "its default") for values in (created_with, definition))
             raise UserError(
-                f"Study '{tuning.name}' was begun with {key} = {before}, now it is {now}: their trials cannot be compared. "
+                f"Study '{tuning.name}' was created with {key} = {before}, now it is {now}: their trials cannot be compared. "
                 "Restore it, or give the new study a --name."
             )

@@ -7,21 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
-
-import numpy as np
-import numpy.typing as npt
 
 from obowlab.errors import UserError
 from obowlab.runs.folder import run_id_of
 from obowlab.runs.metrics import lookup
-from obowlab.runs.records import Record, Records
+from obowlab.runs.records import Record, Records, store_records, store_runs
 from obowlab.runs.results import unpack
-from obowlab.tables.model import Cell, Column, Estimate, Row, RunRef, Table
+from obowlab.tables.model import Cell, Column, Estimate, Row, RunRef, Table, Verdict
 from obowlab.tables.spec import PlannedRow, PlannedTable, also_differs, load_table
-from obowlab.tables.statistics import estimate, verdict
-
-Matrix = npt.NDArray[np.float64]
+from obowlab.tables.statistics import Matrix, estimate, stacked, verdict
 
 COMPARABLE = "paper"
 """The scale at which our numbers may be held against the paper's."""
@@ -52,7 +48,7 @@ def build_table(planned: PlannedTable, *, seeds: Sequence[int], records: Records
         planned: the table at its scale.
         seeds: the seeds a row should have.
         records: of the run store.
-        at_paper: the same table at the paper's scale, from whoever has it already; loaded when it is absent.
+        at_paper: the same table at the paper's scale; loaded when it is absent.
     """
     if at_paper is None and planned.scale != COMPARABLE:
         at_paper = load_table_at_paper(planned)
@@ -60,7 +56,6 @@ def build_table(planned: PlannedTable, *, seeds: Sequence[int], records: Records
     base_runs = _runs_of(planned.base, seeds=seeds, records=records)
     footnotes: list[str] = [] if comparable else [NOTICE]
     footnotes += planned.file.footnotes
-    general = len(footnotes)
     rows = []
     for number, row in enumerate(planned.rows):
         runs = _runs_of(row, seeds=seeds, records=records)
@@ -92,7 +87,6 @@ def build_table(planned: PlannedTable, *, seeds: Sequence[int], records: Records
                 notes=tuple(footnotes.index(text) + 1 for text in own),
             )
         )
-    assert general <= len(footnotes)
     return Table(
         name=planned.name,
         title=planned.file.title,
@@ -112,6 +106,20 @@ def load_table_at_paper(planned: PlannedTable) -> PlannedTable | None:
         return load_table(planned.path, scale=COMPARABLE)
     except UserError:
         return None
+
+
+def build_from_store(planned: PlannedTable, *, runs_root: Path, seeds: Sequence[int] | None) -> Table:
+    """Return a table as a run store has it.
+
+    Args:
+        planned: the table at its scale.
+        runs_root: the store, of which only the runs that the table needs are read.
+        seeds: the seeds a row should have; those of which there are runs if absent.
+    """
+    candidates = sorted({run.info.seed for run in store_runs(runs_root).values()} | set(seeds or ()))
+    needed = {key for row in planned.rows for key in row.loaded.recipe.fingerprints(seeds=candidates).values()}
+    records = store_records(runs_root, fingerprints=needed)
+    return build_table(planned, seeds=finished_seeds(planned, records=records) if seeds is None else seeds, records=records)
 
 
 def finished_seeds(planned: PlannedTable, *, records: Records) -> tuple[int, ...]:
@@ -183,7 +191,9 @@ def _cell(
     against_base = None
     if not row.is_base and not problem:
         against_base, problem = _paired(ours, reference)
-    known = against_base is not None and paper is not None and paper_base is not None and paper != paper_base
+    direction: Verdict | None = None
+    if against_base is not None and paper is not None and paper_base is not None and paper != paper_base:
+        direction = verdict(against_base, paper=paper - paper_base)
     return Cell(
         metric=metric,
         paper=paper,
@@ -191,7 +201,7 @@ def _cell(
         random=_mean(random),
         against_paper=mean.value - paper if comparable and mean is not None and paper is not None else None,
         against_base=against_base,
-        verdict=verdict(against_base, paper=paper - paper_base) if known else None,  # type: ignore[arg-type, operator]
+        verdict=direction,
         problem=problem,
     )
 
@@ -223,11 +233,11 @@ def _read(measurement: Mapping[str, Any], result: Mapping[str, Any]) -> _Measure
 
 
 def _mean(measured: Mapping[int, _Measured]) -> Estimate | None:
-    observations = _matrix([each.observations for each in measured.values()])
+    observations = stacked([each.observations for each in measured.values()])
     if observations is None:
         return None
     mean = estimate(observations)
-    return Estimate(mean.value, mean.interval, mean.seeds)  # nobody asks whether an accuracy is 0
+    return Estimate(mean.value, mean.interval, mean.seeds)  # without p: an accuracy is not tested against 0
 
 
 def _paired(ours: Mapping[int, _Measured], base: Mapping[int, _Measured]) -> tuple[Estimate | None, str]:
@@ -237,16 +247,8 @@ def _paired(ours: Mapping[int, _Measured], base: Mapping[int, _Measured]) -> tup
         return None, ""
     if any(ours[seed].basis != base[seed].basis for seed in seeds):
         return None, "measured with another protocol or other images than the base row; `obowlab eval RUN` measures again"
-    first = _matrix([ours[seed].observations for seed in seeds])
-    second = _matrix([base[seed].observations for seed in seeds])
+    first = stacked([ours[seed].observations for seed in seeds])
+    second = stacked([base[seed].observations for seed in seeds])
     if first is None or second is None:
         return None, ""
     return estimate(first - second), ""
-
-
-def _matrix(rows: Sequence[Matrix | None]) -> Matrix | None:
-    """Return the observations of all seeds, [S, E]; None when there are none or they are not of one length."""
-    known = [row for row in rows if row is not None]
-    if not known or len(known) < len(rows) or len({len(row) for row in known}) > 1:
-        return None
-    return np.stack(known)

@@ -1,7 +1,7 @@
-"""A results table: rows of recipes, columns of metrics, ours beside the paper's, each cell with where it comes from.
+"""A results table: rows of recipes, columns of metrics, ours beside the paper's, each cell with its origin.
 
-This is what `obowlab table` prints, `obowlab report` draws and MLflow keeps; plain values, built by `lab.collect` from the run
-store alone and turned into text by `lab.render`.
+This is what `obowlab table` prints, `obowlab report` draws and MLflow keeps; plain values, built by `tables.build` from the
+run store alone and turned into text by `tables.render`.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ class Cell:
     """One metric of one row.
 
     Attributes:
-        metric: as in `track.metrics`, for example `fewshot_5shot`.
+        metric: as in `runs.metrics`, for example `fewshot_5shot`.
         paper: the paper's value, percent; None when it gives none.
         ours: the mean over the finished seeds; None while there is none.
         random: the mean of the untrained weights of the same seeds; None when they were not measured.
         against_paper: ours minus the paper's, percent; only at the paper's scale.
         against_base: ours minus the base row's, over the seeds that both rows have; None for the base row itself.
         verdict: how the sign of `against_base` compares with the paper's; None where one of them is not known.
-        problem: one sentence when results are there and cannot be compared (another protocol, other images).
+        problem: one sentence when there are results that cannot be compared (another protocol, other images).
     """
 
     metric: str
@@ -129,7 +129,7 @@ class Column:
     """One metric.
 
     Attributes:
-        metric: as in `track.metrics`.
+        metric: as in `runs.metrics`.
         label: as in the paper.
         unit: of its values.
     """

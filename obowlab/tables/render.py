@@ -6,10 +6,13 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 from obowlab import text
 from obowlab.config import project_root
 from obowlab.tables.model import Cell, Estimate, Row, RunRef, Table
+
+Format = Literal["rich", "md", "json", "csv", "html"]
 
 MARKS = {"agrees": "✓", "disagrees": "✗", "indistinguishable": "≈"}
 LEGEND = "direction against the base row: ✓ as in the paper, ✗ the opposite, ≈ not distinguishable (paired test, 5 %)"
@@ -159,7 +162,7 @@ def as_csv(tables: Sequence[Table]) -> str:
 
 
 def html(tables: Sequence[Table]) -> str:
-    """Return tables as one page that needs nothing beside it."""
+    """Return tables as one self-contained page."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -170,6 +173,17 @@ def html(tables: Sequence[Table]) -> str:
     parts = {"overview": overview, "runs_overview": runs_overview, "remarks": remarks, "LEGEND": LEGEND}
     style = Markup((folder / "report" / "style.css").read_text(encoding="utf-8"))  # ours, and the report's: one look
     return environment.get_template("table.html").render(tables=tables, style=style, **parts) + "\n"
+
+
+def as_text(tables: Sequence[Table], *, form: Format) -> str:
+    """Return tables as the text of a file: JSON, CSV, HTML, or else Markdown."""
+    if form == "json":
+        return as_json(tables)
+    if form == "csv":
+        return as_csv(tables)
+    if form == "html":
+        return html(tables)
+    return "\n".join(markdown(each) for each in tables)
 
 
 def verdict_text(row: Row) -> str:
@@ -213,7 +227,7 @@ def _status(run: RunRef) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
+    return text.estimate(value)
 
 
 def estimate_text(value: Estimate | None, *, signed: bool = False) -> str:
@@ -222,7 +236,7 @@ def estimate_text(value: Estimate | None, *, signed: bool = False) -> str:
 
 
 def _signed(value: float | None) -> str:
-    return "–" if value is None else f"{value:+.2f}"
+    return text.estimate(value, signed=True)
 
 
 def _superscript(numbers: Iterable[int]) -> str:

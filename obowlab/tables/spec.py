@@ -1,21 +1,31 @@
 """The files in `ablations/`: a table is a base recipe, rows that change a little of it, columns and the paper's numbers.
 
-A row's recipe at a scale is the base recipe of that scale (`lab.scales`) with the row's changes. Rows of any tables whose recipes
-have the same fingerprint are one training.
+A row's recipe at a scale is the base recipe of that scale (`config.scales`) with the row's changes. Rows of any tables whose
+recipes have the same fingerprint are one training.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from obowlab.config import Loaded, Recipe, Section, find_file, flatten, load_recipe, nearest, project_root, read_toml
+from obowlab.config import (
+    Loaded,
+    Recipe,
+    Section,
+    find_file,
+    flatten,
+    load_recipe,
+    nearest,
+    parse_section,
+    project_root,
+    read_toml,
+)
 from obowlab.config.scales import SCALES, recipe_for
 from obowlab.errors import UserError
 from obowlab.runs.metrics import lookup
@@ -24,7 +34,7 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
 class AtScale(Section):
-    """What a row has at one scale beside what it has everywhere."""
+    """What a row has at one scale in addition to its settings at every scale."""
 
     set: dict[str, Any] = Field({}, description="recipe key -> value")
     footnotes: tuple[str, ...] = ()
@@ -134,7 +144,7 @@ def resolve_names(names: Sequence[str]) -> list[str]:
 def also_differs(row: PlannedRow, *, base: PlannedRow, paper_row: PlannedRow, paper_base: PlannedRow) -> str:
     """Return in words what separates a row from its base row at this scale and not at the paper's; empty for nothing.
 
-    A small scale gives up epochs where a row's steps are dear; whoever reads a difference must know that.
+    A small scale trains rows with expensive steps for fewer epochs, which a reader of the difference must know.
     """
     at_paper = _differences(paper_row.loaded.recipe, paper_base.loaded.recipe)
     here = _differences(row.loaded.recipe, base.loaded.recipe)
@@ -154,10 +164,11 @@ def _find(name: str) -> Path:
 
 def _read(path: Path) -> TableFile:
     document = read_toml(path)
-    try:
-        file = TableFile.model_validate_json(json.dumps(document, default=str))  # as recipes are read: see config
-    except ValidationError as error:
-        raise UserError(f"{path}: {_complaint(error)}") from None
+    if "extends" in document:
+        raise UserError(f"{path}: this is a recipe, not a table: recipes belong into experiments/.")
+    for key in document.keys() & TableRow.model_fields.keys() - TableFile.model_fields.keys():
+        raise UserError(f"{path}: '{key}' belongs to a row; what all rows share belongs into a recipe that 'base' names.")
+    file = parse_section(TableFile, document, place=str(path))
     keys = [row.key for row in file.row]
     if len(set(keys)) != len(keys):
         raise UserError(f"{path}: two rows have the key '{next(key for key in keys if keys.count(key) > 1)}'.")
@@ -179,7 +190,7 @@ def _read(path: Path) -> TableFile:
 
 
 def _plan(row: TableRow, *, file: TableFile, folder: Path, scale: str, base: Callable[[], str]) -> PlannedRow:
-    """Resolve a row; `base` gives the fingerprint of the table's base recipe, asked for once the row itself is sound."""
+    """Resolve a row; `base` gives the fingerprint of the table's base recipe, called once the row itself is valid."""
     name = _base_recipe(row.base or file.base, folder=folder, scale=scale)
     here = row.at.get(scale, AtScale())
     overrides = {**row.set, **here.set}
@@ -209,21 +220,3 @@ def _differences(recipe: Recipe, other: Recipe) -> dict[str, tuple[Any, Any]]:
         for key in ours
         if key in theirs and ours[key] != theirs[key] and key != "title" and not key.startswith(("evaluation.", "teacher"))
     }
-
-
-def _complaint(error: ValidationError) -> str:
-    """Say the first thing that is wrong with a table file in one sentence."""
-    first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")  # a misspelt key is missing as well
-    place = ".".join(str(part + 1) if isinstance(part, int) else part for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        model: Mapping[str, Any] = TableFile.model_fields
-        if len(first["loc"]) > 1:
-            model = AtScale.model_fields if "at" in first["loc"] else TableRow.model_fields
-        if place == "extends":
-            return "this is a recipe, not a table: recipes belong into experiments/."
-        if place in TableRow.model_fields:
-            return f"'{place}' belongs to a row; what all rows share belongs into a recipe that 'base' names."
-        return f"unknown key '{place}'.{nearest(str(first['loc'][-1]), list(model))}"
-    if first["type"] == "missing":
-        return f"'{place}' is missing."
-    return f"'{place}': {first['msg']}, not {first['input']!r:.60}."

@@ -11,6 +11,7 @@ at most 7 %. With a single seed only the episodes can be spoken for.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +39,14 @@ def estimate(x: Matrix) -> Estimate:
         return Estimate(value=mean, interval=0.0, seeds=len(x), p=1.0 if mean == 0.0 else 0.0)
     quantile = float(stdtrit(freedom, 1 - LEVEL / 2))
     return Estimate(value=mean, interval=quantile * error, seeds=len(x), p=2 * float(stdtr(freedom, -abs(mean) / error)))
+
+
+def stacked(rows: Sequence[Matrix | None]) -> Matrix | None:
+    """Return the observations of all seeds, [S, E]; None when there are none, some are unknown, or their lengths differ."""
+    known = [row for row in rows if row is not None]
+    if not known or len(known) < len(rows) or len({len(row) for row in known}) > 1:
+        return None
+    return np.stack(known)
 
 
 def mean_variance(x: Matrix) -> tuple[float, float]:

@@ -1,22 +1,21 @@
-"""The trainings that tables lack, as arrays of jobs of a cluster."""
+"""The trainings that tables need, as arrays of jobs of a cluster."""
 
 from __future__ import annotations
 
-from obowlab.launch.preflight import check_data
 from obowlab.launch.slurm import JobRequest, Resources, check_slurm, live_runs
 from obowlab.launch.submit import Submitter
 from obowlab.runs.folder import RunFolder
 from obowlab.runs.records import store_runs
-from obowlab.tables.execute import Plan, labels_of
+from obowlab.tables.plan import Plan, check_images, labels_of
 
 
 def submit_plan(plan: Plan, *, submitter: Submitter, at_a_time: int) -> int | None:
-    """Submit what tables lack, as arrays of jobs: first the stages that others need, then those.
+    """Submit the missing trainings of tables as arrays of jobs, earlier stages first.
 
     Args:
         plan: of the tables.
         submitter: makes the jobs, of one process each; with `wait`, this returns when they are over.
-        at_a_time: at most so many jobs of an array run together.
+        at_a_time: how many jobs of an array may run together.
 
     Returns:
         The exit code when there is nothing to show yet; None when nothing is left, or the waiting is over.
@@ -25,14 +24,13 @@ def submit_plan(plan: Plan, *, submitter: Submitter, at_a_time: int) -> int | No
         UserError: there is no Slurm, it refuses the jobs, or images are missing.
     """
     machine = submitter.machine
-    runs = store_runs(machine.runs_root, fingerprints={job.fingerprint for job in plan.jobs})
+    runs = store_runs(machine.runs_root, fingerprints=plan.fingerprints)
     finished = {key for key, run in runs.items() if run.state.status == "finished"}
     left = [job for job in plan.jobs if job.fingerprint not in finished]
     if not left:
         return None
     check_slurm()
-    for loaded in {job.loaded.recipe.data.dataset: job.loaded for job in left}.values():
-        check_data(loaded, machine=machine, dry_run=False, say=submitter.say)
+    check_images(left, machine=machine, say=submitter.say)
     live = live_runs(machine.runs_root)
     names = {job.fingerprint: runs[job.fingerprint].info.run_id if job.fingerprint in runs else job.run_id for job in left}
     jobs = {key: live[name] for key, name in names.items() if name in live}

@@ -27,6 +27,7 @@ from obowlab.methods import OBoW, ResNet
 from obowlab.runs.folder import RunFolder
 from obowlab.views.photometric import MEAN, STD
 from obowlab.weights.released import Kind, build_encoder, build_model, infer_backbone, kind_of, read_torch, torchvision_names
+from obowlab.weights.subject import WEIGHTS_SUFFIXES
 
 METADATA_KEY = "obowlab"
 ENCODER_FILE = "encoder.safetensors"
@@ -55,7 +56,7 @@ class Encoder:
 
     Attributes:
         model: the student's ResNet, on the CPU, in evaluation mode.
-        info: what the file says about it; sizes are the paper's where a foreign file does not tell.
+        info: what the file says about it; sizes are the paper's where a foreign file has none.
         path: the file.
     """
 
@@ -106,7 +107,7 @@ def load_encoder(ref: str, *, runs_root: Path) -> Encoder:
     path = Path(ref)
     if path.is_file():
         return read_encoder(path)
-    if path.suffix in (".safetensors", ".pth", ".pt", ".tar"):
+    if path.suffix in WEIGHTS_SUFFIXES:
         raise UserError(f"There is no weights file '{ref}'.")
     folder = RunFolder.find(ref, runs_root=runs_root)
     if not (folder.path / ENCODER_FILE).is_file():
@@ -184,19 +185,19 @@ def export(encoder: Encoder, *, format: Format, path: Path) -> Export:
         UserError: torchvision has no such network (small stem, other width), or the file cannot be written.
         RuntimeError: the features after the round trip differ by more than `ROUND_TRIP_TOLERANCE`; nothing is left behind.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}{'.safetensors' if format == 'safetensors' else ''}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{'.safetensors' if format == 'safetensors' else ''}")
     try:
         if format == "torchvision":
-            returned = _write_torchvision(encoder, beside)
+            returned = _write_torchvision(encoder, temporary)
         else:
-            write_encoder(encoder.model, path=beside, info=encoder.info)
-            returned = read_encoder(beside).model
+            write_encoder(encoder.model, path=temporary, info=encoder.info)
+            returned = read_encoder(temporary).model
         difference = feature_difference(encoder.model, returned, size=encoder.info.original_size)
         if not difference <= ROUND_TRIP_TOLERANCE:
             raise RuntimeError(f"features differ by {difference:.3g} after writing and reading {path}; the file was not kept")
-        beside.replace(path)
+        temporary.replace(path)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     return Export(path=path, max_difference=difference)
 
 
@@ -250,7 +251,7 @@ def import_authors(path: Path) -> Imported:
     """Read a released checkpoint of the authors or a file in torchvision's naming, strictly.
 
     Takes `{"network": ...}`, `{"state_dict": ...}`, `{"model": ...}` or a bare state dict, with or without `module.` before
-    the names (SPEC section 7). Architecture, stem, width, levels and number of words follow from names and shapes.
+    the names. Architecture, stem, width, levels and number of words follow from names and shapes.
 
     Raises:
         UserError: the file is not plain tensors, or a key is missing, left over or of another shape.
@@ -280,8 +281,8 @@ def write_method(imported: Imported, *, path: Path) -> Path:
         path: of the encoder; the method goes beside it as `NAME.method.safetensors`.
     """
     assert imported.method is not None
-    beside = path.with_suffix(".method.safetensors")
+    target = path.with_suffix(".method.safetensors")
     state = {name: tensor.detach().contiguous() for name, tensor in imported.method.state_dict().items()}
     metadata = {METADATA_KEY: imported.info.model_dump_json(), "method": imported.method.method.model_dump_json()}
-    _write(beside, safetensors.torch.save(state, metadata=metadata))
-    return beside
+    _write(target, safetensors.torch.save(state, metadata=metadata))
+    return target

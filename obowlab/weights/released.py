@@ -1,4 +1,4 @@
-"""The names of other people's weights files: the authors' released checkpoints (SPEC section 7) and torchvision's.
+"""The names of other people's weights files: the authors' released checkpoints and torchvision's.
 
 Everything is strict: a key that is missing, left over or of another shape is an error that names it.
 """
@@ -101,9 +101,9 @@ def check_fit(state: Mapping[str, Tensor], *, expected: Mapping[str, Tensor], or
         ("unexpected", [name for name in state if name not in expected]),
         ("of another shape", [name for name in expected if name in state and state[name].shape != expected[name].shape]),
     ]
-    said = [f"{fault}: {_some(names)}" for fault, names in faults if names]
-    if said:
-        raise UserError(f"The weights in {origin} do not fit the network ({'; '.join(said)}).")
+    problems = [f"{fault}: {_some(names)}" for fault, names in faults if names]
+    if problems:
+        raise UserError(f"The weights in {origin} do not fit the network ({'; '.join(problems)}).")
 
 
 def _some(names: list[str]) -> str:
@@ -158,7 +158,7 @@ def build_model(state: Mapping[str, Tensor], *, origin: Path) -> tuple[OBoW, Bac
         mapped |= _scalars(
             rest, {f"{source}._embedding_ptr": f"{vocabulary}.pointer", f"{source}._min_distance_mean": f"{vocabulary}.msd"}
         )
-        # The file does not tell when a word was inserted: its age counts from the import.
+        # The file does not say when a word was inserted: its age counts from the import.
         steps = rest.pop(f"{source}._track_num_batches", torch.zeros(1))
         unused[f"{source}._track_num_batches"] = "the number of steps taken"
         mapped[f"{vocabulary}.inserted_at"] = torch.full((len(words[index]),), int(steps.item()), dtype=torch.int64)

@@ -1,0 +1,57 @@
+"""Measure an encoder outside of its training, for `obowlab eval`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from obowlab.config import Machine
+from obowlab.evaluation import Result, evaluate
+from obowlab.methods import build_backbone
+from obowlab.training.distributed import join
+from obowlab.weights.encoder_file import load_encoder
+from obowlab.weights.subject import Subject
+
+
+def measure(
+    subject: Subject,
+    *,
+    protocols: Sequence[str],
+    dataset: str | None,
+    with_random: bool,
+    machine: Machine,
+    report: Callable[[str], None],
+) -> list[Result]:
+    """Measure the encoder of a run or file.
+
+    Args:
+        subject: what is measured, and how.
+        protocols: keys of `EVALUATORS`.
+        dataset: another prepared data set than the recipe's.
+        with_random: measure the untrained weights of the run's seed too.
+        machine: where and with what.
+        report: called with one line at a time.
+    """
+    if machine.threads is not None:
+        torch.set_num_threads(machine.threads)
+    place = subject.folder.path if subject.folder is not None else subject.file
+    encoders = {"student": load_encoder(str(place), runs_root=machine.runs_root).model}
+    if with_random:
+        assert subject.folder is not None
+        encoders["random"] = build_backbone(subject.recipe.backbone, seed=subject.folder.info.seed)
+    results = []
+    with join(machine.model_copy(update={"procs": 1})) as world:
+        for name, encoder in encoders.items():
+            results += evaluate(
+                encoder,
+                recipe=subject.recipe,
+                machine=machine,
+                subject=name,
+                cache_dir=machine.runs_root / ".features",
+                protocols=protocols,
+                dataset=dataset,
+                device=world.device,
+                report=report,
+            )
+    return results
