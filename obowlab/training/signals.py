@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+from obowlab.signals import on_signals
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error: everything up to here is on disk
@@ -36,12 +37,8 @@ class StopRequest:
             if self._at_once:
                 raise Interrupted(signum)
 
-        before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
+        with on_signals(remember):
             yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def act_at_once(self) -> None:
         """From now on, raise `Interrupted` wherever a signal finds the program: outside of training nothing is lost."""
