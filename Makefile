@@ -1,6 +1,6 @@
 # Two commands are the contract: `make demo` and `make test`. Both install what they need into .venv first.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-gpu lint format bench chaos slurm-demo golden clean secrets images backup restore services
+.PHONY: help install demo test test-all test-gpu lint format mutants bench chaos slurm-demo golden clean secrets images backup restore services
 BIN := .venv/bin
 CORES := $(shell nproc 2>/dev/null || echo 1)
 
@@ -33,6 +33,9 @@ lint: .venv/.installed-dev ## Check style, types and the direction of imports
 
 format: .venv/.installed-dev ## Format the code
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+mutants: .venv/.installed-dev ## Change the pure modules bit by bit and count which changes the tests notice (MUTATE="bow views", all by default)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants $(MUTATE)
 
 bench: .venv/.installed-test ## Print the benchmarks, side by side (PHOTOS=an ImageFolder of full-size photos, or a .tar of one; STORE=a full run store)
 	@PHOTOS='$(PHOTOS)' STORE='$(STORE)' $(BIN)/python tests/benchmarks/run.py

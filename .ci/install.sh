@@ -89,26 +89,24 @@ todo=""
 for each in $parts; do installed "$each" || todo="$todo $each"; done
 [ -n "$todo" ] || exit 0
 
-say "Installing into .venv:$todo"
+say "Installing into .venv:$todo (disk, download and time on two cores, beside the download)"
 index=""
 case " $todo " in *" demo "*)
+    have_torch || index=$(torch_index)
     if have_torch; then
-        note "demo: obowlab's libraries; PyTorch is there"
+        note "demo    obowlab and its libraries; PyTorch is there: up to 1.3 GB, 0.4 GB to download, 2 minutes"
+    elif [ -n "$index" ]; then
+        note "demo    obowlab, PyTorch from $index: 2 GB if it is for the CPU, 0.6 GB to download, 2 minutes"
+    elif default_is_cuda; then
+        note "demo    obowlab, PyTorch with its CUDA libraries: 6.8 GB, of which PyTorch 5.6; 3.4 GB to download, 4 minutes"
+        have_gpu || note "        There is no NVIDIA GPU here, but $cpu_index, which has PyTorch without CUDA, does not answer."
     else
-        index=$(torch_index)
-        if [ -n "$index" ]; then
-            note "demo: SIZE_INDEX"
-        elif default_is_cuda; then
-            note "demo: SIZE_CUDA"
-            have_gpu || note "There is no NVIDIA GPU here, but no index of CPU wheels answers, and the default index has PyTorch with its CUDA libraries."
-        else
-            note "demo: SIZE_CPU"
-        fi
+        note "demo    obowlab, PyTorch: 2 GB, 0.6 GB to download, 2 minutes"
     fi ;;
 esac
-case " $todo " in *" train "*) note "train: SIZE_TRAIN" ;; esac
-case " $todo " in *" test "*) note "test: SIZE_TEST" ;; esac
-case " $todo " in *" dev "*) note "dev: SIZE_DEV" ;; esac
+case " $todo " in *" train "*) note "train   ffcv, numba, OpenCV; PostgreSQL's client: 0.4 GB, 0.2 GB to download, 2 minutes" ;; esac
+case " $todo " in *" test "*) note "test    test tools and the services' programs: 0.4 GB, 0.2 GB to download, 1 minute" ;; esac
+case " $todo " in *" dev "*) note "dev     checkers: 0.2 GB, 0.1 GB to download, 1 minute" ;; esac
 
 # ------------------------------------------------------------------------------------------------------------------- installing
 for each in $todo; do

@@ -4,7 +4,7 @@ A line file survives `kill -9` of its writer up to the last complete line; a rep
 
 JSON objects end in a checksum: the last entry, `crc`, is the CRC-32 of every byte before it. A torn file is no JSON any more,
 but a bit that flips inside a number still is; the checksum tells both from what was written. It protects against accidents of
-disks and editors, not against somebody who computes it anew. JSON without one, which earlier versions wrote, is accepted.
+disks and editors, not against deliberate changes. JSON without one, which earlier versions wrote, is accepted.
 """
 
 from __future__ import annotations

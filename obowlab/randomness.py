@@ -19,7 +19,7 @@ Words = npt.NDArray[np.uint32]
 
 
 class Stream(IntEnum):
-    """What a random number is drawn for; a number once given out is never used for anything else."""
+    """What a random number is for; the value of a stream is never given to another one."""
 
     ORDER = 0
     FLIPS = 1

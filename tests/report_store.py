@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -75,8 +76,8 @@ def add_gallery(folder: RunFolder, *, text: str = "words") -> None:
         Image.new("RGB", (16, 8), (80 * i, 120, 90)).save(place / f"conv5-{i}.png")
 
 
-def add_study(runs_root: Path, *, name: str = "kappa-delta", run_id: str = "", title: str = "") -> Path:
-    """Write the file of a study of two parameters with one pruned trial."""
+def add_study(runs_root: Path, *, name: str = "kappa-delta", run_id: str = "", title: str = "", figures: bool = False) -> Path:
+    """Write the file of a study of two parameters with one pruned trial, with Optuna's figures if asked."""
     trials = [
         {
             "number": i,
@@ -92,7 +93,7 @@ def add_study(runs_root: Path, *, name: str = "kappa-delta", run_id: str = "", t
         }
         for i in range(8)
     ]
-    content = {
+    content: dict[str, Any] = {
         "format": 1,
         "name": name,
         "title": title,
@@ -118,10 +119,36 @@ def add_study(runs_root: Path, *, name: str = "kappa-delta", run_id: str = "", t
         "best": 2,
         "best_against_paper": {"value": 2.0, "interval": 0.6, "seeds": 1, "p": 0.01},
     }
+    if figures:
+        content["figures"] = optuna_figures(content)
     path = runs_root / ".studies" / "kappa-delta" / "study.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content))
     return path
+
+
+def optuna_figures(content: dict[str, Any]) -> dict[str, Any]:
+    """Return the figures of a study's completed trials as the writer of `study.json` makes them."""
+    import optuna
+    from optuna.distributions import BaseDistribution, FloatDistribution
+
+    from obowlab.studies.schema import StudyReport
+    from obowlab.studies.storage import quiet
+    from obowlab.studies.summary import study_figures
+
+    report = StudyReport.model_validate(content)
+    spaces: dict[str, BaseDistribution] = {
+        parameter.key: FloatDistribution(parameter.low or 0.0, parameter.high or 1.0, log=parameter.log)
+        for parameter in report.parameters
+    }
+    with quiet():
+        study = optuna.create_study(direction="maximize")
+        for trial in report.completed:
+            study.add_trial(optuna.trial.create_trial(params=trial.params, distributions=spaces, value=trial.value))
+        figures = study_figures(
+            study, parameters=report.parameters, trials=report.completed, objective="fewshot_5shot [%]", maximize=True
+        )
+    return {name: figure.model_dump(mode="json") for name, figure in figures.items()}
 
 
 def make_table(base: list[RunFolder], changed: list[RunFolder], *, label: str = "hard codes", comparable: bool = False) -> Table:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import torch
 
 from obowlab.config import Loaded, Machine, load_recipe
+from obowlab.launch.compute_command import compute_command
 from obowlab.runs.folder import RunFolder
+from obowlab.training.__main__ import main
+from tests.fork_server import Fork
 
 TIMING_METRICS = {"images_per_s", "step_time_s", "data_wait_s"}
 
@@ -103,24 +105,36 @@ def chain_recipe(folder: Path, *, dataset: str, epochs: int = 4, overrides: tupl
     return load_recipe(str(path), overrides=overrides)
 
 
-def start(loaded: Loaded, *, machine: Machine, seed: int = 3) -> tuple[RunFolder, subprocess.Popen[bytes]]:
-    """Start the compute process (or the torchrun group) of a run, as the launcher does."""
-    folder = RunFolder.create(loaded, seed=seed, runs_root=machine.runs_root)
-    folder.write_machine(machine)
-    torchrun = (
-        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(machine.procs)] if machine.procs > 1 else []
-    )
-    command = [sys.executable, *torchrun, "-m", "obowlab.training", str(folder.path)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OBOWLAB_NO_PROGRESS": "1"}
-    return folder, subprocess.Popen(command, env=environment, stderr=subprocess.PIPE)
+def start(loaded: Loaded, *, machine: Machine, seed: int = 3) -> tuple[RunFolder, Fork]:
+    """Start the compute process of a run, as the launcher does but for the seconds of imports."""
+    folder = create(loaded, machine=machine, seed=seed)
+    return folder, Fork(main, [str(folder.path)], environment=quiet())
 
 
 def complete(loaded: Loaded, *, machine: Machine, seed: int = 3) -> RunFolder:
-    """Start a run and wait until it is finished."""
-    folder, process = start(loaded, machine=machine, seed=seed)
-    _, said = process.communicate(timeout=300)
-    assert process.returncode == 0, said.decode()
-    assert folder.state.status == "finished", said.decode()
+    """Train and evaluate a run; several processes are started by torchrun."""
+    if machine.procs == 1:
+        folder, process = start(loaded, machine=machine, seed=seed)
+        _, errors = process.communicate(timeout=300)
+        code = process.returncode
+    else:
+        folder = create(loaded, machine=machine, seed=seed)
+        command = compute_command(folder.path, machine)
+        group = subprocess.run(command, env=quiet(), stderr=subprocess.PIPE, timeout=300, check=False)
+        code, errors = group.returncode, group.stderr
+    assert code == 0, errors.decode()
+    assert folder.state.status == "finished", errors.decode()
+    return folder
+
+
+def quiet() -> dict[str, str]:
+    return {**os.environ, "OBOWLAB_NO_PROGRESS": "1"}
+
+
+def create(loaded: Loaded, *, machine: Machine, seed: int) -> RunFolder:
+    """Make the folder of a run that is to be trained on a machine."""
+    folder = RunFolder.create(loaded, seed=seed, runs_root=machine.runs_root)
+    folder.write_machine(machine)
     return folder
 
 

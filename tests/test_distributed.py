@@ -10,13 +10,16 @@ import torch
 import torch.distributed as dist
 
 from obowlab.config import Backbone, Bownet, Machine, MethodSection, Moco, Obow, Recipe, Rotnet
+from obowlab.errors import UserError
 from obowlab.evaluation import evaluate
 from obowlab.methods import METHODS, Batch, Method
 from obowlab.methods.backbones import build_backbone
 from obowlab.runs.folder import RunFolder
-from obowlab.training.distributed import World, parallelise, synchronise_batchnorm
+from obowlab.training.distributed import MainFailed, World, parallelise, synchronise_batchnorm
+from obowlab.training.window import MetricWindow
 from obowlab.weights.encoder_file import read_encoder
 from tests.contracts import small_preparation
+from tests.fork_server import fork_all
 from tests.runs import complete, points, small_recipe, weights
 
 STEPS = 10
@@ -85,7 +88,7 @@ def test_every_method_is_compared() -> None:
 def test_two_processes_do_the_same_mathematics(method_config: MethodSection, tmp_path: Path) -> None:
     alone = train_in_float64(World(rank=0, world_size=1, device=torch.device("cpu")), method_config).state_dict()
     file = str(tmp_path / "state")
-    torch.multiprocessing.spawn(one_of_two, args=(file, method_config), nprocs=2)
+    fork_all(one_of_two, ranks=2, arguments=(file, method_config))
     ranks = [torch.load(f"{file}.{rank}", weights_only=True) for rank in range(2)]
     for name, value in alone.items():
         for rank in ranks:
@@ -95,7 +98,7 @@ def test_two_processes_do_the_same_mathematics(method_config: MethodSection, tmp
 
 
 def four_starts(rank: int, file: str) -> None:
-    """Train six steps in one start and in two, the second of which goes on from the first."""
+    """Train six steps in one start and in two, the second of which resumes from the first."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=4)
     world = World(rank=rank, world_size=4, device=torch.device("cpu"))
@@ -121,12 +124,38 @@ def four_starts(rank: int, file: str) -> None:
     torch.save({name: torch.equal(value, ends[1][name]) for name, value in ends[0].items()}, f"{file}.{rank}")
 
 
-def test_four_processes_go_on_to_the_bit(tmp_path: Path) -> None:
+def test_four_processes_resume_to_the_bit(tmp_path: Path) -> None:
     """With more than two, a sum depends on the order it is taken in, and a new start must not change that."""
-    torch.multiprocessing.spawn(four_starts, args=(str(tmp_path / "meet"),), nprocs=4)  # type: ignore[no-untyped-call]
+    fork_all(four_starts, ranks=4, arguments=(str(tmp_path / "rendezvous"),))
     for rank in range(4):
-        equal = torch.load(tmp_path / f"meet.{rank}", weights_only=True)
+        equal = torch.load(tmp_path / f"rendezvous.{rank}", weights_only=True)
         assert [name for name, same in equal.items() if not same] == []
+
+
+def rank_0_fails(rank: int, file: str) -> None:
+    """Let rank 0 do something that works, then something that does not, and write how it ended."""
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    world = World(rank=rank, world_size=2, device=torch.device("cpu"))
+    window = MetricWindow()
+    window.add({"loss": torch.tensor(float(rank))})
+    found: list[Any] = [world.on_main(lambda: "done"), window.state(world), window.take(world)]
+
+    def full_disk() -> None:
+        raise UserError("no space left")
+
+    try:
+        world.on_main(full_disk)
+    except (UserError, MainFailed) as error:
+        found.append(type(error).__name__)
+    torch.save(found, f"{file}.{rank}")
+    dist.destroy_process_group()
+
+
+def test_a_failure_of_rank_0_ends_every_rank_and_metrics_are_kept_per_rank(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(rank_0_fails, args=(str(tmp_path / "rendezvous"),), nprocs=2)  # type: ignore[no-untyped-call]
+    found = [torch.load(tmp_path / f"rendezvous.{rank}", weights_only=True) for rank in range(2)]
+    state = {"counts": {"loss": 1}, "sums": [[0.0], [1.0]]}
+    assert found == [["done", state, {"loss": 0.5}, "UserError"], [None, state, {"loss": 0.5}, "MainFailed"]]
 
 
 def run(folder: Path, *, data_root: Path, protocols: str = "[]", **machine_values: object) -> RunFolder:
@@ -151,8 +180,14 @@ def alone(tmp_path_factory: pytest.TempPathFactory, data_root: Path) -> RunFolde
     return run(tmp_path_factory.mktemp("distributed") / "alone", data_root=data_root)
 
 
-def test_two_processes_equal_one(tmp_path: Path, data_root: Path, alone: RunFolder) -> None:
-    both = run(tmp_path / "both", data_root=data_root, procs=2)
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory, data_root: Path) -> RunFolder:
+    """The run that `alone` is, trained and measured by two processes of torchrun."""
+    folder = tmp_path_factory.mktemp("distributed") / "both"
+    return run(folder, data_root=data_root, procs=2, protocols='["fewshot", "knn"]')
+
+
+def test_two_processes_equal_one(alone: RunFolder, both: RunFolder) -> None:
     assert (both.state.total_steps or 0) >= STEPS
     pairs = list(zip(points(alone), points(both), strict=True))
     assert [one[0] for one, _ in pairs] == [two[0] for _, two in pairs]
@@ -166,8 +201,7 @@ def test_two_processes_equal_one(tmp_path: Path, data_root: Path, alone: RunFold
         assert two == pytest.approx(one, rel=0.02)
 
 
-def test_what_two_processes_trained_measures_in_one_as_it_did_there(tmp_path: Path, data_root: Path) -> None:
-    both = run(tmp_path / "both", data_root=data_root, procs=2, protocols='["fewshot", "knn"]')
+def test_what_two_processes_trained_measures_in_one_as_it_did_there(tmp_path: Path, data_root: Path, both: RunFolder) -> None:
     recipe = both.info.recipe
     encoder = read_encoder(both.path / "encoder.safetensors").model
     assert {type(module) for module in encoder.modules() if "BatchNorm" in type(module).__name__} == {torch.nn.BatchNorm2d}

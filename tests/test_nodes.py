@@ -107,7 +107,7 @@ def test_the_other_nodes_end_when_all_is_over_or_node_0_falls_silent(tmp_path: P
     assert follower.wait(timeout=20) == 0
     monkeypatch.setattr(nodes, "SILENCE_S", 0.3)
     silent = Rendezvous(tmp_path / "silent")
-    assert silent.next_call(after=0) is None
+    assert silent.next_round(after=0) is None
     assert not silent.is_over()
 
 

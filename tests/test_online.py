@@ -12,10 +12,11 @@ from obowlab.config import Machine
 from obowlab.runs.folder import RunFolder
 from obowlab.runs.metrics import lookup, mlflow_name
 from obowlab.training import online_evaluation as online
-from obowlab.training.context import Interrupted, StopRequest, Work
+from obowlab.training.context import RunContext
 from obowlab.training.distributed import join
 from obowlab.training.loop import train
 from obowlab.training.reporter import Reporter
+from obowlab.training.signals import Interrupted, StopRequest
 from tests.runs import points, small_recipe, weights
 
 EPOCHS = 5
@@ -32,9 +33,9 @@ def train_here(
     loaded = small_recipe(root, dataset="small", epochs=epochs, overrides=overrides)
     folder = RunFolder.create(loaded, seed=0, runs_root=machine.runs_root)
     with StopRequest().listening() as stop, join(machine) as world:
-        work = Work(folder, machine=machine, world=world, reporter=Reporter(None), stop=stop)
-        method = train(work)
-        return folder, online.few_shot(work, method=method)
+        run = RunContext(folder, machine=machine, world=world, reporter=Reporter(None), stop=stop)
+        method = train(run)
+        return folder, online.few_shot(run, method=method)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def test_points_are_at_whole_epochs_and_the_last_is_left_to_the_final_evaluation
         assert set(point.values) == {"epoch", "fewshot_1shot", "fewshot_2shot"}
         assert all(lookup(name) for name in point.values)
         assert all(0 <= point.values[name] <= 100 for name in ("fewshot_1shot", "fewshot_2shot"))
-    assert mlflow_name("fewshot_1shot", online=True) == "online/fewshot_1shot"
+    assert mlflow_name("fewshot_1shot", source="online") == "online/fewshot_1shot"
     assert not list(measured.path.glob(".online*")), "features of passing weights are not kept"
 
 
@@ -80,18 +81,18 @@ def test_a_point_is_the_few_shot_result_of_a_run_that_ends_there(tmp_path: Path,
 def test_a_run_that_is_stopped_around_a_point_has_it_once(
     tmp_path: Path, data_root: Path, measured: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def dies(work: Work, **_: object) -> dict[str, float]:
+    def dies(run: RunContext, **_: object) -> dict[str, float]:
         raise MemoryError
 
-    def signalled(work: Work, **_: object) -> dict[str, float]:
-        with work.stop.acting_at_once():
+    def signalled(run: RunContext, **_: object) -> dict[str, float]:
+        with run.stop.acting_at_once():
             signal.raise_signal(signal.SIGTERM)
         raise AssertionError("the signal acts at once")
 
     few_shot = online.few_shot
 
-    def measures_and_is_told_to_stop(work: Work, **keywords: object) -> dict[str, float]:
-        values = few_shot(work, **keywords)  # type: ignore[arg-type]
+    def measures_and_is_told_to_stop(run: RunContext, **keywords: object) -> dict[str, float]:
+        values = few_shot(run, **keywords)  # type: ignore[arg-type]
         signal.raise_signal(signal.SIGTERM)
         return values
 

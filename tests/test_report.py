@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import shutil
@@ -10,7 +12,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from dataclasses import replace
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -21,20 +23,18 @@ from obowlab.config import Machine
 from obowlab.config import validation as checking
 from obowlab.errors import UserError
 from obowlab.files import read_checked
-from obowlab.report import chart, figures
-from obowlab.report import figure_cache as drawn
+from obowlab.report import curves, figures
 from obowlab.report import pages as build
 from obowlab.report import read as gather_module
-from obowlab.report.curves import Curve
 from obowlab.report.model import Site
 from obowlab.report.pages import build_site
-from obowlab.report.publish import LOG, make_parcel, pack, send
+from obowlab.report.publish import LOG, pack, prepare_upload, send
 from obowlab.report.read import Tables, gather, read_store, tables_at
 from tests.browser import PHONE, complaints, open_page, requests
 from tests.command_line import Obowlab, contents
 from tests.report_store import add_gallery, add_run, add_study, make_table
-from tests.test_chart import slow_path
 
+SCRIPTS = ("page.js", "charts.js", "plotly.min.js")
 HOSTILE = "<script>alert('x')</script>\"&<img src=x onerror=alert(1)>"
 
 
@@ -48,7 +48,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Site:
     many = ("method.kappa=9", "training.epochs=30", "optimizer.learning_rate=0.0123456", "data.images_per_class=45")
     add_run(root, overrides=many, status="interrupted", points=40, alike=True)
     add_gallery(base[0])
-    add_study(root, run_id=base[0].run_id)
+    add_study(root, run_id=base[0].run_id, figures=True)
     return gather(read_store(root), tables=Tables((make_table(base, [hard]), make_table(base, [hard], comparable=True))))
 
 
@@ -67,11 +67,14 @@ class Page(HTMLParser):
         self.links: list[str] = []
         self.ids: set[str] = set()
         self.tags: list[str] = []
+        self.scripts: list[dict[str, str | None]] = []
         self.texts: list[str] = []
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
+        if tag == "script":
+            self.scripts.append(dict(attrs))
         for name, value in attrs:
             assert not name.startswith("on"), (tag, name)
             if name in ("href", "src") and value is not None:
@@ -192,10 +195,10 @@ def test_study_page_shows_best_paper_and_every_trial(site: Path) -> None:
         "The paper’s point reached 12.00 ± 0.50 % here. Best minus paper, on the same episodes or images: +2.00 ± 0.60."
         in page.text
     )
-    assert page.tags.count("svg") == 3
+    assert page.tags.count("figure") == 4
 
 
-def test_curves_have_a_band_for_seeds_and_a_line_for_each_variant(store: Site) -> None:
+def test_curves_have_a_line_for_each_variant(store: Site) -> None:
     family = figures.families(store.runs)["demo"]
     groups = family.groups
     assert family.shared == ""
@@ -205,16 +208,11 @@ def test_curves_have_a_band_for_seeds_and_a_line_for_each_variant(store: Site) -
         ("codes=hard", 1, False),
         ("kappa=500", 1, False),
     ]
-    (loss, shots) = figures.curve_figures(groups, metrics=figures.TRAINING)
-    assert (loss.title, shots.title) == ("Loss", "5-shot during training")
-    assert loss.svg.count('class="line') == 4
-    assert loss.svg.count('class="band base"') == 1
-    assert "range of 2 seeds" in loss.svg
-    longest = max(loss.svg.split('d="'), key=len)
-    assert longest.count("L") <= 2 * 100
+    (loss, _) = figures.curve_figures(groups, metrics=figures.TRAINING)
+    assert max(len(trace["x"]) for trace in loss.data) <= 2 * 100
 
 
-def test_lines_are_named_after_what_parts_them(tmp_path: Path) -> None:
+def test_lines_are_named_after_what_distinguishes_them(tmp_path: Path) -> None:
     for kappa in (3, 7):
         add_run(tmp_path, overrides=("training.epochs=7", f"method.kappa={kappa}"), points=5)
     family = figures.families(gather(read_store(tmp_path), tables=Tables()).runs)["demo"]
@@ -222,35 +220,27 @@ def test_lines_are_named_after_what_parts_them(tmp_path: Path) -> None:
     assert [group.label for group in family.groups] == ["kappa=3", "kappa=7"]
 
 
-def test_many_rows_are_parted_into_charts_each_with_the_base(store: Site) -> None:
-    run = store.runs[0]
-    groups = [figures.Group("base", (run,), base=True), *(figures.Group(f"row {i}", (run,)) for i in range(13))]
-    found = figures.curve_figures(groups, metrics=("loss",), heading="codes")
-    assert [figure.title for figure in found] == [f"Loss, codes, part {i} of 3" for i in (1, 2, 3)]
-    assert all('class="line base"' in figure.svg for figure in found)
-
-
-def test_flat_curves_are_told_in_words(store: Site, site: Path) -> None:
-    titles = [figure.title for figure in figures.run_figures(store.runs[0].curves, metrics=figures.VOCABULARY)]
+def test_flat_curves_are_described_in_words(store: Site, site: Path) -> None:
+    titles = [figure.title for figure in figures.run_figures(store.runs[0], metrics=figures.VOCABULARY)]
     assert "Mean age of the words, conv5" not in titles
     assert "Distance to the nearest word, conv5" in titles
     assert "3.5 steps old on average" in Page(site / "vocabulary.html").text
 
 
-def test_first_steps_do_not_hide_the_rest_of_the_loss() -> None:
-    epochs = tuple(i / 10 for i in range(100))
-    start = Curve(epochs, (40.0, *(5.0 - i / 100 for i in range(99))), (0.5, *(5.0,) * 99), (60.0, *(5.0,) * 99), last=4.0)
-    (loss,) = figures.run_figures({"loss": start}, metrics=figures.TRAINING)
-    assert "from 0.5 to 60" in loss.caption
-    assert ">5<" in loss.svg
-    assert ">20<" not in loss.svg
-    calm = replace(start, mean=(5.1, *start.mean[1:]), low=(), high=())
-    (loss,) = figures.run_figures({"loss": calm}, metrics=figures.TRAINING)
-    assert loss.caption == ""
-
-
-def test_a_table_with_one_difference_gets_no_chart(store: Site) -> None:
-    assert figures.table_figure(store.tables[0]) is None
+def test_every_chart_has_its_data_beside_the_page_and_one_plotly_serves_all(site: Site) -> None:
+    linked: set[Path] = set()
+    for path in pages(site):
+        page = Page(path)
+        data = [path.parent / link for link in page.links if link.endswith(".csv")]
+        assert len(data) == page.tags.count("figure") == sum("type" in script for script in page.scripts)
+        sources = [script["src"] for script in page.scripts if "src" in script]
+        assert sources.count(os.path.relpath(site / "plotly.min.js", path.parent)) == bool(data), path
+        for file in data:
+            assert len(file.read_text(encoding="utf-8").splitlines()) >= 2, file
+        linked |= set(data)
+    assert linked == set(site.rglob("*.csv"))
+    assert [path.relative_to(site).as_posix() for path in site.rglob("plotly*")] == ["plotly.min.js"]
+    assert "Licensed under the MIT license" in (site / "plotly.min.js").read_text(encoding="utf-8")[:500]
 
 
 def test_empty_store_gives_a_site_that_says_so(tmp_path: Path) -> None:
@@ -265,7 +255,7 @@ def test_no_name_becomes_markup(tmp_path: Path) -> None:
     values = read_checked(run.path / "run.json")
     values["name"], values["recipe"]["title"], values["recipe"]["data"]["dataset"] = HOSTILE, HOSTILE, HOSTILE
     (run.path / "run.json").write_text(json.dumps(values))
-    add_study(root, name=HOSTILE, title=HOSTILE, run_id=HOSTILE)
+    add_study(root, name=HOSTILE, title=HOSTILE, run_id=HOSTILE, figures=True)
     (damaged := add_run(root, seed=1)).set_state(message=HOSTILE)
     (damaged.path / "results" / f"{HOSTILE.replace('/', '')}.json").write_text(HOSTILE)
     build_site(
@@ -273,7 +263,8 @@ def test_no_name_becomes_markup(tmp_path: Path) -> None:
     )
     for path in pages(tmp_path / "site"):
         page = Page(path)
-        assert page.tags.count("script") == 1, path
+        for script in page.scripts:
+            assert script.get("type") == "application/json" or str(script.get("src")).split("/")[-1] in SCRIPTS, (path, script)
         assert "img" not in page.tags, path
         assert "<script>alert" not in path.read_text()
     assert HOSTILE.split('"')[0] in Page(tmp_path / "site" / "index.html").text
@@ -293,7 +284,19 @@ def test_the_same_store_gives_the_same_bytes(store: Site, site: Path, tmp_path: 
         assert archive.read("report/index.html") == first["index.html"]
 
 
-def test_pages_are_the_same_from_what_is_kept_from_the_files_and_from_slow_code(
+def slow_csv(lines: Sequence[figures.Line]) -> str:
+    """Write the points of some curves with `csv` alone."""
+    target = io.StringIO(newline="")
+    writer = csv.writer(target, lineterminator="\n")
+    writer.writerow(figures.CURVE_COLUMNS)
+    for line in lines:
+        curve = line.curve
+        for point in zip(curve.step, curve.epoch, curve.mean, curve.low, curve.high, strict=True):
+            writer.writerow([line.label, " ".join(line.runs), *point])
+    return target.getvalue()
+
+
+def test_pages_are_the_same_from_the_cache_from_the_files_and_from_slow_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root = tmp_path / "runs"
@@ -306,11 +309,11 @@ def test_pages_are_the_same_from_what_is_kept_from_the_files_and_from_slow_code(
         build_site(gather(read, tables=tables_at(["demo"], store=read)), out=tmp_path / name)
         return {name: content for name, (_, content) in contents(tmp_path / name).items()}
 
-    first, kept = build_all("first"), build_all("kept")
-    assert first["table3-demo.html"].count(b"<svg") == 3
-    assert kept == first
-    shutil.rmtree(root / drawn.FOLDER)
-    monkeypatch.setattr(chart, "_path", slow_path)
+    first, cached = build_all("first"), build_all("cached")
+    assert first["table3-demo.html"].count(b"<figure") == 3
+    assert cached == first
+    shutil.rmtree(root / curves.CACHE)
+    monkeypatch.setattr(figures, "_curve_csv", slow_csv)
     monkeypatch.setattr(gather_module, "describe", gather_module.describe.__wrapped__)
     monkeypatch.setattr(build, "cache", lambda rows: rows)
     monkeypatch.setattr(checking, "_parsed", checking._parsed.__wrapped__)
@@ -387,11 +390,11 @@ def test_mlflow_gets_the_report_in_the_background(obowlab: Obowlab, tmp_path: Pa
 def test_a_report_that_was_replaced_is_not_sent(store: Site, tmp_path: Path) -> None:
     machine = Machine(runs_root=tmp_path)
     build_site(store, out=tmp_path / "site")
-    parcel = make_parcel(store, folder=tmp_path / "site", machine=machine)
+    upload = prepare_upload(store, folder=tmp_path / "site", machine=machine)
     build_site(Site(as_of="", version="0"), out=tmp_path / "site")
-    assert send(parcel) is None
+    assert send(upload) is None
     shutil.rmtree(tmp_path / "site")
-    assert send(parcel) is None
+    assert send(upload) is None
     assert not (tmp_path / "mlflow.db").exists()
 
 
@@ -422,7 +425,7 @@ def test_report_does_not_import_torch_or_mlflow(tmp_path: Path) -> None:
         "from obowlab.report.pages import build_site\n"
         f"root = Path({str(tmp_path)!r})\n"
         "build_site(gather(read_store(root), tables=tables_at([], store=read_store(root))), out=root / 'site')\n"
-        "assert not {'torch', 'mlflow', 'optuna', 'plotly', 'pandas'} & set(sys.modules)"
+        "assert not {'torch', 'mlflow', 'optuna', 'plotly.graph_objs', 'pandas'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60, env={**os.environ})
 
@@ -513,3 +516,112 @@ def test_colours_can_be_read(browser: Any, site: Path) -> None:
         for name in ("index.html", "table3-tiny.html", "vocabulary.html", "curves.html"):
             open_page(browser, site / name, dark=dark)
             assert browser.execute_script(program) == [], (name, dark)
+
+
+def wait_for(browser: Any, condition: str) -> Any:
+    """Return the first value of a JavaScript expression that is true."""
+    for _ in range(300):
+        if value := browser.execute_script(f"return {condition}"):
+            return value
+        time.sleep(0.1)
+    raise AssertionError(f"not so within 30 s: {condition}")
+
+
+FIRST = "document.querySelector('.chart')"
+
+
+def hover(browser: Any, *, trace: str, point: int) -> str:
+    """Move the mouse over a point of a curve of the first chart and return what is shown there."""
+    wait_for(browser, f"{FIRST}.dataset.drawn === ''")
+    place = browser.execute_script(
+        f"""const chart = {FIRST}, trace = chart.data.find((each) => each.name === arguments[0]);
+        chart.scrollIntoView({{block: "center"}});
+        const {{ xaxis, yaxis }} = chart._fullLayout, box = chart.getBoundingClientRect();
+        const x = xaxis._offset + xaxis.d2p(trace.x[arguments[1]]), y = yaxis._offset + yaxis.d2p(trace.y[arguments[1]]);
+        return [box.left + x, box.top + y];
+        """,
+        trace,
+        point,
+    )
+    for offset in (3, 0):
+        move = {"type": "mouseMoved", "x": place[0] + offset, "y": place[1]}
+        browser.execute_cdp_cmd("Input.dispatchMouseEvent", move)
+        time.sleep(0.2)
+    return str(wait_for(browser, f"{FIRST}.querySelector('.hoverlayer').textContent"))
+
+
+def test_hovering_a_curve_shows_value_step_and_run(browser: Any, site: Path, store: Site) -> None:
+    run = next(run for run in store.runs if run.variant == "method.codes=hard")
+    curve = run.curves["loss"]
+    for page, trace in ((site / build.page_of_run(run.run_id), "Loss"), (site / "curves.html", "codes=hard")):
+        open_page(browser, page)
+        shown = hover(browser, trace=trace, point=60)
+        for part in (f"{curve.mean[60]:.4g}", "nats", f"step {curve.step[60]}", run.run_id):
+            assert part in shown, (page.name, shown)
+    assert complaints(browser) == []
+
+
+def test_a_curve_can_be_hidden_and_stays_so_when_the_theme_changes(browser: Any, site: Path) -> None:
+    open_page(browser, site / "curves.html")
+    wait_for(browser, f"{FIRST}.dataset.drawn === ''")
+    shown = f"{FIRST}._fullData.filter((trace) => trace.visible === true).length"
+    colour = f"{FIRST}._fullLayout.font.color"
+    before, light = browser.execute_script(f"return [{shown}, {colour}]")
+    browser.find_element("css selector", ".chart .legendtoggle").click()
+    wait_for(browser, f"{shown} === {before - 2}")  # the base with its band
+    scheme = {"name": "prefers-color-scheme", "value": "dark"}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
+    wait_for(browser, f"{colour} !== '{light}'")
+    assert browser.execute_script(f"return {shown}") == before - 2
+    assert complaints(browser) == []
+
+
+def test_the_data_of_a_chart_can_be_saved(browser: Any, site: Path, tmp_path: Path) -> None:
+    open_page(browser, site / "curves.html")
+    browser.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
+    link = browser.find_element("css selector", "figcaption .data")
+    there = site / str(link.get_dom_attribute("href"))
+    link.click()
+    for _ in range(300):
+        if (tmp_path / there.name).exists():
+            break
+        time.sleep(0.1)
+    assert (tmp_path / there.name).read_bytes() == there.read_bytes()
+    assert complaints(browser) == []
+
+
+def test_charts_fit_a_phone_and_a_wide_window(browser: Any, site: Path) -> None:
+    for name in ("curves.html", "table3-tiny.html", "study-kappa-delta.html"):
+        for width in (390, 1400):
+            for dark in (False, True):
+                open_page(browser, site / name, size=(width, 900), dark=dark)
+                browser.execute_script("for (const chart of document.querySelectorAll('.chart')) chart.scrollIntoView();")
+                charts = "[...document.querySelectorAll('.chart')]"
+                wait_for(browser, f"{charts}.some((chart) => 'drawn' in chart.dataset)")
+                assert browser.execute_script("return document.documentElement.scrollWidth") <= width, (name, width)
+                too_wide = (
+                    f"{charts}.some((chart) => 'drawn' in chart.dataset && "
+                    "chart.querySelector('.main-svg').getBoundingClientRect().width > chart.clientWidth + 1)"
+                )
+                assert not browser.execute_script(f"return {too_wide}"), (name, width)
+                assert complaints(browser) == [], (name, width, dark)
+
+
+def test_hostile_names_are_shown_to_the_letter(browser: Any, tmp_path: Path) -> None:
+    root = tmp_path / "runs"
+    for seed, kappa in ((0, 3), (1, 7)):
+        run = add_run(root, seed=seed, overrides=(f"method.kappa={kappa}",), points=40)
+        values = read_checked(run.path / "run.json")
+        values["name"] = HOSTILE
+        (run.path / "run.json").write_text(json.dumps(values))
+    add_study(root, name=HOSTILE, figures=True)
+    table = make_table([run], [run], label=HOSTILE)
+    build_site(gather(read_store(root), tables=Tables((table,))), out=tmp_path / "site")
+    for page in pages(tmp_path / "site"):
+        open_page(browser, page)
+        assert complaints(browser) == [], page.name
+        assert all(address.startswith("file://") for address in requests(browser))
+    open_page(browser, tmp_path / "site" / "table3-tiny.html")
+    wait_for(browser, "document.querySelector('.chart .legendtext')?.textContent")
+    names = browser.execute_script("return [...document.querySelectorAll('.chart .legendtext')].map((each) => each.textContent)")
+    assert any(name.startswith("<script>alert('x')</script>") for name in names), names

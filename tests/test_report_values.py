@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from obowlab import text
 from obowlab.config import load_recipe
 from obowlab.files import read_checked
 from obowlab.report import curves
-from obowlab.report import figure_cache as drawn
 from obowlab.report import read as gather
-from obowlab.report.curves import Curve, over_seeds, read_curves, reduce, with_point
+from obowlab.report.curves import CACHE, Curve, cached_curves, over_seeds, read_curves, reduce, with_point
 from obowlab.report.model import Measured
-from obowlab.report.studies import read_studies
 from obowlab.report.vocabulary_health import RULES, Finding, judge
 from obowlab.runs.folder import RunFolder, RunSummary
 from obowlab.runs.records import Record, store_records
+from obowlab.studies.schema import read_studies, read_study
 from tests.command_line import result
 from tests.report_store import add_gallery, add_run, add_study
+
+GOLDEN = Path(__file__).parent / "golden" / "curves.json"
 
 
 def write(path: Path, lines: list[dict[str, Any]]) -> Path:
@@ -37,7 +41,14 @@ def write(path: Path, lines: list[dict[str, Any]]) -> Path:
 
 def flat(value: float, *, count: int = 20) -> Curve:
     values = (value,) * count
-    return Curve(tuple(float(i) for i in range(count)), values, values, values, last=value)
+    return curve(range(count), values)
+
+
+def curve(epochs: Iterable[float], values: Iterable[float], *, last: float | None = None) -> Curve:
+    """Return a curve without a band, of ten steps an epoch."""
+    places, mean = tuple(map(float, epochs)), tuple(map(float, values))
+    steps = tuple(round(10 * place) for place in places)
+    return Curve(steps, places, mean, mean, mean, last=mean[-1] if last is None else last)
 
 
 # ----------------------------------------------------------------------------------------------------------------- curves
@@ -47,19 +58,21 @@ def test_reduced_curve_is_mean_and_extremes_of_every_part() -> None:
     rng = random.Random(0)
     epochs = sorted(rng.uniform(0.01, 18.0) for _ in range(1400))
     values = [rng.gauss(0, 1) for _ in epochs]
-    found = reduce(np.array(epochs), np.array(values), end=18.0)
+    steps = [round(10 * epoch) for epoch in epochs]
+    found = reduce(np.array(epochs), np.array(values), steps=np.array(steps, dtype=float), end=18.0)
     assert found is not None
-    slow: dict[int, list[float]] = {}
-    for epoch, value in zip(epochs, values, strict=True):
-        slow.setdefault(min(99, int(epoch / 18.0 * 100)), []).append(value)
+    slow: dict[int, list[tuple[float, int]]] = {}
+    for epoch, value, step in zip(epochs, values, steps, strict=True):
+        slow.setdefault(min(99, int(epoch / 18.0 * 100)), []).append((value, step))
     assert len(found.epoch) == len(slow) <= curves.NUM_BINS
-    for place, mean, low, high, (part, inside) in zip(
-        found.epoch, found.mean, found.low, found.high, sorted(slow.items()), strict=True
-    ):
-        assert place == pytest.approx((part + 0.5) * 0.18)
-        assert mean == pytest.approx(sum(inside) / len(inside))
-        assert (low, high) == (min(inside), max(inside))
-    assert (min(found.low), max(found.high)) == (min(values), max(values))
+    exact = {"rel": 10 ** (1 - curves.DIGITS)}
+    for i, (part, points) in enumerate(sorted(slow.items())):
+        inside = [value for value, _ in points]
+        assert found.epoch[i] == pytest.approx((part + 0.5) * 0.18, **exact)
+        assert found.mean[i] == pytest.approx(sum(inside) / len(inside), **exact)
+        assert (found.low[i], found.high[i]) == (pytest.approx(min(inside), **exact), pytest.approx(max(inside), **exact))
+        assert found.step[i] == pytest.approx(sum(step for _, step in points) / len(points), abs=0.5)
+    assert (min(found.low), max(found.high)) == (pytest.approx(min(values), **exact), pytest.approx(max(values), **exact))
     assert found.last == values[-1]
 
 
@@ -67,11 +80,11 @@ def test_short_curve_is_kept_as_it_is_and_odd_values_are_counted(tmp_path: Path)
     lines = [{"epoch": i / 2, "loss": value} for i, value in enumerate([3.0, "nan", 2.0, "inf", 1.0])]
     lines[3].pop("epoch")  # then steps are the places
     found = read_curves(write(tmp_path / "metrics.jsonl", lines), epochs=2)["loss"]
-    assert found == Curve((1.0, 3.0, 5.0), (3.0, 2.0, 1.0), (3.0, 2.0, 1.0), (3.0, 2.0, 1.0), last=1.0, omitted=2)
-    assert reduce(np.array([1.0]), np.array([np.nan]), end=1.0) is None
+    assert found == replace(curve((1, 3, 5), (3, 2, 1)), step=(1, 3, 5), omitted=2)
+    assert reduce(np.array([1.0]), np.array([np.nan]), steps=np.array([1.0]), end=1.0) is None
 
 
-def test_only_drawn_metrics_are_read_and_a_metric_may_begin_late(tmp_path: Path) -> None:
+def test_only_shown_metrics_are_read_and_a_metric_may_begin_late(tmp_path: Path) -> None:
     lines = [{"epoch": 0.5, "loss": 1.0, "learning_rate": 0.1}, {"epoch": 1.0, "loss": 2.0, "monitor_accuracy": 7.0}]
     found = read_curves(write(tmp_path / "metrics.jsonl", lines), epochs=1)
     assert set(found) == {"loss", "monitor_accuracy"}
@@ -88,20 +101,22 @@ def test_torn_tail_is_left_out(tmp_path: Path, tail: bytes) -> None:
 
 def test_whole_seeds_are_averaged_point_by_point() -> None:
     rng = random.Random(1)
-    seeds = [Curve(tuple(range(50)), tuple(rng.random() for _ in range(50)), (), (), last=float(s)) for s in range(3)]
+    seeds = [curve(range(50), (rng.random() for _ in range(50))) for _ in range(3)]
     slow = [[seed.mean[i] for seed in seeds] for i in range(50)]
     found = over_seeds(seeds)
-    assert found.mean == tuple(sum(each) / 3 for each in slow)
+    assert found.mean == pytest.approx([sum(each) / 3 for each in slow], rel=1e-4)
+    assert found.step == seeds[0].step
     assert (found.low, found.high) == (tuple(map(min, slow)), tuple(map(max, slow)))
-    twice = Curve((1.0, 1.0), (4.0, 6.0), (), (), last=6.0)  # two values of one moment: the later one counts
+    twice = curve((1, 1), (4, 6))  # two values of one moment: the later one counts
     assert over_seeds([twice, twice]).mean == (6.0,)
 
 
 def test_seeds_are_averaged_where_all_have_come() -> None:
-    long = Curve((1.0, 2.0, 3.0), (4.0, 6.0, 8.0), (0.0,) * 3, (9.0,) * 3, last=8.0)
-    short = Curve((1.0, 2.0), (2.0, 3.0), (0.0,) * 2, (9.0,) * 2, last=3.0)
-    assert over_seeds([long, short]) == Curve((1.0, 2.0), (3.0, 4.5), (2.0, 3.0), (4.0, 6.0), last=5.5)
-    assert with_point(short, epoch=5.0, value=1.0).mean == (2.0, 3.0, 1.0)
+    long, short = curve((1, 2, 3), (4, 6, 8)), curve((1, 2), (2, 3))
+    expected = Curve((10, 20), (1.0, 2.0), (3.0, 4.5), (2.0, 3.0), (4.0, 6.0), last=5.5)
+    assert over_seeds([long, short]) == over_seeds([short, long]) == expected
+    longer = with_point(short, step=50, epoch=5.0, value=1.0)
+    assert longer == curve((1, 2, 5), (2, 3, 1))
 
 
 # ----------------------------------------------------------------------------------------------------------------- health
@@ -139,7 +154,7 @@ def test_every_trouble_is_found(metric: str, value: float, broken: str) -> None:
 
 
 def test_collapse_is_measured_against_the_highest_distance() -> None:
-    falling = Curve((1.0, 2.0, 3.0), (100.0, 10.0, 0.9), (90.0, 9.0, 0.5), (120.0, 12.0, 1.0), last=0.9)
+    falling = replace(curve((1, 2, 3), (100, 10, 0.9)), high=(120.0, 12.0, 1.0))
     (spread, _) = judge({"distance_conv4": falling}, recipe=RECIPE)
     assert spread == Finding("spread", "conv4", False, "squared distance 0.9, at most 120 during training")
 
@@ -147,7 +162,7 @@ def test_collapse_is_measured_against_the_highest_distance() -> None:
 def test_age_is_no_trouble_for_means_and_odd_numbers_are() -> None:
     recipe = {**RECIPE, "method": {"num_words": 1000, "vocabulary": "kmeans_replace"}}
     assert not any(f.rule == "fresh" for f in judge({"word_age_conv5": flat(900.0)}, recipe=recipe))
-    odd = Curve((1.0,), (1.0,), (1.0,), (1.0,), last=1.0, omitted=3)
+    odd = replace(curve((1,), (1,)), omitted=3)
     assert [f.said for f in judge({"loss": odd}, recipe=RECIPE)] == ["3 values are not finite"]
     assert judge({"loss": flat(1.0)}, recipe={}) == ()
 
@@ -160,11 +175,22 @@ def test_study_file_is_read(tmp_path: Path) -> None:
     (study,) = read_studies(tmp_path)
     assert len(study.trials) == 8
     assert [trial.number for trial in study.completed] == [0, 1, 2, 3, 4, 6, 7]
-    assert study.trials[5].reached is None
+    assert study.trials[5].final_value is None
     assert [parameter.key for parameter in study.ranked] == ["method.kappa", "method.delta_base"]
     assert study.best_trial is study.trials[2]
     assert study.paper_trial is study.trials[1]
     assert [run.run_id for run in study.trials[0].runs] == ["demo-s0-1"]
+
+
+def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
+    path = add_study(tmp_path, run_id="demo-s0-1", figures=True)
+    study = read_study(path)
+    path.write_text(study.model_dump_json(indent=1))
+    assert read_study(path) == study
+    assert study.figures["contour"].data
+    later = {**json.loads(path.read_text()), "format": 2, "unheard_of": 1}
+    path.write_text(json.dumps(later))
+    assert read_study(path) == study.model_copy(update={"format": 2})
 
 
 def test_sparse_and_damaged_study_files_do_not_stop_a_report(tmp_path: Path) -> None:
@@ -174,20 +200,14 @@ def test_sparse_and_damaged_study_files_do_not_stop_a_report(tmp_path: Path) -> 
     )
     (study,) = read_studies(tmp_path)
     assert (study.name, study.best_trial, study.paper_trial, len(study.completed)) == ("x", None, None, 1)
-    for text in ("{", "[]", '{"name": "x", "trials": [{}]}', '{"name": "x", "trials": [{"number": 1, "value": "x"}]}'):
-        path.write_text(text)
+    for content in ("{", "[]", '{"name": "x", "trials": [{}]}', '{"name": "x", "trials": [{"number": 1, "value": "x"}]}'):
+        path.write_text(content)
         (study,) = read_studies(tmp_path)
         assert study.name == "kappa-delta"
-        assert "cannot be read" in study.problems[0], text
+        assert "cannot be read" in study.problems[0], content
 
 
-# -------------------------------------------------------------------------------------------------------- what is kept
-
-
-def draw(run: Path, *, final: float | None = None) -> drawn.Drawn:
-    """Draw a run of 30 epochs with a final 5-shot result."""
-    measured = [] if final is None else [Measured("fewshot_5shot", "%", "synthetic", "fewshot v1", (final, 0.5), None, 200)]
-    return drawn.drawn(run, epochs=30, measured=measured)
+# ------------------------------------------------------------------------------------------------------------------ cache
 
 
 @pytest.fixture
@@ -199,66 +219,82 @@ def metrics_run(tmp_path: Path) -> Path:
     return run
 
 
-def test_what_is_kept_of_a_run_is_what_was_drawn_and_is_used_until_anything_changes(
+def read_files(run: Path) -> dict[str, Curve]:
+    return {name: found for file in curves.METRIC_FILES for name, found in read_curves(run / file, epochs=30).items()}
+
+
+def test_cached_curves_are_those_of_the_files_and_are_used_until_anything_changes(
     metrics_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, kept = metrics_run, metrics_run.parent / drawn.FOLDER / f"{metrics_run.name}.json"
-    first = draw(run)
-    assert first == drawn.draw(run, epochs=30, final={})
-    assert set(first.curves) == {"loss", "distance_conv5", "fewshot_5shot"}
-    assert [figure.title for figure in (*first.training, *first.vocabulary)] == [
-        "Loss",
-        "5-shot during training",
-        "Distance to the nearest word, conv5",
-    ]
+    run, path = metrics_run, metrics_run.parent / CACHE / f"{metrics_run.name}.json"
+    first = cached_curves(run, epochs=30)
+    assert first == read_files(run)
+    assert set(first) == {"loss", "distance_conv5", "fewshot_5shot"}
     with monkeypatch.context() as patch:
-        patch.setattr(drawn, "draw", None)
-        assert draw(run) == first
+        patch.setattr(curves, "read_curves", None)
+        assert cached_curves(run, epochs=30) == first
         with pytest.raises(TypeError):
-            draw(run, final=9.0)
-    assert draw(run, final=9.0).curves["fewshot_5shot"].mean == (6.25, 9.0)
-    assert draw(run) == first
-    facts = kept.stat()
-    for content in ("damaged", "[]", "{}", json.dumps({"stamp": json.loads(kept.read_text())["stamp"]})):
-        kept.write_text(content)
-        assert draw(run) == first, content
-    assert kept.stat().st_size == facts.st_size
-    monkeypatch.setattr(drawn, "code_hash", lambda: "of tomorrow")
-    monkeypatch.setattr(drawn, "TRAINING", ("loss",))
-    assert [figure.title for figure in draw(run).training] == ["Loss"]
+            cached_curves(run, epochs=31)
+    size = path.stat().st_size
+    for content in ("damaged", "[]", "{}", json.dumps({"stamp": json.loads(path.read_text())["stamp"]})):
+        path.write_text(content)
+        assert cached_curves(run, epochs=30) == first, content
+    assert path.stat().st_size == size
+    with monkeypatch.context() as patch:
+        patch.setattr(curves, "CURVES_VERSION", curves.CURVES_VERSION + 1)
+        patch.setattr(curves, "NUM_BINS", 1)
+        patch.setattr(curves, "read_curves", lambda path, *, epochs: {})
+        assert cached_curves(run, epochs=30) == {}
     write(run / "metrics.jsonl", [{"epoch": 1, "loss": 5.0}])
-    assert draw(run).curves["loss"].mean == (5.0,)
+    assert cached_curves(run, epochs=30)["loss"].mean == (5.0,)
     (run / "online.jsonl").unlink()
-    assert set(draw(run).curves) == {"loss"}
+    assert set(cached_curves(run, epochs=30)) == {"loss"}
 
 
-def test_infinities_survive_being_kept(metrics_run: Path) -> None:
+def test_other_curves_need_another_version(metrics_run: Path) -> None:
+    values = {name: asdict(found) for name, found in read_files(metrics_run).items()}
+    text = json.dumps({"version": curves.CURVES_VERSION, "curves": values}) + "\n"
+    if os.environ.get("OBOWLAB_WRITE_GOLDEN"):
+        GOLDEN.write_text(text, encoding="utf-8")
+    assert text == GOLDEN.read_text(encoding="utf-8"), "other curves of the same files: raise CURVES_VERSION, `make golden`"
+
+
+def test_infinities_survive_the_cache(metrics_run: Path) -> None:
     write(metrics_run / "metrics.jsonl", [{"epoch": 1, "loss": 5.0}, {"epoch": 2, "loss": "nan"}, {"epoch": 3, "loss": 1e300}])
-    assert draw(metrics_run) == draw(metrics_run) == drawn.draw(metrics_run, epochs=30, final={})
-    assert draw(metrics_run).curves["loss"].omitted == 1
+    assert cached_curves(metrics_run, epochs=30) == cached_curves(metrics_run, epochs=30) == read_files(metrics_run)
+    assert cached_curves(metrics_run, epochs=30)["loss"].omitted == 1
 
 
 def test_a_store_that_cannot_be_written_is_read_all_the_same(metrics_run: Path) -> None:
-    (metrics_run.parent / drawn.FOLDER).write_text("")
-    assert draw(metrics_run).curves["loss"].last == 1 + 299 / 3
+    (metrics_run.parent / CACHE).write_text("")
+    assert cached_curves(metrics_run, epochs=30)["loss"].last == 1 + 299 / 3
 
 
-def test_several_may_draw_one_run_at_once(metrics_run: Path) -> None:
+def test_several_processes_may_cache_one_run_at_once(metrics_run: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda _: draw(metrics_run), range(24)))
+        found = list(pool.map(lambda _: cached_curves(metrics_run, epochs=30), range(24)))
     assert all(each == found[0] for each in found)
-    assert [path.name for path in (metrics_run.parent / drawn.FOLDER).iterdir()] == [f"{metrics_run.name}.json"]
+    assert [path.name for path in (metrics_run.parent / CACHE).iterdir()] == [f"{metrics_run.name}.json"]
 
 
-def test_a_run_is_drawn_ahead_and_one_that_cannot_be_read_does_not_matter(tmp_path: Path) -> None:
+def test_curves_of_a_finished_run_are_cached_and_those_of_a_damaged_one_left_to_the_report(tmp_path: Path) -> None:
     good, damaged = add_run(tmp_path), add_run(tmp_path, seed=1)
-    attempts = damaged.path / "attempts.jsonl"
-    attempts.write_text("{\n" + attempts.read_text())  # with whole lines behind it: none that is still being written
+    metrics = damaged.path / "metrics.jsonl"
+    metrics.write_text("{\n" + metrics.read_text())  # with whole lines behind it: none that is still being written
     for folder in (good, damaged):
-        gather.draw_ahead(folder)
-    assert [path.name for path in (tmp_path / drawn.FOLDER).iterdir()] == [f"{good.run_id}.json"]
+        gather.cache_curves(folder)
+    assert [path.name for path in (tmp_path / CACHE).iterdir()] == [f"{good.run_id}.json"]
     site = gather.gather(gather.read_store(tmp_path), tables=gather.Tables())
     assert [run.run_id for run in site.runs] == [good.run_id]
+
+
+def test_a_final_result_ends_the_curve_of_results_during_training() -> None:
+    during = {"fewshot_5shot": curve((1, 2), (6.25, 7)), "loss": curve((1, 2), (3, 2))}
+    measured = [Measured("fewshot_5shot", "%", "synthetic", "fewshot v1", {"value": 9.0, "interval": 0.5}, None, 200)]
+    found = gather.final_curves(during, measured=measured, step=300, epochs=30)
+    assert found == {"fewshot_5shot": curve((1, 2, 30), (6.25, 7, 9)), "loss": during["loss"]}
+    there = gather.final_curves(found, measured=measured, step=300, epochs=30)
+    assert there == found, "a result during training at the last epoch is the last point"
 
 
 # ------------------------------------------------------------------------------------------------------------------- runs
@@ -286,7 +322,7 @@ def test_run_is_read_with_its_provenance(tmp_path: Path) -> None:
     assert (run.mlflow_run_id, run.dirty, run.data_hash, run.starts, run.elapsed_s) == ("f00d", True, "da7a" * 16, 2, 75.0)
     assert run.machine["host"] == "elsewhere"
     assert run.versions == {"obowlab": folder.info.version, "torch": "2.14.1"}
-    assert run.value("fewshot_5shot") == (13.5, 0.5)
+    assert run.measurement("fewshot_5shot") == {"value": 13.5, "interval": 0.5}
     assert run.gallery is not None
     assert run.gallery.preview == ("conv5-0.png",)
     online = run.curves["fewshot_5shot"]
@@ -306,7 +342,13 @@ def test_seeds_are_one_family_and_other_protocols_do_not_part_them(tmp_path: Pat
 def test_newest_measurement_counts_and_own_data_come_first() -> None:
     elsewhere = {**result("fewshot", "student", 50.0), "details": {"dataset": "other"}}
     rows = gather.tabulate([elsewhere, result("fewshot", "student", 1.0), result("fewshot", "student", 2.0)], dataset="synthetic")
-    assert [(row.dataset, row.student) for row in rows] == [("synthetic", (2.0, 0.5)), ("other", (50.0, 0.5))]
+    assert [(row.dataset, row.student and row.student["value"]) for row in rows] == [("synthetic", 2.0), ("other", 50.0)]
+
+
+def test_an_interval_that_is_not_symmetric_keeps_its_ends() -> None:
+    wilson = {"name": "linear_top1", "value": 97.25, "interval": 0.93, "low": 96.17, "high": 98.03, "count": 1200}
+    (row,) = gather.tabulate([{**result("linear", "student", 0.0), "measurements": [wilson]}], dataset="synthetic")
+    assert text.measurement(row.student) == "97.25 [96.17, 98.03]"
 
 
 def test_run_of_another_version_is_shown_and_a_damaged_one_named(tmp_path: Path) -> None:
@@ -345,11 +387,11 @@ def test_tables_come_from_the_store_at_the_scales_it_has(tmp_path: Path) -> None
     assert {table.scale for table in gather.tables_at(["paper"], store=gather.read_store(tmp_path)).tables} == {"paper"}
 
 
-def test_moments_do_not_depend_on_the_place(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_timestamps_do_not_depend_on_the_time_zone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TZ", "America/New_York")
     time.tzset()
     try:
-        assert gather.moment(1_795_000_000.0) == "2026-11-18 11:06 UTC"
+        assert text.timestamp(1_795_000_000.0, utc=True) == "2026-11-18 11:06 UTC"
     finally:
         monkeypatch.undo()
         time.tzset()

@@ -15,7 +15,7 @@ from obowlab.config import Machine
 from obowlab.runs.folder import RunFolder
 from tests.runs import complete, points, small_recipe, start, weights
 
-NUM_KILLS = int(os.environ.get("OBOWLAB_KILLS", "20"))
+NUM_KILLS = 20 if os.environ.get("OBOWLAB_TEST_ALL") else 5
 EPOCHS = 60
 
 

@@ -49,7 +49,7 @@ def test_find_by_id_prefix_and_path_and_names_the_nearest(tmp_path: Path) -> Non
     assert RunFolder.find(run.run_id, runs_root=tmp_path).path == run.path
     assert RunFolder.find("demo-s0", runs_root=tmp_path).run_id == run.run_id
     assert RunFolder.find(str(other.path), runs_root=tmp_path / "elsewhere").run_id == other.run_id
-    with pytest.raises(UserError, match="beginning of 2 runs"):
+    with pytest.raises(UserError, match="prefix of 2 runs"):
         RunFolder.find("demo", runs_root=tmp_path)
     with pytest.raises(UserError, match=f"Did you mean '{other.run_id}'"):
         RunFolder.find("dmo" + other.run_id[4:], runs_root=tmp_path)
@@ -260,9 +260,10 @@ def test_every_metric_is_described() -> None:
     assert lookup("perplexity_image_conv4") is METRICS["perplexity_image"]
     assert lookup("fewshot_5shot").direction == "max"
     assert lookup("gpu_memory_3").unit == "MiB"
-    assert mlflow_name("loss") == "train/loss"
-    assert mlflow_name("knn_top1", subject="random") == "eval/random/knn_top1"
-    assert mlflow_name("cpu") == "system/cpu"
+    assert mlflow_name("loss", source="metrics") == "train/loss"
+    assert mlflow_name("knn_top1", source="random") == "eval/random/knn_top1"
+    assert mlflow_name("knn_top1", source="student/birds") == "eval/student/birds/knn_top1"
+    assert mlflow_name("cpu", source="system") == "system/cpu"
     for name in ("perplexity_image", "los", "fewshot", "gpu_memory", "loss_conv4"):
         with pytest.raises(KeyError):
             lookup(name)

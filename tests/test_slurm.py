@@ -118,7 +118,7 @@ def test_many_commands_are_an_array_with_a_limit_after_others(tmp_path: Path, cl
     assert asked["dependency"] == "afterany:1"
     assert "gpus-per-node" not in asked
     cluster.queue("2_0|RUNNING|node1|None", "2_2|PENDING||JobArrayTaskLimit", "77|RUNNING|node9|None")
-    assert {number: state.word for number, state in states(jobs).items()} == {"2_0": "RUNNING", "2_2": "PENDING"}
+    assert {number: state.name for number, state in states(jobs).items()} == {"2_0": "RUNNING", "2_2": "PENDING"}
     assert set(live_runs(machine.runs_root)) == {"a-s0-1", "c-s0-1"}
 
 

@@ -69,7 +69,7 @@ def test_a_chain_killed_in_its_second_stage_goes_on_there(
     finished = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300)
     assert finished.returncode == 0, finished.stdout
     assert f"Run {trained[2][0].run_id} is finished.\nStage 2 of 3: Chain (stage 2 of 3)\n" in finished.stdout
-    assert "Going on from step" in finished.stdout
+    assert "Resuming from step" in finished.stdout
     assert finished.stdout.count("k-means: 12 words") == 1, "the second stage had its words already"
     for expected in trained[2]:
         found = RunFolder.open(runs_root / expected.run_id)

@@ -62,7 +62,7 @@ class AuthorsLayer(nn.Module):
 
 
 def authors_model(*, levels: int, monitor: bool, num_words: int = 24) -> tuple[State, nn.Module, nn.Module]:
-    """A full model as their code saves it, with its student and teacher; written here, not by our reader."""
+    """A full model as their code saves it, with its student and teacher; written without our reader."""
     torch.manual_seed(levels)
     student, teacher = (worn(build_backbone(NARROW, seed=seed), seed) for seed in (1, 2))
     state = {"_alpha": torch.tensor([0.995]), "_iteration": torch.tensor([120.0])}

@@ -30,7 +30,7 @@ COLUMNS = ("job", "launcher", "status", "where", "what", "steps", "left", "since
 
 
 @click.group(cls=Family, invoke_without_command=True)
-@click.option("--watch", is_flag=True, help="Renew the list until nothing is queued or running.")
+@click.option("--watch", is_flag=True, help="Refresh the list until nothing is queued or running.")
 @click.option("--all", "everything", is_flag=True, help="Also what ended more than a day ago.")
 @json_flag
 @machine_options("runs_root", "machine_file")
@@ -61,11 +61,11 @@ def jobs(context: click.Context, watch: bool, everything: bool, as_json: bool, o
 
 @jobs.command("logs")
 @click.argument("what", metavar="RUN|JOB")
-@click.option("--follow", "-f", is_flag=True, help="Go on printing what comes, until Ctrl-C.")
+@click.option("--follow", "-f", is_flag=True, help="Keep printing new output, until Ctrl-C.")
 @machine_options("runs_root", "machine_file")
 @dry_run_option
 def logs(what: str, follow: bool, options: MachineOptions, dry_run: bool) -> None:
-    """Print what a run, or a job of the cluster, has printed; of several nodes one after the other."""
+    """Print the output of a run or of a job of the cluster; of several nodes one after the other."""
     root = options.machine().runs_root
     from obowlab.launch.jobs import logs_of
 
@@ -109,10 +109,10 @@ def reap(options: MachineOptions, dry_run: bool) -> None:
     reaped = mark(machine.runs_root)
     for folder in reaped:
         report = Mirror(folder, tracking_uri=machine.tracking_uri).sync(timeout_s=MIRROR_TIMEOUT_S)
-        suffix = f"; MLflow does not know yet ({report.error}), `obowlab runs sync` tells it" if report.error else ""
+        suffix = f"; MLflow does not show it yet ({report.error}), `obowlab runs sync` sends it" if report.error else ""
         click.echo(f"{folder.run_id} is interrupted{suffix}.")
     if not reaped:
-        click.echo("Every run that says it is running is being trained.")
+        click.echo("Every run whose state is running is being trained.")
     return None
 
 
@@ -135,7 +135,7 @@ def _row(job: Job) -> tuple[str, ...]:
 
 def _warn(found: Overview) -> None:
     if found.problem:
-        click.echo(f"Warning: {found.problem} What the run folders say is shown.", err=True)
+        click.echo(f"Warning: {found.problem} The list shows the run folders only.", err=True)
 
 
 def _watch(root: Path, *, everything: bool) -> None:

@@ -71,16 +71,16 @@ def report(scales: tuple[str, ...], out: Path, wait: bool, opened: bool, options
 
 
 def _send(site: Site, *, folder: Path, machine: Machine, wait: bool) -> None:
-    from obowlab.report.publish import make_parcel, send, send_behind
+    from obowlab.report.publish import prepare_upload, send, send_in_background
 
-    parcel = make_parcel(site, folder=folder, machine=machine)
+    upload = prepare_upload(site, folder=folder, machine=machine)
     if not wait:
         try:
-            log = send_behind(parcel)
+            log = send_in_background(upload)
         except OSError as error:
             return click.echo(f"Warning: MLflow does not get it ({error.filename}: {error.strerror}).", err=True)
         return click.echo(f"MLflow gets it in the background; {log} says how that went.", err=True)
-    published = send(parcel)
+    published = send(upload)
     if published is None:
         click.echo("Warning: another report took its place before MLflow had it; that one is sent instead.", err=True)
     elif published.warning is not None:

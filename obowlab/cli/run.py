@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 @click.option("--seed", type=click.IntRange(min=0, max=2**31 - 1), default=0, show_default=True, help="Seed of weights and data.")
 @set_option
 @click.option(
-    "--resume/--fresh", "resume", default=None, help="Insist on continuing a run, or begin again. [default: continue if there]"
+    "--resume/--fresh", "resume", default=None, help="Require a run to resume, or start again. [default: resume if there is one]"
 )
 @click.option("--procs", type=click.IntRange(min=1), metavar="N", help="Processes that share every batch. [default: 1]")
 @click.option(
@@ -71,13 +71,13 @@ def run(
     again, the command continues an unfinished run, and prints the results of a finished one.
 
     A recipe with a [teacher] has several stages, each a run of its own; those before the last are trained first where they are
-    missing. --fresh begins the last one again.
+    missing. --fresh starts the last one again.
     """
     from obowlab.config import load_recipe
     from obowlab.launch.local import launch, plan
     from obowlab.launch.stages import check_stages, open_stages
     from obowlab.launch.submit import spread
-    from obowlab.report.read import draw_ahead
+    from obowlab.report.read import cache_curves
     from obowlab.runs.folder import RunFolder, run_id_of
 
     if gpus is not None:
@@ -108,7 +108,7 @@ def run(
         if code := launch(each.loaded, seed=seed, machine=machine, fresh=each.fresh, progress=not no_progress, cost=cost):
             return code
         folder = RunFolder.open(machine.runs_root / run_id_of(each.loaded, seed=seed))
-        draw_ahead(folder)
+        cache_curves(folder)
         print_results(folder)
     return 0
 

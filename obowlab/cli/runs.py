@@ -96,7 +96,7 @@ def list_all(as_json: bool, options: MachineOptions, dry_run: bool) -> None:
 def show(run: str, as_json: bool, options: MachineOptions, dry_run: bool) -> None:
     """Show one run: its state, last metrics and results.
 
-    RUN is a run id, the beginning of one, or a run folder.
+    RUN is a run id, a prefix of one, or a run folder.
     """
     folder = _find(run, options=options)
     if dry_run:
@@ -232,8 +232,8 @@ def _find(run: str, *, options: MachineOptions) -> RunFolder:
 def _warn_of_damage(runs_root: Path) -> None:
     from obowlab.runs.folder import damaged_runs
 
-    for complaint in damaged_runs(runs_root):
-        click.echo(f"Warning: {complaint}", err=True)
+    for error in damaged_runs(runs_root):
+        click.echo(f"Warning: {error}", err=True)
 
 
 def _progress(state: State) -> str:

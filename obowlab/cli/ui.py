@@ -90,7 +90,7 @@ def _serve_studies(machine: Machine, *, storage: str | None, port: int, dry_run:
         would(f"serve the studies of {shown_uri(url)} at http://{HOST}:{port}/dashboard")
         return 0
     if not exists(url):
-        raise UserError(f"There are no studies in {shown_uri(url)}; `obowlab tune kappa-delta --scale demo` begins one.")
+        raise UserError(f"There are no studies in {shown_uri(url)}; `obowlab tune kappa-delta --scale demo` makes one.")
     _refuse_taken(port)
     command = [sys.executable, "-m", "obowlab.studies.dashboard", HOST, str(port)]
     what = f"Optuna dashboard of {shown_uri(url)}"
@@ -123,7 +123,7 @@ def _refuse_taken(port: int) -> None:
 
 @contextmanager
 def _serving(command: list[str], *, cwd: Path, environment: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    """Start the server in a process group of its own and end the whole group, whatever happens here."""
+    """Start the server in a process group of its own, and end the whole group when the context is left."""
     with on_signals(_interrupt, (signal.SIGTERM, signal.SIGHUP)):  # as Ctrl-C, so that the server never outlives this process
         server = subprocess.Popen(command, cwd=cwd, env={**os.environ, **environment}, stdout=sys.stderr, start_new_session=True)
         try:
@@ -137,7 +137,7 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
 
 
 def _end_group(server: subprocess.Popen[bytes]) -> None:
-    """Ask every process of the server's group to end, and make those that do not."""
+    """Ask every process of the server's group to end, and kill those that do not."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(server.pid, number)

@@ -1,4 +1,4 @@
-"""What is checked before a run begins, without torch."""
+"""Checks before a run starts, without torch."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from obowlab.launch.nodes import RENDEZVOUS_VARIABLE
 
 
 def check_nodes(machine: Machine) -> None:
-    """Refuse several nodes where no job of a cluster brought them together.
+    """Refuse several nodes outside a job of a cluster.
 
     Raises:
-        UserError: says how it is done.
+        UserError: says how to submit one.
     """
     if machine.nodes > 1 and RENDEZVOUS_VARIABLE not in os.environ:
         raise UserError("--nodes is for a cluster: add --launcher slurm, or leave --nodes out.")
 
 
 def check_data(loaded: Loaded, *, machine: Machine, dry_run: bool, say: Callable[[str], None]) -> None:
-    """Refuse a run whose images or class lists would be missed hours later; draw the synthetic images on first use.
+    """Refuse a run whose images or class lists are missing, which would fail hours later; draw the synthetic images on first use.
 
     Args:
         loaded: the recipe of the run.
         machine: where its data are.
-        dry_run: draw nothing, say what would be drawn.
+        dry_run: draw nothing, print what would be drawn.
         say: prints one line.
 
     Raises:

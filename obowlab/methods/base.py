@@ -96,7 +96,7 @@ class StepOutput:
 
 @dataclass(frozen=True)
 class Preparation:
-    """What a method may use before its first step.
+    """What a method may use in `prepare`.
 
     Attributes:
         teacher: the encoder of the stage before; None when the recipe has none.
@@ -118,7 +118,7 @@ class Preparation:
 
 @dataclass(frozen=True)
 class LevelWords:
-    """The vocabulary of one level as it stands, and how a map of that level is read with it.
+    """The vocabulary of one level, and how a map of that level is assigned to it.
 
     Attributes:
         vectors: the words, [K, C].
@@ -136,7 +136,7 @@ class LevelWords:
 
 @dataclass(frozen=True)
 class VisualWords:
-    """The words a method describes images with, and the network whose maps it describes.
+    """The words of a method, and the network whose maps they describe.
 
     Attributes:
         teacher: the network.
@@ -201,7 +201,7 @@ class Method(nn.Module, ABC, Generic[SettingsT]):
         ends with the same state.
 
         Raises:
-            UserError: the training images are not enough, or the teacher does not fit.
+            UserError: there are too few training images, or the teacher does not fit.
         """
         return False
 
@@ -211,7 +211,7 @@ class Method(nn.Module, ABC, Generic[SettingsT]):
         """Return the network that is learnt."""
 
     def visual_words(self) -> VisualWords | None:
-        """Return the words as they stand, sharing memory with the method; None when it describes images without words."""
+        """Return the words, sharing memory with the method; None for a method that has none."""
         return None
 
     def param_groups(self, *, weight_decay: float) -> list[dict[str, Any]]:
@@ -258,7 +258,7 @@ class Method(nn.Module, ABC, Generic[SettingsT]):
 
 
 def refuse_cutmix(name: str, *, views: Views) -> None:
-    """Refuse mixed crops for a method that has no target to mix.
+    """Refuse cutmix for a method that has no targets to mix.
 
     Raises:
         UserError: names the setting to change.

@@ -1,4 +1,4 @@
-"""The mathematics of online bags of visual words: pure functions of tensors (docs/method.md; the paper's section 3).
+"""The mathematics of online bags of visual words: pure functions of tensors (docs/method.md, 3 to 6).
 
 Shape suffixes, one letter per dimension:
 
@@ -60,7 +60,7 @@ def squared_distances(features_NC: Tensor, words_KC: Tensor) -> Tensor:
 
 
 def distance_chunks(local_BUC: Tensor, words_KC: Tensor, *, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (local_BUC, dist_BUK) of a few images at a time, until all images were seen: memory has a bound whatever the batch.
+    """Yield (local_BUC, dist_BUK) of a few images at a time: bounded memory whatever the batch (docs/method.md, 4.6).
 
     A training step reads the distances twice and computes them twice: the nearest word of *every* location must be known before
     the first code is made, because mu_MSD depends on it.
@@ -89,7 +89,7 @@ def mean_squared_distance(local_BUC: Tensor, words_KC: Tensor) -> Tensor:
 
 
 def soft_assign(dist_BUK: Tensor, *, delta: Tensor) -> Tensor:
-    """Return the soft assignment of every location to the words (eq. 4), [B, U, K], rows summing to 1."""
+    """Return the soft code of every location (eq. 4), [B, U, K], rows summing to 1."""
     return torch.softmax(dist_BUK * (-1 / delta), dim=-1)
 
 

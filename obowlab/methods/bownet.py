@@ -1,4 +1,4 @@
-"""BoWNet: a student predicts the bag of visual words of a frozen teacher, over words made once by k-means."""
+"""BoWNet: a student predicts the bag of words of a frozen teacher, words made once by k-means (docs/method.md, 10.1)."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class BoWNet(Method[Bownet]):
         """Refuse feature maps of which the border leaves nothing.
 
         Raises:
-            UserError: says how large the map is.
+            UserError: names the size of the map and the settings to change.
         """
         _refuse_small_map(method, size=map_size(backbone, level=method.level, image_size=views.original_size))
 
@@ -58,7 +58,7 @@ class BoWNet(Method[Bownet]):
         return self.student
 
     def visual_words(self) -> VisualWords:
-        """Return the words, as old as the training, with the hard codes (delta 0) that they are used with."""
+        """Return the words, inserted at step 0, with delta 0: the codes are one-hot."""
         words = LevelWords(
             vectors=self.words,
             delta=self.words.new_zeros(()),
@@ -68,7 +68,7 @@ class BoWNet(Method[Bownet]):
         return VisualWords(teacher=self.teacher, levels={self.method.level: words})
 
     def train(self, mode: bool = True) -> BoWNet:
-        """Set the mode of everything but the teacher, which keeps the batch-norm statistics it was trained with."""
+        """Set the mode of everything but the teacher, which uses the batch-norm statistics it was trained with."""
         super().train(mode)
         self.teacher.eval()
         return self
@@ -77,10 +77,10 @@ class BoWNet(Method[Bownet]):
 
     @torch.no_grad()
     def prepare(self, preparation: Preparation) -> bool:
-        """Take over the teacher and make the words from its maps of training images.
+        """Load the teacher and cluster its local features of training images into the words.
 
         Raises:
-            UserError: the images have fewer local features than there shall be words.
+            UserError: the images have fewer local features than `method.num_words`.
         """
         assert preparation.teacher is not None, "the recipe sees to it"
         self.teacher.load_state_dict(preparation.teacher.state_dict(), strict=True)
@@ -118,11 +118,11 @@ class BoWNet(Method[Bownet]):
             found.append(local_BUC.gather(1, chosen[..., None].expand(-1, -1, local_BUC.shape[2])))
             done += len(images)
             if len(found) % REPORT_EVERY == 0 or done == len(mine):
-                preparation.report(f"Vocabulary: looked at {done} of {len(mine)} images.")
+                preparation.report(f"Vocabulary: read {done} of {len(mine)} images.")
         return self.comm.all_gather(torch.cat(found))[: len(numbers)].flatten(0, 1)
 
     def _draw_locations(self, preparation: Preparation) -> tuple[Tensor, Tensor]:
-        """Return which images are looked at, [N], and at which locations of each, [N, L]: as few of each as will do."""
+        """Return which images are read, [N], and which locations of each, [N, L]: as few of each as are needed."""
         numbers = torch.arange(preparation.num_images)
         order = preparation.uniforms(numbers, 1, 0)[:, 0].argsort(stable=True)
         num_locations = self._local(next(preparation.originals(order[:1]))).shape[1]

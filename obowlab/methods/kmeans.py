@@ -11,7 +11,7 @@ from torch import Tensor
 def kmeans(points_NC: Tensor, *, num_words: int, iterations: int, seed: int, report: Callable[[str], None]) -> Tensor:
     """Return the centres of Lloyd's algorithm, float32 [num_words, C], a function of its arguments.
 
-    It starts from points that the seed chooses; a centre that loses all its points is put beside one that has many.
+    It starts from points that the seed chooses; a centre that loses all its points is moved next to one that has many.
 
     Args:
         points_NC: at least `num_words` points.
@@ -20,14 +20,14 @@ def kmeans(points_NC: Tensor, *, num_words: int, iterations: int, seed: int, rep
         seed: of the first centres.
         report: takes a line of progress after every tenth pass and the last one.
     """
-    import faiss  # takes a while, and most methods do without
+    import faiss  # slow, and most methods do not need it
 
     points = points_NC.detach().float().cpu().contiguous().numpy()
     assert len(points) >= num_words
     faiss.omp_set_num_threads(torch.get_num_threads())
     centres = None
     for number in range(1, iterations + 1):
-        # One pass at a time, so that there is something to say and a signal is heard in between.
+        # One pass at a time, to report progress and to handle signals in between.
         one_pass = faiss.Kmeans(
             points.shape[1], num_words, niter=1, seed=seed, min_points_per_centroid=1, max_points_per_centroid=len(points)
         )

@@ -1,4 +1,4 @@
-"""MoCo v2: tell the key of the same image from the keys of earlier ones.
+"""MoCo v2: tell the key of the same image from the keys of earlier ones (docs/method.md, 10.3).
 
 He et al., "Momentum contrast for unsupervised visual representation learning", CVPR 2020; Chen et al., "Improved baselines with
 momentum contrastive learning", 2020.

@@ -1,4 +1,7 @@
-"""OBoW: a student predicts, from small crops, the bag of visual words its teacher sees in the whole image (docs/method.md)."""
+"""OBoW: a student predicts, from small crops, the bag of visual words of the whole image (docs/method.md).
+
+The teacher that assigns the words is a moving average of the student.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ from obowlab.methods.vocabulary import VOCABULARIES, Vocabulary, level_metrics
 
 
 class OBoW(Method[Obow]):
-    """One call is one training step without its backward pass, in the order of docs/method.md, whose step numbers are cited.
+    """One call is one training step without its backward pass, in the order of docs/method.md, 7.
 
     Attributes:
         num_uniforms: random numbers a step needs per image: one per level.

@@ -1,4 +1,4 @@
-"""RotNet: by how many quarter turns was this view rotated? (Gidaris, Singh, Komodakis, ICLR 2018)."""
+"""RotNet: by how many quarter turns was this view rotated? (Gidaris, Singh, Komodakis, ICLR 2018; docs/method.md, 10.2)."""
 
 from __future__ import annotations
 

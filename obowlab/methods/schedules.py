@@ -1,4 +1,4 @@
-"""Learning rate and teacher momentum as pure functions of the step."""
+"""Learning rate and teacher momentum as pure functions of the step (docs/method.md, 8)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def learning_rate(step: int, *, optimizer: Optimizer, epochs: int, steps_per_epo
 
     A linear warm-up from 0 over `warmup_epochs` (per step), then half a cosine from `learning_rate` towards
     `end_learning_rate`, reached at the step after the last. With `cosine_per = "epoch"` the cosine stands still within
-    an epoch, at its value at the epoch's start, as the authors' code does (SPEC section 3).
+    an epoch, at its value at the epoch's start, as the authors' code does (docs/method.md, 8.1).
     """
     warmup_steps = optimizer.warmup_epochs * steps_per_epoch
     if step < warmup_steps:

@@ -1,4 +1,4 @@
-"""The vocabulary of visual words and what it remembers between steps: a queue, or online k-means (paper sections 3.1, D).
+"""The vocabulary of visual words: a queue, or online k-means (docs/method.md, 3; paper section 3.1 and appendix D).
 
 A vocabulary has two verbs. `assign` describes the teacher's map of one level in the words as they are and changes nothing;
 `update` moves the words, which is the last thing a step does. Its state is in persistent buffers, equal on every process.
@@ -74,7 +74,9 @@ class Vocabulary(nn.Module, ABC):
 
     @torch.no_grad()
     def assign(self, map_BCHW: Tensor, *, comm: Comm) -> VocabularyAssignment:
-        """Return the BoW targets of a batch: distances to the words as they are, a temperature that knows this batch.
+        """Return the BoW targets of a batch, and change nothing: steps (5), (6), (8) and (9) of docs/method.md, 7.
+
+        Distances are to the words as they are; the temperature is that of mu_MSD with this batch taken in.
 
         Args:
             map_BCHW: the teacher's map, border included.
@@ -99,7 +101,7 @@ class Vocabulary(nn.Module, ABC):
 
     @torch.no_grad()
     def update(self, assignment: VocabularyAssignment, *, uniforms_B: Tensor, step: int, comm: Comm) -> None:
-        """Take a batch into mu_MSD and the words.
+        """Take a batch into mu_MSD and the words, step (7): the last thing a training step does.
 
         Args:
             assignment: of the batch, from `assign`.

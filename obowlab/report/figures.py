@@ -1,22 +1,42 @@
-"""The figures of a report: which curves stand in one chart, and what is written beside them."""
+"""The figures of a report as plotly takes them: which curves are in one chart, what hovering shows, the CSV of each.
+
+Figures are plain dicts: importing `plotly.graph_objects` takes longer than writing a report.
+"""
 
 from __future__ import annotations
 
+import csv
+import io
+import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from html import escape
+from typing import Any
+
+from pydantic_core import to_json
 
 from obowlab import text
-from obowlab.report.chart import Axis, Bar, Interval, Line, bar_chart, interval_chart, line_chart
 from obowlab.report.curves import Curve, over_seeds
 from obowlab.report.model import Figure, Run, Site
-from obowlab.report.parameter_map import Mark, Spot, parameter_map
-from obowlab.report.studies import Parameter, Study
 from obowlab.runs.metrics import unit_of
+from obowlab.studies.schema import StudyReport
 from obowlab.tables.model import Row, Table
 
 LINES_PER_CHART = 6
-"""Beside the base row; more are hard to tell apart."""
+"""Beside the base row; more are hard to distinguish."""
+
+NUM_COLOURS = 8
+"""`--c0` to `--c7` of the style sheet."""
+
+LABEL_LENGTH = 44
+"""Longer names end in an ellipsis in the legend; hovering shows them whole."""
+
+MARKERS = 30
+"""Curves of fewer points show each of them."""
+
+RUNS_SHOWN = 3
+"""Hovering a mean of more runs names so many of them."""
 
 TRAINING = ("loss", "monitor_accuracy", "fewshot")
 VOCABULARY = ("perplexity_image", "perplexity_batch", "words_used", "word_age", "distance")
@@ -35,8 +55,41 @@ LOGARITHMIC = ("distance", "perplexity_image")
 START = 25
 """The first one of so many parts of a training does not decide where the axis of the loss ends."""
 
+CURVE_COLUMNS = ("curve", "runs", "step", "epoch", "value", "lowest", "highest")
+STUDY_FIGURES = {
+    "contour": (
+        "Objective over two parameters",
+        "Black points are trials, a diamond is the paper's point, a circle the best. Colours between them are interpolated and "
+        "only guide the eye.",
+    ),
+    "history": ("History", "Trials in their order, with their 95 % intervals."),
+    "importance": (
+        "Importance",
+        "Share of the variation between trials that a parameter explains; with few trials a rough figure.",
+    ),
+    "slice": ("Objective over each parameter", "Darker points are later trials."),
+}
+"""Name in `study.json` -> title and caption, in the order of the page."""
+
 FLAT = 0.02
 """Curves of a vocabulary whose later half moves by less than this share of its highest value are left out."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve of a chart.
+
+    Attributes:
+        label: its name.
+        runs: the run that it shows, or the seeds that it is the mean of.
+        curve: its points.
+        base: whether the others are compared with it: drawn thicker and in the colour of the text.
+    """
+
+    label: str
+    runs: tuple[str, ...]
+    curve: Curve
+    base: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,7 +97,7 @@ class Group:
     """All seeds of one recipe: one line of a chart.
 
     Attributes:
-        label: at the end of its line.
+        label: name of its line.
         runs: one per seed.
         base: whether the others are compared with it.
     """
@@ -68,7 +121,7 @@ class Family:
 
 
 def families(runs: Iterable[Run]) -> dict[str, Family]:
-    """Return the runs by the name of their recipe, each line named after what parts it from the others."""
+    """Return the runs by the name of their recipe, each line named after what distinguishes it from the others."""
     found: dict[str, dict[str, list[Run]]] = {}
     for run in sorted(runs, key=lambda run: (run.recipe, run.variant, run.seed)):
         found.setdefault(run.recipe, {}).setdefault(run.family, []).append(run)
@@ -99,11 +152,11 @@ def groups_of(table: Table, *, site: Site) -> dict[str, tuple[Group, ...]]:
 
 
 def curve_figures(groups: Sequence[Group], *, metrics: Sequence[str], heading: str = "") -> list[Figure]:
-    """Draw every metric that some group has, few lines to a chart.
+    """Return a chart of every metric that some group has, few lines to a chart.
 
     Args:
         groups: lines, the base among them.
-        metrics: beginnings of metric names, in the order of drawing.
+        metrics: beginnings of metric names, in the order of the charts.
         heading: of the groups, for the charts' titles.
     """
     figures = []
@@ -116,85 +169,138 @@ def curve_figures(groups: Sequence[Group], *, metrics: Sequence[str], heading: s
         parts = [others[i : i + LINES_PER_CHART] for i in range(0, len(others), LINES_PER_CHART)] or [[]]
         for place, part in enumerate(parts, start=1):
             count = f"part {place} of {len(parts)}" if len(parts) > 1 else ""
-            title = ", ".join(text for text in (title_of(name), heading, count) if text)
-            axis, caption = _axis(name, [*base, *part])
-            drawn = line_chart([*base, *part], title=title, x=Axis("epochs", low=0.0), y=axis)
-            figures.append(Figure(title, drawn, caption))
+            title = ", ".join(part for part in (title_of(name), heading, count) if part)
+            figures.append(_curve_figure([*base, *part], metric=name, title=title))
     return figures
 
 
-def run_figures(curves: Mapping[str, Curve], *, metrics: Sequence[str]) -> list[Figure]:
-    """Draw the curves of one run, its levels in one chart."""
-    by_name: dict[str, list[tuple[str, Curve]]] = {}
-    for name, curve in curves.items():
+def run_figures(run: Run, *, metrics: Sequence[str]) -> list[Figure]:
+    """Return the charts of one run, its levels in one chart."""
+    by_name: dict[str, list[Line]] = {}
+    for name, curve in sorted(run.curves.items()):
         if base_name(name) in metrics:
             key, level = _without_level(name)
-            by_name.setdefault(key, []).append((level or key, curve))
+            by_name.setdefault(key, []).append(Line(level or title_of(key), (run.run_id,), curve))
     figures = []
     for key in sorted(by_name, key=lambda name: (metrics.index(base_name(name)), name)):
-        lines = [
-            Line(label, curve.epoch, curve.mean, *_band(curve), band="lowest and highest value logged")
-            for label, curve in sorted(by_name[key])
-        ]
+        lines = by_name[key]
         if base_name(key) in VOCABULARY and is_flat(lines):
             continue
-        levels = ", ".join(level for level, _ in sorted(by_name[key]) if level != key) if len(lines) == 1 else ""
-        title = ", ".join(text for text in (title_of(key), levels) if text)
-        axis, caption = _axis(key, lines)
-        figures.append(Figure(title, line_chart(lines, title=title, x=Axis("epochs", low=0.0), y=axis), caption))
+        level = lines[0].label if len(lines) == 1 and lines[0].label != title_of(key) else ""
+        title = ", ".join(part for part in (title_of(key), level) if part)
+        figures.append(_curve_figure(lines, metric=key, title=title))
     return figures
 
 
 def table_figure(table: Table) -> Figure | None:
-    """Draw the differences to the base row in the primary column, with their intervals; None when there are fewer than two."""
+    """Return the differences to the base row in the primary column, with their intervals; None when there are fewer than two."""
     column = next(i for i, column in enumerate(table.columns) if column.metric == table.primary)
     base = table.base.cells[column].paper
-    intervals = []
+    found = []
     for row in table.rows:
         cell = row.cells[column]
-        if row.is_base or cell.against_base is None:
-            continue
-        paper = cell.paper - base if table.comparable and cell.paper is not None and base is not None else None
-        intervals.append(Interval(row.label, cell.against_base.value, cell.against_base.interval, paper))
-    if len(intervals) < 2:
+        if not row.is_base and cell.against_base is not None:
+            known = table.comparable and cell.paper is not None and base is not None
+            runs = [run.run_id for run in row.runs if run.status == "finished"]
+            found.append((row.label, cell.against_base, cell.paper - base if known else None, runs))  # type: ignore[operator]
+    if len(found) < 2:
         return None
-    label = table.columns[column].label
-    title = f"{label}: difference to the base row"
+    labels, ours, paper, _ = zip(*found, strict=True)
+    places = list(range(len(found)))
+    data: list[dict[str, Any]] = [
+        {
+            "type": "scatter",
+            "mode": "markers",
+            "name": "ours, 95 % interval",
+            "x": [estimate.value for estimate in ours],
+            "y": places,
+            "error_x": {"array": [estimate.interval for estimate in ours], "color": "--c0", "thickness": 2},
+            "marker": {"size": 9, "color": "--c0"},
+            "customdata": [[plain(label), estimate.interval, _names(runs)] for label, estimate, _, runs in found],
+            "hovertemplate": "<b>%{customdata[0]}</b><br>%{x:+.2f} ± %{customdata[1]:.2f}<br>%{customdata[2]}<extra></extra>",
+        }
+    ]
+    if any(value is not None for value in paper):
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": "paper",
+                "x": paper,
+                "y": places,
+                "marker": {"symbol": "diamond-open", "size": 12, "color": "--ink", "line": {"width": 2}},
+                "customdata": [plain(label) for label in labels],
+                "hovertemplate": "<b>%{customdata}</b><br>paper: %{x:+.2f}<extra></extra>",
+            }
+        )
+    title = f"{table.columns[column].label}: difference to the base row"
     caption = f"Dots are ours with their 95 % intervals; the line at 0 is the base row, {table.base.label}. "
     caption += "Diamonds are the paper's differences." if table.comparable else "The paper's differences belong to another scale."
-    return Figure(title, interval_chart(intervals, title=title, x=Axis("percentage points")), caption)
+    ends = "; ".join(f"{label}: {text.estimate(ours.value, ours.interval, signed=True)}" for label, ours, _, _ in found)
+    return Figure(
+        title=title,
+        description=f"{title}. {ends}.",
+        data=data,
+        layout={
+            "xaxis": {"title": {"text": "percentage points"}, "zeroline": True, "zerolinecolor": "--soft", "zerolinewidth": 2},
+            "yaxis": {
+                "tickvals": places,
+                "ticktext": [plain(_shortened(label, LABEL_LENGTH // 2)) for label in labels],
+                "range": [len(found) - 0.5, -0.5],
+                "showgrid": False,
+            },
+            "showlegend": len(data) > 1,
+        },
+        csv=_csv(
+            ("row", "difference", "interval", "paper", "runs"),
+            [(label, ours.value, ours.interval, value, " ".join(runs)) for label, ours, value, runs in found],
+        ),
+        height=110 + 26 * len(found),
+        caption=caption,
+    )
 
 
-def study_figures(study: Study) -> list[Figure]:
-    """Draw a study: the plane of its two most important numbers, its history, the parameters' importance."""
-    value = ", ".join(text for text in (study.metric or "value", study.unit) if text)
-    numeric = [parameter for parameter in study.ranked if _is_searched_number(study, parameter.key)]
+def study_figures(study: StudyReport) -> list[Figure]:
+    """Return Optuna's figures of a study as `study.json` holds them."""
+    keys = [parameter.key for parameter in study.parameters]
+    trials = _csv(
+        ("trial", "status", *keys, study.metric or "value", "interval", "paper", "runs"),
+        [
+            (
+                *(trial.number, trial.status, *(trial.params.get(key) for key in keys), trial.value, trial.interval),
+                *("paper" if trial.is_paper else "", " ".join(run.run_id for run in trial.runs)),
+            )
+            for trial in study.trials
+        ],
+    )
+    importances = _csv(("parameter", "importance"), [(parameter.key, parameter.importance) for parameter in study.ranked])
     figures = []
-    if study.completed and len(numeric) >= 2:
-        figures.append(_map(study, x=numeric[0], y=numeric[1], value=value))
-    elif study.completed and len(numeric) == 1:
-        key = numeric[0].key
-        pairs = sorted((float(trial.params[key]), trial.reached or 0.0) for trial in study.completed)
-        line = Line("trials", [a for a, _ in pairs], [b for _, b in pairs], kind="points")
-        title = f"{value} over {key}"
-        figures.append(Figure(title, line_chart([line], title=title, x=_param_axis(numeric[0]), y=Axis(value))))
-    if len(study.completed) >= 2:
-        figures.append(_history(study, value=value))
-    bars = [
-        Bar(parameter.key, float(round(100 * parameter.importance)))
-        for parameter in study.ranked
-        if parameter.importance is not None
-    ]
-    if len(bars) >= 2:
-        caption = "Share of the variation between trials that a parameter explains; with few trials a rough figure."
-        figures.append(Figure("Importance", bar_chart(bars, title="Importance of the parameters", unit="%"), caption))
+    for name, (title, caption) in STUDY_FIGURES.items():
+        if (figure := study.figures.get(name)) is None:
+            continue
+        layout = {key: value for key, value in figure.layout.items() if key not in ("title", "template", "width", "height")}
+        if name == "importance":
+            layout["margin"] = {"r": 40}  # for the numbers behind the bars
+        figures.append(
+            Figure(
+                title=title,
+                description=f"{title}. {caption}",
+                data=figure.data,
+                layout=layout,
+                csv=importances if name == "importance" else trials,
+                height=360,
+                wide=name == "slice",
+                caption=caption,
+            )
+        )
     return figures
 
 
 def is_flat(lines: Sequence[Line]) -> bool:
     """Return whether nothing happens in the later half of any line, all lines taken together; short lines are never flat."""
-    later = [value for line in lines for value in line.y[len(line.y) // 2 :]]
-    return min(len(line.y) for line in lines) >= 20 and max(later) - min(later) <= FLAT * max(abs(value) for value in later)
+    values = [line.curve.mean for line in lines]
+    later = [value for each in values for value in each[len(each) // 2 :]]
+    return min(map(len, values)) >= 20 and max(later) - min(later) <= FLAT * max(abs(value) for value in later)
 
 
 def title_of(metric: str) -> str:
@@ -206,8 +312,20 @@ def title_of(metric: str) -> str:
 
 
 def base_name(metric: str) -> str:
-    """Return the name under which a metric is ordered: without its level, its shots."""
+    """Return the name by which metrics are ordered: without its level or its number of shots."""
     return "fewshot" if metric.startswith("fewshot_") else _without_level(metric)[0]
+
+
+def plain(name: str) -> str:
+    """Return a name in a form that plotly shows to the letter: it knows tags, entities and %{variables}."""
+    return escape(name, quote=False).replace("%{", "%&#123;")
+
+
+def counts(runs: Iterable[Run]) -> Mapping[str, int]:
+    """Return how many runs are in each state, most informative states first; absent states are left out."""
+    order = ("finished", "running", "interrupted", "failed", "created")
+    states = [run.status for run in runs]
+    return {state: states.count(state) for state in order if state in states}
 
 
 # -------------------------------------------------------------------------------------------------------------- helpers
@@ -221,87 +339,124 @@ def _group(row: Row, *, site: Site) -> Group | None:
 def _line(group: Group, *, metric: str) -> Line | None:
     """Return a group's line: its finished seeds, or all of them while none is finished."""
     finished = [run for run in group.runs if run.status == "finished"]
-    curves = [run.curves[metric] for run in finished or group.runs if metric in run.curves]
-    if not curves:
+    runs = [run for run in finished or group.runs if metric in run.curves]
+    curve = over_seeds([run.curves[metric] for run in runs]) if runs else None
+    if curve is None or not curve.epoch:
         return None
-    mean = over_seeds(curves)
-    if not mean.epoch:
-        return None
-    count = len(curves)
-    label = group.label if count == 1 else f"{group.label} ×{count}"
-    if count == 1:
-        return Line(label, mean.epoch, mean.mean, base=group.base)
-    return Line(label, mean.epoch, mean.mean, mean.low, mean.high, band=f"range of {count} seeds", base=group.base)
+    label = group.label if len(runs) == 1 else f"{group.label} ×{len(runs)}"
+    if len(runs) == 1:  # the extremes of one run would hide the lines of the others
+        curve = replace(curve, low=curve.mean, high=curve.mean)
+    return Line(label, tuple(run.run_id for run in runs), curve, base=group.base)
 
 
-def _band(curve: Curve) -> tuple[Sequence[float], Sequence[float]]:
-    return (curve.low, curve.high) if curve.low != curve.high else ((), ())
-
-
-def _axis(metric: str, lines: Sequence[Line]) -> tuple[Axis, str]:
-    """Return the axis of a metric's values, and a sentence when the first steps are cut off because they hide all others."""
+def _curve_figure(lines: Sequence[Line], *, metric: str, title: str) -> Figure:
+    """Return the chart of some curves of one metric, each with its band."""
     key, _ = _without_level(metric)
-    unit = unit_of(metric) or unit_of(f"{metric}_conv5")
-    log = key in LOGARITHMIC and all(min(values) > 0 for line in lines for values in (line.y, line.low) if values)
-    kind = "squared distance" if key == "distance" else ""
-    label = (unit or kind) + (", logarithmic" if log else "")
-    if key != "loss":
-        return Axis(label, log=log), ""
-    edges = [values for line in lines for values in (line.y, line.low, line.high) if values]
+    unit = unit_of(metric) or unit_of(f"{metric}_conv5") or ("squared distance" if key == "distance" else "")
+    low, high = min(min(line.curve.low) for line in lines), max(max(line.curve.high) for line in lines)
+    y: dict[str, Any] = {"title": {"text": unit}}
+    caption = ""
+    if key in LOGARITHMIC and low > 0:
+        ticks = _log_ticks(low, high)
+        y = {"title": {"text": f"{unit}, logarithmic"}, "type": "log", "tickvals": ticks, "ticktext": [*map(text.number, ticks)]}
+    elif key == "loss" and (bounds := _bounds(lines)) != (low, high):
+        y["range"] = bounds
+        caption = f"The first steps, from {text.number(low)} to {text.number(high)}, lie beyond the axis; zoom out for them."
+    ends = "; ".join(f"{line.label}: {text.number(line.curve.mean[-1])} at step {line.curve.step[-1]}" for line in lines)
+    colours = _colours(lines)
+    return Figure(
+        title=title,
+        description=f"{title}, over epochs. Last values: {ends}.",
+        data=[trace for line, colour in zip(lines, colours, strict=True) for trace in _traces(line, unit=unit, colour=colour)],
+        layout={"xaxis": {"title": {"text": "epochs"}, "rangemode": "tozero"}, "yaxis": y, "showlegend": len(lines) > 1},
+        csv=_curve_csv(lines),
+        height=280 + (20 * len(lines) if len(lines) > 1 else 0),
+        caption=caption,
+    )
+
+
+def _bounds(lines: Sequence[Line]) -> tuple[float, float]:
+    """Return the ends of the axis of the loss, which the first steps do not decide: they would hide all others."""
+    edges = [values for line in lines for values in (line.curve.low, line.curve.high)]
     later = [value for values in edges for value in values[len(values) // START :]]
-    low, high = min(map(min, edges)), max(map(max, edges))
     room = 0.25 * (max(later) - min(later))
-    bottom, top = max(low, min(later) - room), min(high, max(later) + room)
-    if (bottom, top) == (low, high):
-        return Axis(label), ""
-    said = f"The first steps, from {text.number(low)} to {text.number(high)}, are drawn at the edge where they lie beyond it."
-    return Axis(label, low=bottom, high=top), said
+    return max(min(map(min, edges)), min(later) - room), min(max(map(max, edges)), max(later) + room)
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Return round numbers for a logarithmic axis, also beyond its ends; the wider it is, the fewer for each power of ten."""
+    factors = (1, 1.5, 2, 3, 5, 7) if high < 30 * low else (1, 2, 5) if high < 1000 * low else (1,)
+    powers = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 1)
+    return [factor * 10.0**power for power in powers for factor in factors]
+
+
+def _colours(lines: Sequence[Line]) -> list[str]:
+    """Return a colour for each line: that of the text for the base, the palette's in order for the others."""
+    places = iter(range(len(lines)))
+    return ["--ink" if line.base else f"--c{next(places) % NUM_COLOURS}" for line in lines]
+
+
+def _traces(line: Line, *, unit: str, colour: str) -> Iterator[dict[str, Any]]:
+    """Yield the band of a line, where it has one, and the line; the legend switches both together."""
+    curve, label = line.curve, plain(line.label)
+    if curve.low != curve.high:
+        yield {
+            "type": "scatter",
+            "x": (*curve.epoch, *reversed(curve.epoch)),
+            "y": (*curve.high, *reversed(curve.low)),
+            "mode": "lines",
+            "line": {"width": 0},
+            "fill": "toself",
+            "fillcolor": f"{colour}/33",
+            "hoverinfo": "skip",
+            "legendgroup": label,
+            "showlegend": False,
+        }
+    value = f"%{{y:.4~g}} {unit}".strip()
+    runs = f"mean of {len(line.runs)} seeds: {_names(line.runs)}" if len(line.runs) > 1 else _names(line.runs)
+    place = "step %{customdata}, epoch %{x:.4~g}"
+    yield {
+        "type": "scatter",
+        "name": plain(_shortened(line.label, LABEL_LENGTH)),
+        "x": curve.epoch,
+        "y": curve.mean,
+        "customdata": curve.step,
+        "mode": "lines+markers" if len(curve.epoch) <= MARKERS else "lines",
+        "line": {"color": colour, "width": 2.6 if line.base else 1.8},
+        "marker": {"size": 5},
+        "hovertemplate": f"<b>{label}</b><br>{value}<br>{place}<br>{runs}<extra></extra>",
+        "legendgroup": label,
+    }
+
+
+def _curve_csv(lines: Sequence[Line]) -> str:
+    """Return the points of some curves; a report of 200 runs has so many that `csv` would take most of its time."""
+    parts = [_csv(CURVE_COLUMNS, ())]
+    for line in lines:
+        curve, name = line.curve, _csv((line.label, " ".join(line.runs)), ()).removesuffix("\n")
+        points = to_json(list(zip(curve.step, curve.epoch, curve.mean, curve.low, curve.high, strict=True))).decode()
+        parts += [f"{name},{point}\n" for point in points[2:-2].split("],[")]
+    return "".join(parts)
+
+
+def _csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    target = io.StringIO(newline="")
+    writer = csv.writer(target, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return target.getvalue()
+
+
+def _names(runs: Sequence[str]) -> str:
+    """Return the names of some runs for hovering, a few of many."""
+    more = f"<br>and {len(runs) - RUNS_SHOWN} more" if len(runs) > RUNS_SHOWN else ""
+    return "<br>".join(plain(run) for run in runs[:RUNS_SHOWN]) + more
+
+
+def _shortened(name: str, length: int) -> str:
+    return name if len(name) <= length else f"{name[: length - 1]}…"
 
 
 def _without_level(metric: str) -> tuple[str, str]:
     found = re.fullmatch(r"(.+)_(conv[45])", metric)
     return (found[1], found[2]) if found else (metric, "")
-
-
-def _map(study: Study, *, x: Parameter, y: Parameter, value: str) -> Figure:
-    spots = []
-    for trial in study.trials:
-        if x.key in trial.params and y.key in trial.params:
-            mark: Mark = "paper" if trial.is_paper else "best" if trial.number == study.best else "trial"
-            label = f"trial {trial.number}" + (" (the paper's point)" if mark == "paper" else "")
-            spots.append(Spot(float(trial.params[x.key]), float(trial.params[y.key]), trial.reached, label, mark))
-    title = f"{value} over {x.key} and {y.key}"
-    caption = (
-        "Circles are trials, the ringed one is the best, a diamond is the paper's point, a cross has no final value. "
-        "Colours between them are interpolated (inverse distance) and only guide the eye."
-    )
-    drawn = parameter_map(spots, title=title, x=_param_axis(x), y=_param_axis(y), value=value)
-    return Figure(title, drawn, caption)
-
-
-def _history(study: Study, *, value: str) -> Figure:
-    numbers = [float(trial.number) for trial in study.completed]
-    values = [trial.reached or 0.0 for trial in study.completed]
-    better = min if study.direction == "min" else max
-    best = [better(values[: i + 1]) for i in range(len(values))]
-    lines = [Line("trials", numbers, values, kind="points"), Line("best so far", numbers, best, kind="steps")]
-    return Figure("History", line_chart(lines, title="Values in the order of the trials", x=Axis("trial"), y=Axis(value)))
-
-
-def _param_axis(parameter: Parameter) -> Axis:
-    name = parameter.key.removeprefix("method.")
-    return Axis(f"{name}, logarithmic" if parameter.log else name, log=parameter.log)
-
-
-def _is_searched_number(study: Study, key: str) -> bool:
-    """Return whether a parameter has numbers that are not all the same."""
-    values = [trial.params[key] for trial in study.trials if key in trial.params]
-    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
-    return numbers and len(set(values)) > 1
-
-
-def counts(runs: Iterable[Run]) -> Mapping[str, int]:
-    """Return how many runs are in each state, most telling states first; absent states are left out."""
-    order = ("finished", "running", "interrupted", "failed", "created")
-    states = [run.status for run in runs]
-    return {state: states.count(state) for state in order if state in states}

@@ -1,15 +1,16 @@
-"""What a report says, as plain values: `gather` fills it from the run store, `build` turns it into pages."""
+"""What a report shows, as plain values: `report.read` fills it from the run store, `report.pages` turns it into pages."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from obowlab.report.curves import Curve
-from obowlab.report.studies import Study
 from obowlab.report.vocabulary_health import Finding
+from obowlab.studies.schema import StudyReport
 from obowlab.tables.model import Status, Table
 
 
@@ -35,11 +36,11 @@ class Measured:
     """One metric of one run, student and random initialisation side by side; all in the metric's unit.
 
     Attributes:
-        metric: as in `track.metrics`.
+        metric: as in `runs.metrics`.
         unit: of its values.
         dataset: on which it was measured.
         protocol: name, version and the beginning of its hash.
-        student: value and half-width of the 95 % interval; None when not measured.
+        student: the measurement as in the results file, with `value` and its 95 % `interval`; None when not measured.
         random: the same for the untrained weights.
         count: what the interval was taken over.
     """
@@ -48,17 +49,34 @@ class Measured:
     unit: str
     dataset: str
     protocol: str
-    student: tuple[float, float] | None
-    random: tuple[float, float] | None
+    student: Mapping[str, Any] | None
+    random: Mapping[str, Any] | None
     count: int
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One chart of a page: a heading, the SVG and what one must know to read it."""
+    """One plotly chart of a page.
+
+    Attributes:
+        title: heading.
+        description: what is seen, for readers who do not see it.
+        data: traces as plotly takes them. A colour is a name of the style sheet, `--c0`, or `--c0/33` with an opacity in
+            hexadecimal digits: the chart follows the page into the dark.
+        layout: as plotly takes it, without what all charts share (`dashboards/report/charts.js`).
+        csv: the same numbers as a table.
+        height: in pixels.
+        wide: whether it takes the whole width of the page.
+        caption: what one must know to read it.
+    """
 
     title: str
-    svg: str
+    description: str
+    data: Sequence[Mapping[str, Any]]
+    layout: Mapping[str, Any]
+    csv: str
+    height: int = 300
+    wide: bool = False
     caption: str = ""
 
 
@@ -104,11 +122,9 @@ class Run:
         settings: its recipe.
         base: what `Setting.shipped` compares with, in words.
         measured: its results.
-        curves: metric to curve, online results included.
-        training: figures of its page, of the loss and of what is measured during training.
-        vocabulary: figures of its page, of its vocabulary.
+        curves: metric to curve; those of results during training end with the final result.
         findings: on its vocabulary.
-        gallery: of its visual words; None when nobody made one.
+        gallery: of its visual words; None when there is none.
     """
 
     run_id: str
@@ -136,8 +152,6 @@ class Run:
     base: str = ""
     measured: tuple[Measured, ...] = ()
     curves: Mapping[str, Curve] = field(default_factory=dict)
-    training: tuple[Figure, ...] = ()
-    vocabulary: tuple[Figure, ...] = ()
     findings: tuple[Finding, ...] = ()
     gallery: Gallery | None = None
 
@@ -156,14 +170,14 @@ class Run:
         """What is not healthy."""
         return tuple(finding for finding in self.findings if not finding.healthy)
 
-    def value(self, metric: str) -> tuple[float, float] | None:
-        """Return the student's value and interval on the run's own data set; None when it was not measured."""
+    def measurement(self, metric: str) -> Mapping[str, Any] | None:
+        """Return the student's measurement on the run's own data set; None when there is none."""
         return next((m.student for m in self.measured if m.metric == metric and m.student is not None), None)
 
 
 @dataclass(frozen=True)
 class Site:
-    """Everything a report says.
+    """Everything a report shows.
 
     Attributes:
         as_of: day and time of the newest thing in the store, UTC; empty for an empty store.
@@ -178,7 +192,7 @@ class Site:
     version: str
     tables: tuple[Table, ...] = ()
     runs: tuple[Run, ...] = ()
-    studies: tuple[Study, ...] = ()
+    studies: tuple[StudyReport, ...] = ()
     problems: tuple[str, ...] = ()
 
     @cached_property

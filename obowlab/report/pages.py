@@ -1,33 +1,39 @@
-"""From a `Site` to a folder of pages: written beside, then renamed; the same site gives the same bytes."""
+"""From a `Site` to a folder of pages with one `plotly.min.js`, which need no server; the same site gives the same bytes."""
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import pydantic_core
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from plotly.offline import get_plotlyjs
 
 from obowlab import text
 from obowlab.config import project_root
 from obowlab.errors import UserError
+from obowlab.files import folder_written
 from obowlab.report import figures
-from obowlab.report.model import Run, Site
-from obowlab.report.studies import Study
+from obowlab.report.model import Figure, Run, Site
 from obowlab.report.vocabulary_health import RULES
+from obowlab.studies.schema import StudyReport
 from obowlab.tables.model import Table
 from obowlab.tables.render import LEGEND, MARKS, estimate_text
 
 TEMPLATES = "dashboards/report"
-ASSETS = ("style.css", "page.js")
+ASSETS = ("style.css", "page.js", "charts.js")
+PLOTLY = "plotly.min.js"
 MARKER = ".obowlab-report"
 """Lies in every report: only a folder that has it, or an empty one, is replaced."""
+
+LONGEST_NAME = 60
+"""Letters of a chart's title in the name of its CSV file."""
 
 NEWEST = 8
 """Runs that the overview lists, and warnings."""
@@ -44,30 +50,18 @@ def build_site(site: Site, *, out: Path) -> int:
         UserError: the folder holds something else, or the disk refuses.
     """
     refuse_foreign(out)
-    target = out.absolute()
-    beside = target.with_name(f".{target.name}.{os.getpid()}")
-    before = target.with_name(f".{target.name}.{os.getpid()}.before")
     try:
-        beside.mkdir(parents=True)
-        pages = _write(site, folder=beside)
-        if target.exists():
-            target.rename(before)
-        beside.rename(target)
+        with folder_written(out.absolute()) as folder:
+            return _write(site, folder=folder)
     except OSError as error:
         raise UserError(f"Cannot write the report to {out} (--out): {error.strerror or error}.") from None
-    finally:
-        if before.exists() and not target.exists():
-            before.rename(target)
-        for rest in (beside, before):
-            shutil.rmtree(rest, ignore_errors=True)
-    return pages
 
 
 def refuse_foreign(out: Path) -> None:
     """Refuse to replace a folder that is not a report.
 
     Raises:
-        UserError: names it.
+        UserError: something else is there.
     """
     if out.exists() and not (out.is_dir() and ((out / MARKER).exists() or not any(out.iterdir()))):
         raise UserError(f"{out} is there already and is not a report; choose another --out.")
@@ -83,10 +77,9 @@ def _write(site: Site, *, folder: Path) -> int:
         {
             "estimate": estimate_text,
             "signed": signed,
-            "span": span_text,
+            "measurement": text.measurement,
             "duration": text.duration,
             "short": short_hash,
-            "svg": Markup,
             "page_of": page_of_run,
             "anchor": anchor,
             "setting": setting_text,
@@ -102,12 +95,14 @@ def _write(site: Site, *, folder: Path) -> int:
         path = folder / page.path
         path.parent.mkdir(parents=True, exist_ok=True)
         up = "../" * page.path.count("/")
+        charts = {section: _charts(section, found, page=path) for section, found in page.figures().items()}
         content = environment.get_template(page.template).render(
-            up=up, path=page.path, section=page.section, title=page.title, **page.values()
+            up=up, path=page.path, section=page.section, title=page.title, charts=charts, **page.values
         )
         path.write_text(re.sub(r"\n\s*\n", "\n", content), encoding="utf-8")  # the lines of template statements are empty
     for name in ASSETS:
         shutil.copyfile(templates / name, folder / name)
+    (folder / PLOTLY).write_text(get_plotlyjs(), encoding="utf-8")
     for run in site.runs:
         if run.gallery is not None:
             shutil.copytree(run.gallery.folder, folder / gallery_of(run), copy_function=shutil.copyfile)
@@ -121,31 +116,63 @@ class _Page:
 
     Attributes:
         path: in the site's folder.
-        template: what it is made of.
+        template: its file in `dashboards/report`.
         title: in the browser's tab.
-        values: makes what the template needs, when the page is written.
         section: entry of the menu that it belongs to.
+        values: what the template needs beside its charts.
+        figures: makes its charts by section, when the page is written.
     """
 
     path: str
     template: str
     title: str
-    values: Callable[[], dict[str, Any]]
     section: str
+    values: Mapping[str, Any] = field(default_factory=dict)
+    figures: Callable[[], Mapping[str, Sequence[Figure]]] = dict
+
+
+@dataclass(frozen=True)
+class _Chart:
+    """A figure on a page: its plotly JSON, and its CSV file as seen from the page."""
+
+    figure: Figure
+    json: Markup
+    csv: str
+
+
+def _charts(section: str, found: Sequence[Figure], *, page: Path) -> list[_Chart]:
+    """Write the CSV files of a section's figures beside their page and return what the template needs of them."""
+    folder = page.with_suffix("")
+    if found:
+        folder.mkdir(exist_ok=True)
+    charts = []
+    for number, figure in enumerate(found, start=1):
+        path = folder / f"{anchor(section)}-{number}-{anchor(figure.title).lower()[:LONGEST_NAME]}.csv"
+        path.write_text(figure.csv, encoding="utf-8")
+        charts.append(_Chart(figure, script_json({"data": figure.data, "layout": figure.layout}), f"{folder.name}/{path.name}"))
+    return charts
+
+
+def script_json(value: Any) -> Markup:
+    """Return a value as JSON for a `<script>` element, which no text in it can end; what is not finite becomes null."""
+    content = pydantic_core.to_json(value, inf_nan_mode="null").decode()
+    return Markup(content.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
 
 def _pages(site: Site) -> list[_Page]:
     recipes = figures.families(site.runs)
     galleries = [run for run in site.runs if run.gallery is not None]
-    pages = [_Page("index.html", "index.html", "Overview", lambda: {"galleries": galleries, "newest": NEWEST}, "Overview")]
+    pages = [_Page("index.html", "index.html", "Overview", "Overview", {"galleries": galleries, "newest": NEWEST})]
     pages += [_table_page(table, site=site) for table in site.tables]
     if site.runs:
-        pages.append(_Page("curves.html", "curves.html", "Training curves", lambda: _curves(recipes), "Curves"))
-        pages.append(_Page("vocabulary.html", "vocabulary.html", "Vocabulary", lambda: _vocabulary(site, recipes), "Vocabulary"))
+        judged = [run for run in site.runs if run.findings]
+        training, vocabulary = (partial(_recipe_charts, recipes, metrics=m) for m in (figures.TRAINING, figures.VOCABULARY))
+        pages.append(_Page("curves.html", "curves.html", "Training curves", "Curves", {"recipes": recipes}, training))
+        pages.append(_Page("vocabulary.html", "vocabulary.html", "Vocabulary", "Vocabulary", {"judged": judged}, vocabulary))
     pages += [_study_page(study) for study in site.studies]
     if galleries:
-        pages.append(_Page("words.html", "words.html", "Visual words", lambda: {"galleries": galleries}, "Words"))
-    pages.append(_Page("runs.html", "runs.html", "Runs", dict, "Runs"))
+        pages.append(_Page("words.html", "words.html", "Visual words", "Words", {"galleries": galleries}))
+    pages.append(_Page("runs.html", "runs.html", "Runs", "Runs"))
     return pages + [_run_page(run) for run in site.runs]
 
 
@@ -159,44 +186,34 @@ def _menu(pages: list[_Page]) -> dict[str, str]:
 
 
 def _table_page(table: Table, *, site: Site) -> _Page:
-    def values() -> dict[str, Any]:
+    def charts() -> dict[str, list[Figure]]:
         groups = figures.groups_of(table, site=site)
-        curves = [
-            figure
-            for heading, rows in groups.items()
-            for figure in figures.curve_figures(rows, metrics=("loss", "fewshot", "perplexity_image"), heading=heading)
-        ]
-        return {"table": table, "difference": figures.table_figure(table), "curves": curves}
+        metrics = ("loss", "fewshot", "perplexity_image")
+        curves = [f for heading, rows in groups.items() for f in figures.curve_figures(rows, metrics=metrics, heading=heading)]
+        difference = figures.table_figure(table)
+        return {"difference": [difference] if difference else [], "curves": curves}
 
-    return _Page(table_path(table), "table.html", f"{table_name(table)}, {table.scale}", values, "Tables")
+    return _Page(table_path(table), "table.html", f"{table_name(table)}, {table.scale}", "Tables", {"table": table}, charts)
 
 
-def _study_page(study: Study) -> _Page:
-    def values() -> dict[str, Any]:
-        return {"study": study, "plots": figures.study_figures(study)}
+def _study_page(study: StudyReport) -> _Page:
+    def charts() -> dict[str, list[Figure]]:
+        return {"study": figures.study_figures(study)}
 
-    return _Page(f"study-{anchor(study.name)}.html", "study.html", f"Study {study.name}", values, "Studies")
+    return _Page(f"study-{anchor(study.name)}.html", "study.html", f"Study {study.name}", "Studies", {"study": study}, charts)
 
 
 def _run_page(run: Run) -> _Page:
-    def values() -> dict[str, Any]:
-        return {
-            "run": run,
-            "gallery": gallery_of(run) if run.gallery is not None else "",
-        }
+    def charts() -> dict[str, list[Figure]]:
+        sections = {"training": figures.TRAINING, "vocabulary": figures.VOCABULARY}
+        return {section: figures.run_figures(run, metrics=metrics) for section, metrics in sections.items()}
 
-    return _Page(page_of_run(run.run_id), "run.html", run.run_id, values, "Runs")
-
-
-def _curves(recipes: dict[str, figures.Family]) -> dict[str, Any]:
-    drawn = {name: figures.curve_figures(family.groups, metrics=figures.TRAINING) for name, family in recipes.items()}
-    return {"recipes": recipes, "drawn": drawn}
+    gallery = gallery_of(run) if run.gallery is not None else ""
+    return _Page(page_of_run(run.run_id), "run.html", run.run_id, "Runs", {"run": run, "gallery": gallery}, charts)
 
 
-def _vocabulary(site: Site, recipes: dict[str, figures.Family]) -> dict[str, Any]:
-    drawn = {name: figures.curve_figures(family.groups, metrics=figures.VOCABULARY) for name, family in recipes.items()}
-    judged = [run for run in site.runs if run.findings]
-    return {"drawn": {name: found for name, found in drawn.items() if found}, "judged": judged}
+def _recipe_charts(recipes: Mapping[str, figures.Family], *, metrics: Sequence[str]) -> dict[str, list[Figure]]:
+    return {name: figures.curve_figures(family.groups, metrics=metrics) for name, family in recipes.items()}
 
 
 # ------------------------------------------------------------------------------------------------- names, texts, filters
@@ -225,11 +242,6 @@ def gallery_of(run: Run) -> str:
 def anchor(name: str) -> str:
     """Return a name as it may stand in a file name or behind a `#`."""
     return re.sub(r"[^A-Za-z0-9._-]", "-", name).lstrip(".") or "unnamed"
-
-
-def span_text(value: tuple[float, float] | None) -> str:
-    """Return a value and its half-width as `8.82 ± 0.50`; a dash where there is nothing."""
-    return text.estimate(*value) if value is not None else text.ABSENT
 
 
 def signed(value: float | None) -> str:

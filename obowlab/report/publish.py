@@ -1,7 +1,7 @@
-"""A report as one file in MLflow: pages that link to each other must be unpacked together to be read.
+"""A report as one .zip file in MLflow: pages that link to each other must be unpacked together.
 
-Sending takes longer than building, most of it the import of mlflow, so a process of its own does it
-(`python -m obowlab.report.publish`, its orders on standard input) and writes into a log how that went.
+Sending takes longer than writing the report, most of it the import of mlflow, so a process of its own does it
+(`python -m obowlab.report.publish`, an `Upload` in JSON on standard input) and writes the outcome into a log.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ LOG = ".logs/report.log"
 LOCK = ".report.lock"
 
 
-class Parcel(BaseModel):
-    """A built report on its way to MLflow.
+class Upload(BaseModel):
+    """A report that MLflow shall get.
 
     Attributes:
-        folder: where it was built.
-        stamp: of its first page, which tells it from a report that took its place.
+        folder: where it is.
+        stamp: of its first page, which distinguishes it from a report that replaced it.
         machine: says where MLflow is.
         tags: of the report's run in MLflow.
         metrics: of the same.
@@ -52,17 +52,17 @@ class Parcel(BaseModel):
     metrics: dict[str, float]
 
 
-def make_parcel(site: Site, *, folder: Path, machine: Machine) -> Parcel:
-    """Make what `send` and `send_behind` take.
+def prepare_upload(site: Site, *, folder: Path, machine: Machine) -> Upload:
+    """Return what `send` and `send_in_background` take.
 
     Args:
-        site: what the report says, for the tags.
-        folder: where it was built.
+        site: what the report shows, for the tags.
+        folder: where it is.
         machine: says where MLflow is.
     """
     from obowlab.report.figures import counts
 
-    return Parcel(
+    return Upload(
         folder=folder.absolute(),
         stamp=_stamp(folder),
         machine=machine,
@@ -75,39 +75,39 @@ def make_parcel(site: Site, *, folder: Path, machine: Machine) -> Parcel:
     )
 
 
-def send(parcel: Parcel) -> Published | None:
+def send(upload: Upload) -> Published | None:
     """Send a report as the artifact of one run tagged `obowlab.kind = report`; unchanged, nothing is sent.
 
-    Several processes take turns. A report that another one has replaced meanwhile is left to the process that sends that one.
+    Several processes take turns. A report that has been replaced meanwhile is left to the process that sends its successor.
 
     Returns:
-        What came of it; None for a report that is no longer there.
+        The outcome; None for a report that is no longer there.
     """
-    with file_lock(parcel.machine.runs_root / LOCK), tempfile.TemporaryDirectory(prefix="obowlab-report-") as place:
+    with file_lock(upload.machine.runs_root / LOCK), tempfile.TemporaryDirectory(prefix="obowlab-report-") as place:
         archive = Path(place) / ARCHIVE
         try:
-            pack(parcel.folder, target=archive)
+            pack(upload.folder, target=archive)
         except FileNotFoundError:  # it is being replaced
             return None
-        if _stamp(parcel.folder) != parcel.stamp:
+        if _stamp(upload.folder) != upload.stamp:
             return None
         return publish(
             "report",
             name="report",
-            machine=parcel.machine,
+            machine=upload.machine,
             files={ARCHIVE: archive},
-            tags=parcel.tags,
-            metrics=parcel.metrics,
+            tags=upload.tags,
+            metrics=upload.metrics,
         )
 
 
-def send_behind(parcel: Parcel) -> Path:
-    """Let a process of its own send a report, which outlives this one, and return the log that it writes to.
+def send_in_background(upload: Upload) -> Path:
+    """Send a report by a process that outlives this one, and return the log that it writes.
 
     Raises:
-        OSError: the log or the process cannot be made.
+        OSError: the log or the process cannot be created.
     """
-    log = parcel.machine.runs_root / LOG
+    log = upload.machine.runs_root / LOG
     log.parent.mkdir(exist_ok=True)
     with log.open("ab") as sink:
         sender = subprocess.Popen(
@@ -118,8 +118,8 @@ def send_behind(parcel: Parcel) -> Path:
             start_new_session=True,
         )
     assert sender.stdin is not None
-    with sender.stdin as orders:  # not as an argument: the address of a server may hold a password
-        orders.write(parcel.model_dump_json().encode())
+    with sender.stdin as stdin:  # not as an argument: the address of a server may hold a password
+        stdin.write(upload.model_dump_json().encode())
     return log
 
 
@@ -133,22 +133,22 @@ def pack(folder: Path, *, target: Path) -> None:
 
 
 def main() -> int:
-    """Send the report that standard input names; one line says what came of it."""
-    parcel = Parcel.model_validate_json(sys.stdin.buffer.read())
-    published = send(parcel)
+    """Send the report that standard input names and print one line about the outcome."""
+    upload = Upload.model_validate_json(sys.stdin.buffer.read())
+    published = send(upload)
     if published is None:
-        said = f"{parcel.folder} was replaced before it was sent; the newer report is sent instead."
+        line = f"{upload.folder} was replaced before it was sent; the newer report is sent instead."
     elif published.warning is not None:
-        said = f"Warning: {published.warning}"
+        line = f"Warning: {published.warning}"
     else:
-        store = shown_uri(store_uri(parcel.machine.tracking_uri, runs_root=parcel.machine.runs_root))
-        said = f"{parcel.folder} is in {store}, run {published.run_id}{'' if published.sent else '; nothing was new'}."
-    print(time.strftime("%Y-%m-%d %H:%M:%S"), said, flush=True)
+        store = shown_uri(store_uri(upload.machine.tracking_uri, runs_root=upload.machine.runs_root))
+        line = f"{upload.folder} is in {store}, run {published.run_id}{'' if published.sent else '; nothing was new'}."
+    print(time.strftime("%Y-%m-%d %H:%M:%S"), line, flush=True)
     return int(published is not None and published.warning is not None)
 
 
 def _stamp(folder: Path) -> str:
-    """Return what tells a report from one that takes its place; empty for none."""
+    """Return what distinguishes a report from one that replaces it; empty for none."""
     try:
         facts = (folder / "index.html").stat()
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""From the run store to a `Site`: small files only, and of the large metric files just what is drawn."""
+"""From the run store to a `Site`: small files only, and of the large metric files just the curves that are shown."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from obowlab.config import Recipe, canonical_hash, flatten, load_recipe, recipe_
 from obowlab.config.scales import SCALES
 from obowlab.config.validation import flat_pairs
 from obowlab.errors import UserError
-from obowlab.report.figure_cache import drawn
+from obowlab.report.curves import Curve, cached_curves, with_point
 from obowlab.report.model import Gallery, Measured, Run, Setting, Site
-from obowlab.report.studies import read_studies
 from obowlab.report.vocabulary_health import judge
 from obowlab.runs.folder import RunFolder, RunSummary, list_runs
+from obowlab.runs.info import RunInfo
 from obowlab.runs.metrics import unit_of
 from obowlab.runs.records import Record, Records, by_fingerprint
+from obowlab.studies.schema import read_studies
 from obowlab.tables.build import COMPARABLE, build_table, seeds_with_runs
 from obowlab.tables.model import Table
 from obowlab.tables.spec import PlannedTable, load_table, table_files
@@ -43,6 +44,9 @@ MACHINE_FACTS = {
     "platform": "system",
 }
 """Fact of an attempt -> its name in a report."""
+
+ENDS = ("value", "interval", "low", "high")
+"""What is shown of a measurement; results of earlier versions have no ends of the interval."""
 
 PICTURES = (".jpg", ".png", ".webp")
 
@@ -97,7 +101,7 @@ def read_store(runs_root: Path) -> Store:
 
 
 def gather(store: Store, *, tables: Tables) -> Site:
-    """Read everything a report shows; writes nothing but what `drawn` keeps.
+    """Read everything a report shows; write nothing but the cache of curves.
 
     Args:
         store: as `read_store` reads it.
@@ -153,9 +157,9 @@ def read_run(summary: RunSummary, *, record: Record) -> Run:
     attempts = RunFolder(summary.path, info).attempts()
     facts = {key: value for attempt in attempts for key, value in attempt.items()}
     recipe = describe(info.name, recipe=json.dumps(info.recipe_values), sources=json.dumps(info.sources))
-    epochs = int(info.recipe_values.get("training", {}).get("epochs", 1))
+    epochs = _epochs(info)
     measured = tabulate(record.results, dataset=str(info.recipe_values.get("data", {}).get("dataset", "")))
-    pictures = drawn(summary.path, epochs=epochs, measured=measured)
+    curves = final_curves(cached_curves(summary.path, epochs=epochs), measured=measured, step=state.step, epochs=epochs)
     return Run(
         run_id=info.run_id,
         recipe=info.name,
@@ -181,19 +185,34 @@ def read_run(summary: RunSummary, *, record: Record) -> Run:
         settings=recipe.settings,
         base=recipe.base,
         measured=measured,
-        curves=pictures.curves,
-        training=pictures.training,
-        vocabulary=pictures.vocabulary,
-        findings=judge(pictures.curves, recipe=info.recipe_values),
+        curves=curves,
+        findings=judge(curves, recipe=info.recipe_values),
         gallery=find_gallery(summary.path / "words"),
     )
 
 
-def draw_ahead(folder: RunFolder) -> None:
-    """Draw a run that has just finished, so that no report has to; one that cannot be read is left to the report to name."""
-    summary = RunSummary(folder.path, folder.info, folder.state)
+def final_curves(curves: Mapping[str, Curve], *, measured: Iterable[Measured], step: int, epochs: int) -> dict[str, Curve]:
+    """Return the curves, those of results during training with the final result at their ends.
+
+    Args:
+        curves: of one run, by metric.
+        measured: its results.
+        step: optimiser updates done.
+        epochs: of the whole training.
+    """
+    final = {m.metric: float(m.student["value"]) for m in reversed(list(measured)) if m.student is not None}
+    return {
+        name: with_point(curve, step=step, epoch=float(epochs), value=final[name])
+        if name in final and curve.epoch[-1] < epochs
+        else curve
+        for name, curve in curves.items()
+    }
+
+
+def cache_curves(folder: RunFolder) -> None:
+    """Cache the curves of a run that has just finished, so that the next report is quick; leave a damaged run to the report."""
     with suppress(*DAMAGED):
-        read_run(summary, record=Record.of(summary))
+        cached_curves(folder.path, epochs=_epochs(folder.info))
 
 
 def compare(values: Mapping[str, Any], *, name: str, sources: Mapping[str, str]) -> tuple[tuple[Setting, ...], str]:
@@ -265,7 +284,7 @@ def tabulate(results: Iterable[Mapping[str, Any]], *, dataset: str) -> tuple[Mea
         protocol = f"{result['protocol']} v{result['version']}, {str(result['protocol_hash'])[:8]}"
         for measurement in result["measurements"]:
             entry = found.setdefault((measurement["name"], where, protocol), {})
-            entry[result["subject"]] = (float(measurement["value"]), float(measurement["interval"]))
+            entry[result["subject"]] = {key: float(measurement[key]) for key in ENDS if key in measurement}
             entry["count"] = int(measurement["count"])
     rows = [
         Measured(
@@ -298,6 +317,10 @@ def brief(value: str) -> str:
         return f"{float(value):.4g}"
     except ValueError:
         return value
+
+
+def _epochs(info: RunInfo) -> int:
+    return int(info.recipe_values.get("training", {}).get("epochs", 1))
 
 
 def _planned(scale: str) -> tuple[list[PlannedTable], list[str]]:

@@ -1,4 +1,4 @@
-"""What is remembered of a run: its folder on disk, what its numbers mean, and the window on it in MLflow."""
+"""The run folder: what is on disk of a run, and what its numbers mean."""
 
 from obowlab.runs.folder import RunFolder, RunSummary, list_runs
 from obowlab.runs.info import RunInfo, State

@@ -1,8 +1,8 @@
-"""The run folder: the one record of a training run that everything else reads.
+"""The run folder: the one record of a training run, which everything else reads.
 
 A run lives in `RUNS_ROOT/RUN_ID`. Every file has one writer: `run.json`, `machine.json` and `cost.json` the launcher,
 `state.json`, `metrics.jsonl`, `online.jsonl`, `attempts.jsonl` and `results/` the process that trains or evaluates,
-`system.jsonl` and `mirror.json` the launcher's mirror; only `labels.json` has several, who take turns. Whole files are written
+`system.jsonl` and `mirror.json` the launcher; only `labels.json` has several, which take turns. Whole files are written
 beside and renamed; line files are appended and survive `kill -9` up to the last complete line. Nothing here imports torch or
 mlflow.
 """
@@ -31,7 +31,7 @@ from obowlab.runs.metric_log import MetricLog, Point, parse_point, read_points
 
 COST_FILE = "cost.json"
 STALE_AFTER_S = 3600.0
-"""A running state of another host is believed for so long after its last update, once nobody holds the lock."""
+"""A `running` state of another host counts for so long after its last update, once no process holds the lock."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class RunFolder:
 
     @classmethod
     def find(cls, ref: str, *, runs_root: Path) -> RunFolder:
-        """Open the run with this id, unique beginning of an id, or path.
+        """Open the run with this id, unique prefix of an id, or path.
 
         Raises:
             UserError: none or several match; names the nearest.
@@ -114,7 +114,7 @@ class RunFolder:
             return cls.open(runs_root / matches[0])
         if matches:
             raise UserError(
-                f"'{ref}' is the beginning of {len(matches)} runs: {', '.join(matches[:5])}{', ...' * (len(matches) > 5)}."
+                f"'{ref}' is a prefix of {len(matches)} runs: {', '.join(matches[:5])}{', ...' * (len(matches) > 5)}."
             )
         close = difflib.get_close_matches(ref, known, n=1, cutoff=0.4)
         hint = f"Did you mean '{close[0]}'?" if close else "'obowlab runs list' shows what is there."
@@ -173,7 +173,7 @@ class RunFolder:
             raise UserError(f"{path} is damaged; start the run again with 'obowlab run' to replace it.") from None
 
     def write_machine(self, machine: Machine) -> None:
-        """Remember where and with what the run is carried out."""
+        """Write where and with what the run is trained."""
         write_atomic(self.path / "machine.json", machine.model_dump_json(indent=1, exclude={"tracking_uri"}))
 
     def append_attempt(self, facts: Mapping[str, Any]) -> int:
@@ -239,7 +239,7 @@ class RunFolder:
         state = self.state
         if state.trained_s is not None:
             return state.trained_s
-        total_s, last_step = 0.0, 0  # a run of an older version: the points tell, at the cost of reading them all
+        total_s, last_step = 0.0, 0  # a run of an older version: from its points, at the cost of reading them all
         for point in map(parse_point, read_all(self.path / "metrics.jsonl")):
             total_s += point.values.get("step_time_s", 0.0) * (point.step - last_step)
             last_step = point.step
@@ -262,7 +262,7 @@ class RunFolder:
             return {}  # nothing depends on it
 
     def labels(self) -> dict[str, str]:
-        """Return what studies and tables said about this run: MLflow tag name to text."""
+        """Return the labels that studies and tables gave this run: MLflow tag name to text."""
         try:
             labels = read_checked(self.path / "labels.json")
             if not all(isinstance(text, str) for text in labels.values()):
@@ -274,7 +274,7 @@ class RunFolder:
             raise UserError(f"{self.path / 'labels.json'} is damaged; remove it; only labels are lost.") from None
 
     def add_labels(self, labels: Mapping[str, str]) -> bool:
-        """Say which study or table this run belongs to; the mirror makes tags of it, also once the run is finished.
+        """Label this run with the study or table it belongs to; the mirror makes tags of it, also when the run is finished.
 
         Other labels stay, a label of the same name is replaced; several processes may add at once.
 
@@ -294,7 +294,7 @@ class RunFolder:
 
     @property
     def mirror_path(self) -> Path:
-        """What the mirror remembers of this run."""
+        """Where the mirror records what it has sent of this run."""
         return self.path / "mirror.json"
 
 
@@ -309,7 +309,7 @@ def run_id_of(loaded: Loaded, *, seed: int) -> str:
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", loaded.name):
         raise UserError(
-            f"Rename the recipe file '{loaded.name}.toml': runs are named after it, so only letters, digits and '._-' will do."
+            f"Rename the recipe file '{loaded.name}.toml': runs are named after it and may have letters, digits and '._-' only."
         )
     return f"{loaded.name}-s{seed}-{loaded.recipe.fingerprint(seed=seed)[:8]}"
 
@@ -322,20 +322,20 @@ def list_runs(runs_root: Path) -> list[RunSummary]:
         try:
             info = read_info(path)
         except UserError:
-            continue  # `find` and `open` say what is wrong with it
+            continue  # `damaged_runs` reports it
         runs.append(RunSummary(path=path, info=info, state=_believable(read_state(path), path)))
     return sorted(runs, key=lambda run: run.info.created_at, reverse=True)
 
 
 def damaged_runs(runs_root: Path) -> list[str]:
     """Return a sentence for every run folder that `list_runs` leaves out."""
-    complaints = []
+    errors = []
     for run_id in _run_ids(runs_root):
         try:
             read_info(runs_root / run_id)
         except UserError as error:
-            complaints.append(str(error))
-    return complaints
+            errors.append(str(error))
+    return errors
 
 
 # ------------------------------------------------------------------------------------------------------------- helpers

@@ -1,4 +1,4 @@
-"""What a run is and how far it is: the two small files of its folder that everything begins with, and its results."""
+"""What a run is, how far it is, and its results: the small files of its folder."""
 
 from __future__ import annotations
 

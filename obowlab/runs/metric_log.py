@@ -42,7 +42,7 @@ class MetricLog:
         """Open or create the file.
 
         Raises:
-            UserError: a line in the middle is damaged, and what stands behind it cannot be trusted to be all.
+            UserError: a line in the middle is damaged.
         """
         self.path = path
         self.last_step = -1
@@ -112,7 +112,7 @@ def read_points(path: Path) -> list[Point]:
     """
     try:
         return [parse_point(line) for line in read_all(path)]
-    except ValueError:  # a whole line that is no point: found with its number, or left out at the end
+    except ValueError:  # an intact line that is no point: reported with its number, or left out at the end
         return [parse_point(line) for line in read_lines(path, check=parse_point)]
 
 

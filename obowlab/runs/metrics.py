@@ -1,4 +1,8 @@
-"""Every metric's unit, direction and meaning; the one list that the loop, the mirror and the reports share."""
+"""Every metric's unit, direction and meaning; the one list that the loop, the mirror and the reports share.
+
+A logged point of training covers the steps since the last one. Losses and accuracies are means over these steps, times too; what
+costs something to compute (whatever ends in a level's name, `grad_norm`, `queue_age`) is that of the logged step alone.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Direction = Literal["max", "min", "none"]
+METRIC_FILES = {"metrics": "train", "online": "online", "system": "system"}
+"""Metric file of a run folder, without `.jsonl` -> group of its metrics in MLflow."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +24,7 @@ class Metric:
         unit: empty for a plain number.
         direction: whether more or less is better, or neither.
         help: one sentence.
-        group: the part before the slash in MLflow; what is measured during training goes to `online/` instead.
+        group: of meaning; `mlflow_name` returns where MLflow shows it.
     """
 
     name: str
@@ -29,8 +35,15 @@ class Metric:
 
 
 _TRAINING = (
-    Metric("loss", "nats", "min", "What the method minimises: summed over the kinds of views; the monitor's loss is not in it."),
-    Metric("loss_kl", "nats", "min", "The part of the loss a student could still win: loss minus the targets' entropy."),
+    Metric(
+        "loss", "nats", "min", "What the method minimises, summed over the kinds of views; the online classifier's is not in it."
+    ),
+    Metric(
+        "loss_kl",
+        "nats",
+        "min",
+        "The loss minus the targets' entropy, which no prediction's loss is below.",
+    ),
     Metric("loss_crops", "nats", "min", "The crops' part of the loss: cross-entropy with BoW targets, rotations or keys."),
     Metric("loss_patches", "nats", "min", "The patches' part of the loss: cross-entropy with BoW targets, rotations or keys."),
     Metric("rotation_accuracy", "%", "max", "RotNet: rotated views whose rotation is recognised."),
@@ -38,13 +51,13 @@ _TRAINING = (
     Metric("queue_age", "steps", "none", "MoCo: mean steps since a key was put into the queue."),
     Metric("learning_rate", "", "none", "Learning rate of this step."),
     Metric("teacher_momentum", "", "none", "Momentum of the teacher's moving average at this step."),
-    Metric("grad_norm", "", "none", "Euclidean norm of the gradient over all student parameters."),
+    Metric("grad_norm", "", "none", "Euclidean norm of the gradient of student and heads; the online classifier's is not in it."),
     Metric("images_per_s", "images/s", "max", "Images of the whole run (all processes) per second of wall time."),
-    Metric("step_time_s", "s", "min", "Wall time of one step, data included."),
-    Metric("data_wait_s", "s", "min", "Part of the step spent waiting for the loader."),
+    Metric("step_time_s", "s", "min", "Wall time of one step, data included; mean since the last point."),
+    Metric("data_wait_s", "s", "min", "Part of a step spent waiting for the loader; mean since the last point."),
     Metric("epoch", "epochs", "none", "Epochs seen so far, with fraction."),
-    Metric("monitor_loss", "nats", "min", "Cross-entropy of the online linear monitor."),
-    Metric("monitor_accuracy", "%", "max", "Top-1 of the online linear monitor on the training batch."),
+    Metric("monitor_loss", "nats", "min", "Cross-entropy of the online linear classifier."),
+    Metric("monitor_accuracy", "%", "max", "Top-1 of the online linear classifier on the training batches."),
 )
 
 _PER_LEVEL = (
@@ -87,7 +100,7 @@ def lookup(name: str) -> Metric:
     """Return the entry of a metric as it is logged: `perplexity_image_conv5`, `fewshot_5shot`, `gpu_memory_0`, ...
 
     Raises:
-        KeyError: nobody described this metric; add it to the list above.
+        KeyError: this metric has no entry; add it to the lists above.
     """
     if found := re.fullmatch(r"(\w+)_(conv[45])", name):
         if found[1] in _LEVEL_NAMES:
@@ -98,7 +111,7 @@ def lookup(name: str) -> Metric:
         return METRICS[found[1]]
     elif name in METRICS and name not in _LEVEL_NAMES | _GPU_NAMES | {"fewshot"}:
         return METRICS[name]
-    raise KeyError(f"metric '{name}' is not described in runs/metrics.py")
+    raise KeyError(f"metric '{name}' is not described in obowlab/runs/metrics.py")
 
 
 def unit_of(name: str) -> str:
@@ -109,18 +122,12 @@ def unit_of(name: str) -> str:
         return ""
 
 
-def mlflow_name(name: str, *, subject: str | None = None, online: bool = False) -> str:
-    """Return the name under which MLflow groups a metric: `train/`, `online/`, `system/` or `eval/SUBJECT/` and its own.
+def mlflow_name(name: str, *, source: str) -> str:
+    """Return a metric's name in MLflow: its group (`train`, `online`, `system`, `eval/SUBJECT`) and its own.
 
     Args:
-        name: as logged.
-        subject: `student` or `random`; required for final evaluation metrics, absent for the others.
-        online: whether it was measured during training, always on the student.
+        name: as logged or measured.
+        source: the metric file it is from (a key of `METRIC_FILES`), or the subject of a final result: `student` or `random`,
+            with `/DATASET` behind it when it was measured on other data than the run's own.
     """
-    if online:
-        assert lookup(name).group == "eval" or name == "epoch", f"'{name}' is not measured during training"
-        assert subject is None, "during training only the student is measured"
-        return f"online/{name}"
-    group = lookup(name).group
-    assert (group == "eval") == (subject is not None), f"'{name}' and subject {subject!r} do not belong together"
-    return f"eval/{subject}/{name}" if subject is not None else f"{group}/{name}"
+    return f"{METRIC_FILES.get(source, f'eval/{source}')}/{name}"

@@ -1,4 +1,4 @@
-"""What tables and reports need to know of a run, small enough to be committed beside the table it stands in.
+"""What tables and reports need of a run, small enough to be committed beside the table it appears in.
 
 A record is read from a run folder, or from the JSON file that `obowlab ablate --records DIR` wrote: a table rebuilt from either
 is the same to the byte.
@@ -32,7 +32,7 @@ FACTS = (
     "platform",
     "cpu_model",
 )
-"""Of the facts of a run's starts, those that say where its numbers come from."""
+"""The facts of a run's starts that say where its numbers come from."""
 
 
 class Record(BaseModel):
@@ -106,7 +106,7 @@ def store_runs(runs_root: Path, *, fingerprints: Collection[str] | None = None) 
 
 
 def by_fingerprint(runs: Iterable[RunSummary]) -> dict[str, RunSummary]:
-    """Return runs by fingerprint; of several with one (a recipe under two names) the one that is furthest counts.
+    """Return runs by fingerprint; of several with the same one (a recipe under two names) the most advanced counts.
 
     Args:
         runs: the newest first, as `list_runs` has them.

@@ -1,22 +1,31 @@
-"""The shape of `study.json`: what is known of a study, as plain values that reports are drawn from. Knows nothing of Optuna.
+"""`RUNS_ROOT/.studies/NAME/study.json`: all that is known of a study; written by `studies.summary`, read by the report.
 
-`FORMAT` is raised when a field changes its meaning or goes away.
+Knows nothing of Optuna. `FORMAT` is raised when a field changes its meaning or goes away.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
-from obowlab.tables.model import Estimate
+from pydantic import BaseModel, ConfigDict, ValidationError
 
+STUDIES = ".studies"
+"""Folder of the run store for everything about studies."""
+
+STUDY_FILE = "study.json"
 FORMAT = 1
 
 TrialStatus = Literal["completed", "pruned", "failed", "running", "stopped", "waiting"]
 
 
-@dataclass(frozen=True)
-class StudyParameter:
+class _Part(BaseModel):
+    """Lenient model: unknown fields are ignored, missing ones get defaults."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class StudyParameter(_Part):
     """One searched setting.
 
     Attributes:
@@ -32,22 +41,21 @@ class StudyParameter:
     """
 
     key: str
-    kind: str
-    low: float | None
-    high: float | None
-    log: bool
-    choices: tuple[Any, ...]
-    paper: Any
-    importance: float | None
+    kind: str = ""
+    low: float | None = None
+    high: float | None = None
+    log: bool = False
+    choices: tuple[Any, ...] = ()
+    paper: Any = None
+    importance: float | None = None
 
 
-@dataclass(frozen=True)
-class StudyRun:
+class StudyRun(_Part):
     """The run behind one seed of a trial.
 
     Attributes:
-        seed: of weights and data.
         run_id: folder name and MLflow run name.
+        seed: of weights and data.
         status: of the run; `missing` when its folder is not here.
         step: optimiser updates done.
         total_steps: updates of the whole training; None when unknown.
@@ -56,30 +64,29 @@ class StudyRun:
         interval: half-width of its 95 % interval over episodes or images; None with `value`.
     """
 
-    seed: int
     run_id: str
-    status: str
-    step: int
-    total_steps: int | None
-    mlflow_run_id: str | None
-    value: float | None
-    interval: float | None
+    seed: int = 0
+    status: str = ""
+    step: int = 0
+    total_steps: int | None = None
+    mlflow_run_id: str | None = None
+    value: float | None = None
+    interval: float | None = None
 
 
-@dataclass(frozen=True)
-class StudyTrial:
+class StudyTrial(_Part):
     """One trial.
 
     Attributes:
         number: from 0, as in Optuna.
-        status: `stopped` is one that is open and that no worker works on: the next command goes on with it.
+        status: a `TrialStatus`; `stopped` is one that is open and that no worker works on: the next command resumes it.
         params: key of the recipe to value; empty while it is waiting.
         value: mean of the objective over the seeds; for a pruned trial its last result during training; else None.
         interval: half-width of the 95 % interval over seeds and episodes (or images), as tables have it; over episodes alone
             for one seed; None without a final value.
         online: results during training of the first seed, [epoch, value] in order.
         is_paper: whether it is the paper's own point.
-        resumed: how many times another worker went on with it.
+        resumed: how many times another worker resumed it.
         repeat_of: the earlier trial with the same point, or `finished runs` when others had trained it; nothing was trained.
         message: why it was pruned or failed.
         started_at: seconds since 1970; None while waiting.
@@ -88,26 +95,53 @@ class StudyTrial:
     """
 
     number: int
-    status: TrialStatus
-    params: dict[str, Any]
-    value: float | None
-    interval: float | None
-    online: tuple[tuple[int, float], ...]
-    is_paper: bool
-    resumed: int
-    repeat_of: int | str | None
-    message: str
-    started_at: float | None
-    finished_at: float | None
-    runs: tuple[StudyRun, ...]
+    status: str = ""
+    params: dict[str, Any] = {}
+    value: float | None = None
+    interval: float | None = None
+    online: tuple[tuple[int, float], ...] = ()
+    is_paper: bool = False
+    resumed: int = 0
+    repeat_of: int | str | None = None
+    message: str = ""
+    started_at: float | None = None
+    finished_at: float | None = None
+    runs: tuple[StudyRun, ...] = ()
+
+    @property
+    def final_value(self) -> float | None:
+        """The objective of a completed trial; None for all others."""
+        return self.value if self.status == "completed" else None
 
 
-@dataclass(frozen=True)
-class StudyReport:
+class StudyDifference(_Part):
+    """A paired difference.
+
+    Attributes:
+        value: in the objective's unit.
+        interval: half-width of its 95 % interval.
+        seeds: how many seeds it is the mean of.
+        p: two-sided p value of the hypothesis that it is 0; None when unknown.
+    """
+
+    value: float
+    interval: float
+    seeds: int = 1
+    p: float | None = None
+
+
+class StudyFigure(_Part):
+    """A plotly figure in JSON values."""
+
+    data: tuple[dict[str, Any], ...]
+    layout: dict[str, Any] = {}
+
+
+class StudyReport(_Part):
     """A study as it stands.
 
     Attributes:
-        format: of this shape.
+        format: of this schema.
         name: in the storage.
         title: what is searched.
         study: file it was read from.
@@ -116,12 +150,12 @@ class StudyReport:
         overrides: what all trials change of it, as `key=value`.
         storage: address without passwords.
         written_at: seconds since 1970.
-        metric: the objective.
+        metric: the objective; empty when unknown.
         unit: of its values.
         direction: `max` or `min`.
         online_metric: what `online` holds; None without pruning.
         seeds: of every trial.
-        budget: completed trials wanted.
+        budget: completed trials wanted; None when unknown.
         counts: status to number of trials, all statuses; `resumed` and `repeated` count trials across them.
         parameters: the search space.
         trials: by number.
@@ -129,39 +163,76 @@ class StudyReport:
         paper: number of the paper's own trial, completed; None otherwise.
         best_against_paper: best minus paper on the same episodes or images, with the interval of the paired difference; None
             when either is missing. The best of many is partly luck: its gain is an upper bound until another seed confirms it.
-        problems: what keeps values from being comparable, a sentence each.
-        figures: `history`, `contour`, `importance`, `slice` as plotly figures in JSON values; those that need more completed
-            trials are left out.
+        problems: what keeps values from being comparable, or the file from being read, a sentence each.
+        figures: `contour`, `history`, `importance`, `slice`; those that need more completed trials are left out.
         sampler: settings of the sampler.
         pruner: settings of the pruner.
     """
 
-    format: int
+    format: int = FORMAT
     name: str
-    title: str
-    study: str
-    scale: str
-    recipe: str
-    overrides: tuple[str, ...]
-    storage: str
-    written_at: float
-    metric: str
-    unit: str
-    direction: str
-    online_metric: str | None
-    seeds: tuple[int, ...]
-    budget: int
-    counts: dict[str, int]
-    parameters: tuple[StudyParameter, ...]
-    trials: tuple[StudyTrial, ...]
-    best: int | None
-    paper: int | None
-    best_against_paper: Estimate | None
-    problems: tuple[str, ...]
-    figures: dict[str, Any]
-    sampler: dict[str, Any]
-    pruner: dict[str, Any]
+    title: str = ""
+    study: str = ""
+    scale: str = ""
+    recipe: str = ""
+    overrides: tuple[str, ...] = ()
+    storage: str = ""
+    written_at: float = 0.0
+    metric: str = ""
+    unit: str = ""
+    direction: str = "max"
+    online_metric: str | None = None
+    seeds: tuple[int, ...] = ()
+    budget: int | None = None
+    counts: dict[str, int] = {}
+    parameters: tuple[StudyParameter, ...] = ()
+    trials: tuple[StudyTrial, ...] = ()
+    best: int | None = None
+    paper: int | None = None
+    best_against_paper: StudyDifference | None = None
+    problems: tuple[str, ...] = ()
+    figures: dict[str, StudyFigure] = {}
+    sampler: dict[str, Any] = {}
+    pruner: dict[str, Any] = {}
+
+    @property
+    def completed(self) -> tuple[StudyTrial, ...]:
+        """The trials with a final value."""
+        return tuple(trial for trial in self.trials if trial.final_value is not None)
+
+    @property
+    def best_trial(self) -> StudyTrial | None:
+        """The best trial; None while there is none."""
+        return next((trial for trial in self.completed if trial.number == self.best), None)
+
+    @property
+    def paper_trial(self) -> StudyTrial | None:
+        """The paper's own point, measured here; None while it is not."""
+        return next((trial for trial in self.completed if trial.is_paper), None)
+
+    @property
+    def ranked(self) -> tuple[StudyParameter, ...]:
+        """The parameters, the most important first."""
+        return tuple(sorted(self.parameters, key=lambda parameter: (-(parameter.importance or 0.0), parameter.key)))
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON values."""
-        return asdict(self)
+        return self.model_dump(mode="json")
+
+
+def read_studies(runs_root: Path) -> tuple[StudyReport, ...]:
+    """Return every study of a run store, by name; one whose file is damaged names the reason."""
+    return tuple(read_study(path) for path in sorted((runs_root / STUDIES).glob(f"*/{STUDY_FILE}")))
+
+
+def read_study(path: Path) -> StudyReport:
+    """Read one `study.json`, of this or an earlier version; a damaged one gives a report that holds nothing but the reason."""
+    try:
+        return StudyReport.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg']}"
+    except OSError as error:
+        reason = str(error.strerror)
+    name = path.parent.name
+    return StudyReport(name=name, problems=(f"{STUDIES}/{name}/{STUDY_FILE} cannot be read: {reason}.",))

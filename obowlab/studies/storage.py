@@ -18,10 +18,9 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 
 from obowlab.errors import UserError
+from obowlab.studies.schema import STUDIES
 from obowlab.tracking.server import shown_uri
 
-STUDIES = ".studies"
-"""Folder of the run store for everything about studies."""
 JOURNAL = "studies.journal"
 STORAGE_VARIABLE = "OBOWLAB_STUDY_STORAGE"
 CONNECT_TIMEOUT_S = 10

@@ -1,13 +1,13 @@
-"""Collect what is known of a study, from its storage and its run folders, and pass it on: to `study.json` and to MLflow."""
+"""Collect what is known of a study, from its storage and its run folders, and pass it on to `study.json` and to MLflow."""
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from dataclasses import asdict
+from functools import partial
+from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -20,18 +20,28 @@ from obowlab.files import write_atomic
 from obowlab.runs.folder import RunFolder
 from obowlab.runs.metrics import lookup
 from obowlab.runs.results import unpack
-from obowlab.studies.schema import FORMAT, StudyParameter, StudyReport, StudyRun, StudyTrial, TrialStatus
+from obowlab.studies.schema import (
+    STUDY_FILE,
+    StudyDifference,
+    StudyFigure,
+    StudyParameter,
+    StudyReport,
+    StudyRun,
+    StudyTrial,
+    TrialStatus,
+)
 from obowlab.studies.spec import Tuning
 from obowlab.studies.trial import objective_of
 from obowlab.studies.trial_locks import TrialLocks
-from obowlab.tables.model import Estimate
 from obowlab.tables.statistics import estimate
 from obowlab.tracking.publish import publish
 from obowlab.tracking.server import shown_uri
 
-REPORT_FILE = "study.json"
 MIN_TRIALS_FOR_IMPORTANCE = 4
-MAX_CONTOUR_PARAMETERS = 4
+MAX_SLICE_PARAMETERS = 4
+
+POINT = "%{text}<br>%{xaxis.title.text} %{x}<br>%{yaxis.title.text} %{y}<extra></extra>"
+"""What hovering a trial in the plane of two parameters shows."""
 
 _STATUSES: dict[TrialState, TrialStatus] = {
     TrialState.COMPLETE: "completed",
@@ -54,23 +64,26 @@ def collect(
         locks: who works on which trial.
         budget: completed trials wanted.
         storage: its address.
-        analyse: whether to compute importances and draw figures; takes a second or two.
+        analyse: whether to compute importances and figures; takes a second or two.
     """
     frozen = study.get_trials(deepcopy=False)
     measured = {trial.number: _measurements(trial, tuning=tuning, machine=machine) for trial in frozen}
     trials = tuple(_trial(t, tuning=tuning, machine=machine, locks=locks, measured=measured[t.number]) for t in frozen)
     completed = [trial for trial in trials if trial.status == "completed" and trial.value is not None]
-    sign = 1.0 if tuning.maximize else -1.0
-    best = max(completed, key=lambda trial: sign * float(trial.value or 0.0), default=None)
+    best = _best(completed, maximize=tuning.maximize) if completed else None
     paper = next((trial for trial in completed if trial.is_paper), None)
-    counts = {status: sum(trial.status == status for trial in trials) for status in _statuses()}
+    counts = {status: sum(trial.status == status for trial in trials) for status in get_args(TrialStatus)}
     counts |= {
         "resumed": sum(trial.resumed > 0 for trial in trials),
         "repeated": sum(trial.repeat_of is not None for trial in trials),
     }
-    importances = _importances(study, num_completed=len(completed)) if analyse else {}
+    parameters = _parameters(tuning, importances=_importances(study, num_completed=len(completed)) if analyse else {})
+    objective = lookup(tuning.spec.objective)
+    figures: dict[str, StudyFigure] = {}
+    if analyse:
+        target = f"{tuning.spec.objective} [{objective.unit}]"
+        figures = study_figures(study, parameters=parameters, trials=completed, objective=target, maximize=tuning.maximize)
     return StudyReport(
-        format=FORMAT,
         name=tuning.name,
         title=tuning.spec.title,
         study=tuning.file.name,
@@ -80,29 +93,22 @@ def collect(
         storage=shown_uri(storage),
         written_at=round(time.time(), 3),
         metric=tuning.spec.objective,
-        unit=lookup(tuning.spec.objective).unit,
-        direction=lookup(tuning.spec.objective).direction,
+        unit=objective.unit,
+        direction=objective.direction,
         online_metric=tuning.online_metric,
         seeds=tuning.spec.seeds,
         budget=budget,
         counts=counts,
-        parameters=_parameters(tuning, importances=importances),
+        parameters=parameters,
         trials=trials,
         best=best.number if best else None,
         paper=paper.number if paper else None,
         best_against_paper=_difference(measured[best.number], measured[paper.number]) if best and paper else None,
         problems=_problems(completed, measured=measured),
-        figures=_figures(study, tuning=tuning, num_completed=len(completed), importances=importances) if analyse else {},
+        figures=figures,
         sampler={"kind": "tpe", **tuning.spec.sampler.model_dump(mode="json")},
         pruner=tuning.spec.pruner.model_dump(mode="json"),
     )
-
-
-def write_report(report: StudyReport, *, folder: Path) -> Path:
-    """Write `study.json` into the study's folder and return its path."""
-    path = folder / REPORT_FILE
-    write_atomic(path, json.dumps(report.to_json(), indent=1, allow_nan=False, default=str))
-    return path
 
 
 def send_report(report: StudyReport, *, machine: Machine) -> str | None:
@@ -116,8 +122,8 @@ def send_report(report: StudyReport, *, machine: Machine) -> str | None:
         name=report.name,
         machine=machine,
         files={
-            REPORT_FILE: json.dumps(report.to_json(), indent=1, allow_nan=False, default=str),
-            **{f"figures/{name}.plotly.json": json.dumps(figure) for name, figure in report.figures.items()},
+            STUDY_FILE: report.model_dump_json(indent=1),
+            **{f"figures/{name}.plotly.json": figure.model_dump_json() for name, figure in report.figures.items()},
         },
         tags={
             "mlflow.note.content": report.title,
@@ -134,10 +140,6 @@ def send_report(report: StudyReport, *, machine: Machine) -> str | None:
 # --------------------------------------------------------------------------------------------------------------- trials
 
 
-def _statuses() -> Sequence[str]:
-    return ("completed", "pruned", "failed", "running", "stopped", "waiting")
-
-
 def _measurements(trial: FrozenTrial, *, tuning: Tuning, machine: Machine) -> dict[int, dict[str, Any]]:
     """Return the objective's measurement on every finished run of a trial that is here, by seed."""
     found = {}
@@ -146,7 +148,7 @@ def _measurements(trial: FrozenTrial, *, tuning: Tuning, machine: Machine) -> di
             try:
                 found[seed] = objective_of(folder, tuning=tuning)
             except UserError:
-                continue  # measured otherwise since; the value that was told stays
+                continue  # measured with another protocol since; the storage keeps the value
     return found
 
 
@@ -207,12 +209,14 @@ def _interval(measured: Sequence[Mapping[str, Any]]) -> float | None:
     return estimate(observations).interval if observations is not None else None
 
 
-def _difference(one: Mapping[int, Mapping[str, Any]], other: Mapping[int, Mapping[str, Any]]) -> Estimate | None:
+def _difference(one: Mapping[int, Mapping[str, Any]], other: Mapping[int, Mapping[str, Any]]) -> StudyDifference | None:
     """Return the mean difference on the same episodes (or images), over the seeds that both have."""
     seeds = sorted(set(one) & set(other))
     first, second = (_matrix([measured[seed] for seed in seeds]) for measured in (one, other))
     alike = all(one[seed]["protocol_hash"] == other[seed]["protocol_hash"] for seed in seeds)
-    return estimate(first - second) if alike and first is not None and second is not None else None
+    if not alike or first is None or second is None:
+        return None
+    return StudyDifference.model_validate(asdict(estimate(first - second)))
 
 
 def _matrix(measured: Sequence[Mapping[str, Any]]) -> npt.NDArray[np.float64] | None:
@@ -263,25 +267,64 @@ def _importances(study: optuna.Study, *, num_completed: int) -> dict[str, float]
         return {}
 
 
-def _figures(study: optuna.Study, *, tuning: Tuning, num_completed: int, importances: Mapping[str, float]) -> dict[str, Any]:
-    """Draw what there is enough to draw of, as plotly's JSON without its default template."""
-    if num_completed < 2:
+def study_figures(
+    study: optuna.Study, *, parameters: Sequence[StudyParameter], trials: Sequence[StudyTrial], objective: str, maximize: bool
+) -> dict[str, StudyFigure]:
+    """Return Optuna's figures, with the paper's and the best point in the contour and intervals in the history.
+
+    Args:
+        study: in its storage.
+        parameters: with their importances.
+        trials: the completed ones, in the order of their numbers.
+        objective: its name and unit.
+        maximize: whether more is better.
+    """
+    if len(trials) < 2:
         return {}
     from optuna.visualization import plot_contour, plot_optimization_history, plot_param_importances, plot_slice
 
-    name = f"{tuning.spec.objective} [{lookup(tuning.spec.objective).unit}]"
-    keys = sorted(tuning.spec.parameters, key=lambda key: -importances.get(key, 0.0))[:MAX_CONTOUR_PARAMETERS]
-    drawn = {"history": plot_optimization_history(study, target_name=name), "slice": plot_slice(study, target_name=name)}
-    if len(keys) > 1:
-        drawn["contour"] = plot_contour(study, params=sorted(keys), target_name=name)
-    if importances:
+    ranked = sorted(parameters, key=lambda parameter: -(parameter.importance or 0.0))
+    history = plot_optimization_history(study, target_name=objective)
+    history.data[0].error_y = {"array": [trial.interval or 0.0 for trial in trials]}
+    sliced = plot_slice(study, params=[parameter.key for parameter in ranked[:MAX_SLICE_PARAMETERS]], target_name=objective)
+    sliced.update_traces(marker_size=9, hovertemplate="trial %{marker.color}<br>%{x}<br>%{y:.2f}<extra></extra>")
+    figures = {"history": history, "slice": sliced}
+    varied = [p.key for p in ranked if p.kind != "categorical" and len({trial.params[p.key] for trial in trials}) > 1]
+    if len(varied) > 1:
+        x, y = sorted(varied[:2])  # Optuna's order
+        contour = plot_contour(study, params=[x, y], target_name=objective)
+        points = next(contour.select_traces({"type": "scatter"}))
+        points.update(text=[f"trial {trial.number}: {trial.value:.2f}" for trial in trials], hovertemplate=POINT)
+        contour.update_traces({"colorbar": {"title": {"side": "right"}}}, {"type": "contour"})
+        figures["contour"] = contour.add_trace(_marks(trials, x=x, y=y, maximize=maximize))
+    if any(parameter.importance is not None for parameter in parameters):
         evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-        drawn["importance"] = plot_param_importances(study, evaluator=evaluator, target_name=name)
-    figures = {}
-    for title, figure in drawn.items():
-        figure.update_layout(template=None)
-        figures[title] = json.loads(figure.to_json())
-    return figures
+        figures["importance"] = plot_param_importances(study, evaluator=evaluator, target_name=objective).update_yaxes(title=None)
+    for figure in figures.values():
+        figure.update_layout(template=None, title=None)
+    return {title: StudyFigure.model_validate_json(figure.to_json()) for title, figure in figures.items()}
+
+
+def _marks(trials: Sequence[StudyTrial], *, x: str, y: str, maximize: bool) -> dict[str, Any]:
+    """Return the trace of the paper's and the best point in the plane of two parameters."""
+    marked = [(trial, "the paper's point", "diamond-open") for trial in trials if trial.is_paper][:1]
+    marked.append((_best(trials, maximize=maximize), "the best trial", "circle-open"))
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": "paper ◇ and best ○",
+        "x": [trial.params[x] for trial, _, _ in marked],
+        "y": [trial.params[y] for trial, _, _ in marked],
+        "text": [f"{label}: trial {trial.number}, {trial.value:.2f}" for trial, label, _ in marked],
+        "hovertemplate": POINT,
+        "marker": {"symbol": [symbol for _, _, symbol in marked], "size": 16, "color": "#c55300", "line": {"width": 3}},
+    }
+
+
+def _best(trials: Sequence[StudyTrial], *, maximize: bool) -> StudyTrial:
+    """Return the best of the completed trials, the first of equal ones."""
+    sign = 1.0 if maximize else -1.0
+    return max(trials, key=lambda trial: sign * (trial.value or 0.0))
 
 
 class Reporter:
@@ -290,27 +333,20 @@ class Reporter:
     def __init__(
         self, study: optuna.Study, *, tuning: Tuning, machine: Machine, locks: TrialLocks, budget: int, storage: str
     ) -> None:
-        self._study = study
-        self._facts: dict[str, Any] = {
-            "tuning": tuning,
-            "machine": machine,
-            "locks": locks,
-            "budget": budget,
-            "storage": storage,
-        }
+        self._collect = partial(collect, study, tuning=tuning, machine=machine, locks=locks, budget=budget, storage=storage)
         self._machine = machine
         self._locks = locks
         self._turn = threading.Lock()
 
     def look(self) -> StudyReport:
-        """Return what there is, at once: without importances and figures, and without writing anything."""
-        return collect(self._study, **self._facts, analyse=False)
+        """Return the report of this moment quickly: without importances and figures, and without writing anything."""
+        return self._collect(analyse=False)
 
     def write(self) -> StudyReport:
         """Write `study.json` as things stand."""
         with self._turn:
-            report = collect(self._study, **self._facts)
-            write_report(report, folder=self._locks.folder)
+            report = self._collect()
+            write_atomic(self._locks.folder / STUDY_FILE, report.model_dump_json(indent=1))
             return report
 
     def send(self) -> tuple[StudyReport, str | None]:

@@ -26,8 +26,8 @@ from obowlab.config import Machine
 from obowlab.errors import UserError
 from obowlab.launch.compute_command import CommandFactory, compute_command
 from obowlab.launch.processes import StopSignals
+from obowlab.studies.schema import STUDIES
 from obowlab.studies.spec import CategoricalParameter, FloatParameter, Parameter, Tuning, choice_label
-from obowlab.studies.storage import STUDIES
 from obowlab.studies.trial import Outcome, TrialContext, TrialRunner, describe
 from obowlab.studies.trial_locks import TrialLocks
 

@@ -1,9 +1,10 @@
-"""The window on a run in MLflow, filled from its folder.
+"""A run's copy in MLflow, filled from its folder.
 
-The mirror reads what the run wrote and sends what the store does not have yet. It remembers after every success how far it
-came (`mirror.json`), and whatever it sends twice after a crash the store recognises: a point is identified by its name,
-step, time and value, a run and a model version by their tags. A store that does not answer costs nothing but time: `sync`
-gives up after its time limit, says what is pending, and a later call completes it.
+The mirror reads what the run wrote and sends what the store does not have yet. After every request it records how far it is
+(`mirror.json`), and what it sends twice after a crash the store recognises: a point is identified by its name, step, time and
+value, a run and a model version by their tags. A store that does not answer costs nothing but time: `sync` gives up after its
+time limit, reports what is pending, and a later call completes it. For that it works in a thread: database drivers and uploads
+know no time limit.
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ from obowlab.errors import UserError
 from obowlab.files import file_lock
 from obowlab.runs.folder import RunFolder
 from obowlab.runs.info import read_result
+from obowlab.runs.metrics import METRIC_FILES, mlflow_name
 from obowlab.tracking.model import save_encoder_model
-from obowlab.tracking.outbox import ENDED, MODEL_FOLDER, POINT_FILES, Outbox, Sent
+from obowlab.tracking.outbox import ENDED, MODEL_FOLDER, Outbox, Sent
 from obowlab.tracking.server import (
     REQUEST_TIMEOUT_S,
     complaint,
     connect,
     experiment_id,
-    no_patience,
+    fail_fast,
     prepare_store,
     shown_uri,
     store_uri,
@@ -45,7 +47,7 @@ __all__ = ["Mirror", "SyncReport", "save_encoder_model"]
 METRICS_PER_REQUEST = 1000
 PARAMS_PER_REQUEST = 100
 WAITS_S = (0.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
-"""After so many failures in a row, `sync_when_due` waits so long."""
+"""Seconds that `sync_when_due` waits after 0, 1, 2, ... failures in a row."""
 
 
 @dataclass(frozen=True)
@@ -89,11 +91,11 @@ class Mirror:
         self._wait_until = 0.0
 
     def sync(self, *, timeout_s: float = 30.0) -> SyncReport:
-        """Send what the store does not have yet; never raises for a store's sake and returns within the time limit.
+        """Send what the store does not have yet; never raises because of the store and returns within the time limit.
 
         Args:
-            timeout_s: longest time this call may take, in seconds. Work that hangs beyond it goes on in the background and
-                is joined by the next call.
+            timeout_s: longest time this call may take, in seconds. Work that hangs beyond it stays in the background and is
+                joined by the next call.
         """
         end = time.monotonic() + timeout_s
         before = self._sent
@@ -108,7 +110,7 @@ class Mirror:
                 self._turn.release()
         try:
             pending = self.pending()
-        except UserError as damage:  # of the run folder: what stands behind it cannot be counted
+        except UserError as damage:  # of the run folder: what follows it cannot be counted
             pending, error = 0, error or str(damage)
         return SyncReport(sent=self._sent - before, pending=pending, error=error)
 
@@ -117,14 +119,14 @@ class Mirror:
         return self.sync(timeout_s=timeout_s) if time.monotonic() >= self._wait_until else None
 
     def pending(self) -> int:
-        """Return how many metric values, files and facts the store does not have; asks nobody."""
+        """Return how many metric values, files and facts the store does not have; does not ask it."""
         return self.outbox.pending()
 
     # ----------------------------------------------------------------------------------------------- one pass
 
     def _pass(self, end: float) -> bool:
         """Let a background thread send everything; return whether it was done in time."""
-        if self._worker is not None:  # an earlier call gave up waiting for it
+        if self._worker is not None:  # an earlier call gave up on it
             self._worker.join(max(0.0, end - time.monotonic()))
         if self._worker is None or not self._worker.is_alive():
             self._error = None
@@ -138,16 +140,16 @@ class Mirror:
 
     def _work(self, end: float) -> None:
         try:
-            no_patience(request_s=min(REQUEST_TIMEOUT_S, end - time.monotonic()))
+            fail_fast(request_s=min(REQUEST_TIMEOUT_S, end - time.monotonic()))
             with self._alone():
                 self._send_all(end)
         except UserError as error:
             self._error = str(error)
         except _OutOfTimeError:
             self._error = f"{shown_uri(self.uri)} is slow; the rest follows with the next sync"
-        # Whatever a store, a proxy or a driver raises must not reach the training run; it is reported instead.
+        # No error of a store, a proxy or a driver may reach the training run; it is reported instead.
         except Exception as error:
-            self._client = None  # the next pass looks at the store afresh
+            self._client = None  # the next pass connects anew
             self._error = complaint(error, uri=self.uri)
 
     def _send_all(self, end: float) -> None:
@@ -159,8 +161,8 @@ class Mirror:
             self._client = client
         client = self._client
         self._send_params(client, sent)
-        for name, group in POINT_FILES.items():
-            self._send_points(client, sent, name=name, group=group, end=end)
+        for name in METRIC_FILES:
+            self._send_points(client, sent, name=name, end=end)
         for path in outbox.results():
             if outbox.is_new(path, sent=sent):
                 self._send_result(client, sent, path)
@@ -181,7 +183,7 @@ class Mirror:
                 self._done(sent)
         if outbox.model_is_new(sent):
             _in_time(end)
-            no_patience(request_s=max(REQUEST_TIMEOUT_S, end - time.monotonic()))  # the server may have to pass it on
+            fail_fast(request_s=max(REQUEST_TIMEOUT_S, end - time.monotonic()))  # the server may have to forward it
             self._register_model(client, sent)
 
     def _find_run(self, client: MlflowClient, sent: Sent) -> None:
@@ -216,7 +218,7 @@ class Mirror:
             )
             sent.run_id = made.info.run_id
         for run in found:
-            if run.info.run_id not in same:  # the same recipe and seed, thrown away with --fresh
+            if run.info.run_id not in same:  # the same recipe and seed, put aside with --fresh
                 client.set_tag(run.info.run_id, "obowlab.superseded_by", sent.run_id)
         self._done(sent)
 
@@ -233,11 +235,11 @@ class Mirror:
         sent.params = True
         self._done(sent)
 
-    def _send_points(self, client: MlflowClient, sent: Sent, *, name: str, group: str, end: float) -> None:
+    def _send_points(self, client: MlflowClient, sent: Sent, *, name: str, end: float) -> None:
         batch: list[Metric] = []
         start = sent.offsets.get(name)
         for offset, point in self.outbox.points(name, sent=sent):
-            metrics, odd = _metrics(point.values, step=point.step, time_s=point.time, prefix=f"{group}/")
+            metrics, odd = _metrics(point.values, step=point.step, time_s=point.time, source=name)
             if len(batch) + len(metrics) > METRICS_PER_REQUEST:
                 _in_time(end)
                 client.log_batch(_id(sent), metrics=batch)
@@ -260,7 +262,7 @@ class Mirror:
             values[f"{measurement['name']}_ci95"] = float(measurement["interval"])
         # The time it was measured, which stays with copies of the file: sent again, a value is the same point.
         time_s = float(result.get("measured_at", path.stat().st_mtime_ns / 1e9))
-        metrics, odd = _metrics(values, step=self.folder.state.step, time_s=time_s, prefix=f"eval/{self.outbox.place(result)}/")
+        metrics, odd = _metrics(values, step=self.folder.state.step, time_s=time_s, source=self.outbox.place(result))
         client.log_batch(_id(sent), metrics=metrics)
         client.log_artifact(_id(sent), str(path), "results")
         _count(odd, sent)
@@ -294,7 +296,7 @@ class Mirror:
         inputs = [DatasetInput(dataset, tags=[InputTag("mlflow.data.context", "training")])]
         try:
             client.log_inputs(_id(sent), datasets=inputs)
-        except MlflowException:  # a run beside this one was adding the same images: now they are there
+        except MlflowException:  # another run was adding the same images: now they are there
             client.log_inputs(_id(sent), datasets=inputs)
         sent.dataset = str(digest)
         self._done(sent)
@@ -358,12 +360,14 @@ def _id(sent: Sent) -> str:
     return sent.run_id
 
 
-def _metrics(values: Mapping[str, float], *, step: int, time_s: float, prefix: str) -> tuple[list[Metric], list[str]]:
+def _metrics(values: Mapping[str, float], *, step: int, time_s: float, source: str) -> tuple[list[Metric], list[str]]:
     """Return what MLflow takes, and the names of the values that are not finite."""
     from mlflow.entities import Metric
 
     timestamp = round(time_s * 1000)
-    finite = [Metric(f"{prefix}{name}", value, timestamp, step) for name, value in values.items() if math.isfinite(value)]
+    finite = [
+        Metric(mlflow_name(name, source=source), value, timestamp, step) for name, value in values.items() if math.isfinite(value)
+    ]
     return finite, [name for name, value in values.items() if not math.isfinite(value)]
 
 

@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from obowlab.tracking.server import no_patience
+from obowlab.tracking.server import fail_fast
 
 EXAMPLE_SIZE = 64
 
@@ -20,7 +20,7 @@ def save_encoder_model(encoder: Any, *, path: Path, example: Any) -> None:
 
     The format is torch.export's: a graph without pickled code, frozen in evaluation mode, for any number of images and any
     size the encoder can take. (A pickled module would need this very package wherever it is loaded.) The folder appears
-    whole or not at all. Called where torch is at home; this module needs only what it is given.
+    complete or not at all. This module imports no torch itself.
 
     Args:
         encoder: a torch module that maps [N, 3, H, W] to features [N, c]; left as it is.
@@ -42,7 +42,7 @@ def save_encoder_model(encoder: Any, *, path: Path, example: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        no_patience()
+        fail_fast()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch.export on how it copies channels-last weights
             mlflow.pytorch.save_model(

@@ -1,4 +1,4 @@
-"""What a run has to show to MLflow, and how much of it a store has already; knows nothing of MLflow itself."""
+"""What of a run belongs into MLflow, and how much of it a store has already; knows nothing of MLflow itself."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from obowlab.files import damaged_line, parse_checked, read_checked, read_lines,
 from obowlab.runs.folder import RunFolder
 from obowlab.runs.info import Status
 from obowlab.runs.metric_log import Point, parse_point
-from obowlab.runs.metrics import METRICS
+from obowlab.runs.metrics import METRIC_FILES, METRICS
 
 STATUSES: dict[Status, str] = {
     "created": "SCHEDULED",
@@ -23,9 +23,6 @@ STATUSES: dict[Status, str] = {
     "finished": "FINISHED",
 }
 ENDED = ("KILLED", "FAILED", "FINISHED")
-POINT_FILES = {"metrics": "train", "online": "online", "system": "system"}
-"""Metric files and the group their metrics have in MLflow."""
-
 MODEL_FOLDER = "model"
 LONGEST_TAG = 5000
 WORDS_FOLDER = "words"
@@ -58,17 +55,17 @@ class Sent(BaseModel):
 
 
 class Outbox:
-    """The things of one run folder that one store should have."""
+    """What one store should have of one run folder."""
 
     def __init__(self, folder: RunFolder, *, store: str) -> None:
-        """Look at a run for the store of this (password-free) name."""
+        """Open the outbox of a run for the store of this (password-free) name."""
         self.folder = folder
         self.store = store
 
     # ------------------------------------------------------------------------------------------------- memory
 
     def load(self) -> Sent:
-        """Return what the store has; nothing when `mirror.json` is lost, for then all is sent once more and recognised."""
+        """Return what the store has; nothing when `mirror.json` is lost: then all is sent once more and recognised."""
         try:
             return Sent.model_validate(self._stores().get(self.store, {}))
         except ValueError:
@@ -90,7 +87,7 @@ class Outbox:
     def pending(self) -> int:
         """Return how many metric values, files and facts the store does not have."""
         sent = self.load()
-        points = sum(len(point.values) for name in POINT_FILES for _, point in self.points(name, sent=sent))
+        points = sum(len(point.values) for name in METRIC_FILES for _, point in self.points(name, sent=sent))
         files = sum(self.is_new(path, sent=sent) for path in (*self.results(), *self.artifacts()))
         files += sum(name not in sent.files for name in self.documents())
         files += sum(sent.tags.get(name) != text for name, text in self._labels().items())
@@ -108,25 +105,25 @@ class Outbox:
         offset, last_step = sent.offsets.get(name, 0), sent.last_steps.get(name, -1)
         with path.open("rb") as file:
             if offset and _step_before(file, offset) != last_step:
-                offset = 0  # a power cut took lines that were sent; their steps come again, perhaps at other places
+                offset = 0  # a power cut took lines that were sent; their steps are logged again, perhaps at other offsets
             file.seek(offset)
             for line in file:
                 try:
                     point = parse_point(parse_checked(line)) if line.endswith(b"\n") else None
                 except ValueError:
                     point = None
-                if point is None:  # still being written, or torn: the writer cuts it off when it goes on
-                    self._complain_of_damage(path)
+                if point is None:  # still being written, or torn: the writer cuts it off when it resumes
+                    self._check_damage(path)
                     return
                 offset += len(line)
                 if point.step > last_step:
                     yield offset, point
 
-    def _complain_of_damage(self, path: Path) -> None:
-        """Refuse to stop for good before a damaged line: nobody will write what follows it once more.
+    def _check_damage(self, path: Path) -> None:
+        """Refuse to stop for good before a damaged line, because no later start will write it again.
 
         Raises:
-            UserError: whole lines follow, or the run is finished.
+            UserError: intact lines follow, or the run is finished.
         """
         list(read_lines(path, check=parse_point))
         if self.folder.state.status == "finished":
@@ -137,7 +134,7 @@ class Outbox:
         return sorted((self.folder.path / "results").glob("*.json"))
 
     def artifacts(self) -> list[Path]:
-        """Return the files to keep beside the numbers: the log only once it is complete, a page after what it shows."""
+        """Return the files to keep beside the numbers: the log only when it is complete, a page after the images it shows."""
         names = [
             "run.json",
             "machine.json",
@@ -165,7 +162,7 @@ class Outbox:
         return finished and sent.model_version is None
 
     def is_new(self, path: Path, *, sent: Sent) -> bool:
-        """Return whether the store lacks this file or has an older one; one that was just replaced by none counts as sent."""
+        """Return whether the store lacks this file or has an older one; a file that has just disappeared counts as sent."""
         try:
             return sent.files.get(self._key(path)) != _stamp(path)
         except FileNotFoundError:
@@ -176,7 +173,7 @@ class Outbox:
         sent.files[self._key(path)] = _stamp(path)
 
     def place(self, result: Mapping[str, Any]) -> str:
-        """Return where a result belongs: its subject, and the data set when it is not the run's own."""
+        """Return the source of a result for `mlflow_name`: its subject, and the data set when it is not the run's own."""
         dataset = result.get("details", {}).get("dataset")
         own = dataset in (None, self.folder.info.recipe.data.dataset)
         return str(result["subject"]) if own else f"{result['subject']}/{dataset}"

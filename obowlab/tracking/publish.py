@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from obowlab.config import Machine
 from obowlab.errors import UserError
 from obowlab.files import file_lock
-from obowlab.tracking.server import complaint, connect, experiment_id, no_patience, prepare_store, shown_uri, store_uri
+from obowlab.tracking.server import complaint, connect, experiment_id, fail_fast, prepare_store, shown_uri, store_uri
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -54,7 +54,7 @@ def publish(
     metrics: Mapping[str, float] | None = None,
     timeout_s: float = 30.0,
 ) -> Published:
-    """Make one MLflow run of this kind and name have these files, tags and metrics; never raises for a store's sake.
+    """Make one MLflow run of this kind and name have these files, tags and metrics; never raises because of the store.
 
     The run is found by its tags `obowlab.kind` and `obowlab.name`, or created. A file is sent when its content is not the one
     that the run's tags remember, so the same content is not sent again; artifacts that are no longer named stay.
@@ -94,16 +94,16 @@ class _Work:
     done: Published = field(default_factory=Published)
 
     def carry_out(self, timeout_s: float) -> None:
-        """Send what is new; what goes wrong becomes the warning of `done`."""
+        """Send what is new; an error becomes the warning of `done`."""
         try:
-            no_patience(request_s=timeout_s)
+            fail_fast(request_s=timeout_s)
             self.machine.runs_root.mkdir(parents=True, exist_ok=True)
             with file_lock(self.machine.runs_root / LOCK):  # two processes must not both create the run
                 prepare_store(self.uri)
                 self._send(connect(self.uri))
         except UserError as error:
             self.done = Published(warning=_warning(self.kind, self.name, str(error)))
-        # Whatever a store, a proxy or a driver raises must not spoil what was published only for show; it is reported instead.
+        # No error of a store, a proxy or a driver may end the command that publishes; it is reported instead.
         except Exception as error:
             self.done = Published(warning=_warning(self.kind, self.name, complaint(error, uri=self.uri)))
 

@@ -52,10 +52,10 @@ def shown_uri(text: str) -> str:
 
 
 def complaint(error: Exception, *, uri: str) -> str:
-    """Return one sentence on what a store answered, without passwords and without a full stop.
+    """Return one sentence on an error of a store, without passwords and without a full stop.
 
     Args:
-        error: whatever MLflow, a driver or the network raised.
+        error: raised by MLflow, a database driver or the network.
         uri: of the store.
     """
     answer = getattr(getattr(error, "response", None), "status_code", None)  # of a file; other requests have MLflow's own codes
@@ -128,7 +128,7 @@ def artifact_location(uri: str, *, runs_root: Path) -> str | None:
 
 
 def prepare_store(uri: str) -> None:
-    """Create the SQLite store if it is not there yet; other stores are their owners' business.
+    """Create the SQLite store if it is not there yet; other stores are created by their owners.
 
     Several processes may call this at once, and one may be killed in it: the file is filled beside, under a lock, and renamed.
 
@@ -147,7 +147,7 @@ def prepare_store(uri: str) -> None:
                 return
             beside = path.with_name(f".{path.name}.new")
             beside.unlink(missing_ok=True)
-            no_patience()
+            fail_fast()
             from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
             artifacts = artifact_location(uri, runs_root=path.parent)
@@ -193,8 +193,8 @@ def experiment_id(client: MlflowClient, *, uri: str, runs_root: Path) -> str:
     return str(experiment.experiment_id)
 
 
-def no_patience(*, request_s: float = REQUEST_TIMEOUT_S) -> None:
-    """Make MLflow fail fast instead of retrying for minutes, and say nothing on the terminal; for the whole process.
+def fail_fast(*, request_s: float = REQUEST_TIMEOUT_S) -> None:
+    """Make MLflow fail fast instead of retrying for minutes, and print nothing; for the whole process.
 
     MLflow knows such settings as environment variables only. They are not put back: a request that hangs in a background
     thread reads them too.

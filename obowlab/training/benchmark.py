@@ -1,7 +1,8 @@
-"""Time and memory of training steps of recipes, on random images: `python -m obowlab.training.benchmark`, started by the lab.
+"""Time and memory of training steps of recipes, on random images: `python -m obowlab.training.benchmark`.
 
-Reads {"device": ..., "recipes": {key: recipe}} from standard input and prints a line with the key, seconds and sizes for every
-recipe that could be measured. Loading and colours are not counted, and small batches are scaled up: an estimate.
+`obowlab.launch.cost` starts it. Reads {"device": ..., "recipes": {key: recipe}} from standard input and prints a line with the
+key, seconds and sizes for every recipe that could be measured. Loading and colours are not counted, and small batches are scaled
+up: an estimate.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from obowlab.config import Recipe
 from obowlab.methods import METHODS, Batch, Method, OneProcess
 from obowlab.training.memory import forget_peak, peak_mib
+from obowlab.training.optimizers import build_optimizer, set_learning_rate
 
 BATCH = 16
 """At most so many images are timed; a multiple of what methods split a batch into."""
@@ -58,7 +60,9 @@ def _build(recipe: Recipe, *, device: torch.device) -> tuple[Method[Any], torch.
         recipe.method, backbone=recipe.backbone, total_steps=STEPS + 1, seed=0, num_classes=None, comm=OneProcess()
     )
     method.to(device).to(memory_format=torch.channels_last)
-    return method, torch.optim.SGD(method.param_groups(weight_decay=0.0), lr=0.0, momentum=0.9)
+    optimizer = build_optimizer(recipe.optimizer, method=method)
+    set_learning_rate(optimizer, 0.0)  # noise is not to be learnt
+    return method, optimizer
 
 
 def _steps(

@@ -1,7 +1,7 @@
 """The checkpoint of a run: one file, written beside and renamed, loaded strictly and without unpickling code.
 
-It holds the step, the method (student, teacher, vocabulary, prediction head) and the optimiser. There is no random state:
-views, order and word sampling are functions of (seed, epoch, image index).
+It holds the step, the method (student, teacher, vocabulary, prediction head), the optimiser and the sums of metrics that are not
+logged yet. There is no random state: views, order and word sampling are functions of (seed, epoch, image index).
 """
 
 from __future__ import annotations
@@ -23,12 +23,15 @@ from obowlab.methods import METHODS, Method, OneProcess
 from obowlab.runs.folder import RunFolder
 
 FORMAT = 1
+ADDED_LATER = ("logged_step", "window")
+"""Fields that checkpoints of earlier versions do not have."""
+
 CURRENT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a run goes on from.
+    """What a run resumes from.
 
     Attributes:
         step: optimiser updates done.
@@ -37,6 +40,7 @@ class Checkpoint:
         method: state of the method.
         optimizer: state of the optimiser.
         logged_step: of the last point in the metric file by then; None in checkpoints of earlier versions.
+        window: metrics of the steps since that point, `MetricWindow.state`; None in checkpoints of earlier versions.
     """
 
     step: int
@@ -45,12 +49,13 @@ class Checkpoint:
     method: dict[str, Any]
     optimizer: dict[str, Any]
     logged_step: int | None = None
+    window: dict[str, Any] | None = None
 
 
 def save(folder: Path, *, checkpoint: Checkpoint) -> None:
     """Write the checkpoint and keep the one before it; at no moment is there no valid file."""
     temporary = folder / f"{CURRENT}.tmp"
-    content = io.BytesIO()  # torch's own writer hides what the disk complains about
+    content = io.BytesIO()  # torch's own writer hides the reason when the disk refuses
     torch.save({"format": FORMAT, **vars(checkpoint)}, content)
     try:
         with temporary.open("wb") as file:
@@ -66,7 +71,7 @@ def save(folder: Path, *, checkpoint: Checkpoint) -> None:
             temporary.unlink(missing_ok=True)
         reason = error.strerror or str(error)
         raise UserError(
-            f"Cannot write the checkpoint in {folder} ({reason}): mend that or free some space, and run the command again."
+            f"Cannot write the checkpoint in {folder} ({reason}): fix that or free some space, and run the command again."
         ) from None
 
 
@@ -102,13 +107,13 @@ def _read(path: Path, *, map_location: torch.device) -> Checkpoint | str:
     except (OSError, zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         return f"{path} is damaged ({str(error).splitlines()[0]})."
     names = set(Checkpoint.__annotations__)
-    if not isinstance(content, dict) or content.pop("format", None) != FORMAT or {*content, "logged_step"} != names:
+    if not isinstance(content, dict) or content.pop("format", None) != FORMAT or {*content, *ADDED_LATER} != names:
         return f"{path} is not a checkpoint of this version of obowlab."
     return Checkpoint(**content)
 
 
 def restore(checkpoint: Checkpoint, *, method: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Put a checkpoint's state into method and optimiser, strictly, and return the step to go on from."""
+    """Put a checkpoint's state into method and optimiser, strictly, and return the step to resume from."""
     method.load_state_dict(checkpoint.method, strict=True)
     optimizer.load_state_dict(checkpoint.optimizer)
     return checkpoint.step

@@ -1,4 +1,4 @@
-"""Processes of one run: who am I, what do we share. The only importer of torch.distributed.
+"""The processes of one run and what they exchange. The only importer of torch.distributed.
 
 Every rank holds the same weights and the same vocabulary. One process is the ordinary case and uses no collective at all.
 """
@@ -6,10 +6,11 @@ Every rank holds the same weights and the same vocabulary. One process is the or
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,12 @@ from torch.autograd.function import FunctionCtx
 
 from obowlab.config import Machine
 from obowlab.errors import UserError
+
+T = TypeVar("T")
+
+
+class MainFailed(Exception):  # noqa: N818 - rank 0 reports the error
+    """Rank 0 failed at something that it does alone."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,27 @@ class World:
         if self.world_size > 1:
             dist.barrier()
 
+    def on_main(self, work: Callable[[], T]) -> T | None:
+        """Do something on rank 0 alone while the others wait; when it fails there, every rank stops.
+
+        Without the vote on how it ended, the others would wait in their next collective for a rank that is gone.
+
+        Returns:
+            What it returned, on rank 0; None on the others.
+
+        Raises:
+            MainFailed: on the other ranks, when it raised an exception on rank 0, where that one is raised.
+        """
+        try:
+            result = work() if self.is_main else None
+        except Exception:
+            self.any_rank(True)
+            raise
+        (failed,) = self.any_rank(False)
+        if failed:
+            raise MainFailed
+        return result
+
 
 @contextmanager
 def join(machine: Machine) -> Iterator[World]:
@@ -105,8 +133,8 @@ def parallelise(method: nn.Module, *, world: World) -> nn.Module:
     if world.world_size == 1:
         return method
     ids = [world.device.index] if world.device.type == "cuda" else None
-    # On the CPU a run goes on to the bit. So buckets must not be laid out anew after the first step of a start: with more than
-    # two processes the order of sums follows the layout. To look for unused parameters is what keeps it.
+    # On the CPU a resumed run equals an uninterrupted one to the bit. So buckets must not be laid out anew after the first step
+    # of a start: with more than two processes the order of sums follows the layout. Looking for unused parameters keeps it.
     keep_layout = world.device.type == "cpu"
     parallel = nn.parallel.DistributedDataParallel(method, device_ids=ids, find_unused_parameters=keep_layout)
     parallel.broadcast_buffers = False  # as an argument it was renamed; the attribute is there in old and new torch
@@ -116,8 +144,8 @@ def parallelise(method: nn.Module, *, world: World) -> nn.Module:
 def synchronise_batchnorm(module: nn.Module, *, world: World) -> None:
     """Let every BatchNorm2d of the module, in place, use the statistics of the global batch.
 
-    BatchNorm1d is left alone: the prediction head's sees the same words on every rank. So are subclasses of BatchNorm2d, which
-    have their own idea of a batch.
+    BatchNorm1d is left alone: the prediction head's sees the same words on every rank. So are subclasses of BatchNorm2d:
+    `SplitBatchNorm2d` has groups of its own.
     """
     if world.world_size == 1:
         return

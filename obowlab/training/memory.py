@@ -10,7 +10,7 @@ MIB = 2**20
 
 
 def peak_mib(device: torch.device) -> float:
-    """Return the peak since the process began or `forget_peak`, in MiB; 0 where nobody counts."""
+    """Return the peak since the process began or `forget_peak`, in MiB; 0 where it is not known."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_reserved(device)) / MIB
     try:
@@ -21,7 +21,7 @@ def peak_mib(device: torch.device) -> float:
 
 
 def forget_peak(device: torch.device) -> None:
-    """Let the peak be the present use."""
+    """Begin a new peak at the present use."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
@@ -29,4 +29,4 @@ def forget_peak(device: torch.device) -> None:
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
-        return  # then an earlier peak counts as well
+        return  # an earlier peak then counts as well

@@ -1,6 +1,6 @@
-"""Few-shot results during training: what a study decides on before a run is over, and a curve for everybody else.
+"""Few-shot results during training: studies prune trials by them, and every run has them as a curve.
 
-Measuring changes nothing of training: it draws no random number, and the encoder gets back the modes it came with.
+Measuring has no effect on training: it uses no random generator and restores the encoder's train and eval modes.
 """
 
 from __future__ import annotations
@@ -13,29 +13,29 @@ from typing import Any
 
 from obowlab.evaluation import evaluate
 from obowlab.methods import Method
-from obowlab.training.context import Work
+from obowlab.training.context import RunContext
 
 ONLINE = "online"
 """Name of the metric file, and of the group in MLflow."""
 
 
-def is_due(work: Work, *, epoch: int) -> bool:
+def is_due(run: RunContext, *, epoch: int) -> bool:
     """Return whether the few-shot protocol is run after so many whole epochs.
 
     Never after the last one: the same weights are measured once training is over.
     """
-    every = work.recipe.evaluation.every_epochs
-    return every > 0 and 0 < epoch < work.recipe.training.epochs and epoch % every == 0
+    every = run.recipe.evaluation.every_epochs
+    return every > 0 and 0 < epoch < run.recipe.training.epochs and epoch % every == 0
 
 
-def measure(work: Work, *, method: Method[Any], step: int, epoch: int) -> float:
-    """Measure the student, append the result to `online.jsonl` and return the seconds it took; for the main process.
+def measure(run: RunContext, *, method: Method[Any], step: int, epoch: int) -> float:
+    """Measure the student, append the result to `online.jsonl` and return the seconds it took; on rank 0 alone.
 
-    A point that is there already is not measured again: a resumed run has the same weights there. With one process a signal
-    ends the measurement at once, so a checkpoint of this step should be on the disk; several processes stop together, later.
+    A step that is in the file already is not measured again: a resumed run has the same weights there. With one process a
+    signal ends the measurement at once, so write a checkpoint of this step first; several processes stop together, later.
 
     Args:
-        work: the run; its recipe says how many shots and episodes.
+        run: its recipe has the number of shots and episodes.
         method: in training.
         step: optimiser updates done.
         epoch: whole epochs done.
@@ -45,30 +45,30 @@ def measure(work: Work, *, method: Method[Any], step: int, epoch: int) -> float:
         UserError: the validation images or the class list cannot be used.
     """
     started = time.monotonic()
-    with work.folder.metric_log(ONLINE) as log:
+    with run.folder.metric_log(ONLINE) as log:
         if step > log.last_step:
-            values = few_shot(work, method=method)
+            values = few_shot(run, method=method)
             log.append(step, {"epoch": epoch, **values})
-            work.reporter.say(f"Epoch {epoch}: " + ", ".join(f"{name} {value:.2f} %" for name, value in values.items()))
+            run.reporter.say(f"Epoch {epoch}: " + ", ".join(f"{name} {value:.2f} %" for name, value in values.items()))
     return time.monotonic() - started
 
 
-def few_shot(work: Work, *, method: Method[Any]) -> dict[str, float]:
+def few_shot(run: RunContext, *, method: Method[Any]) -> dict[str, float]:
     """Return the student's accuracy in percent by metric name."""
-    alone = work.world.world_size == 1
-    # These weights are gone with the next step, so their features are not kept with those of finished encoders.
+    alone = run.world.world_size == 1
+    # The next step changes these weights, so their features are not cached with those of finished encoders.
     with (
-        work.stop.acting_at_once() if alone else nullcontext(),
-        tempfile.TemporaryDirectory(prefix=".online.", dir=work.folder.path) as cache,
+        run.stop.acting_at_once() if alone else nullcontext(),
+        tempfile.TemporaryDirectory(prefix=".online.", dir=run.folder.path) as cache,
     ):
         results = evaluate(
             method.encoder,
-            recipe=work.recipe,
-            machine=work.machine,
+            recipe=run.recipe,
+            machine=run.machine,
             subject="student",
             cache_dir=Path(cache),
             protocols=("fewshot",),
-            device=work.world.device,
-            report=work.reporter.log,
+            device=run.world.device,
+            report=run.reporter.log,
         )
     return {measurement.name: measurement.value for result in results for measurement in result.measurements}

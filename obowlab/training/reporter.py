@@ -1,4 +1,4 @@
-"""What a person sees while a run works: a live bar on a terminal, a plain line now and then elsewhere."""
+"""The progress of a run: a live bar on a terminal, elsewhere a plain line now and then."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NO_PROGRESS_VARIABLE = "OBOWLAB_NO_PROGRESS"
 
 
 class Reporter:
-    """Prints on rank 0 and keeps every said line in the run folder's log.txt; silent on other ranks."""
+    """Prints on rank 0 and logs every line to the run folder's log.txt; silent on other ranks."""
 
     def __init__(self, log: Path | None) -> None:
         """Open the log; `None` makes a silent reporter."""
@@ -59,7 +59,7 @@ class Reporter:
             yield
 
     def step(self, *, done: int, total: int, images_per_s: float, left_s: float, values: Mapping[str, float]) -> None:
-        """Show how far training is, how fast, and a few metrics."""
+        """Show the steps done, the speed and a few metrics."""
         facts = f"{images_per_s:.0f} img/s" + "".join(f" · {name} {value:.4g}" for name, value in values.items())
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=done, facts=facts)

@@ -1,4 +1,4 @@
-"""What happens once before the first step of a stage: find the teacher, let the method prepare."""
+"""Before the first step of a stage: find the teacher, let the method prepare."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from obowlab.errors import UserError
 from obowlab.methods import Method, Preparation, ResNet
 from obowlab.randomness import Stream, uniforms
 from obowlab.runs.lineage import find_run
-from obowlab.training.context import Work
+from obowlab.training.context import RunContext
 from obowlab.views.loaders import centre_loader
 from obowlab.views.photometric import normalise
 from obowlab.weights.encoder_file import ENCODER_FILE, read_encoder
@@ -37,16 +37,16 @@ class Teacher:
     weights_hash: str
 
 
-def find_teacher(work: Work) -> Teacher | None:
+def find_teacher(run: RunContext) -> Teacher | None:
     """Load the encoder of the stage before, from the run beside this one that has its fingerprint; None for a first stage.
 
     Raises:
         UserError: there is no such run, it has no encoder yet, or not the one that this run began with.
     """
-    recipe, folder = work.recipe.teacher, work.folder
+    recipe, folder = run.recipe.teacher, run.folder
     if recipe is None:
         return None
-    runs_root, fingerprint = folder.path.parent, recipe.fingerprint(seed=work.seed)
+    runs_root, fingerprint = folder.path.parent, recipe.fingerprint(seed=run.seed)
     found = find_run(fingerprint, runs_root=runs_root)
     if found is None or not (found.path / ENCODER_FILE).is_file():
         lack = "is not there" if found is None else f"({found.run_id}) has no encoder yet"
@@ -64,14 +64,14 @@ def find_teacher(work: Work) -> Teacher | None:
     return Teacher(run_id=found.run_id, encoder=encoder.model, weights_hash=encoder.info.weights_hash)
 
 
-def prepare(work: Work, *, method: Method[Any], teacher: Teacher | None, split: Split) -> bool:
-    """Let the method do what it must before its first step, and return whether that was anything.
+def prepare(run: RunContext, *, method: Method[Any], teacher: Teacher | None, split: Split) -> bool:
+    """Let the method prepare, and return whether there was anything to do.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM came; nothing is kept, the next start prepares again.
+        Interrupted: SIGINT or SIGTERM came; nothing is saved, the next start prepares again.
         UserError: as `Method.prepare`.
     """
-    recipe, machine = work.recipe, work.machine
+    recipe, machine = run.recipe, run.machine
     chosen = subset(split, images_per_class=recipe.data.images_per_class)
 
     def originals(numbers: Tensor) -> Iterator[Tensor]:
@@ -84,22 +84,22 @@ def prepare(work: Work, *, method: Method[Any], teacher: Teacher | None, split: 
             workers=torch.get_num_threads() if machine.workers is None else machine.workers,
         )
         for _, images in loader:
-            yield normalise(images, device=work.world.device)
+            yield normalise(images, device=run.world.device)
 
     def draw(numbers: Tensor, count: int, lane: int) -> Tensor:
         indices = chosen[numbers.numpy()]
         return torch.from_numpy(
-            uniforms(seed=work.seed, epoch=0, indices=indices, stream=Stream.VOCABULARY, count=count, lane=lane)
+            uniforms(seed=run.seed, epoch=0, indices=indices, stream=Stream.VOCABULARY, count=count, lane=lane)
         )
 
-    with work.stop.acting_at_once():
+    with run.stop.acting_at_once():
         return method.prepare(
             Preparation(
                 teacher=None if teacher is None else teacher.encoder,
                 num_images=len(chosen),
                 originals=originals,
                 uniforms=draw,
-                seed=work.seed,
-                report=work.reporter.say,
+                seed=run.seed,
+                report=run.reporter.say,
             )
         )

@@ -2,11 +2,11 @@
 
 ffcv reads the file, owns the threads and compiles the pipeline; the one operation in it, `CutViews`, is ours. It decodes with
 libturbojpeg's accurate transform (ffcv's own decoder takes the fast one, whose pixels differ from PIL's) and cuts with
-`resample`, so its bytes are those of the torch backend. A record that the decoder objects to is given to PIL, whose word is
-final: pixels where PIL can read it (libturbojpeg minds stray bytes that PIL does not), else the user's error.
+`pil_resize`, so its bytes are those of the torch backend. A record that libturbojpeg rejects is decoded by PIL, which accepts
+stray bytes; if PIL rejects it as well, the user gets an error.
 
-numba freezes what compiled code finds around it, so the epoch reaches the operation as an argument: in place of the image
-indices, ffcv is handed one row of whole numbers per image, the place of its bytes and the geometry of its views.
+numba compiles global and enclosing variables as constants, so the epoch reaches the operation as an argument: in place of the
+image indices, ffcv is given one row of whole numbers per image, the place of its bytes and the geometry of its views.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from obowlab.views.pil_resize import cut_view, transpose
 from obowlab.views.pil_views import Cutter, Pixels, broken_record
 from obowlab.views.views import Geometry
 
-# Of numba's threading layers its own is always there and does not mind forks (TBB complains, OpenMP dies). ffcv starts the
-# layer when it is imported.
+# Of numba's threading layers its own is always there and works after a fork (TBB warns, OpenMP crashes). ffcv starts the layer
+# when it is imported.
 if numba.config.THREADING_LAYER == "default":  # type: ignore[attr-defined]
     numba.config.THREADING_LAYER = "workqueue"  # type: ignore[attr-defined]
 
@@ -47,7 +47,7 @@ BATCHES_AHEAD = 2
 """Batches prepared in advance."""
 
 POLL_S = 0.1
-"""How long the reading thread waits for room before it looks whether it should end."""
+"""How long the reading thread waits for room in the queue before it checks whether it should end."""
 
 RECORD_FIELDS = 4
 VIEW_FIELDS = 8
@@ -116,7 +116,7 @@ class FfcvBackend:
             batch_size=batch_size,
             num_workers=min(max(1, workers), numba.config.NUMBA_NUM_THREADS),  # type: ignore[attr-defined]
             os_cache=True,
-            order=OrderOption.SEQUENTIAL,  # never used: every iteration brings its own order
+            order=OrderOption.SEQUENTIAL,  # not used: every iteration has its own order
             pipelines={"image": [CutViews(cutter)], "label": None},
             drop_last=False,
             batches_ahead=BATCHES_AHEAD,
@@ -200,7 +200,7 @@ class CutViews(SimpleRGBImageDecoder):  # type: ignore[misc]
 
 
 class _Reader(EpochIterator):  # type: ignore[misc]
-    """ffcv's reading thread over an explicit order, with memory of its own per batch and errors that reach the caller."""
+    """ffcv's reading thread over an explicit order, with fresh memory for every batch and errors that reach the caller."""
 
     def __init__(self, loader: Any, order: Ints, cutter: Cutter, epoch: int) -> None:
         self._cutter, self._epoch = cutter, epoch
@@ -208,7 +208,7 @@ class _Reader(EpochIterator):  # type: ignore[misc]
         super().__init__(loader, order)  # starts the thread
 
     def run(self) -> None:
-        """Prepare the batches in order; stand in for ffcv's loop, which leaves its caller waiting for ever on an error."""
+        """Prepare the batches in order; replaces ffcv's loop, whose caller waits for ever after an error."""
         try:
             numba.set_num_threads(self.loader.num_workers)  # ffcv would change torch's number of threads as well
             for number, indices in enumerate(self.iter_ixes):
@@ -219,14 +219,14 @@ class _Reader(EpochIterator):  # type: ignore[misc]
         self._put(None)
 
     def next_batch(self) -> list[Tensor] | None:
-        """Return the next batch, or None at the end; raise what the thread died of."""
+        """Return the next batch, or None at the end; raise the exception that ended the thread."""
         kinds: list[Tensor] | None = self.output_queue.get()
         if kinds is None and self._failure is not None:
             raise self._failure
         return kinds
 
     def close(self) -> None:
-        """End the thread and wait for it; at most the batch in work is finished first."""
+        """End the thread and wait for it; at most the current batch is finished first."""
         self.terminate_event.set()
         if self.is_alive() and self is not threading.current_thread():
             self.join()
@@ -261,7 +261,7 @@ class _Reader(EpochIterator):  # type: ignore[misc]
 def plans(split: Split, indices: Ints, geometry: Geometry) -> Ints:
     """Return one row of whole numbers per image, [N, 4 + 8 V].
 
-    Where its bytes start, how many they are, height, width; then each view as `resample.cut_view` wants it.
+    Where its bytes start, how many they are, height, width; then each view as `pil_resize.cut_view` expects it.
     """
     record = np.stack([values[indices] for values in (split.pointers, split.sizes, split.heights, split.widths)], axis=1)
     views = np.concatenate([geometry.boxes, geometry.resized, geometry.windows], axis=-1)

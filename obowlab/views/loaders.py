@@ -164,7 +164,7 @@ def train_loader(
         workers: Threads (ffcv; at least one is used) or processes (torch; 0 works in this process).
 
     Raises:
-        UserError: the batch cannot be shared out, there are fewer images than one batch, ffcv is asked for and missing.
+        UserError: the batch cannot be split over the processes, there are fewer images than one batch, or ffcv is missing.
     """
     if batch_size % world_size:
         raise UserError(f"training.batch_size ({batch_size}) must be a multiple of the number of processes ({world_size}).")
@@ -244,7 +244,7 @@ def _backend(cutter: Cutter, *, name: BackendName, batch_size: int, workers: int
 
 @contextlib.contextmanager
 def _torch_threads_kept() -> Iterator[None]:
-    """Undo that ffcv sets torch's number of threads, when it is imported and when a loader is built."""
+    """Restore torch's number of threads, which ffcv sets when it is imported and when a loader is built."""
     threads = torch.get_num_threads()
     try:
         yield
@@ -292,7 +292,7 @@ class TorchBackend:
 
 
 class _Steps(Dataset[list[Tensor] | str]):
-    """The batches of an epoch; a record that cannot be decoded makes a message of its batch, which survives the way back."""
+    """The batches of an epoch; for a batch with a record that cannot be decoded, an error message, which can be pickled."""
 
     def __init__(self, cutter: Cutter, batches: Sequence[Ints], epoch: int) -> None:
         self._cutter, self._batches, self._epoch = cutter, batches, epoch
@@ -312,12 +312,16 @@ def _as_it_is(item: list[Tensor] | str) -> list[Tensor] | str:
 
 
 def _next_item(stream: Iterator[list[Tensor] | str]) -> list[Tensor] | str | None:
-    """Return the next batch, or None at the end; a worker that was killed becomes the user's error."""
+    """Return the next batch, or None at the end.
+
+    Raises:
+        UserError: a worker process was killed.
+    """
     try:
         return next(stream, None)
     except RuntimeError as error:
         if str(error).startswith("DataLoader worker (pid"):
             raise UserError(
-                "A loader process was killed, most likely for want of memory or shared memory: lower --workers."
+                "A loader process was killed, most likely because memory or shared memory ran out: lower --workers."
             ) from error
         raise

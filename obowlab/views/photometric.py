@@ -37,7 +37,7 @@ LUMA = (19595.0, 38470.0, 7471.0)
 
 BLUR_PASSES = 3
 CHUNK_PIXELS = 1 << 17
-"""On a CPU so many pixels are worked on at a time: they stay in the cache over all operations."""
+"""Pixels worked on at a time on a CPU: they stay in the cache over all operations."""
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
@@ -284,7 +284,7 @@ def _normalisation(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def _where(mask: Bools, device: torch.device) -> Tensor:
-    """Return the positions at which a mask is set; found on the host, so that no device has to be waited for."""
+    """Return the positions at which a mask is set; found on the host, which then does not wait for the device."""
     return torch.from_numpy(np.flatnonzero(mask)).to(device, non_blocking=True)
 
 

@@ -2,7 +2,7 @@
 
 PIL resizes bytes in two passes, first along the rows, then along the columns, and rounds to bytes between them. Each output
 pixel is a weighted sum of the input pixels under a triangle that widens with the reduction (antialiasing); the weights are
-whole numbers of 22 bits. Whole-number sums do not depend on their order, so a compiled loop can give PIL's very bytes.
+integers of 22 bits. Integer sums do not depend on their order, so a compiled loop can give exactly PIL's bytes.
 
 Along a row three interleaved channels are awkward for vector instructions, so the first pass reads a transposed copy of the
 image, made once for all views: there too the inner loop runs over neighbouring bytes. Only the window that is kept is computed.
@@ -23,7 +23,7 @@ Ints = npt.NDArray[np.int64]
 
 PRECISION_BITS = 22
 TILE = 32
-"""Columns that the transposition fills at a time: as many cache lines as stay at hand."""
+"""Columns that the transposition fills at a time: as many cache lines as stay in the first-level cache."""
 ONE, TWO = np.uint64(1), np.uint64(2)
 
 

@@ -1,7 +1,7 @@
 """The uint8 views of one image, cut by PIL: what both loader backends must give, to the byte.
 
 A `Cutter` knows a split and its view geometry. The torch backend runs it in worker processes; the ffcv backend does the same
-in compiled code (`ffcv_backend`) and comes here for records that its JPEG decoder is not sure about.
+in compiled code (`ffcv_backend`) and uses this one for records that its JPEG decoder rejects.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def decode(split: Split, index: int) -> Image.Image:
     """Return one image of a split, decoded, as RGB.
 
     Raises:
-        UserError: the record cannot be decoded or has another size than the file says.
+        UserError: the record cannot be decoded, or its size is not the one in the file's index.
     """
     try:
         with Image.open(io.BytesIO(split.jpeg(index))) as image:
@@ -122,7 +122,7 @@ def cut_view(image: Image.Image, plan: Geometry, row: int, view: int) -> Pixels:
 
 
 def broken_record(split: Split, index: int, reason: str) -> UserError:
-    """Return the complaint about a record that cannot be used."""
+    """Return the error for a record that cannot be read."""
     return UserError(
         f"Record {index} of {split.path} cannot be read ({reason}): the file is damaged, "
         f"build it again with `obowlab data prepare {split.dataset} --source DIR`."

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from obowlab.report.figure_cache import FOLDER
+from obowlab.report.curves import CACHE
 from obowlab.tracking.server import DATABASE
 from tests.benchmarks import store as stores
 from tests.browser import chromium, complaints
@@ -120,9 +120,9 @@ def main(words: Sequence[str] | None = None) -> int:
         for title, line in commands(store, out=out, in_mlflow=in_mlflow):
             first, again = [(timed(*line), settle(store))[0] for _ in range(2)]
             print(f"{title:<36} {first[0]:>6.2f} {first[1]:>7.2f}          {again[0]:>5.2f} {again[1]:>6.2f}", flush=True)
-        shutil.rmtree(store / FOLDER)
+        shutil.rmtree(store / CACHE)
         wall_s, cpu_s = timed("report", "--out", str(out), "--runs-root", str(store))
-        print(f"{'report, nothing kept of any run':<36} {wall_s:>6.2f} {cpu_s:>7.2f}", flush=True)
+        print(f"{'report, nothing in its cache':<36} {wall_s:>6.2f} {cpu_s:>7.2f}", flush=True)
         settle(store)
         if in_mlflow:
             browse(store, profile=Path(scratch) / "chromium")

@@ -23,7 +23,7 @@ from obowlab.config import Machine, canonical_hash
 from obowlab.evaluation.result import Measurement, Result, mean_with_interval, proportion_with_interval
 from obowlab.launch.cost import num_steps
 from obowlab.launch.local import sample_interval_s
-from obowlab.report.read import draw_ahead
+from obowlab.report.read import cache_curves
 from obowlab.runs import provenance
 from obowlab.runs.folder import RunFolder
 from obowlab.tables.plan import Job, make_plan
@@ -110,7 +110,7 @@ def add_run(job: Job, *, machine: Machine, model: Path, points: int) -> RunFolde
     folder.add_labels({**{f"obowlab.{table}": row for table, row in tables.items()}, "obowlab.scale": scale_of(job)})
     folder.set_state(status="running", attempt=1, step=total, total_steps=total, trained_s=round(total * STEP_TIME_S, 1))
     folder.set_state(status="finished")
-    draw_ahead(folder)
+    cache_curves(folder)
     return folder
 
 

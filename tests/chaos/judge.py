@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from obowlab.runs.folder import RunFolder, list_runs
-from obowlab.tracking.outbox import POINT_FILES, Outbox
+from obowlab.runs.metrics import METRIC_FILES, mlflow_name
+from obowlab.tracking.outbox import Outbox
 from tests.chaos.forks import Child, obowlab
 from tests.chaos.ledger import BrokenError, Case
 from tests.chaos.stage import SEED
@@ -152,14 +153,15 @@ def expected_points(folder: RunFolder) -> Counter[tuple[str, int, float]]:
     """Return every finite value of the run folder as MLflow should have it: key, step, value."""
     outbox = Outbox(folder, store="none")
     wanted: Counter[tuple[str, int, float]] = Counter()
-    for name, group in POINT_FILES.items():
+    for name in METRIC_FILES:
         for point in folder.metrics(name):
-            wanted.update((f"{group}/{key}", point.step, v) for key, v in point.values.items() if math.isfinite(v))
+            wanted.update((mlflow_name(key, source=name), point.step, v) for key, v in point.values.items() if math.isfinite(v))
     for result in folder.results():
-        prefix, step = f"eval/{outbox.place(result)}", folder.state.step
+        step = folder.state.step
         for measurement in result["measurements"]:
-            wanted[f"{prefix}/{measurement['name']}", step, float(measurement["value"])] += 1
-            wanted[f"{prefix}/{measurement['name']}_ci95", step, float(measurement["interval"])] += 1
+            name = mlflow_name(measurement["name"], source=outbox.place(result))
+            wanted[name, step, float(measurement["value"])] += 1
+            wanted[f"{name}_ci95", step, float(measurement["interval"])] += 1
     return wanted
 
 
