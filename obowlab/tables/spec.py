@@ -1,7 +1,7 @@
 """The files in `ablations/`: a table is a base recipe, rows that change a little of it, columns and the paper's numbers.
 
-A row's recipe at a scale is the base recipe of that scale (`config.scales`) with the row's changes. Rows of any tables whose recipes
-have the same fingerprint are one training.
+A row's recipe at a scale is the base recipe of that scale (`config.scales`) with the row's changes. Rows of any tables whose
+recipes have the same fingerprint are one training.
 """
 
 from __future__ import annotations
