@@ -64,7 +64,8 @@ class Figure:
         data: traces as plotly takes them. A colour is a name of the style sheet, `--c0`, or `--c0/33` with an opacity in
             hexadecimal digits: the chart follows the page into the dark.
         layout: as plotly takes it, without what all charts share (`dashboards/report/charts.js`).
-        csv: the same numbers as a table.
+        csv: the same numbers as a table with a header.
+        kind: of that table; charts of one kind share a file beside their page. Empty for curves.
         height: in pixels.
         wide: whether it takes the whole width of the page.
         caption: what one must know to read it.
@@ -75,6 +76,7 @@ class Figure:
     data: Sequence[Mapping[str, Any]]
     layout: Mapping[str, Any]
     csv: str
+    kind: str = ""
     height: int = 300
     wide: bool = False
     caption: str = ""
