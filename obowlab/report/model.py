@@ -10,6 +10,7 @@ from typing import Any
 
 from obowlab.report.curves import Curve
 from obowlab.report.vocabulary_health import Finding
+from obowlab.runs.results import Measured
 from obowlab.studies.schema import StudyReport
 from obowlab.tables.model import Status, Table
 
@@ -29,29 +30,6 @@ class Setting:
     value: str
     source: str
     shipped: str | None
-
-
-@dataclass(frozen=True)
-class Measured:
-    """One metric of one run, student and random initialisation side by side; all in the metric's unit.
-
-    Attributes:
-        metric: as in `runs.metrics`.
-        unit: of its values.
-        dataset: on which it was measured.
-        protocol: name, version and the beginning of its hash.
-        student: the measurement as in the results file, with `value` and its 95 % `interval`; None when not measured.
-        random: the same for the untrained weights.
-        count: what the interval was taken over.
-    """
-
-    metric: str
-    unit: str
-    dataset: str
-    protocol: str
-    student: Mapping[str, Any] | None
-    random: Mapping[str, Any] | None
-    count: int
 
 
 @dataclass(frozen=True)
