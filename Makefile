@@ -17,7 +17,7 @@ demo: .venv/.installed-demo ## Install, train OBoW on the embedded data set, eva
 	@$(BIN)/obowlab run demo
 	@echo; echo "Browse it:  $(BIN)/obowlab ui      List it:  $(BIN)/obowlab runs list"
 
-PYTEST_ALL = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(CORES) --dist worksteal
+PYTEST_ALL = OMP_NUM_THREADS=1 $(BIN)/pytest -n $(CORES) --dist loadscope --no-loadscope-reorder
 test: .venv/.installed-test ## Install, then run the tests (HIDE=postgresql,chromium: as on a machine without them)
 	@OBOWLAB_TEST_HIDE='$(HIDE)' $(PYTEST_ALL) $(PYTEST)
 

@@ -27,9 +27,14 @@ from tests.command_line import Obowlab, finished_run
 PHOTOS_VARIABLE = "OBOWLAB_TEST_PHOTOS"
 NEEDS = {"browser": "chromium", "lab": "postgresql", "postgresql": "postgresql"}
 """Fixture -> the marker of tests that use it."""
+LONGEST = "services ablate mirror stages distributed launch study resume tune nodes report chaos words"
+"""The modules that take longest."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # A module is played by one process. The longest come first, so that no process waits for another in the end.
+    first = [f"test_{name}" for name in LONGEST.split()]
+    items.sort(key=lambda item: first.index(item.path.stem) if item.path.stem in first else len(first))
     for item in items:
         for fixture, marker in NEEDS.items():
             if fixture in getattr(item, "fixturenames", ()):

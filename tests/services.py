@@ -1,7 +1,8 @@
 """The services of docker-compose.yml without Docker: their own commands and environment, on loopback.
 
-What differs from Docker is written down here and nowhere else: host names, ports and folders (`Stack.here`), and what the image
-of PostgreSQL does on an empty volume (`Stack._make_database`). `make services` keeps such a stack running for a developer.
+What differs from Docker is written down here and nowhere else: host names, ports and folders (`Stack.here`), what the image of
+PostgreSQL does on an empty volume (`Stack._make_database`), and health checks that call wget (`Stack._wait`). `make services`
+keeps such a stack running for a developer.
 """
 
 from __future__ import annotations
@@ -243,6 +244,8 @@ class Stack:
         kind, *words = self.services[name]["healthcheck"]["test"]
         assert kind == "CMD"
         command = [self.here(word, service=name) for word in words]
+        if command[0] == "wget":  # is in the images; not every machine has it
+            command = [sys.executable, "-c", "import sys, urllib.request as u; u.urlopen(sys.argv[1], timeout=5)", command[-1]]
         end = time.monotonic() + START_TIMEOUT_S
         surroundings = {**self._surroundings(name), **self.environment(name)}
         while subprocess.run(command, env=surroundings, cwd=self._home(name), capture_output=True, check=False).returncode:

@@ -263,6 +263,15 @@ def test_machine_file_then_environment_then_option(tmp_path: Path, monkeypatch: 
     assert load_machine().procs == 2
 
 
+def test_the_machine_file_is_where_the_desktop_standard_puts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "settings" / "obowlab" / "machine.toml"
+    file.parent.mkdir(parents=True)
+    file.write_text("workers = 5\n")
+    assert load_machine().workers is None
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "settings"))
+    assert load_machine().workers == 5
+
+
 def test_machine_without_a_file_has_absolute_default_roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     machine = load_machine(overrides={"data_root": Path("~/photos")})

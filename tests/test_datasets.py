@@ -185,7 +185,7 @@ def test_flat_folder_becomes_train_only(tmp_path: Path) -> None:
     [
         ({"train/a/1.jpg": 1, "val/1.jpg": 2}, r"without a class folder, such as val/1.jpg; expected train/CLASS"),
         ({"val/a/1.jpg": 1}, "no train/"),
-        ({"train/a/1.jpg": 1, "val/b/1.jpg": 2}, "classes in val/ that train/ has not, such as 'b'"),
+        ({"train/a/1.jpg": 1, "val/b/1.jpg": 2}, "classes in val/ that train/ does not have, such as 'b'"),
         ({"train/a/1.txt": 1}, "holds no image"),
         ({"1.jpg": 1}, "without a class folder"),
     ],

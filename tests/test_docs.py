@@ -39,7 +39,9 @@ PLACEHOLDER = re.compile(r"[A-Z]{2,}|\.\.\.|^K$|^N$")
 TO_BE_WRITTEN = re.compile(r"simsiam|(^|/)mine\.toml$", re.IGNORECASE)
 """What the walk-throughs of CONTRIBUTING make a reader write."""
 
-GENERATED = re.compile(r"[/~]|(data|runs|report|backups|services|words|\.venv|\.features|\.trash|train|val|online|eval|system)/")
+GENERATED = re.compile(
+    r"[/~]|plotly\.min\.js|(data|runs|report|backups|services|words|\.venv|\.features|\.trash|train|val|online|eval|system)/"
+)
 """How paths begin that commands write, and MLflow's groups of metrics."""
 
 SECTIONS = "data|views|backbone|optimizer|training|evaluation|method"

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,9 +14,11 @@ import pytest
 
 from obowlab.config import Loaded, Machine, Recipe
 from obowlab.errors import UserError
+from obowlab.files import file_lock
 from obowlab.launch import gpu_leases as leases
 from obowlab.launch import system
 from obowlab.launch.compute_command import compute_command
+from obowlab.launch.jobs import stop
 from obowlab.launch.local import SAMPLE_EVERY_S, launch, plan, sample_interval_s
 from obowlab.runs import RunFolder
 from tests.gpus import stand_in_gpus
@@ -202,6 +205,15 @@ def test_the_compute_process_follows_a_killed_launcher(tmp_path: Path) -> None:
     assert folder.state.status == "interrupted"
     with folder.lock():
         pass
+
+
+def test_cancelling_a_run_whose_launcher_was_killed_says_that_it_is_saving(tmp_path: Path) -> None:
+    folder = RunFolder.create(loaded(), seed=0, runs_root=tmp_path)
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    (folder.path / "lock").write_text(json.dumps({"pid": gone.pid, "host": socket.gethostname(), "token": "0"}))
+    with file_lock(folder.path / "worker.lock"), pytest.raises(UserError, match="is saving itself"):
+        stop(folder.run_id, runs_root=tmp_path)
 
 
 def test_the_plan_says_what_would_happen_and_touches_nothing(tmp_path: Path) -> None:

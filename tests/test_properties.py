@@ -15,7 +15,7 @@ from scipy import stats
 
 from obowlab import text
 from obowlab.config import flatten, layer, load_recipe, parse_override, recipe_from_values
-from obowlab.config.loading import DEFAULT_METHOD, METHOD_SECTIONS
+from obowlab.config.methods import DEFAULT_METHOD, METHOD_SECTIONS
 from obowlab.config.validation import flat_pairs, nest
 from obowlab.data.class_lists import class_list
 from obowlab.errors import UserError

@@ -68,11 +68,14 @@ class Page(HTMLParser):
         self.ids: set[str] = set()
         self.tags: list[str] = []
         self.scripts: list[dict[str, str | None]] = []
+        self.titles: list[str] = []
         self.texts: list[str] = []
         self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
+        if dict(attrs).get("class") == "data":
+            self.titles.append(str(dict(attrs)["aria-label"]).removeprefix("data of ").removesuffix(", CSV"))
         if tag == "script":
             self.scripts.append(dict(attrs))
         for name, value in attrs:
@@ -235,8 +238,10 @@ def test_every_chart_has_its_data_beside_the_page_and_one_plotly_serves_all(site
         assert len(data) == page.tags.count("figure") == sum("type" in script for script in page.scripts)
         sources = [script["src"] for script in page.scripts if "src" in script]
         assert sources.count(os.path.relpath(site / "plotly.min.js", path.parent)) == bool(data), path
-        for file in data:
-            assert len(file.read_text(encoding="utf-8").splitlines()) >= 2, file
+        for file, title in zip(data, page.titles, strict=True):
+            table = list(csv.DictReader(io.StringIO(file.read_text(encoding="utf-8"))))
+            assert table, file
+            assert "chart" not in table[0] or title in {row["chart"] for row in table}, (file, title)
         linked |= set(data)
     assert linked == set(site.rglob("*.csv"))
     assert [path.relative_to(site).as_posix() for path in site.rglob("plotly*")] == ["plotly.min.js"]
@@ -284,7 +289,7 @@ def test_the_same_store_gives_the_same_bytes(store: Site, site: Path, tmp_path: 
         assert archive.read("report/index.html") == first["index.html"]
 
 
-def slow_csv(lines: Sequence[figures.Line]) -> str:
+def slow_csv(lines: Sequence[figures.Line], *, title: str) -> str:
     """Write the points of some curves with `csv` alone."""
     target = io.StringIO(newline="")
     writer = csv.writer(target, lineterminator="\n")
@@ -292,7 +297,7 @@ def slow_csv(lines: Sequence[figures.Line]) -> str:
     for line in lines:
         curve = line.curve
         for point in zip(curve.step, curve.epoch, curve.mean, curve.low, curve.high, strict=True):
-            writer.writerow([line.label, " ".join(line.runs), *point])
+            writer.writerow([title, line.label, " ".join(line.runs), *point])
     return target.getvalue()
 
 

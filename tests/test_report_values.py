@@ -21,10 +21,10 @@ from obowlab.files import read_checked
 from obowlab.report import curves
 from obowlab.report import read as gather
 from obowlab.report.curves import CACHE, Curve, cached_curves, over_seeds, read_curves, reduce, with_point
-from obowlab.report.model import Measured
 from obowlab.report.vocabulary_health import RULES, Finding, judge
 from obowlab.runs.folder import RunFolder, RunSummary
 from obowlab.runs.records import Record, store_records
+from obowlab.runs.results import Measured, tabulate
 from obowlab.studies.schema import read_studies, read_study
 from tests.command_line import result
 from tests.report_store import add_gallery, add_run, add_study
@@ -163,7 +163,7 @@ def test_age_is_no_trouble_for_means_and_odd_numbers_are() -> None:
     recipe = {**RECIPE, "method": {"num_words": 1000, "vocabulary": "kmeans_replace"}}
     assert not any(f.rule == "fresh" for f in judge({"word_age_conv5": flat(900.0)}, recipe=recipe))
     odd = replace(curve((1,), (1,)), omitted=3)
-    assert [f.said for f in judge({"loss": odd}, recipe=RECIPE)] == ["3 values are not finite"]
+    assert [f.detail for f in judge({"loss": odd}, recipe=RECIPE)] == ["3 values are not finite"]
     assert judge({"loss": flat(1.0)}, recipe={}) == ()
 
 
@@ -341,13 +341,13 @@ def test_seeds_are_one_family_and_other_protocols_do_not_part_them(tmp_path: Pat
 
 def test_newest_measurement_counts_and_own_data_come_first() -> None:
     elsewhere = {**result("fewshot", "student", 50.0), "details": {"dataset": "other"}}
-    rows = gather.tabulate([elsewhere, result("fewshot", "student", 1.0), result("fewshot", "student", 2.0)], dataset="synthetic")
+    rows = tabulate([elsewhere, result("fewshot", "student", 1.0), result("fewshot", "student", 2.0)], dataset="synthetic")
     assert [(row.dataset, row.student and row.student["value"]) for row in rows] == [("synthetic", 2.0), ("other", 50.0)]
 
 
 def test_an_interval_that_is_not_symmetric_keeps_its_ends() -> None:
     wilson = {"name": "linear_top1", "value": 97.25, "interval": 0.93, "low": 96.17, "high": 98.03, "count": 1200}
-    (row,) = gather.tabulate([{**result("linear", "student", 0.0), "measurements": [wilson]}], dataset="synthetic")
+    (row,) = tabulate([{**result("linear", "student", 0.0), "measurements": [wilson]}], dataset="synthetic")
     assert text.measurement(row.student) == "97.25 [96.17, 98.03]"
 
 

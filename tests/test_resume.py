@@ -16,7 +16,7 @@ from obowlab.runs.folder import RunFolder
 from tests.runs import complete, points, small_recipe, start, weights
 
 NUM_KILLS = 20 if os.environ.get("OBOWLAB_TEST_ALL") else 5
-EPOCHS = 60
+EPOCHS = 3 * NUM_KILLS
 
 
 @pytest.fixture(scope="module")

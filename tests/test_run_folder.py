@@ -16,8 +16,8 @@ import pytest
 from obowlab.config import Loaded, Machine, Recipe
 from obowlab.errors import UserError
 from obowlab.files import folder_written, read_checked
-from obowlab.runs import METRICS, MetricLog, RunFolder, list_runs, lookup, provenance
-from obowlab.runs.locks import LOCK_TOKEN_VARIABLE, RunTakenError, is_locked
+from obowlab.runs import METRICS, MetricLog, RunFolder, list_runs, locks, lookup, provenance
+from obowlab.runs.locks import LOCK_TOKEN_VARIABLE, RunTakenError, holder_of, is_locked
 from obowlab.runs.metrics import mlflow_name
 
 
@@ -123,10 +123,9 @@ import os, sys, time
 from pathlib import Path
 from obowlab.runs import RunFolder
 with RunFolder.open(Path(sys.argv[1])).lock() as lock:
-    if "fork" in sys.argv and os.fork() == 0:
-        time.sleep(3)
-        os._exit(0)
     print(lock.token, flush=True)
+    if "fork" in sys.argv and (child := os.fork()):
+        print(child, flush=True)
     time.sleep(60)
 """
 
@@ -138,12 +137,14 @@ def test_lock_names_its_holder_and_ends_with_it(tmp_path: Path) -> None:
     child = run_python(HOLD, run.path, "fork")
     assert child.stdout is not None
     assert child.stdout.readline()
+    forked = int(child.stdout.readline())
     with pytest.raises(UserError, match=f"process {child.pid} on {socket.gethostname()}"), run.lock():
         pass
     child.kill()  # its forked child lives on, as a loader's worker might
-    os.waitpid(child.pid, 0)
+    child.wait()
     with run.lock():
         pass
+    os.kill(forked, signal.SIGKILL)
 
 
 def test_lock_lets_in_whom_the_holder_started_and_stays_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,6 +165,43 @@ def test_lock_lets_in_whom_the_holder_started_and_stays_with_it(tmp_path: Path, 
     worker.wait()
     with run.lock() as again:
         assert again.token != lock.token
+
+
+def test_looking_at_a_lock_makes_no_file_and_needs_no_right_to_write(tmp_path: Path) -> None:
+    run = create(tmp_path)
+    assert not is_locked(run.path)
+    assert not (run.path / "lock").exists()
+    with run.lock():
+        (run.path / "lock").chmod(0o444)
+        assert is_locked(run.path)
+    assert not is_locked(run.path)
+
+
+def test_a_lock_of_an_earlier_version_is_no_obstacle(tmp_path: Path) -> None:
+    run = create(tmp_path)
+    (run.path / "lock").write_text(json.dumps({"pid": 1, "host": "elsewhere", "token": "0123456789abcdef"}))
+    assert not is_locked(run.path)
+    with run.lock() as lock:
+        assert holder_of(run.path) == {"pid": os.getpid(), "host": socket.gethostname(), "token": lock.token}
+
+
+def test_a_worker_whose_launcher_was_replaced_gets_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = create(tmp_path)
+    with run.lock() as lock:
+        tokens = [lock.token, "new", "new"]  # while it waits for its lock, another launcher takes the run
+        monkeypatch.setenv(LOCK_TOKEN_VARIABLE, lock.token)
+        monkeypatch.setattr(locks, "holder_of", lambda path: {"token": tokens.pop(0)})
+        with pytest.raises(RunTakenError, match="being trained"), run.lock():
+            pass
+    assert not is_locked(run.path)
+
+
+def test_a_folder_that_was_moved_away_is_not_made_again(tmp_path: Path) -> None:
+    run = create(tmp_path)
+    run.path.rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="Cannot lock the run folder"), run.lock():
+        pass
+    assert not run.path.exists()
 
 
 def test_a_running_state_without_a_process_reads_as_interrupted(tmp_path: Path) -> None:
@@ -295,7 +333,7 @@ def test_provenance_of_an_image_is_the_commit_it_was_made_of(tmp_path: Path, mon
         assert (facts.commit, facts.dirty) == expected
 
 
-def test_track_imports_nothing_heavy() -> None:
+def test_the_run_folder_imports_nothing_heavy() -> None:
     code = "import sys, obowlab.runs; print(sorted({'torch', 'mlflow', 'numpy', 'click'} & set(sys.modules)))"
     assert run_python(code).communicate()[0].strip() == "[]"
 

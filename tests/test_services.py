@@ -241,6 +241,7 @@ def test_a_wrong_login_is_one_sentence_and_loses_nothing(lab: Lab, client: Any) 
     assert run.info.status == "FINISHED"
 
 
+@pytest.mark.long
 def test_pages_show_the_run_the_study_and_the_report(lab: Lab, client: Any, browser: Any) -> None:
     run = lab.runs_in_mlflow(client, recipe="small", seed="0")[0]
     experiment = run.info.experiment_id
@@ -270,6 +271,7 @@ def test_pages_show_the_run_the_study_and_the_report(lab: Lab, client: Any, brow
 # ------------------------------------------------------------------------------------------------------ backup and restore
 
 
+@pytest.mark.long
 def test_what_was_lost_is_there_again_after_a_restore(lab: Lab, client: Any) -> None:
     stack = lab.stack
     backups = stack.root / "backups"
@@ -307,6 +309,7 @@ def test_what_was_lost_is_there_again_after_a_restore(lab: Lab, client: Any) -> 
     assert {run.info.run_id for run in lab.runs_in_mlflow(client)} == set(before)
 
 
+@pytest.mark.long
 def test_a_backup_that_was_touched_is_refused(lab: Lab) -> None:
     stack = lab.stack
     (backup,) = (stack.root / "backups").iterdir()
@@ -335,6 +338,7 @@ def test_a_backup_that_was_touched_is_refused(lab: Lab) -> None:
     assert not list(stack.root.glob("**/stray.txt"))
 
 
+@pytest.mark.long
 def test_an_object_never_becomes_a_path(lab: Lab) -> None:
     stack = lab.stack
     (backup,) = (stack.root / "backups").iterdir()

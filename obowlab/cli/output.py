@@ -76,7 +76,6 @@ def print_measurements(results: Iterable[Mapping[str, Any]]) -> None:
     Values are percent with their 95 % interval; n counts the episodes or images it was taken over.
     """
     from obowlab import text
-    from obowlab.runs.metrics import unit_of
     from obowlab.runs.results import tabulate
 
     def shown(measurement: Mapping[str, Any] | None, unit: str) -> str:
@@ -84,7 +83,7 @@ def print_measurements(results: Iterable[Mapping[str, Any]]) -> None:
 
     lines = []
     for row in tabulate(results):
-        unit = unit_of(row.metric)
-        lines.append([row.metric, shown(row.student, unit), shown(row.random, unit), str(row.count), row.dataset, row.protocol])
+        values = [shown(each, row.unit) for each in (row.student, row.random)]
+        lines.append([row.metric, *values, str(row.count), row.dataset, row.protocol])
     columns = ["metric", "student", "random initialisation", "n", "data set", "protocol"]
     print_table(columns, lines, right=("student", "random initialisation", "n"))

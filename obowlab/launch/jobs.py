@@ -183,7 +183,12 @@ def stop(ref: str, *, runs_root: Path) -> str:
     holder = holder_of(folder.path)
     if holder.get("host") != socket.gethostname():
         raise UserError(f"{folder.run_id} is trained on {holder.get('host')}: cancel it there.")
-    os.kill(int(holder["pid"]), signal.SIGTERM)
+    try:
+        os.kill(int(holder["pid"]), signal.SIGTERM)
+    except ProcessLookupError:
+        raise UserError(
+            f"The launcher of {folder.run_id} was killed; its training process is saving itself and will end."
+        ) from None
     return f"Asked process {holder['pid']} to stop; {folder.run_id} saves itself, and the same command resumes it."
 
 

@@ -16,7 +16,7 @@ from types import FrameType
 from obowlab.launch.system import process_tree
 from obowlab.signals import on_signals
 
-_PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG = 1
 
 
 @dataclass
@@ -88,7 +88,7 @@ def tied_to_this_process() -> Callable[[], None]:
 
     def die_with_parent() -> None:
         if libc is not None:
-            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+            libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
             if os.getppid() != parent:  # it died before the line above
                 os.kill(os.getpid(), signal.SIGTERM)
 

@@ -55,7 +55,7 @@ LOGARITHMIC = ("distance", "perplexity_image")
 START = 25
 """The first one of so many parts of a training does not decide where the axis of the loss ends."""
 
-CURVE_COLUMNS = ("curve", "runs", "step", "epoch", "value", "lowest", "highest")
+CURVE_COLUMNS = ("chart", "curve", "runs", "step", "epoch", "value", "lowest", "highest")
 STUDY_FIGURES = {
     "contour": (
         "Objective over two parameters",
@@ -255,6 +255,7 @@ def table_figure(table: Table) -> Figure | None:
             ("row", "difference", "interval", "paper", "runs"),
             [(label, ours.value, ours.interval, value, " ".join(runs)) for label, ours, value, runs in found],
         ),
+        kind="differences",
         height=110 + 26 * len(found),
         caption=caption,
     )
@@ -288,6 +289,7 @@ def study_figures(study: StudyReport) -> list[Figure]:
                 data=figure.data,
                 layout=layout,
                 csv=importances if name == "importance" else trials,
+                kind="importance" if name == "importance" else "trials",
                 height=360,
                 wide=name == "slice",
                 caption=caption,
@@ -369,7 +371,7 @@ def _curve_figure(lines: Sequence[Line], *, metric: str, title: str) -> Figure:
         description=f"{title}, over epochs. Last values: {ends}.",
         data=[trace for line, colour in zip(lines, colours, strict=True) for trace in _traces(line, unit=unit, colour=colour)],
         layout={"xaxis": {"title": {"text": "epochs"}, "rangemode": "tozero"}, "yaxis": y, "showlegend": len(lines) > 1},
-        csv=_curve_csv(lines),
+        csv=_curve_csv(lines, title=title),
         height=280 + (20 * len(lines) if len(lines) > 1 else 0),
         caption=caption,
     )
@@ -429,11 +431,11 @@ def _traces(line: Line, *, unit: str, colour: str) -> Iterator[dict[str, Any]]:
     }
 
 
-def _curve_csv(lines: Sequence[Line]) -> str:
+def _curve_csv(lines: Sequence[Line], *, title: str) -> str:
     """Return the points of some curves; a report of 200 runs has so many that `csv` would take most of its time."""
     parts = [_csv(CURVE_COLUMNS, ())]
     for line in lines:
-        curve, name = line.curve, _csv((line.label, " ".join(line.runs)), ()).removesuffix("\n")
+        curve, name = line.curve, _csv((title, line.label, " ".join(line.runs)), ()).removesuffix("\n")
         points = to_json(list(zip(curve.step, curve.epoch, curve.mean, curve.low, curve.high, strict=True))).decode()
         parts += [f"{name},{point}\n" for point in points[2:-2].split("],[")]
     return "".join(parts)

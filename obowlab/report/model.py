@@ -10,6 +10,7 @@ from typing import Any
 
 from obowlab.report.curves import Curve
 from obowlab.report.vocabulary_health import Finding
+from obowlab.runs.results import Measured
 from obowlab.studies.schema import StudyReport
 from obowlab.tables.model import Status, Table
 
@@ -32,29 +33,6 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One metric of one run, student and random initialisation side by side; all in the metric's unit.
-
-    Attributes:
-        metric: as in `runs.metrics`.
-        unit: of its values.
-        dataset: on which it was measured.
-        protocol: name, version and the beginning of its hash.
-        student: the measurement as in the results file, with `value` and its 95 % `interval`; None when not measured.
-        random: the same for the untrained weights.
-        count: what the interval was taken over.
-    """
-
-    metric: str
-    unit: str
-    dataset: str
-    protocol: str
-    student: Mapping[str, Any] | None
-    random: Mapping[str, Any] | None
-    count: int
-
-
-@dataclass(frozen=True)
 class Figure:
     """One plotly chart of a page.
 
@@ -64,7 +42,8 @@ class Figure:
         data: traces as plotly takes them. A colour is a name of the style sheet, `--c0`, or `--c0/33` with an opacity in
             hexadecimal digits: the chart follows the page into the dark.
         layout: as plotly takes it, without what all charts share (`dashboards/report/charts.js`).
-        csv: the same numbers as a table.
+        csv: the same numbers as a table with a header.
+        kind: of that table; charts of one kind share a file beside their page. Empty for curves.
         height: in pixels.
         wide: whether it takes the whole width of the page.
         caption: what one must know to read it.
@@ -75,6 +54,7 @@ class Figure:
     data: Sequence[Mapping[str, Any]]
     layout: Mapping[str, Any]
     csv: str
+    kind: str = ""
     height: int = 300
     wide: bool = False
     caption: str = ""

@@ -32,9 +32,6 @@ PLOTLY = "plotly.min.js"
 MARKER = ".obowlab-report"
 """Lies in every report: only a folder that has it, or an empty one, is replaced."""
 
-LONGEST_NAME = 60
-"""Letters of a chart's title in the name of its CSV file."""
-
 NEWEST = 8
 """Runs that the overview lists, and warnings."""
 
@@ -95,7 +92,7 @@ def _write(site: Site, *, folder: Path) -> int:
         path = folder / page.path
         path.parent.mkdir(parents=True, exist_ok=True)
         up = "../" * page.path.count("/")
-        charts = {section: _charts(section, found, page=path) for section, found in page.figures().items()}
+        charts = _charts(page.figures(), page=path)
         content = environment.get_template(page.template).render(
             up=up, path=page.path, section=page.section, title=page.title, charts=charts, **page.values
         )
@@ -140,16 +137,21 @@ class _Chart:
     csv: str
 
 
-def _charts(section: str, found: Sequence[Figure], *, page: Path) -> list[_Chart]:
-    """Write the CSV files of a section's figures beside their page and return what the template needs of them."""
-    folder = page.with_suffix("")
-    if found:
-        folder.mkdir(exist_ok=True)
-    charts = []
-    for number, figure in enumerate(found, start=1):
-        path = folder / f"{anchor(section)}-{number}-{anchor(figure.title).lower()[:LONGEST_NAME]}.csv"
-        path.write_text(figure.csv, encoding="utf-8")
-        charts.append(_Chart(figure, script_json({"data": figure.data, "layout": figure.layout}), f"{folder.name}/{path.name}"))
+def _charts(sections: Mapping[str, Sequence[Figure]], *, page: Path) -> dict[str, list[_Chart]]:
+    """Write the CSV files of a page's figures beside it, one of each kind, and return what the template needs of them."""
+    tables: dict[str, list[str]] = {}
+    charts: dict[str, list[_Chart]] = {}
+    for section, found in sections.items():
+        charts[section] = []
+        for figure in found:
+            name = f"{page.stem}{'-' * bool(figure.kind)}{figure.kind}.csv"
+            if figure.csv not in tables.setdefault(name, []):
+                tables[name].append(figure.csv)
+            content = script_json({"data": figure.data, "layout": figure.layout})
+            charts[section].append(_Chart(figure, content, name))
+    for name, (first, *others) in tables.items():
+        table = first + "".join(each.partition("\n")[2] for each in others)  # one header
+        (page.parent / name).write_text(table, encoding="utf-8")
     return charts
 
 

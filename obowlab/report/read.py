@@ -17,12 +17,12 @@ from obowlab.config.scales import SCALES
 from obowlab.config.validation import flat_pairs
 from obowlab.errors import UserError
 from obowlab.report.curves import Curve, cached_curves, with_point
-from obowlab.report.model import Gallery, Measured, Run, Setting, Site
+from obowlab.report.model import Gallery, Run, Setting, Site
 from obowlab.report.vocabulary_health import judge
 from obowlab.runs.folder import RunFolder, RunSummary, list_runs
 from obowlab.runs.info import RunInfo
-from obowlab.runs.metrics import unit_of
 from obowlab.runs.records import Record, Records, by_fingerprint
+from obowlab.runs.results import Measured, tabulate
 from obowlab.studies.schema import read_studies
 from obowlab.tables.build import COMPARABLE, build_table, seeds_with_runs
 from obowlab.tables.model import Table
@@ -44,9 +44,6 @@ MACHINE_FACTS = {
     "platform": "system",
 }
 """Fact of an attempt -> its name in a report."""
-
-ENDS = ("value", "interval", "low", "high")
-"""What is shown of a measurement; results of earlier versions have no ends of the interval."""
 
 PICTURES = (".jpg", ".png", ".webp")
 
@@ -269,36 +266,6 @@ def settings_of(recipe: str) -> dict[str, Any]:
         return flatten(Recipe.model_validate_json(recipe))
     except ValueError:
         return dict(flat_pairs(json.loads(recipe)))
-
-
-def tabulate(results: Iterable[Mapping[str, Any]], *, dataset: str) -> tuple[Measured, ...]:
-    """Return a run's results, one entry per metric, data set and protocol; of several measurements the newest counts.
-
-    Args:
-        results: as the run folder has them, the oldest first.
-        dataset: the run's own, which comes first.
-    """
-    found: dict[tuple[str, str, str], dict[str, Any]] = {}
-    for result in results:
-        where = str(result.get("details", {}).get("dataset", ""))
-        protocol = f"{result['protocol']} v{result['version']}, {str(result['protocol_hash'])[:8]}"
-        for measurement in result["measurements"]:
-            entry = found.setdefault((measurement["name"], where, protocol), {})
-            entry[result["subject"]] = {key: float(measurement[key]) for key in ENDS if key in measurement}
-            entry["count"] = int(measurement["count"])
-    rows = [
-        Measured(
-            metric=metric,
-            unit=unit_of(metric),
-            dataset=where,
-            protocol=protocol,
-            student=entry.get("student"),
-            random=entry.get("random"),
-            count=entry["count"],
-        )
-        for (metric, where, protocol), entry in found.items()
-    ]
-    return tuple(sorted(rows, key=lambda row: (row.dataset != dataset, row.dataset)))
 
 
 def find_gallery(folder: Path) -> Gallery | None:

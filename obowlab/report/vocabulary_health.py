@@ -1,7 +1,7 @@
-"""Whether a vocabulary is alive: a few rules of thumb on its curves, with their numbers, in words.
+"""Health of a vocabulary: rules of thumb on its curves, and the numbers that they compare.
 
-They are ours, not the paper's: they find the ways in which online words are known to fail (all images alike, few words, features
-that collapse, a queue that stands still) and say nothing about accuracy. Each looks at the last tenth of what was logged.
+They are ours, not the paper's: they detect the known failures of online vocabularies (all images alike, few visual words in use,
+collapsed features, a queue that is not refilled) and say nothing about accuracy. Each looks at the last tenth of a curve.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ ALIKE = 0.5
 """An image's bag as wide as half of the whole batch's: images hardly differ."""
 
 FEW_WORDS = 0.05
-"""Share of the vocabulary below which a batch speaks with few words."""
+"""Share of the vocabulary below which a batch uses few visual words."""
 
 ONE_WORD = 1.5
 """Perplexity of an image's bag, in words, below which it is hardly a bag."""
 
 COLLAPSED = 0.01
-"""Distance to the nearest word, as a share of its highest, below which features have become one."""
+"""Distance to the nearest visual word, as a share of its highest, below which features have collapsed."""
 
 STALE = 2.0
 """Age of a queue's words, in turnovers of the queue, above which it is not refilled."""
@@ -37,18 +37,18 @@ class Finding:
         rule: key of `RULES`.
         level: `conv4`, `conv5`; empty when there is one vocabulary without a level.
         healthy: whether the rule is kept.
-        said: the numbers in one sentence.
+        detail: the numbers in one sentence.
     """
 
     rule: str
     level: str
     healthy: bool
-    said: str
+    detail: str
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What is looked at, and what is healthy and what is not, for the reader of a report."""
+    """A rule for the reader of a report: what it checks, what is healthy and what is not."""
 
     label: str
     trouble: str
@@ -60,7 +60,7 @@ RULES = {
     "distinct": Rule(
         "Images differ",
         "images look alike",
-        "One image's bag holds far fewer words than the whole batch's: bags tell images apart.",
+        "One image's bag holds far fewer words than the whole batch's: bags distinguish images.",
         f"An image's perplexity above {100 * ALIKE:.0f} % of the batch's: all bags look alike and there is nothing to predict. "
         "Soft codes start so when delta_base is large; it should pass within the first epochs.",
     ),
@@ -73,7 +73,7 @@ RULES = {
     "breadth": Rule(
         "Many words in use",
         "few words in use",
-        "The batch as a whole speaks with a large part of the vocabulary, and that part does not shrink.",
+        "The batch as a whole uses a large part of the vocabulary, and that part does not shrink.",
         f"Perplexity of the batch, or words used, below {100 * FEW_WORDS:.0f} % of the vocabulary: few words for everything.",
     ),
     "spread": Rule(
@@ -116,8 +116,8 @@ def judge(curves: Mapping[str, Curve], *, recipe: Mapping[str, Any]) -> tuple[Fi
             curve = curves.get(f"{name}{suffix}")
             return None if curve is None else fmean(curve.mean[-max(1, len(curve.mean) // 10) :])
 
-        def add(rule: str, healthy: bool, said: str, level: str = level) -> None:
-            findings.append(Finding(rule=rule, level=level, healthy=healthy, said=said))
+        def add(rule: str, healthy: bool, detail: str, level: str = level) -> None:
+            findings.append(Finding(rule=rule, level=level, healthy=healthy, detail=detail))
 
         image, whole, used = tail("perplexity_image"), tail("perplexity_batch"), tail("words_used")
         if image is not None and whole is not None:

@@ -66,8 +66,8 @@ def hold(path: Path) -> Iterator[Lock]:
     token = os.environ.get(LOCK_TOKEN_VARIABLE, "")
     holder = holder_of(path)
     is_worker = token != "" and token == holder.get("token")
-    lock = file_lock(path / (WORKER if is_worker else LAUNCHER), timeout_s=TRY_S)
     try:
+        lock = file_lock(path / (WORKER if is_worker else LAUNCHER), timeout_s=TRY_S)
         lock.acquire()
     except TimeoutError:
         raise _taken(path, by_worker=is_worker) from None

@@ -13,44 +13,55 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from obowlab.runs.metrics import unit_of
+
+ENDS = ("value", "interval", "low", "high")
+"""What is shown of a measurement; results of earlier versions have no ends of the interval."""
+
 
 @dataclass(frozen=True)
 class Measured:
-    """One metric on one data set with one protocol, of the student and of the random initialisation.
+    """One metric on one data set with one protocol, student and random initialisation side by side, in the metric's unit.
 
     Attributes:
         metric: as in `runs.metrics`.
+        unit: of its values.
         dataset: on which it was measured.
         protocol: name, version and the first digits of its hash.
-        student: the measurement as the results file has it (`value`, `interval`, `low`, `high`, ...); None when there is none.
+        student: `ENDS` of the measurement, as `text.measurement` takes them; None when not measured.
         random: the same of the untrained weights.
         count: episodes or images the interval was taken over.
     """
 
     metric: str
+    unit: str
     dataset: str
     protocol: str
-    student: Mapping[str, Any] | None
-    random: Mapping[str, Any] | None
+    student: Mapping[str, float] | None
+    random: Mapping[str, float] | None
     count: int
 
 
-def tabulate(results: Iterable[Mapping[str, Any]]) -> list[Measured]:
+def tabulate(results: Iterable[Mapping[str, Any]], *, dataset: str | None = None) -> tuple[Measured, ...]:
     """Return one entry per metric, data set and protocol; of several measurements the newest counts.
 
     Args:
         results: of one run or encoder, the oldest first.
+        dataset: comes first, the others in the order of their names; all in the order of the results if absent.
     """
-    found: dict[tuple[str, str, str], dict[str, Mapping[str, Any]]] = {}
+    found: dict[tuple[str, str, str], dict[str, Any]] = {}
     for result in results:
-        dataset = str(result.get("details", {}).get("dataset", ""))
+        where = str(result.get("details", {}).get("dataset", ""))
         protocol = f"{result['protocol']} v{result['version']} {str(result['protocol_hash'])[:8]}"
         for measurement in result["measurements"]:
-            found.setdefault((measurement["name"], dataset, protocol), {})[result["subject"]] = measurement
-    return [
-        Measured(*key, entry.get("student"), entry.get("random"), int(next(iter(entry.values()))["count"]))
-        for key, entry in found.items()
+            entry = found.setdefault((measurement["name"], where, protocol), {})
+            entry[result["subject"]] = {key: float(measurement[key]) for key in ENDS if key in measurement}
+            entry["count"] = int(measurement["count"])
+    rows = [
+        Measured(metric, unit_of(metric), where, protocol, entry.get("student"), entry.get("random"), entry["count"])
+        for (metric, where, protocol), entry in found.items()
     ]
+    return tuple(rows if dataset is None else sorted(rows, key=lambda row: (row.dataset != dataset, row.dataset)))
 
 
 def pack(correct: Sequence[int], *, of: int) -> dict[str, Any]:

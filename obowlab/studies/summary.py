@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any, get_args
 
-import numpy as np
-import numpy.typing as npt
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
@@ -33,7 +31,7 @@ from obowlab.studies.schema import (
 from obowlab.studies.spec import Tuning
 from obowlab.studies.trial import objective_of
 from obowlab.studies.trial_locks import TrialLocks
-from obowlab.tables.statistics import estimate
+from obowlab.tables.statistics import Matrix, estimate, stacked
 from obowlab.tracking.publish import publish
 from obowlab.tracking.server import shown_uri
 
@@ -203,27 +201,24 @@ def _run(seed: int, folder: RunFolder | None, *, attributes: Mapping[str, Any], 
     )
 
 
-def _interval(measured: Sequence[Mapping[str, Any]]) -> float | None:
+def _interval(measured: Iterable[Mapping[str, Any]]) -> float | None:
     """Return the half-width over seeds and episodes (or images), as tables have it."""
-    observations = _matrix(measured)
+    observations = _observations(measured)
     return estimate(observations).interval if observations is not None else None
 
 
 def _difference(one: Mapping[int, Mapping[str, Any]], other: Mapping[int, Mapping[str, Any]]) -> StudyDifference | None:
     """Return the mean difference on the same episodes (or images), over the seeds that both have."""
     seeds = sorted(set(one) & set(other))
-    first, second = (_matrix([measured[seed] for seed in seeds]) for measured in (one, other))
+    first, second = (_observations([measured[seed] for seed in seeds]) for measured in (one, other))
     alike = all(one[seed]["protocol_hash"] == other[seed]["protocol_hash"] for seed in seeds)
     if not alike or first is None or second is None:
         return None
     return StudyDifference.model_validate(asdict(estimate(first - second)))
 
 
-def _matrix(measured: Sequence[Mapping[str, Any]]) -> npt.NDArray[np.float64] | None:
-    """Return the observations, [seeds, episodes]; None when there are none or not of every seed."""
-    rows = [unpack(result["samples"]) for result in measured if result.get("samples")]
-    alike = len({len(row) for row in rows}) == 1 and len(rows) == len(measured)
-    return np.stack(rows) if alike else None
+def _observations(measured: Iterable[Mapping[str, Any]]) -> Matrix | None:
+    return stacked([unpack(result["samples"]) if result.get("samples") else None for result in measured])
 
 
 def _problems(completed: Sequence[StudyTrial], *, measured: Mapping[int, Mapping[int, Mapping[str, Any]]]) -> tuple[str, ...]:

@@ -66,7 +66,8 @@ class Execution:
     labelled: list[RunFolder] = field(default_factory=list)
     signals: StopSignals = field(default_factory=StopSignals)
     _children: dict[str, _Child] = field(default_factory=dict)
-    _seen: set[str] = field(default_factory=set)
+    _announced: set[str] = field(default_factory=set)
+    _with_labels: set[str] = field(default_factory=set)
 
     def run(self) -> list[Outcome]:
         """Train what is missing and return how every job ended, in the plan's order.
@@ -81,10 +82,11 @@ class Execution:
         with self.signals.listening(), ThreadPoolExecutor(self.slots) as pool:
             try:
                 while len(ended) < len(self.plan.jobs) and (running or not self.signals.received):
-                    if len(running) < self.slots and not self.signals.received:
+                    some_wait = len(ended) + len(running) < len(self.plan.jobs)
+                    if some_wait and len(running) < self.slots and not self.signals.received:
                         for job, run in self._ready(ended, running.values()):
                             running[pool.submit(self._train, job, run)] = job
-                    if not running:  # the rest is trained by other processes
+                    if not running and len(ended) < len(self.plan.jobs):  # the rest is trained by other processes
                         time.sleep(POLL_S)
                     done, _ = wait(running, timeout=POLL_S, return_when=FIRST_COMPLETED)
                     for future in done:
@@ -157,8 +159,8 @@ class Execution:
 
     def _label(self, job: Job, path: Path) -> None:
         """Write into a run, once its folder is there, which rows it serves; its mirror makes tags of that in MLflow."""
-        if job.fingerprint not in self._seen and (path / "run.json").is_file():
-            self._seen.add(job.fingerprint)
+        if job.fingerprint not in self._with_labels and (path / "run.json").is_file():
+            self._with_labels.add(job.fingerprint)
             folder = RunFolder.open(path)
             if folder.add_labels(labels_of(job, plan=self.plan)):
                 self.labelled.append(folder)
@@ -166,8 +168,8 @@ class Execution:
     # --------------------------------------------------------------------------------------------------- messages and signals
 
     def _say_once(self, line: str) -> None:
-        if line not in self._seen:
-            self._seen.add(line)
+        if line not in self._announced:
+            self._announced.add(line)
             self.say(line)
 
     def _say_ended(self, outcome: Outcome, *, num_ended: int) -> None:

@@ -18,6 +18,7 @@ import torch
 
 from obowlab.errors import UserError
 from obowlab.launch.gpu_leases import hold_as_worker
+from obowlab.launch.processes import PR_SET_PDEATHSIG
 from obowlab.runs.folder import RunFolder
 from obowlab.training.context import RunContext
 from obowlab.training.distributed import MainFailed, join
@@ -25,8 +26,6 @@ from obowlab.training.final_evaluation import finish
 from obowlab.training.loop import train
 from obowlab.training.reporter import Reporter
 from obowlab.training.signals import Interrupted, StopRequest
-
-PR_SET_PDEATHSIG = 1
 
 
 def main(argv: list[str]) -> int:

@@ -11,8 +11,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from obowlab.launch.compute_command import NO_PROGRESS_VARIABLE
+
 PLAIN_LINE_EVERY_S = 15.0
-NO_PROGRESS_VARIABLE = "OBOWLAB_NO_PROGRESS"
 
 
 class Reporter:
