@@ -90,6 +90,8 @@ def test_crop_border() -> None:
     x = torch.arange(25.0).view(1, 1, 5, 5)
     assert bow.crop_border(x, border=1).flatten().tolist() == [6, 7, 8, 11, 12, 13, 16, 17, 18]
     assert torch.equal(bow.crop_border(x, border=0), x)
+    wide = torch.arange(12.0).view(1, 1, 3, 4)
+    assert bow.crop_border(wide, border=1).flatten().tolist() == [5, 6]
 
 
 def test_queue_vectors() -> None:
@@ -102,7 +104,7 @@ def test_queue_vectors() -> None:
 
 
 def test_a_number_next_to_one_stays_inside() -> None:
-    uniform = torch.tensor([math.nextafter(1.0, 0.0)], dtype=torch.float64)
+    uniform = torch.tensor([1.0 - 2.0**-24])  # times 3 it is 3 in float32
     for num_locations in range(1, 200):
         vectors = torch.arange(float(num_locations)).view(1, -1, 1)
         assert int(bow.pick_locations(uniform, vectors)) == num_locations - 1
@@ -158,6 +160,17 @@ def test_perplexity_takes_zero_log_zero_as_zero() -> None:
     rows = torch.tensor([[1.0, 0, 0, 0], [0.5, 0.5, 0, 0], [0.25, 0.25, 0.25, 0.25]])
     assert bow.perplexity(rows).tolist() == pytest.approx([1, 2, 4])
     assert bow.entropy(rows)[0] == 0
+
+
+def test_entropy_of_logs_is_that_of_the_last_dimension() -> None:
+    probability = torch.softmax(randn(2, 3, 5), dim=-1)
+    assert torch.allclose(bow.entropy_of_logs(probability.log()), bow.entropy(probability))
+    assert bow.entropy_of_logs(probability.log()).shape == (2, 3)
+
+
+def test_neighbours_are_pairs_of_rows() -> None:
+    assert bow.neighbours(torch.arange(6)).tolist() == [1, 0, 3, 2, 5, 4]
+    assert bow.neighbours(torch.tensor([[1, 2], [3, 4]])).tolist() == [[3, 4], [1, 2]]
 
 
 def test_next_msd() -> None:
