@@ -7,7 +7,7 @@ import torchvision.transforms as T
 from torchvision.transforms.functional import _compute_resized_output_size
 
 from obowlab.config import Views
-from obowlab.randomness import Stream, epoch_order, philox4x32, uniforms
+from obowlab.randomness import Stream, epoch_order, philox4x32, random_words, uniforms
 from obowlab.views.views import CROP_RATIO, CROP_TRIES, centre_geometry, colour, flips, geometry, patch_positions, random_boxes
 
 FULL = Views(num_crops=2, num_patches=5)
@@ -32,6 +32,29 @@ def draw(**changes):
 def test_philox_known_answers(counter, key, expected):
     words = philox4x32(np.array([counter, [1, 2, 3, 4]], dtype=np.uint32), np.array(key, dtype=np.uint32))
     assert words[0].tolist() == expected
+
+
+def test_the_counter_is_block_index_epoch_stream_and_lane():
+    seed, stream, lane = (7 << 32) | 5, Stream.CROPS, 9
+    indices = np.array([2, 2**32 - 1])
+    words = random_words(seed=seed, epoch=3, indices=indices, stream=stream, count=5, lane=lane)
+    for row, index in enumerate(indices.tolist()):
+        counter = np.array([[block, index, 3, 2 | 9 << 8] for block in range(2)], dtype=np.uint32)
+        assert words[row].tolist() == philox4x32(counter, np.array([5, 7], dtype=np.uint32)).reshape(-1)[:5].tolist()
+    assert words[0].tolist() == [3342535016, 662919797, 244257755, 523370704, 1382457460]
+    assert words.dtype == np.uint32
+
+
+@pytest.mark.parametrize(("name", "bits"), [("seed", 64), ("epoch", 32), ("lane", 24)])
+def test_numbers_that_the_counter_has_no_room_for_are_refused(name, bits):
+    draw(**{name: 2**bits - 1})
+    for value in (-1, 2**bits):
+        with pytest.raises(AssertionError, match=f"{name} {value} is not an unsigned {bits}-bit number"):
+            draw(**{name: value})
+
+
+def test_the_order_of_an_epoch_is_the_same_for_ever():
+    assert epoch_order(12, seed=5, epoch=3).tolist() == [7, 2, 0, 5, 4, 3, 8, 6, 9, 1, 11, 10]
 
 
 def test_uniforms_are_pure_in_seed_epoch_index_stream_and_lane():
