@@ -41,6 +41,11 @@ def test_a_warm_up_that_ends_within_an_epoch_does_not_start_the_cosine_early() -
     assert found[8] < 1.0
 
 
+def test_after_the_last_step_the_rate_stays_at_its_end() -> None:
+    optimizer = Optimizer(learning_rate=1.0, end_learning_rate=0.25)
+    assert learning_rate(30, optimizer=optimizer, epochs=2, steps_per_epoch=10) == pytest.approx(0.25)
+
+
 def test_a_run_that_is_all_warm_up_has_a_rate() -> None:
     found = rates(Optimizer(learning_rate=1.0, warmup_epochs=2), epochs=2, steps_per_epoch=5)
     assert found[9] == pytest.approx(0.9)
