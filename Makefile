@@ -49,7 +49,7 @@ chaos: .venv/.installed-test ## Inject faults and judge what is lost (FAULTS=200
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos --faults $(FAULTS) --seed $(SEED)
 
 golden: .venv/.installed-test ## Write the golden files again; look at the diff before you commit it
-	@OBOWLAB_WRITE_GOLDEN=1 $(BIN)/pytest tests/test_recipes.py tests/test_cli.py
+	@OBOWLAB_WRITE_GOLDEN=1 $(BIN)/pytest tests/test_recipes.py tests/test_cli.py tests/test_report_values.py
 
 secrets: ## Write .env for docker-compose.yml: settings and random passwords; what is there already stays
 	@python3 dashboards/services/write_env.py .env.example .env

@@ -8,7 +8,7 @@ _ENDLESS = re.compile(r"(\S{100})\S{200,}")
 class UserError(Exception):
     """Say in one sentence what is wrong and what to change; the command line prints it and exits with 2.
 
-    Raise it for anything a user can mend: an unknown key, a missing file, a data set that was not prepared.
+    Raise it for anything a user can fix: an unknown key, a missing file, a data set that was not prepared.
     Broken invariants are asserted instead.
 
     What it quotes may come from anywhere: unprintable characters are shown escaped, so that no terminal obeys them, and words of

@@ -39,7 +39,7 @@ def report(scales: tuple[str, ...], out: Path, wait: bool, opened: bool, options
     """Write tables, curves, vocabulary health, studies and provenance as a static site.
 
     The pages need no network and no server: open index.html, copy the folder anywhere. MLflow gets the same as one file, in a run
-    tagged obowlab.kind = report; a process in the background sends it, and says in RUNS_ROOT/.logs/report.log how that went.
+    tagged obowlab.kind = report; a background process sends it and logs the outcome in RUNS_ROOT/.logs/report.log.
     """
     from obowlab.report.pages import build_site, refuse_foreign
     from obowlab.report.read import gather, read_store, tables_at
