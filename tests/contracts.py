@@ -23,7 +23,7 @@ VALUES: dict[str, dict[str, object]] = {
 
 
 def small_preparation(recipe: Recipe, *, num_images: int = 13, size: int = 40, dtype: torch.dtype = torch.float32) -> Preparation:
-    """Return random images and draws, and a teacher that nobody trained."""
+    """Return random images and draws, and an untrained teacher."""
     generator = torch.Generator().manual_seed(100)
     images = torch.randn(num_images, 3, size, size, generator=generator, dtype=dtype)
     draws = torch.rand(2, num_images, 200, generator=generator, dtype=torch.float64)

@@ -82,7 +82,7 @@ def search_path() -> str:
 
 
 def free_ports(number: int) -> list[int]:
-    """Return ports of loopback that nobody uses, nor the ones `GRPC` above them."""
+    """Return free ports of loopback, nor the ones `GRPC` above them."""
     found: list[int] = []
     while len(found) < number:
         port = random.randrange(10500, 20000)
@@ -271,6 +271,7 @@ class Stack:
             "LANG": "C.UTF-8",
             "PYTHONPATH": str(ROOT),
             "OMP_NUM_THREADS": "1",
+            "SPT_NOENV": "1",  # setproctitle, where it is installed, would write titles over what /proc shows of the environment
         }
 
     # -------------------------------------------------------------------------------- what the image of PostgreSQL does

@@ -132,7 +132,7 @@ class Demo:
         shown = self.obowlab("table", *command, "--wait")
         again = [attempt["step"] for attempt in folder.attempts()][1:]
         assert folder.state.status == "finished"
-        assert again, "the run of the dead node was not gone on with"
+        assert again, "the run of the dead node was not resumed"
         if not self.changes:  # the base row is the demo
             (base,) = (self.work / "table").glob("demo-vanilla-s0-" + self.run("one").info.fingerprint[:8])
             assert points(RunFolder.open(base)) == points(self.run("one")), "the base row differs from the demo on one process"

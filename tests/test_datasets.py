@@ -108,9 +108,9 @@ def test_page_holds_the_largest_image() -> None:
 def test_split_travels_to_other_processes_without_its_images(data_root: Path) -> None:
     split = open_split("small", "train", data_root=data_root)
     first = bytes(split.jpeg(0))
-    parcel = pickle.dumps(split)
-    assert len(parcel) < split.path.stat().st_size / 10
-    assert bytes(pickle.loads(parcel).jpeg(0)) == first
+    pickled = pickle.dumps(split)
+    assert len(pickled) < split.path.stat().st_size / 10
+    assert bytes(pickle.loads(pickled).jpeg(0)) == first
 
 
 @pytest.mark.ffcv

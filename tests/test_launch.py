@@ -53,7 +53,7 @@ with folder.lock(), folder.metric_log() as log:
         if steps > 20:
             time.sleep(0.02)
     if behaviour == "user_error":
-        folder.set_state(status="failed", message="mend it")
+        folder.set_state(status="failed", message="fix it")
         sys.exit(2)
     if behaviour == "crash":
         sys.exit(1)
@@ -141,7 +141,7 @@ def test_fresh_puts_the_old_folder_aside(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("behaviour", "code", "status", "message"),
     [
-        ("user_error", 2, "failed", "mend it"),
+        ("user_error", 2, "failed", "fix it"),
         ("crash", 1, "failed", "exit code 1"),
         ("killed", 137, "failed", "SIGKILL"),
     ],

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("workplace")
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    """A server that takes alice's login and one token, and has lost its database for whoever is called broken."""
+    """A server that takes alice's login and one token, and has lost its database for the user called broken."""
     known = {f"Basic {base64.b64encode(f'alice:{SECRET}'.encode()).decode()}": 200, "Bearer token": 200}
     known[f"Basic {base64.b64encode(f'broken:{SECRET}'.encode()).decode()}"] = 500
 
@@ -75,14 +75,14 @@ def test_doctor_says_what_is_wrong_with_the_login(server: str, monkeypatch: pyte
         assert SECRET not in check.text
         return check.status, check.text
 
-    assert said() == ("warn", f"{server} asks for a login; runs go on and keep their points")
+    assert said() == ("warn", f"{server} asks for a login; runs continue and keep their points")
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "alice")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "wrong")
-    assert said() == ("warn", f"{server} does not take the login that is set; runs go on and keep their points")
+    assert said() == ("warn", f"{server} does not take the login that is set; runs continue and keep their points")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", SECRET)
     assert said() == ("ok", f"{server} answers")
     monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "broken")
-    assert said() == ("warn", f"{server} answers with 500; runs go on and keep their points")
+    assert said() == ("warn", f"{server} answers with 500; runs continue and keep their points")
 
 
 @pytest.mark.parametrize(("status", "code", "part"), [(401, "UNAUTHENTICATED", "login"), (403, "PERMISSION_DENIED", "write")])

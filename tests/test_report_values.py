@@ -370,9 +370,11 @@ def test_a_store_is_read_once_and_gives_the_records_of_tables(tmp_path: Path) ->
     for seed in (0, 1):
         add_run(tmp_path, seed=seed)
     add_run(tmp_path, seed=2, status="failed", message="it broke")
-    twin = RunFolder.create(replace(load_recipe("demo"), name="twin"), seed=0, runs_root=tmp_path)  # the same run, not trained
+    duplicate = RunFolder.create(
+        replace(load_recipe("demo"), name="duplicate"), seed=0, runs_root=tmp_path
+    )  # the same run, not trained
     store = gather.read_store(tmp_path)
-    assert twin.run_id in {record.run_id for _, record in store.runs}
+    assert duplicate.run_id in {record.run_id for _, record in store.runs}
     assert store.records == store_records(tmp_path)
     assert len(store.records) == 3
 

@@ -379,7 +379,8 @@ def test_only_one_thread_of_a_process_gets_a_run(tmp_path: Path) -> None:
     for thread in threads:
         thread.start()
     while len(taken) < 7:
-        assert is_locked(folder.path) or not held
+        was_held = bool(held)
+        assert is_locked(folder.path) or not was_held
         time.sleep(0.001)
     release.set()
     for thread in threads:

@@ -17,7 +17,7 @@ BUCKET = "mlflow"
 WRITER = "writer"
 WORKSPACE = "default"
 GRANTS = ("experiment", "registered_model")
-"""What a writer may change, whoever made it: runs belong to their experiment, versions to their model."""
+"""What a writer may change, whatever account created it: runs belong to their experiment, versions to their model."""
 
 
 def make_bucket() -> None:

@@ -112,7 +112,7 @@ def proportion_with_interval(name: str, correct: Sequence[int]) -> Measurement:
     ends = binomtest(sum(correct), count).proportion_ci(0.95, method="wilson")
     return Measurement(
         name=name,
-        value=100 * sum(correct) / count,
+        value=100 * (sum(correct) / count),
         interval=50 * float(ends.high - ends.low),
         low=100 * float(ends.low),
         high=100 * float(ends.high),

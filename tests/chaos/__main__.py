@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", choices=sorted(KINDS), help="one case of one kind; --seed is then the case's own")
     parser.add_argument("--kinds", help="only these kinds, separated by commas")
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="cases at a time")
-    parser.add_argument("--work", type=Path, help="folder to work in; kept, and gone on with by the same command")
+    parser.add_argument("--work", type=Path, help="folder to work in; kept, and continued by the same command")
     parser.add_argument("--fresh", action="store_true", help="forget what an earlier command did")
     options = parser.parse_args(argv)
     chosen = {name: kind for name, kind in KINDS.items() if options.kinds is None or name in options.kinds.split(",")}

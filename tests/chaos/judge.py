@@ -1,4 +1,4 @@
-"""What "nothing lost" means: comparisons of a run with the one that nobody disturbed, and of a run store with MLflow."""
+"""What "nothing lost" means: comparisons of a run with an undisturbed one, and of a run store with MLflow."""
 
 from __future__ import annotations
 

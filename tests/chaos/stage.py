@@ -1,4 +1,4 @@
-"""What all cases share: a small data set, a recipe that trains in seconds, and the run that nobody disturbed."""
+"""What all cases share: a small data set, a recipe that trains in seconds, and the undisturbed run."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class Stage:
     # ---------------------------------------------------------------------------------------------- runs as they were
 
     def reference(self, procs: int = 1) -> RunFolder:
-        """Return the finished run that nobody disturbed, which MLflow has as well."""
+        """Return the finished undisturbed run, which MLflow has as well."""
         return self._only_run("finished" if procs == 1 else f"finished-{procs}")
 
     def copy(self, state: str, place: Path) -> RunFolder:
@@ -161,7 +161,7 @@ def prepare(root: Path, *, say: Callable[[str], None]) -> Stage:
             say(f"drawing the images of '{name}'")
             _prepare_data(root, name=name, first_seed=first_seed)
     _once(root / "empty", say=lambda: say("making an empty MLflow store"), make=lambda place: _make_store(place))
-    _once(root / "finished", say=lambda: say("training the run that nobody disturbs"), make=lambda place: _finish(stage, place))
+    _once(root / "finished", say=lambda: say("training the undisturbed run"), make=lambda place: _finish(stage, place))
     _once(root / "halfway", say=lambda: say("training a run to the half"), make=lambda place: _half(stage, place))
     return stage
 

@@ -1,4 +1,4 @@
-"""Recipes and overrides that nobody would write: each is a recipe that means the same whenever it is read, or one sentence."""
+"""Recipes and overrides that no user would write: each is a recipe that means the same whenever it is read, or one sentence."""
 
 from __future__ import annotations
 

@@ -103,7 +103,9 @@ def together(case: Case) -> None:
     """Type the same command twice within milliseconds: one trains, the other says so in a sentence."""
     folder = case.stage.new_run(case.place)
     for number in range(case.num_faults):
-        pair = [_start(case, folder, name=f"twin-{twin}") for twin in range(2) if not time.sleep(case.dice.random() * 0.02)]
+        pair = [
+            _start(case, folder, name=f"duplicate-{number}") for number in range(2) if not time.sleep(case.dice.random() * 0.02)
+        ]
         last = number == case.num_faults - 1
         refused = _first_to_end(pair)
         winner = pair[1] if refused is pair[0] else pair[0]
