@@ -26,8 +26,8 @@ from obowlab.files import write_atomic
 from obowlab.methods import OBoW, ResNet
 from obowlab.runs.folder import RunFolder
 from obowlab.views.photometric import MEAN, STD
+from obowlab.weights import WEIGHTS_SUFFIXES
 from obowlab.weights.released import Kind, build_encoder, build_model, infer_backbone, kind_of, read_torch, torchvision_names
-from obowlab.weights.subject import WEIGHTS_SUFFIXES
 
 METADATA_KEY = "obowlab"
 ENCODER_FILE = "encoder.safetensors"

@@ -9,8 +9,7 @@ from pathlib import Path
 from obowlab.config import Recipe, Views, flatten, load_recipe, parse_override, recipe_from_values
 from obowlab.errors import UserError
 from obowlab.runs.folder import RunFolder
-
-WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".pt", ".tar")
+from obowlab.weights import WEIGHTS_SUFFIXES
 
 
 @dataclass(frozen=True)
