@@ -51,7 +51,7 @@ def test_this_session_is_such_a_one() -> None:
 
 
 def test_without_postgresql_and_chromium_their_tests_are_skipped_with_a_sentence(crowded: dict[str, str]) -> None:
-    environment = {**crowded, "OBOWLAB_TEST_HIDE": "postgresql,chromium"}
+    environment = {**crowded, "OBOWLAB_TEST_HIDE": "postgresql,chromium", "OBOWLAB_TEST_ALL": "1"}
     users = re.compile(r"\b(browser|postgresql|lab): ")
     modules = [str(path) for path in sorted((ROOT / "tests").glob("test_*.py")) if users.search(path.read_text())]
     words = [sys.executable, "-m", "pytest", "-rs", "-p", "no:cacheprovider", "-m", "postgresql or chromium", *modules]

@@ -70,7 +70,7 @@ def test_loss_is_the_cross_entropy_of_the_rotation_per_kind() -> None:
     logits = method.monitor(torch.cat(upright)[order])
     labels = torch.tensor([2, 2, 2, 2, 0, 0, 0, 0])
     assert float(output.metrics["monitor_loss"]) == pytest.approx(
-        float(torch.nn.functional.cross_entropy(logits, labels)), rel=1e-5
+        torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5
     )
 
 
