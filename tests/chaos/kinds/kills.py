@@ -126,16 +126,17 @@ def group(case: Case) -> None:
     """Kill -9 one rank, the agent that started it, or all of a run of two processes."""
     expected = prepare_group(case.stage)
     folder = case.stage.new_run(case.place, procs=2)
+    command = _start(case, folder, procs=2)
     for number in range(case.num_faults):
-        command = _start(case, folder, procs=2)
         _wait_for_step(command, folder, step=(number + 1) * TOTAL_STEPS // (case.num_faults + 1) + case.dice.randint(-3, 3))
         below = command.family()[1:]
-        if not below:
-            continue
-        victim = case.dice.choice((below[:1], below[-1:], below[1:2]))
-        case.injected += _kill_pids(victim)
-        if case.dice.random() < 0.7:
+        if below:
+            case.injected += _kill_pids(case.dice.choice((below[:1], below[-1:], below[1:2])))
+        if case.dice.random() < 0.7:  # otherwise its launcher starts the group again
             command.kill_family()
+            _wait_until_free(case, folder)
+            command = _start(case, folder, procs=2)
+    ended_well(command)
     _finish(case, folder, procs=2, expected=expected)
 
 
