@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from obowlab.report import figures
+from obowlab.report import figures, result_figures
 from obowlab.report.curves import Curve
 from obowlab.report.figures import Family, Group, Line
 from obowlab.report.model import Figure, Run, Site
@@ -190,11 +190,11 @@ def test_flat_means_that_no_line_moves_in_its_later_half() -> None:
 def test_differences_of_a_table_have_their_intervals_and_the_papers_marks(tmp_path: Path) -> None:
     base, hard = add_run(tmp_path), add_run(tmp_path, overrides=("method.codes=hard",))
     table = make_table([base], [hard], comparable=True)
-    assert figures.table_figure(table) is None, "one difference needs no chart"
+    assert result_figures.table_figure(table) is None, "one difference needs no chart"
     lost = table.rows[2]
     cell = replace(lost.cells[0], against_base=Estimate(0.5, 0.25, 1, 0.5))
     table = replace(table, rows=(*table.rows[:2], replace(lost, cells=(cell,))))
-    figure = figures.table_figure(table)
+    figure = result_figures.table_figure(table)
     assert figure is not None
     ours, paper = figure.data
     assert (ours["x"], ours["error_x"]["array"], ours["y"]) == ([-1.0, 0.5], [0.4, 0.25], [0, 1])
@@ -208,14 +208,14 @@ def test_differences_of_a_table_have_their_intervals_and_the_papers_marks(tmp_pa
         **{"row": "hard codes", "difference": "-1.0", "interval": "0.4"},
         **{"paper": str(60.0 - 62.44), "runs": hard.run_id},
     }
-    at_scale = figures.table_figure(replace(table, comparable=False))
+    at_scale = result_figures.table_figure(replace(table, comparable=False))
     assert at_scale is not None
     assert len(at_scale.data) == 1
     assert "another scale" in at_scale.caption
 
 
 def test_figures_of_a_study_are_optunas_with_the_papers_and_the_best_point(study: StudyReport) -> None:
-    contour, history, importance, sliced = figures.study_figures(study)
+    contour, history, importance, sliced = result_figures.study_figures(study)
     assert [figure.title for figure in (contour, history, importance, sliced)] == [
         "Objective over two parameters",
         "History",
@@ -238,11 +238,11 @@ def test_figures_of_a_study_are_optunas_with_the_papers_and_the_best_point(study
     assert trials["error_y"]["array"] == [0.5] * 7
     assert importance.data[0]["type"] == "bar"
     assert [trace["xaxis"] for trace in sliced.data] == ["x", "x2"]
-    assert not any({"title", "template", "width"} & set(figure.layout) for figure in figures.study_figures(study))
+    assert not any({"title", "template", "width"} & set(figure.layout) for figure in result_figures.study_figures(study))
 
 
 def test_the_data_of_a_study_are_its_trials(study: StudyReport) -> None:
-    contour, _, importance, _ = figures.study_figures(study)
+    contour, _, importance, _ = result_figures.study_figures(study)
     table = rows(contour)
     assert [row["trial"] for row in table] == [str(trial.number) for trial in study.trials]
     assert table[5] == {
@@ -254,7 +254,7 @@ def test_the_data_of_a_study_are_its_trials(study: StudyReport) -> None:
 
 
 def test_a_study_without_figures_has_no_charts(study: StudyReport) -> None:
-    assert figures.study_figures(study.model_copy(update={"figures": {}})) == []
+    assert result_figures.study_figures(study.model_copy(update={"figures": {}})) == []
 
 
 # -------------------------------------------------------------------------------------------------------------- hostility

@@ -123,7 +123,7 @@ class Training(Section):
     epochs: Count = 80
     batch_size: Annotated[int, Field(ge=2)] = Field(128, description="images per step over all processes")
     precision: Literal["float32", "bfloat16"] = "float32"
-    monitor: bool = Field(False, description="online linear classifier on detached teacher features")
+    monitor: bool = Field(False, description="online linear classifier on detached features (OBoW and MoCo: the teacher's)")
 
 
 class FewShot(Section):

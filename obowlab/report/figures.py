@@ -1,26 +1,23 @@
-"""The figures of a report as plotly takes them: which curves are in one chart, what hovering shows, the CSV of each.
+"""The curves of a report as plotly takes them: which are in one chart, what hovering shows, the CSV of each.
 
 Figures are plain dicts: importing `plotly.graph_objects` takes longer than writing a report.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from html import escape
 from typing import Any
 
 from pydantic_core import to_json
 
 from obowlab import text
 from obowlab.report.curves import Curve, over_seeds
+from obowlab.report.labels import LABEL_LENGTH, csv_text, plain, run_names, shortened
 from obowlab.report.model import Figure, Run, Site
 from obowlab.runs.metrics import unit_of
-from obowlab.studies.schema import StudyReport
 from obowlab.tables.model import Row, Table
 
 LINES_PER_CHART = 6
@@ -29,14 +26,8 @@ LINES_PER_CHART = 6
 NUM_COLOURS = 8
 """`--c0` to `--c7` of the style sheet."""
 
-LABEL_LENGTH = 44
-"""Longer names end in an ellipsis in the legend; hovering shows them whole."""
-
 MARKERS = 30
 """Curves of fewer points show each of them."""
-
-RUNS_SHOWN = 3
-"""Hovering a mean of more runs names so many of them."""
 
 TRAINING = ("loss", "monitor_accuracy", "fewshot")
 VOCABULARY = ("perplexity_image", "perplexity_batch", "words_used", "word_age", "distance")
@@ -56,20 +47,6 @@ START = 25
 """The first one of so many parts of a training does not decide where the axis of the loss ends."""
 
 CURVE_COLUMNS = ("chart", "curve", "runs", "step", "epoch", "value", "lowest", "highest")
-STUDY_FIGURES = {
-    "contour": (
-        "Objective over two parameters",
-        "Black points are trials, a diamond is the paper's point, a circle the best. Colours between them are interpolated and "
-        "only guide the eye.",
-    ),
-    "history": ("History", "Trials in their order, with their 95 % intervals."),
-    "importance": (
-        "Importance",
-        "Share of the variation between trials that a parameter explains; with few trials a rough figure.",
-    ),
-    "slice": ("Objective over each parameter", "Darker points are later trials."),
-}
-"""Name in `study.json` -> title and caption, in the order of the page."""
 
 FLAT = 0.02
 """Curves of a vocabulary whose later half moves by less than this share of its highest value are left out."""
@@ -192,112 +169,6 @@ def run_figures(run: Run, *, metrics: Sequence[str]) -> list[Figure]:
     return figures
 
 
-def table_figure(table: Table) -> Figure | None:
-    """Return the differences to the base row in the primary column, with their intervals; None when there are fewer than two."""
-    column = next(i for i, column in enumerate(table.columns) if column.metric == table.primary)
-    base = table.base.cells[column].paper
-    found = []
-    for row in table.rows:
-        cell = row.cells[column]
-        if not row.is_base and cell.against_base is not None:
-            known = table.comparable and cell.paper is not None and base is not None
-            runs = [run.run_id for run in row.runs if run.status == "finished"]
-            found.append((row.label, cell.against_base, cell.paper - base if known else None, runs))  # type: ignore[operator]
-    if len(found) < 2:
-        return None
-    labels, ours, paper, _ = zip(*found, strict=True)
-    places = list(range(len(found)))
-    data: list[dict[str, Any]] = [
-        {
-            "type": "scatter",
-            "mode": "markers",
-            "name": "ours, 95 % interval",
-            "x": [estimate.value for estimate in ours],
-            "y": places,
-            "error_x": {"array": [estimate.interval for estimate in ours], "color": "--c0", "thickness": 2},
-            "marker": {"size": 9, "color": "--c0"},
-            "customdata": [[plain(label), estimate.interval, _names(runs)] for label, estimate, _, runs in found],
-            "hovertemplate": "<b>%{customdata[0]}</b><br>%{x:+.2f} ± %{customdata[1]:.2f}<br>%{customdata[2]}<extra></extra>",
-        }
-    ]
-    if any(value is not None for value in paper):
-        data.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "name": "paper",
-                "x": paper,
-                "y": places,
-                "marker": {"symbol": "diamond-open", "size": 12, "color": "--ink", "line": {"width": 2}},
-                "customdata": [plain(label) for label in labels],
-                "hovertemplate": "<b>%{customdata}</b><br>paper: %{x:+.2f}<extra></extra>",
-            }
-        )
-    title = f"{table.columns[column].label}: difference to the base row"
-    caption = f"Dots are ours with their 95 % intervals; the line at 0 is the base row, {table.base.label}. "
-    caption += "Diamonds are the paper's differences." if table.comparable else "The paper's differences belong to another scale."
-    ends = "; ".join(f"{label}: {text.estimate(ours.value, ours.interval, signed=True)}" for label, ours, _, _ in found)
-    return Figure(
-        title=title,
-        description=f"{title}. {ends}.",
-        data=data,
-        layout={
-            "xaxis": {"title": {"text": "percentage points"}, "zeroline": True, "zerolinecolor": "--soft", "zerolinewidth": 2},
-            "yaxis": {
-                "tickvals": places,
-                "ticktext": [plain(_shortened(label, LABEL_LENGTH // 2)) for label in labels],
-                "range": [len(found) - 0.5, -0.5],
-                "showgrid": False,
-            },
-            "showlegend": len(data) > 1,
-        },
-        csv=_csv(
-            ("row", "difference", "interval", "paper", "runs"),
-            [(label, ours.value, ours.interval, value, " ".join(runs)) for label, ours, value, runs in found],
-        ),
-        kind="differences",
-        height=110 + 26 * len(found),
-        caption=caption,
-    )
-
-
-def study_figures(study: StudyReport) -> list[Figure]:
-    """Return Optuna's figures of a study as `study.json` holds them."""
-    keys = [parameter.key for parameter in study.parameters]
-    trials = _csv(
-        ("trial", "status", *keys, study.metric or "value", "interval", "paper", "runs"),
-        [
-            (
-                *(trial.number, trial.status, *(trial.params.get(key) for key in keys), trial.value, trial.interval),
-                *("paper" if trial.is_paper else "", " ".join(run.run_id for run in trial.runs)),
-            )
-            for trial in study.trials
-        ],
-    )
-    importances = _csv(("parameter", "importance"), [(parameter.key, parameter.importance) for parameter in study.ranked])
-    figures = []
-    for name, (title, caption) in STUDY_FIGURES.items():
-        if (figure := study.figures.get(name)) is None:
-            continue
-        layout = {key: value for key, value in figure.layout.items() if key not in ("title", "template", "width", "height")}
-        if name == "importance":
-            layout["margin"] = {"r": 40}  # for the numbers behind the bars
-        figures.append(
-            Figure(
-                title=title,
-                description=f"{title}. {caption}",
-                data=figure.data,
-                layout=layout,
-                csv=importances if name == "importance" else trials,
-                kind="importance" if name == "importance" else "trials",
-                height=360,
-                wide=name == "slice",
-                caption=caption,
-            )
-        )
-    return figures
-
-
 def is_flat(lines: Sequence[Line]) -> bool:
     """Return whether nothing happens in the later half of any line, all lines taken together; short lines are never flat."""
     values = [line.curve.mean for line in lines]
@@ -316,11 +187,6 @@ def title_of(metric: str) -> str:
 def base_name(metric: str) -> str:
     """Return the name by which metrics are ordered: without its level or its number of shots."""
     return "fewshot" if metric.startswith("fewshot_") else _without_level(metric)[0]
-
-
-def plain(name: str) -> str:
-    """Return a name in a form that plotly shows to the letter: it knows tags, entities and %{variables}."""
-    return escape(name, quote=False).replace("%{", "%&#123;")
 
 
 def counts(runs: Iterable[Run]) -> Mapping[str, int]:
@@ -415,11 +281,11 @@ def _traces(line: Line, *, unit: str, colour: str) -> Iterator[dict[str, Any]]:
             "showlegend": False,
         }
     value = f"%{{y:.4~g}} {unit}".strip()
-    runs = f"mean of {len(line.runs)} seeds: {_names(line.runs)}" if len(line.runs) > 1 else _names(line.runs)
+    runs = f"mean of {len(line.runs)} seeds: {run_names(line.runs)}" if len(line.runs) > 1 else run_names(line.runs)
     place = "step %{customdata}, epoch %{x:.4~g}"
     yield {
         "type": "scatter",
-        "name": plain(_shortened(line.label, LABEL_LENGTH)),
+        "name": plain(shortened(line.label, LABEL_LENGTH)),
         "x": curve.epoch,
         "y": curve.mean,
         "customdata": curve.step,
@@ -433,30 +299,12 @@ def _traces(line: Line, *, unit: str, colour: str) -> Iterator[dict[str, Any]]:
 
 def _curve_csv(lines: Sequence[Line], *, title: str) -> str:
     """Return the points of some curves; a report of 200 runs has so many that `csv` would take most of its time."""
-    parts = [_csv(CURVE_COLUMNS, ())]
+    parts = [csv_text(CURVE_COLUMNS, ())]
     for line in lines:
-        curve, name = line.curve, _csv((title, line.label, " ".join(line.runs)), ()).removesuffix("\n")
+        curve, name = line.curve, csv_text((title, line.label, " ".join(line.runs)), ()).removesuffix("\n")
         points = to_json(list(zip(curve.step, curve.epoch, curve.mean, curve.low, curve.high, strict=True))).decode()
         parts += [f"{name},{point}\n" for point in points[2:-2].split("],[")]
     return "".join(parts)
-
-
-def _csv(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    target = io.StringIO(newline="")
-    writer = csv.writer(target, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    return target.getvalue()
-
-
-def _names(runs: Sequence[str]) -> str:
-    """Return the names of some runs for hovering, a few of many."""
-    more = f"<br>and {len(runs) - RUNS_SHOWN} more" if len(runs) > RUNS_SHOWN else ""
-    return "<br>".join(plain(run) for run in runs[:RUNS_SHOWN]) + more
-
-
-def _shortened(name: str, length: int) -> str:
-    return name if len(name) <= length else f"{name[: length - 1]}…"
 
 
 def _without_level(metric: str) -> tuple[str, str]:

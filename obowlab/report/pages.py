@@ -19,7 +19,7 @@ from obowlab import text
 from obowlab.config import project_root
 from obowlab.errors import UserError
 from obowlab.files import folder_written
-from obowlab.report import figures
+from obowlab.report import figures, result_figures
 from obowlab.report.model import Figure, Run, Site
 from obowlab.report.vocabulary_health import RULES
 from obowlab.studies.schema import StudyReport
@@ -192,7 +192,7 @@ def _table_page(table: Table, *, site: Site) -> _Page:
         groups = figures.groups_of(table, site=site)
         metrics = ("loss", "fewshot", "perplexity_image")
         curves = [f for heading, rows in groups.items() for f in figures.curve_figures(rows, metrics=metrics, heading=heading)]
-        difference = figures.table_figure(table)
+        difference = result_figures.table_figure(table)
         return {"difference": [difference] if difference else [], "curves": curves}
 
     return _Page(table_path(table), "table.html", f"{table_name(table)}, {table.scale}", "Tables", {"table": table}, charts)
@@ -200,7 +200,7 @@ def _table_page(table: Table, *, site: Site) -> _Page:
 
 def _study_page(study: StudyReport) -> _Page:
     def charts() -> dict[str, list[Figure]]:
-        return {"study": figures.study_figures(study)}
+        return {"study": result_figures.study_figures(study)}
 
     return _Page(f"study-{anchor(study.name)}.html", "study.html", f"Study {study.name}", "Studies", {"study": study}, charts)
 

@@ -90,29 +90,20 @@ def draw_level(
             coherence = alike.add(features.view(len(rows), found, -1), used=torch.from_numpy(count_K[rows] > 0))
             sheets.append(f"{level}-{len(sheets):03}.jpg")
             draw_sheet(pixels.numpy(), corners_KP2[rows], side=side, path=folder / sheets[-1])
-            for row, word in enumerate(rows.tolist()):
-                described.append(
-                    {
-                        "number": word,
-                        "use": 100.0 * int(count_K[word]) / top.num_locations,
-                        "coherence": coherence[row],
-                        "score": float(scores_KP[word].mean()),
-                        "age": int(ages_K[word]),
-                        "places": len(np.unique(locations_KP[word])),
-                        "sheet": len(sheets) - 1,
-                        "row": row,
-                        "patches": [
-                            {"image": image, "place": place, "corner": corner, "score": score}
-                            for image, place, corner, score in zip(
-                                images_KP[word].tolist(),
-                                places_KP2[word].tolist(),
-                                corners_KP2[word].tolist(),
-                                scores_KP[word].tolist(),
-                                strict=True,
-                            )
-                        ],
-                    }
-                )
+            described += [
+                {
+                    "number": word,
+                    "use": 100.0 * int(count_K[word]) / top.num_locations,
+                    "coherence": coherence[row],
+                    "score": float(scores_KP[word].mean()),
+                    "age": int(ages_K[word]),
+                    "places": len(np.unique(locations_KP[word])),
+                    "sheet": len(sheets) - 1,
+                    "row": row,
+                    "patches": _patches(images_KP[word], places_KP2[word], corners_KP2[word], scores_KP[word]),
+                }
+                for row, word in enumerate(rows.tolist())
+            ]
             if time.monotonic() - last > REPORT_EVERY_S:
                 last = time.monotonic()
                 report(f"patches of {level}: {len(described)}/{len(order_K)} words")
@@ -171,6 +162,12 @@ def draw_sheet(pixels: npt.NDArray[np.uint8], corners_NP2: Ints, *, side: int, p
         row, column = divmod(number, per_word)
         sheet.paste(patch.resize((TILE, TILE), finest), (column * TILE, row * TILE))
     sheet.save(path, quality=JPEG_QUALITY, subsampling=0)  # halved colours would run over into the neighbour
+
+
+def _patches(*columns: npt.NDArray[Any]) -> list[dict[str, Any]]:
+    """Return the facts of a word's patches, given their image, place, corner and score, each [P, ...]."""
+    rows = zip(*(column.tolist() for column in columns), strict=True)
+    return [dict(zip(("image", "place", "corner", "score"), row, strict=True)) for row in rows]
 
 
 def _features(words: VisualWords, level: Level, images: Tensor, places: Tensor) -> Tensor:
