@@ -41,23 +41,35 @@ def test_distances_stay_in_float32_under_bf16_autocast() -> None:
 def test_chunks_do_not_change_the_targets(limit: int, pooling: str) -> None:
     local, words = randn(5, 12, 6), randn(10, 6, seed=1)
     dist = torch.stack([torch.stack([((x - words) ** 2).sum(1) for x in image]) for image in local])
-    nearest_dist, nearest = bow.nearest_words(local, words, limit=limit)
+    nearest_dist, nearest = bow.nearest_words(bow.Distances(local, words, limit=limit))
     assert torch.equal(nearest, dist.argmin(-1))
     assert torch.allclose(nearest_dist, dist.min(-1).values, atol=1e-5)
     codes = torch.softmax(-dist / 0.7, dim=-1)
     expected = codes.amax(1) if pooling == "max" else codes.mean(1)
     expected = expected / expected.sum(1, keepdim=True)
-    found = bow.soft_bow(local, words, delta=torch.tensor(0.7), pooling=pooling, limit=limit)
+    found = bow.soft_bow(bow.Distances(local, words, limit=limit), delta=torch.tensor(0.7), pooling=pooling)
     assert torch.allclose(found, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(("limit", "sizes"), [(1, [1] * 5), (239, [1] * 5), (240, [2, 2, 1]), (600, [5]), (None, [5])])
 def test_a_chunk_is_as_many_whole_images_as_the_limit_has_room_for(limit: int | None, sizes: list[int]) -> None:
     local, words = randn(5, 12, 6), randn(10, 6, seed=1)  # 120 distances an image
-    chunks = list(bow.distance_chunks(local, words, limit=limit))
+    chunks = list(bow.Distances(local, words, limit=limit))
     assert [len(part) for part, _ in chunks] == sizes
     assert [dist.shape for _, dist in chunks] == [(size, 12, 10) for size in sizes]
     assert torch.equal(torch.cat([part for part, _ in chunks]), local)
+
+
+@pytest.mark.parametrize(("keep", "computed"), [(0, 3 + 3), (239, 3 + 3), (240, 3 + 2), (479, 3 + 2), (720, 3)])
+def test_distances_that_fit_are_computed_once(keep: int, computed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(
+        bow, "squared_distances", lambda *args, real=bow.squared_distances, **kw: calls.append(1) or real(*args, **kw)
+    )
+    distances = bow.Distances(randn(5, 12, 6), randn(10, 6, seed=1), limit=240, keep=keep)  # chunks of 2, 2 and 1 images
+    once, again = ([dist for _, dist in distances] for _ in range(2))
+    assert len(calls) == computed
+    assert all(torch.equal(one, other) for one, other in zip(once, again, strict=True))
 
 
 def test_mean_squared_distance_is_that_of_all_pairs() -> None:
@@ -82,8 +94,8 @@ def test_hard_bow_marks_or_counts_words() -> None:
 
 def test_soft_codes_become_hard_as_delta_falls() -> None:
     local, words = randn(3, 8, 4), randn(6, 4, seed=1)
-    hard = bow.hard_bow(bow.nearest_words(local, words)[1], num_words=6, pooling="max")
-    assert torch.allclose(bow.soft_bow(local, words, delta=torch.tensor(1e-6), pooling="max"), hard, atol=1e-6)
+    hard = bow.hard_bow(bow.nearest_words(bow.Distances(local, words))[1], num_words=6, pooling="max")
+    assert torch.allclose(bow.soft_bow(bow.Distances(local, words), delta=torch.tensor(1e-6), pooling="max"), hard, atol=1e-6)
 
 
 def test_crop_border() -> None:
@@ -135,7 +147,7 @@ def test_sinkhorn_is_the_plain_scaling(limit: int | None) -> None:
     local, words, epsilon = randn(4, 6, 3), randn(8, 3, seed=1), torch.tensor(0.4)
     dist = bow.squared_distances(local.flatten(0, 1), words)
     expected = balanced_assignment(dist, epsilon=float(epsilon), iterations=3)
-    potential = bow.sinkhorn(local, words, epsilon=epsilon, iterations=3, all_gather=lambda x: x, limit=limit)
+    potential = bow.sinkhorn(bow.Distances(local, words, limit=limit), epsilon=epsilon, iterations=3, all_gather=lambda x: x)
     assert torch.allclose(bow.balanced_log_codes(dist, potential, epsilon=epsilon).exp().double(), expected, atol=1e-5)
 
 
@@ -143,7 +155,7 @@ def test_sinkhorn_balances_words_that_plain_scaling_cannot_even_represent() -> N
     # exp(-D / epsilon) of the far words underflows to 0 in float32 for every location.
     local, words = randn(4, 32, 3), torch.cat([randn(4, 3, seed=1), 100 + randn(4, 3, seed=2)])
     epsilon = torch.tensor(5.0)
-    potential = bow.sinkhorn(local, words, epsilon=epsilon, iterations=200, all_gather=lambda x: x)
+    potential = bow.sinkhorn(bow.Distances(local, words), epsilon=epsilon, iterations=200, all_gather=lambda x: x)
     codes = bow.balanced_log_codes(bow.squared_distances(local.flatten(0, 1), words), potential, epsilon=epsilon).exp()
     assert torch.allclose(codes.sum(-1), torch.ones(128), atol=1e-5)
     assert torch.allclose(codes.mean(0), torch.full((8,), 1 / 8), rtol=0.02)

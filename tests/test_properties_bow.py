@@ -60,14 +60,15 @@ def test_soft_codes_are_distributions_that_prefer_the_nearest_word(seed: int, nu
 def test_no_result_depends_on_the_size_of_chunks(seed: int, images: int, limit: int, pooling: str) -> None:
     local, words = randn(images, 7, 3, seed=seed), randn(6, 3, seed=seed + 1)
     delta = torch.tensor(0.5, dtype=torch.float64)
-    chunked, whole = bow.nearest_words(local, words, limit=limit), bow.nearest_words(local, words)
+    chunked, whole = bow.nearest_words(bow.Distances(local, words, limit=limit)), bow.nearest_words(bow.Distances(local, words))
     torch.testing.assert_close(chunked[0], whole[0])
     assert torch.equal(chunked[1], whole[1])
-    targets = bow.soft_bow(local, words, delta=delta, pooling=pooling)
-    torch.testing.assert_close(bow.soft_bow(local, words, delta=delta, pooling=pooling, limit=limit), targets)
+    targets = bow.soft_bow(bow.Distances(local, words), delta=delta, pooling=pooling)
+    torch.testing.assert_close(bow.soft_bow(bow.Distances(local, words, limit=limit), delta=delta, pooling=pooling), targets)
     torch.testing.assert_close(targets.sum(1), torch.ones(images, dtype=torch.float64))
     potentials = [
-        bow.sinkhorn(local, words, epsilon=delta, iterations=2, all_gather=lambda x: x, limit=each) for each in (limit, None)
+        bow.sinkhorn(bow.Distances(local, words, limit=each), epsilon=delta, iterations=2, all_gather=lambda x: x)
+        for each in (limit, None)
     ]
     torch.testing.assert_close(*potentials)
 

@@ -76,10 +76,10 @@ def test_codes_use_the_old_words_and_the_new_msd() -> None:
     queue = build(delta_base=1.0)
     old_words, local = queue.words.clone(), maps(4, seed=0).flatten(2).transpose(1, 2)
     assignment = take(queue, 0)
-    nearest = float(bow.nearest_words(local, old_words)[0].mean())
+    nearest = float(bow.nearest_words(bow.Distances(local, old_words))[0].mean())
     assert float(queue.msd) == pytest.approx(0.99 * 0.5 + 0.01 * nearest)
     assert float(assignment.mean_distance) == pytest.approx(nearest)
-    assert torch.allclose(assignment.targets, bow.soft_bow(local, old_words, delta=queue.msd, pooling="max"))
+    assert torch.allclose(assignment.targets, bow.soft_bow(bow.Distances(local, old_words), delta=queue.msd, pooling="max"))
     assert not torch.equal(queue.words, old_words)
 
 
@@ -93,7 +93,7 @@ def test_msd_can_start_at_the_first_batch() -> None:
 
 def test_words_used_is_the_share_of_nearest_words() -> None:
     queue = build()
-    nearest = bow.nearest_words(maps(4, seed=0).flatten(2).transpose(1, 2), queue.words)[1]
+    nearest = bow.nearest_words(bow.Distances(maps(4, seed=0).flatten(2).transpose(1, 2), queue.words))[1]
     assignment = queue.assign(maps(4, seed=0), comm=OneProcess())
     assert torch.equal(assignment.nearest, nearest)
     found = level_metrics("conv5", assignment, torch.zeros(1, 10), comm=OneProcess())
@@ -157,7 +157,7 @@ def test_sinkhorn_words_are_the_balanced_means() -> None:
     local = maps(4, seed=4).flatten(2).transpose(1, 2)
     dist = bow.squared_distances(local.flatten(0, 1), words)
     epsilon = 0.1 * dist.mean()
-    potential = bow.sinkhorn(local, words, epsilon=epsilon, iterations=30, all_gather=lambda x: x)
+    potential = bow.sinkhorn(bow.Distances(local, words), epsilon=epsilon, iterations=30, all_gather=lambda x: x)
     codes = bow.balanced_log_codes(dist, potential, epsilon=epsilon).exp()
     assert torch.allclose(codes.sum(0), torch.full((10,), 64 / 10), rtol=0.02), "every word has its share"
     assert torch.allclose(kmeans.words, (codes.T @ local.flatten(0, 1)) / codes.sum(0)[:, None], atol=1e-4)

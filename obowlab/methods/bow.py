@@ -22,7 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 28}
-"""Distances held at a time: on a CPU as many as its cache has room for (16 MiB), on a GPU those of a usual batch (1 GiB)."""
+"""Distances made at a time: on a CPU as many as its cache has room for (16 MiB), on a GPU those of a usual batch (1 GiB)."""
+
+KEEP_ELEMENTS = 1 << 27
+"""Distances of one level that a training step keeps instead of making them twice (512 MiB)."""
 
 
 @contextmanager
@@ -66,27 +69,50 @@ def squared_distances(features_NC: Tensor, words_KC: Tensor, *, words_norm_K: Te
         return dist_NK.add_(features_NC.square().sum(1, keepdim=True)).clamp_(min=0)
 
 
-def distance_chunks(local_BUC: Tensor, words_KC: Tensor, *, limit: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (local_BUC, dist_BUK) of a few images at a time: bounded memory whatever the batch (docs/method.md, 4.6).
+class Distances:
+    """The squared distances of a batch's locations to the words, a few images at a time, as often as they are read.
 
-    A training step reads the distances twice and computes them twice: the nearest word of *every* location must be known before
-    the first code is made, because mu_MSD depends on it.
+    A training step reads them twice: mu_MSD, on which the codes depend, needs the nearest word of *every* location first. What
+    fits is kept for the second time, the rest is computed again: bounded memory whatever the batch (docs/method.md, 4.6).
 
-    Args:
+    Attributes:
         local_BUC: features of the batch's locations.
         words_KC: words.
-        limit: largest number of distances in memory; one image's are the least. By default that of the device.
     """
-    limit = CHUNK_ELEMENTS.get(local_BUC.device.type, CHUNK_ELEMENTS["cpu"]) if limit is None else limit
-    words_norm_K = at_least_float32(words_KC).square().sum(1)
-    for part_BUC in torch.split(local_BUC, max(1, limit // (local_BUC.shape[1] * len(words_KC)))):
-        dist_NK = squared_distances(part_BUC.flatten(0, 1), words_KC, words_norm_K=words_norm_K)
-        yield part_BUC, dist_NK.view(*part_BUC.shape[:2], -1)
+
+    def __init__(self, local_BUC: Tensor, words_KC: Tensor, *, limit: int | None = None, keep: int = 0) -> None:
+        """Compute nothing yet.
+
+        Args:
+            local_BUC: features of the batch's locations.
+            words_KC: words, which must not change meanwhile.
+            limit: most distances made at a time; one image's are the least. By default that of the device.
+            keep: most distances kept between two readings.
+        """
+        self.local_BUC, self.words_KC = local_BUC, words_KC
+        limit = CHUNK_ELEMENTS.get(local_BUC.device.type, CHUNK_ELEMENTS["cpu"]) if limit is None else limit
+        per_image = local_BUC.shape[1] * len(words_KC)
+        self._chunk = max(1, limit // per_image)
+        self._num_kept = keep // (self._chunk * per_image)
+        self._kept: list[Tensor] = []
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (local_BUC, dist_BUK) of a few images, which a reader must not write to."""
+        words_norm_K = at_least_float32(self.words_KC).square().sum(1)
+        for number, part_BUC in enumerate(torch.split(self.local_BUC, self._chunk)):
+            if number < len(self._kept):
+                yield part_BUC, self._kept[number]
+                continue
+            dist_NK = squared_distances(part_BUC.flatten(0, 1), self.words_KC, words_norm_K=words_norm_K)
+            dist_BUK = dist_NK.view(*part_BUC.shape[:2], -1)
+            if len(self._kept) < self._num_kept:
+                self._kept.append(dist_BUK)
+            yield part_BUC, dist_BUK
 
 
-def nearest_words(local_BUC: Tensor, words_KC: Tensor, *, limit: int | None = None) -> tuple[Tensor, Tensor]:
+def nearest_words(distances: Distances) -> tuple[Tensor, Tensor]:
     """Return the squared distance of every location to its nearest word, and that word's number, both [B, U]."""
-    found = [dist_BUK.min(dim=-1) for _, dist_BUK in distance_chunks(local_BUC, words_KC, limit=limit)]
+    found = [dist_BUK.min(dim=-1) for _, dist_BUK in distances]
     return torch.cat([each.values for each in found]), torch.cat([each.indices for each in found])
 
 
@@ -112,10 +138,9 @@ def bow_target(pooled_BK: Tensor) -> Tensor:
     return F.normalize(pooled_BK, p=1, dim=1)
 
 
-def soft_bow(local_BUC: Tensor, words_KC: Tensor, *, delta: Tensor, pooling: str, limit: int | None = None) -> Tensor:
+def soft_bow(distances: Distances, *, delta: Tensor, pooling: str) -> Tensor:
     """Return the BoW targets of soft codes, [B, K], rows summing to 1."""
-    chunks = distance_chunks(local_BUC, words_KC, limit=limit)
-    return bow_target(torch.cat([pool(soft_assign(dist_BUK, delta=delta), pooling=pooling) for _, dist_BUK in chunks]))
+    return bow_target(torch.cat([pool(soft_assign(dist_BUK, delta=delta), pooling=pooling) for _, dist_BUK in distances]))
 
 
 def hard_bow(nearest_BU: Tensor, *, num_words: int, pooling: str, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -176,15 +201,7 @@ def word_sums(local_NC: Tensor, nearest_N: Tensor, *, num_words: int) -> tuple[T
     return counts_K, sums_KC
 
 
-def sinkhorn(
-    local_BUC: Tensor,
-    words_KC: Tensor,
-    *,
-    epsilon: Tensor,
-    iterations: int,
-    all_gather: Callable[[Tensor], Tensor],
-    limit: int | None = None,
-) -> Tensor:
+def sinkhorn(distances: Distances, *, epsilon: Tensor, iterations: int, all_gather: Callable[[Tensor], Tensor]) -> Tensor:
     """Return the words' potentials f, [K], of the balanced assignment (appendix D): code = softmax_k(f_k − D_uk / ε).
 
     Alternate the two marginals in the log domain: every location has one unit of mass (the softmax), every word the same
@@ -192,17 +209,14 @@ def sinkhorn(
     `iterations` got.
 
     Args:
-        local_BUC: features of this process's images.
-        words_KC: words.
+        distances: of this process's images.
         epsilon: temperature, in the unit of the distances.
         iterations: at least 1.
         all_gather: concatenates a tensor over the processes; makes the words' shares global.
-        limit: as in `distance_chunks`.
     """
-    potential_K = words_KC.new_zeros(len(words_KC))
+    potential_K = distances.words_KC.new_zeros(len(distances.words_KC))
     for _ in range(iterations):
-        chunks = distance_chunks(local_BUC, words_KC, limit=limit)
-        mass = [balanced_log_codes(dist, potential_K, epsilon=epsilon).flatten(0, 1).logsumexp(0) for _, dist in chunks]
+        mass = [balanced_log_codes(dist, potential_K, epsilon=epsilon).flatten(0, 1).logsumexp(0) for _, dist in distances]
         log_mass_K = all_gather(torch.stack(mass).logsumexp(0, keepdim=True)).logsumexp(0)
         potential_K = potential_K - log_mass_K
         potential_K -= potential_K.mean()  # a constant changes no code; kept near 0

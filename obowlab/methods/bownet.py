@@ -161,7 +161,7 @@ class BoWNet(Method[Bownet]):
     @torch.no_grad()
     def assign(self, original: Tensor) -> WordAssignment:
         """Return the BoW targets of a batch: hard codes, pooled, L1."""
-        distance_BU, nearest_BU = bow.nearest_words(self._local(original), self.words)
+        distance_BU, nearest_BU = bow.nearest_words(bow.Distances(self._local(original), self.words))
         targets = bow.hard_bow(nearest_BU, num_words=self.method.num_words, pooling=self.method.pooling, dtype=self.words.dtype)
         mean_distance = self.comm.all_reduce_mean(distance_BU.mean())
         return WordAssignment(targets=targets, nearest=nearest_BU, mean_distance=mean_distance)

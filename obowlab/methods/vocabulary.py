@@ -84,11 +84,12 @@ class Vocabulary(nn.Module, ABC):
         """
         map_BCHW = bow.at_least_float32(bow.crop_border(map_BCHW, border=self.method.border))
         local_BUC = map_BCHW.flatten(2).transpose(1, 2).contiguous()
-        distance_BU, nearest_BU = bow.nearest_words(local_BUC, self.words)
+        distances = bow.Distances(local_BUC, self.words, keep=bow.KEEP_ELEMENTS)
+        distance_BU, nearest_BU = bow.nearest_words(distances)
         mean_distance = comm.all_reduce_mean(distance_BU.mean())
         moved = bow.next_msd(self.msd, mean_distance, momentum=self.method.msd_momentum)
         msd = torch.where(self.msd_started, moved, mean_distance)
-        targets, counts, sums = self._describe(local_BUC, nearest_BU, msd=msd, comm=comm)
+        targets, counts, sums = self._describe(distances, nearest_BU, msd=msd, comm=comm)
         return VocabularyAssignment(
             targets=targets,
             nearest=nearest_BU,
@@ -118,13 +119,13 @@ class Vocabulary(nn.Module, ABC):
         return step - self.inserted_at.to(self.words.dtype).mean()
 
     def _describe(
-        self, local_BUC: Tensor, nearest_BU: Tensor, *, msd: Tensor, comm: Comm
+        self, distances: bow.Distances, nearest_BU: Tensor, *, msd: Tensor, comm: Comm
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Return the targets of eq. 4 or of its hard variant, [B, K]; for k-means also the `counts` and `sums`."""
         pooling = self.method.pooling
         if self.method.codes == "hard":
             return bow.hard_bow(nearest_BU, num_words=self.num_words, pooling=pooling, dtype=self.words.dtype), None, None
-        return bow.soft_bow(local_BUC, self.words, delta=self.method.delta_base * msd, pooling=pooling), None, None
+        return bow.soft_bow(distances, delta=self.method.delta_base * msd, pooling=pooling), None, None
 
     @abstractmethod
     def _move(self, assignment: VocabularyAssignment, *, uniforms_B: Tensor, step: int, comm: Comm) -> None:
@@ -201,9 +202,11 @@ class KMeans(Vocabulary):
 class ReplacingKMeans(KMeans):
     """Variant (a) of appendix D: words that are rarely nearest to any feature are replaced."""
 
-    def _describe(self, local_BUC: Tensor, nearest_BU: Tensor, *, msd: Tensor, comm: Comm) -> tuple[Tensor, Tensor, Tensor]:
-        targets, *_ = super()._describe(local_BUC, nearest_BU, msd=msd, comm=comm)
-        counts, sums = bow.word_sums(local_BUC.flatten(0, 1), nearest_BU.flatten(), num_words=self.num_words)
+    def _describe(
+        self, distances: bow.Distances, nearest_BU: Tensor, *, msd: Tensor, comm: Comm
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        targets, *_ = super()._describe(distances, nearest_BU, msd=msd, comm=comm)
+        counts, sums = bow.word_sums(distances.local_BUC.flatten(0, 1), nearest_BU.flatten(), num_words=self.num_words)
         return targets, counts, sums
 
     def _moves(self, counts_K: Tensor) -> Tensor:
@@ -218,14 +221,16 @@ class SinkhornKMeans(KMeans):
     Hard codes are the largest entry of each balanced code; the words follow the soft ones all the same.
     """
 
-    def _describe(self, local_BUC: Tensor, nearest_BU: Tensor, *, msd: Tensor, comm: Comm) -> tuple[Tensor, Tensor, Tensor]:
-        epsilon = self.method.sinkhorn_epsilon * comm.all_reduce_mean(bow.mean_squared_distance(local_BUC, self.words))
+    def _describe(
+        self, distances: bow.Distances, nearest_BU: Tensor, *, msd: Tensor, comm: Comm
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        epsilon = self.method.sinkhorn_epsilon * comm.all_reduce_mean(bow.mean_squared_distance(distances.local_BUC, self.words))
         potential_K = bow.sinkhorn(
-            local_BUC, self.words, epsilon=epsilon, iterations=self.method.sinkhorn_iterations, all_gather=comm.all_gather
+            distances, epsilon=epsilon, iterations=self.method.sinkhorn_iterations, all_gather=comm.all_gather
         )
         counts_K, sums_KC = torch.zeros_like(self.counts), torch.zeros_like(self.sums)
         targets = []
-        for part_BUC, dist_BUK in bow.distance_chunks(local_BUC, self.words):
+        for part_BUC, dist_BUK in distances:
             codes_BUK = bow.balanced_log_codes(dist_BUK, potential_K, epsilon=epsilon).exp_()
             counts_K += codes_BUK.sum(dim=(0, 1))
             with bow.full_precision(codes_BUK.device):

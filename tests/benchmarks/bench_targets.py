@@ -30,8 +30,9 @@ def measure(variant: str, *, batch_size: int, num_words: int, threads: int) -> d
     maps = {level: torch.randn(batch_size, channels, size, size).clamp_(min=0) for level, (channels, size) in LEVELS.items()}
 
     def chunked(local: torch.Tensor, level_words: torch.Tensor) -> torch.Tensor:
-        msd = bow.next_msd(torch.tensor(0.5), bow.nearest_words(local, level_words)[0].mean(), momentum=0.99)
-        return bow.soft_bow(local, level_words, delta=0.1 * msd, pooling="max")
+        distances = bow.Distances(local, level_words, keep=bow.KEEP_ELEMENTS)
+        msd = bow.next_msd(torch.tensor(0.5), bow.nearest_words(distances)[0].mean(), momentum=0.99)
+        return bow.soft_bow(distances, delta=0.1 * msd, pooling="max")
 
     def at_once(local: torch.Tensor, level_words: torch.Tensor) -> torch.Tensor:
         dist = local.square().sum(2, keepdim=True) + level_words.square().sum(1) - 2 * local @ level_words.T

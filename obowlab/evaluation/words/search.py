@@ -84,7 +84,7 @@ class TopPatches:
             images: positions of the images in the split, [B].
         """
         best: list[tuple[Tensor, Tensor, Tensor]] = []
-        for _, dist_BUK in bow.distance_chunks(local_BUC, words.vectors):
+        for _, dist_BUK in bow.Distances(local_BUC, words.vectors):
             nearest = dist_BUK.min(dim=-1)
             self.nearest_K += torch.bincount(nearest.indices.flatten(), minlength=len(self.nearest_K))
             self.num_locations += nearest.indices.numel()
