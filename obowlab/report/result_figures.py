@@ -1,0 +1,132 @@
+"""The figures of results: a table's differences to its base row, and Optuna's of a study."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from obowlab import text
+from obowlab.report.labels import LABEL_LENGTH, csv_text, plain, run_names, shortened
+from obowlab.report.model import Figure
+from obowlab.studies.schema import StudyReport
+from obowlab.tables.model import Table
+
+STUDY_FIGURES = {
+    "contour": (
+        "Objective over two parameters",
+        "Black points are trials, a diamond is the paper's point, a circle the best. Colours between them are interpolated and "
+        "only guide the eye.",
+    ),
+    "history": ("History", "Trials in their order, with their 95 % intervals."),
+    "importance": (
+        "Importance",
+        "Share of the variation between trials that a parameter explains; with few trials a rough figure.",
+    ),
+    "slice": ("Objective over each parameter", "Darker points are later trials."),
+}
+"""Name in `study.json` -> title and caption, in the order of the page."""
+
+
+def table_figure(table: Table) -> Figure | None:
+    """Return the differences to the base row in the primary column, with their intervals; None when there are fewer than two."""
+    column = next(i for i, column in enumerate(table.columns) if column.metric == table.primary)
+    base = table.base.cells[column].paper
+    found = []
+    for row in table.rows:
+        cell = row.cells[column]
+        if not row.is_base and cell.against_base is not None:
+            known = table.comparable and cell.paper is not None and base is not None
+            runs = [run.run_id for run in row.runs if run.status == "finished"]
+            found.append((row.label, cell.against_base, cell.paper - base if known else None, runs))  # type: ignore[operator]
+    if len(found) < 2:
+        return None
+    labels, ours, paper, _ = zip(*found, strict=True)
+    places = list(range(len(found)))
+    data: list[dict[str, Any]] = [
+        {
+            "type": "scatter",
+            "mode": "markers",
+            "name": "ours, 95 % interval",
+            "x": [estimate.value for estimate in ours],
+            "y": places,
+            "error_x": {"array": [estimate.interval for estimate in ours], "color": "--c0", "thickness": 2},
+            "marker": {"size": 9, "color": "--c0"},
+            "customdata": [[plain(label), estimate.interval, run_names(runs)] for label, estimate, _, runs in found],
+            "hovertemplate": "<b>%{customdata[0]}</b><br>%{x:+.2f} ± %{customdata[1]:.2f}<br>%{customdata[2]}<extra></extra>",
+        }
+    ]
+    if any(value is not None for value in paper):
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": "paper",
+                "x": paper,
+                "y": places,
+                "marker": {"symbol": "diamond-open", "size": 12, "color": "--ink", "line": {"width": 2}},
+                "customdata": [plain(label) for label in labels],
+                "hovertemplate": "<b>%{customdata}</b><br>paper: %{x:+.2f}<extra></extra>",
+            }
+        )
+    title = f"{table.columns[column].label}: difference to the base row"
+    caption = f"Dots are ours with their 95 % intervals; the line at 0 is the base row, {table.base.label}. "
+    caption += "Diamonds are the paper's differences." if table.comparable else "The paper's differences belong to another scale."
+    ends = "; ".join(f"{label}: {text.estimate(ours.value, ours.interval, signed=True)}" for label, ours, _, _ in found)
+    return Figure(
+        title=title,
+        description=f"{title}. {ends}.",
+        data=data,
+        layout={
+            "xaxis": {"title": {"text": "percentage points"}, "zeroline": True, "zerolinecolor": "--soft", "zerolinewidth": 2},
+            "yaxis": {
+                "tickvals": places,
+                "ticktext": [plain(shortened(label, LABEL_LENGTH // 2)) for label in labels],
+                "range": [len(found) - 0.5, -0.5],
+                "showgrid": False,
+            },
+            "showlegend": len(data) > 1,
+        },
+        csv=csv_text(
+            ("row", "difference", "interval", "paper", "runs"),
+            [(label, ours.value, ours.interval, value, " ".join(runs)) for label, ours, value, runs in found],
+        ),
+        kind="differences",
+        height=110 + 26 * len(found),
+        caption=caption,
+    )
+
+
+def study_figures(study: StudyReport) -> list[Figure]:
+    """Return Optuna's figures of a study as `study.json` holds them."""
+    keys = [parameter.key for parameter in study.parameters]
+    trials = csv_text(
+        ("trial", "status", *keys, study.metric or "value", "interval", "paper", "runs"),
+        [
+            (
+                *(trial.number, trial.status, *(trial.params.get(key) for key in keys), trial.value, trial.interval),
+                *("paper" if trial.is_paper else "", " ".join(run.run_id for run in trial.runs)),
+            )
+            for trial in study.trials
+        ],
+    )
+    importances = csv_text(("parameter", "importance"), [(parameter.key, parameter.importance) for parameter in study.ranked])
+    figures = []
+    for name, (title, caption) in STUDY_FIGURES.items():
+        if (figure := study.figures.get(name)) is None:
+            continue
+        layout = {key: value for key, value in figure.layout.items() if key not in ("title", "template", "width", "height")}
+        if name == "importance":
+            layout["margin"] = {"r": 40}  # for the numbers behind the bars
+        figures.append(
+            Figure(
+                title=title,
+                description=f"{title}. {caption}",
+                data=figure.data,
+                layout=layout,
+                csv=importances if name == "importance" else trials,
+                kind="importance" if name == "importance" else "trials",
+                height=360,
+                wide=name == "slice",
+                caption=caption,
+            )
+        )
+    return figures
