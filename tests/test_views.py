@@ -8,7 +8,17 @@ from torchvision.transforms.functional import _compute_resized_output_size
 
 from obowlab.config import Views
 from obowlab.randomness import Stream, epoch_order, philox4x32, random_words, uniforms
-from obowlab.views.views import CROP_RATIO, CROP_TRIES, centre_geometry, colour, flips, geometry, patch_positions, random_boxes
+from obowlab.views.views import (
+    CROP_RATIO,
+    CROP_TRIES,
+    JITTER_ORDERS,
+    centre_geometry,
+    colour,
+    flips,
+    geometry,
+    patch_positions,
+    random_boxes,
+)
 
 FULL = Views(num_crops=2, num_patches=5)
 
@@ -190,3 +200,65 @@ def test_patches_lie_in_the_grid_and_every_cell_is_chosen_equally_often():
     cells = still[..., 0] * 3 + still[..., 1]
     assert all(len(set(row)) == 5 for row in cells.tolist())
     assert (np.abs(np.bincount(cells.reshape(-1)) / (3000 * 5 / 9) - 1) < 0.1).all()
+
+
+# Slow, obvious versions: one image and one view at a time, from the numbers that are drawn for it.
+
+MIXED = {"jitter_probability": 0.6, "blur_probability": 0.4, "grayscale_probability": 0.3, "brightness": 0.4, "contrast": 1.3}
+
+
+@pytest.mark.parametrize("num_patches", [0, 1, 5])
+def test_colours_are_these_functions_of_the_draws(num_patches):
+    views = Views(num_crops=2, num_patches=num_patches, **MIXED)
+    found = colour(views, seed=3, epoch=4, indices=np.arange(30))
+    lanes = [(Stream.CROP_COLOUR, 0), (Stream.CROP_COLOUR, 1)] + [(Stream.PATCH_COLOUR, 0)] * (num_patches > 0)
+    assert found.hue.shape == (30, len(lanes))
+    for image in range(30):
+        for view, (stream, lane) in enumerate(lanes):
+            u = uniforms(seed=3, epoch=4, indices=np.array([image]), stream=stream, count=9, lane=lane)[0]
+            jittered, blurred = u[0] < 0.6, u[7] < (0.4 if stream is Stream.CROP_COLOUR else 0.0)
+            place = (image, view)
+            assert found.orders[place].tolist() == JITTER_ORDERS[int(24 * u[1])].tolist()
+            assert found.brightness[place] == pytest.approx(0.6 + 0.8 * u[2] if jittered else 1.0)
+            assert found.contrast[place] == pytest.approx(2.3 * u[3] if jittered else 1.0), "a factor is never negative"
+            assert found.saturation[place] == pytest.approx(
+                1.0 - views.saturation + 2.0 * views.saturation * u[4] if jittered else 1.0
+            )
+            assert found.hue[place] == pytest.approx(views.hue * (2.0 * u[5] - 1.0) if jittered else 0.0)
+            assert found.grayscale[place] == (u[6] < 0.3)
+            low, high = views.blur_sigma
+            assert found.sigma[place] == pytest.approx(low + (high - low) * u[8] if blurred else 0.0)
+
+
+def test_some_views_of_some_images_keep_their_colours():
+    all_of_them = colour(FULL, seed=3, epoch=4, indices=np.arange(6))
+    crops, second = all_of_them.of_views(slice(0, 2)), all_of_them.of_images(slice(1, 2))
+    for name, values in vars(all_of_them).items():
+        assert np.array_equal(getattr(crops, name), np.concatenate([each[:2] for each in values])), name
+        assert np.array_equal(getattr(second, name), values[1:2]), name
+
+
+@pytest.mark.parametrize(("num_patches", "count"), [(0, 3), (1, 4), (5, 4)])
+def test_patches_of_an_image_are_flipped_together(num_patches, count):
+    views = Views(num_crops=2, num_patches=num_patches, flip_probability=0.3)
+    found = flips(views, seed=3, epoch=4, indices=np.arange(20))
+    drawn = uniforms(seed=3, epoch=4, indices=np.arange(20), stream=Stream.FLIPS, count=count)
+    assert np.array_equal(found, drawn < 0.3)
+
+
+@pytest.mark.parametrize("num_patches", [3, 9])
+def test_patches_are_these_functions_of_the_draws(num_patches):
+    views = Views(num_crops=1, num_patches=num_patches)
+    found = patch_positions(views, seed=3, epoch=4, indices=np.arange(30))
+    offset = (views.patch_source_size - views.patch_size - views.patch_jitter) // 2
+    for image in range(30):
+        u = uniforms(seed=3, epoch=4, indices=np.array([image]), stream=Stream.PATCHES, count=27)[0]
+        cells = [
+            [
+                cell // 3 * offset + int(u[2 * cell] * (views.patch_jitter + 1)),
+                cell % 3 * offset + int(u[2 * cell + 1] * (views.patch_jitter + 1)),
+            ]
+            for cell in range(9)
+        ]
+        order = sorted(range(9), key=lambda cell: u[18 + cell]) if num_patches < 9 else range(9)
+        assert found[image].tolist() == [cells[cell] for cell in order][:num_patches]
