@@ -181,7 +181,7 @@ def colour(views: Views, *, seed: int, epoch: int, indices: Ints) -> Colour:
     blurred = u[..., 7] < np.array([probability for _, _, probability in lanes])
 
     def factor(draw: Floats, strength: float) -> Floats:
-        low, high = max(0.0, 1.0 - strength), 1.0 + strength
+        low, high = 1.0 - strength, 1.0 + strength
         return np.where(jittered, low + draw * (high - low), 1.0)
 
     low, high = views.blur_sigma
