@@ -26,6 +26,9 @@ from obowlab.training.signals import Interrupted
 
 T = TypeVar("T")
 
+gather_into: Callable[[Tensor, Tensor], object] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""`gather_into(all_of_them, mine)` concatenates dense tensors of all ranks; newer versions of torch call it by the first name."""
+
 STEP_TIMEOUT = timedelta(minutes=10)
 """For tensors: all ranks do the same at the same time."""
 WORK_TIMEOUT = timedelta(hours=24)
@@ -67,9 +70,9 @@ class World:
         """Concatenate the tensors [n, ...] of all ranks along the first axis, in rank order; no gradient."""
         if self.world_size == 1:
             return x
-        parts = [torch.empty_like(x) for _ in range(self.world_size)]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
+        of_all = x.new_empty(self.world_size * len(x), *x.shape[1:])
+        gather_into(of_all, x.contiguous())
+        return of_all
 
     def all_reduce_mean(self, x: Tensor) -> Tensor:
         """Average a tensor of the same shape over all ranks; no gradient."""
