@@ -218,6 +218,11 @@ def parallelise(method: nn.Module, *, world: World) -> nn.Module:
     # On the CPU a resumed run equals an uninterrupted one to the bit. So buckets must not be laid out anew after the first step
     # of a start: with more than two processes the order of sums follows the layout. Looking for unused parameters keeps it.
     keep_layout = world.device.type == "cpu"
-    parallel = nn.parallel.DistributedDataParallel(method, device_ids=ids, find_unused_parameters=keep_layout)
+    parallel = nn.parallel.DistributedDataParallel(
+        method,
+        device_ids=ids,
+        find_unused_parameters=keep_layout,
+        gradient_as_bucket_view=True,  # what is summed over ranks need not be copied to the gradients
+    )
     parallel.broadcast_buffers = False  # as an argument it was renamed; the attribute is there in old and new torch
     return parallel
