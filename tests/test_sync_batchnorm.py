@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules._functions import SyncBatchNorm as TorchFunction
 
 from obowlab.methods import OneProcess
 from obowlab.methods.split_batchnorm import SplitBatchNorm2d
@@ -116,6 +117,16 @@ def steps(norm: nn.Module, x: Tensor, counts: Tensor) -> dict[str, Tensor]:
     return {**found, "evaluated": norm.eval()(x.detach())}  # type: ignore[dict-item]
 
 
+class TorchBatchNorm2d(CudaBatchNorm2d):
+    """The same module around the function of `nn.SyncBatchNorm`, which works wherever its kernels do."""
+
+    def _normalise(self, x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float) -> Tensor:
+        group, size = dist.group.WORLD, dist.get_world_size()
+        return TorchFunction.apply(  # type: ignore[no-any-return]
+            x, self.weight, self.bias, running_mean, running_var, self.eps, momentum, group, size
+        )
+
+
 KINDS: dict[str, type[SyncBatchNorm2d]] = {"cuda": CudaBatchNorm2d, "gloo": GlooBatchNorm2d}
 LAYOUTS = ("contiguous", "channels_last", "strided")
 
@@ -126,7 +137,7 @@ def one_of_two(rank: int, file: str) -> None:
     with_formulas()
     mine = slice(4 * rank, 4 * rank + 4)
     found: dict[str, Any] = {}
-    for name, kind in KINDS.items():
+    for name, kind in {**KINDS, "torch": TorchBatchNorm2d}.items():
         for layout in LAYOUTS:
             x, counts = images(layout)
             found[f"{name} {layout}"] = steps(kind.like(plain()), x[mine], counts[mine])
@@ -166,6 +177,13 @@ def test_two_ranks_do_what_one_does_with_all_images(kind: str, layout: str, rank
             assert torch.equal(first[name], second[name]), name
             found = first[name]
         torch.testing.assert_close(found, value, rtol=1e-6, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_with_known_counts_the_kernels_are_given_what_torch_gives_them(layout: str, ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        for name, value in rank[f"torch {layout}"].items():
+            assert torch.equal(rank[f"cuda {layout}"][name], value), name
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -174,6 +174,13 @@ def join(machine: Machine) -> Iterator[World]:
     if world_size == 1:
         yield World(rank=rank, world_size=world_size, device=device)
         return
+    with joined(rank=rank, world_size=world_size, device=device) as world:
+        yield world
+
+
+@contextmanager
+def joined(*, rank: int, world_size: int, device: torch.device) -> Iterator[World]:
+    """Connect the two groups for as long as the context lasts; see `join` for its end."""
     if device.type == "cuda":  # bound to its GPU: connected at once, and no collective has to guess which GPU it is for
         dist.init_process_group("nccl", timeout=STEP_TIMEOUT, device_id=device)
     else:

@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules._functions import SyncBatchNorm as TorchFunction
 
 from obowlab.training.sync_batchnorm import CudaBatchNorm2d
 from tests.fork_server import fork_all
+from tests.test_sync_batchnorm import TorchBatchNorm2d
 
 pytestmark = pytest.mark.gpu
 
@@ -39,15 +39,6 @@ def steps(norm: nn.Module, x: Tensor, counts: Tensor) -> dict[str, Tensor]:
         again = norm(x + 1)
     found = {"out": out.detach(), "again": again, "x": x.grad, "weight": norm.weight.grad, "bias": norm.bias.grad}
     return {**found, **dict(norm.named_buffers()), "evaluated": norm.eval()(x.detach())}  # type: ignore[dict-item]
-
-
-class TorchBatchNorm2d(CudaBatchNorm2d):
-    """The same module around torch's function, which `nn.SyncBatchNorm` does not call in a world of one."""
-
-    def _normalise(self, x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float) -> Tensor:
-        return TorchFunction.apply(  # type: ignore[no-any-return]
-            x, self.weight, self.bias, running_mean, running_var, self.eps, momentum, dist.group.WORLD, dist.get_world_size()
-        )
 
 
 def compared(rank: int, file: str, world_size: int) -> None:
