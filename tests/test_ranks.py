@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import os
 import shutil
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -21,6 +23,7 @@ import torch.distributed as dist
 from obowlab.config import Backbone, Bownet, Machine, Recipe, Rotnet
 from obowlab.errors import UserError
 from obowlab.methods import BoWNet
+from obowlab.methods.split_batchnorm import SplitBatchNorm2d
 from obowlab.runs.folder import RunFolder
 from obowlab.runs.locks import RunTakenError
 from obowlab.runs.metric_log import MetricLog
@@ -344,3 +347,12 @@ def test_a_failure_while_one_rank_prepares_ends_both(tmp_path: Path) -> None:
     fork_all(prepares, ranks=2, arguments=(str(tmp_path / "rendezvous"),))
     for rank in range(2):
         assert (tmp_path / f"rendezvous.{rank}").read_text() == "OSError Interrupted"
+
+
+def test_a_network_that_knows_its_ranks_can_be_copied() -> None:
+    """The model for MLflow is a copy; MoCo's batch norm holds the world, whose group can be neither copied nor pickled."""
+    world = World(rank=0, world_size=2, device=torch.device("cpu"), votes=threading.Lock())  # type: ignore[arg-type]
+    norm = SplitBatchNorm2d.like(torch.nn.BatchNorm2d(4), num_groups=2, comm=world)
+    copied = copy.deepcopy(torch.nn.Sequential(norm))
+    assert copied[0].comm is world
+    assert copied[0].weight is not norm.weight

@@ -61,6 +61,10 @@ class World:
     device: torch.device
     votes: dist.ProcessGroup | None = None
 
+    def __deepcopy__(self, memo: dict[int, object]) -> World:
+        """Return itself: copies of a network work in the same process, and a group cannot be copied."""
+        return self
+
     @property
     def is_main(self) -> bool:
         """Return whether this process writes the run's files."""
