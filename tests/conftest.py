@@ -27,7 +27,7 @@ from tests.command_line import Obowlab, finished_run
 PHOTOS_VARIABLE = "OBOWLAB_TEST_PHOTOS"
 NEEDS = {"browser": "chromium", "lab": "postgresql", "postgresql": "postgresql"}
 """Fixture -> the marker of tests that use it."""
-LONGEST = "services ablate mirror stages distributed launch study resume tune nodes report chaos words"
+LONGEST = "services ablate mirror stages distributed ranks launch study resume tune nodes report chaos words"
 """The modules that take longest."""
 
 

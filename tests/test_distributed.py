@@ -15,7 +15,8 @@ from obowlab.evaluation import evaluate
 from obowlab.methods import METHODS, Batch, Method
 from obowlab.methods.backbones import build_backbone
 from obowlab.runs.folder import RunFolder
-from obowlab.training.distributed import MainFailed, World, parallelise, synchronise_batchnorm
+from obowlab.training.distributed import OtherRankFailed, World, parallelise
+from obowlab.training.sync_batchnorm import synchronise_batchnorm
 from obowlab.training.window import MetricWindow
 from obowlab.weights.encoder_file import read_encoder
 from tests.contracts import small_preparation
@@ -145,7 +146,7 @@ def rank_0_fails(rank: int, file: str) -> None:
 
     try:
         world.on_main(full_disk)
-    except (UserError, MainFailed) as error:
+    except (UserError, OtherRankFailed) as error:
         found.append(type(error).__name__)
     torch.save(found, f"{file}.{rank}")
     dist.destroy_process_group()
@@ -155,7 +156,7 @@ def test_a_failure_of_rank_0_ends_every_rank_and_metrics_are_kept_per_rank(tmp_p
     torch.multiprocessing.spawn(rank_0_fails, args=(str(tmp_path / "rendezvous"),), nprocs=2)  # type: ignore[no-untyped-call]
     found = [torch.load(tmp_path / f"rendezvous.{rank}", weights_only=True) for rank in range(2)]
     state = {"counts": {"loss": 1}, "sums": [[0.0], [1.0]]}
-    assert found == [["done", state, {"loss": 0.5}, "UserError"], [None, state, {"loss": 0.5}, "MainFailed"]]
+    assert found == [["done", state, {"loss": 0.5}, "UserError"], [None, state, {"loss": 0.5}, "OtherRankFailed"]]
 
 
 def run(folder: Path, *, data_root: Path, protocols: str = "[]", **machine_values: object) -> RunFolder:

@@ -57,6 +57,8 @@ with folder.lock(), folder.metric_log() as log:
         sys.exit(2)
     if behaviour == "crash":
         sys.exit(1)
+    if behaviour == "unrecorded":
+        sys.exit(0)
     if behaviour == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     folder.set_state(status="finished", step=steps)
@@ -144,6 +146,7 @@ def test_fresh_puts_the_old_folder_aside(tmp_path: Path) -> None:
         ("user_error", 2, "failed", "fix it"),
         ("crash", 1, "failed", "exit code 1"),
         ("killed", 137, "failed", "SIGKILL"),
+        ("unrecorded", 2, "failed", "before it was done"),
     ],
 )
 def test_endings_are_told(tmp_path: Path, behaviour: str, code: int, status: str, message: str) -> None:

@@ -14,7 +14,8 @@ from obowlab.errors import UserError
 from obowlab.methods import Batch, MoCo, OneProcess
 from obowlab.methods.moco import contrast_logits
 from obowlab.methods.split_batchnorm import SplitBatchNorm2d, split_batchnorm
-from obowlab.training.distributed import World, synchronise_batchnorm
+from obowlab.training.distributed import World
+from obowlab.training.sync_batchnorm import synchronise_batchnorm
 from tests.oracles import MocoOracle
 
 SMALL = Backbone(stem="small", width=4)

@@ -367,4 +367,4 @@ def _settle(folder: RunFolder, *, returncode: int, asked: list[int], place: str)
         message = f"the training process ended with exit code {returncode} before it was done; its last output is {place}"
     folder.set_state(status="failed", message=message)
     logger.error("Run %s failed: %s.", folder.run_id, message)
-    return shell_code(returncode) or 1
+    return shell_code(returncode) or 2  # a group whose state could not be written has said why

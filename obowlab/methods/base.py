@@ -15,6 +15,7 @@ from obowlab.errors import UserError
 from obowlab.methods.backbones import ResNet
 from obowlab.methods.online_classifier import OnlineClassifier
 
+T = TypeVar("T")
 SettingsT = TypeVar("SettingsT", bound=Section)
 """The settings of one method: `config.Obow` and its likes."""
 
@@ -40,6 +41,10 @@ class Comm(Protocol):
         """Average `x` over the processes, without gradient."""
         ...
 
+    def together(self, work: Callable[[], T]) -> T:
+        """Do something that may fail on one process and has no collectives in it; then every process raises an exception."""
+        ...
+
 
 class OneProcess:
     """The Comm of a run with a single process."""
@@ -54,6 +59,10 @@ class OneProcess:
     def all_reduce_mean(self, x: Tensor) -> Tensor:
         """Return `x` without gradient."""
         return x.detach()
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Do it."""
+        return work()
 
 
 @dataclass(frozen=True)

@@ -91,35 +91,43 @@ class BoWNet(Method[Bownet]):
                 f"The {preparation.num_images} training images have {len(points_NC)} local features in all, too few for "
                 f"{self.method.num_words} words: lower method.num_words or method.border, or train on more images."
             )
+        words_KC = self.comm.together(lambda: self._cluster(points_NC, preparation=preparation))
+        # Every process did the same work on the same points; all take the first one's result, to the bit.
+        shared = self.comm.all_gather(words_KC.to(self.words))
+        self.words.copy_(shared[: self.method.num_words])
+        return True
+
+    def _cluster(self, points_NC: Tensor, *, preparation: Preparation) -> Tensor:
         preparation.report(f"k-means: {self.method.num_words} words from {len(points_NC)} local features of {self.method.level}.")
-        words_KC = kmeans(
+        return kmeans(
             points_NC,
             num_words=self.method.num_words,
             iterations=self.method.kmeans_iterations,
             seed=preparation.seed,
             report=preparation.report,
         )
-        # Every process did the same work on the same points; all take the first one's result, to the bit.
-        shared = self.comm.all_gather(words_KC.to(self.words))
-        self.words.copy_(shared[: self.method.num_words])
-        return True
 
     def _local_features(self, preparation: Preparation) -> Tensor:
         """Return the teacher's vectors at drawn locations of drawn images, [N, C], the same on every process."""
-        numbers, locations = self._draw_locations(preparation)
+        numbers, locations = self.comm.together(lambda: self._draw_locations(preparation))
         share = math.ceil(len(numbers) / self.comm.world_size)
         padded = torch.arange(share * self.comm.world_size).clamp(max=len(numbers) - 1)  # every process contributes equally many
         mine = padded[self.comm.rank * share : (self.comm.rank + 1) * share]
+        found_NLC = self.comm.together(lambda: self._read(preparation, numbers=numbers[mine], locations=locations[mine]))
+        return self.comm.all_gather(found_NLC)[: len(numbers)].flatten(0, 1)
+
+    def _read(self, preparation: Preparation, *, numbers: Tensor, locations: Tensor) -> Tensor:
+        """Return the teacher's vectors of these images at these locations, [N, L, C]."""
         found: list[Tensor] = []
         done = 0
-        for images in preparation.originals(numbers[mine]):
+        for images in preparation.originals(numbers):
             local_BUC = self._local(images)
-            chosen = locations[mine[done : done + len(images)]].to(local_BUC.device)
+            chosen = locations[done : done + len(images)].to(local_BUC.device)
             found.append(local_BUC.gather(1, chosen[..., None].expand(-1, -1, local_BUC.shape[2])))
             done += len(images)
-            if len(found) % REPORT_EVERY == 0 or done == len(mine):
-                preparation.report(f"Vocabulary: read {done} of {len(mine)} images.")
-        return self.comm.all_gather(torch.cat(found))[: len(numbers)].flatten(0, 1)
+            if len(found) % REPORT_EVERY == 0 or done == len(numbers):
+                preparation.report(f"Vocabulary: read {done} of {len(numbers)} images.")
+        return torch.cat(found)
 
     def _draw_locations(self, preparation: Preparation) -> tuple[Tensor, Tensor]:
         """Return which images are read, [N], and which locations of each, [N, L]: as few of each as are needed."""

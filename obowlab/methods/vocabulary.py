@@ -172,8 +172,9 @@ class KMeans(Vocabulary):
     def _move(self, assignment: VocabularyAssignment, *, uniforms_B: Tensor, step: int, comm: Comm) -> None:
         assert assignment.counts is not None
         assert assignment.sums is not None
-        counts_K = comm.all_reduce_mean(assignment.counts) * comm.world_size
-        sums_KC = comm.all_reduce_mean(assignment.sums) * comm.world_size
+        both_KC = torch.cat((assignment.counts[:, None], assignment.sums), dim=1)
+        counts_K, sums_KC = (comm.all_reduce_mean(both_KC) * comm.world_size).tensor_split((1,), dim=1)
+        counts_K = counts_K[:, 0]
         moves_K = self._moves(counts_K)
         gamma = self.method.kmeans_momentum
         self.counts.mul_(gamma).add_(counts_K, alpha=1 - gamma)
@@ -257,12 +258,13 @@ def level_metrics(level: Level, assignment: WordAssignment, log_prediction_NK: T
     target_entropy_B = bow.entropy(target_BK)
     used_K = target_BK.new_zeros(target_BK.shape[1])
     used_K[assignment.nearest.flatten()] = 1.0
+    used_K, target_K = comm.all_reduce_mean(torch.stack((used_K, target_BK.mean(dim=0))))
     return {
         f"distance_{level}": assignment.mean_distance,
-        f"words_used_{level}": 100.0 * (comm.all_reduce_mean(used_K) > 0).to(used_K.dtype).mean(),
+        f"words_used_{level}": 100.0 * (used_K > 0).to(used_K.dtype).mean(),
         f"target_entropy_{level}": target_entropy_B.mean(),
         f"perplexity_image_{level}": target_entropy_B.exp().mean(),
-        f"perplexity_batch_{level}": bow.perplexity(comm.all_reduce_mean(target_BK.mean(dim=0))),
+        f"perplexity_batch_{level}": bow.perplexity(target_K),
         f"prediction_entropy_{level}": bow.entropy_of_logs(log_prediction_NK).mean(),
     }
 

@@ -11,73 +11,139 @@ if __name__ == "__main__":  # until training listens to signals, which takes sec
 import ctypes
 import os
 import traceback
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn, TypeVar
 
 import torch
 
+from obowlab.config import Machine
 from obowlab.errors import UserError
 from obowlab.launch.gpu_leases import hold_as_worker
 from obowlab.launch.processes import PR_SET_PDEATHSIG
 from obowlab.runs.folder import RunFolder
+from obowlab.runs.info import Status
+from obowlab.runs.locks import RunTakenError
 from obowlab.training.context import RunContext
-from obowlab.training.distributed import MainFailed, join
+from obowlab.training.distributed import OtherRankCrashed, OtherRankFailed, join
 from obowlab.training.final_evaluation import finish
 from obowlab.training.loop import train
 from obowlab.training.reporter import Reporter
 from obowlab.training.signals import Interrupted, StopRequest
 
+T = TypeVar("T")
+
 
 def main(argv: list[str]) -> int:
-    """Train and evaluate the run of a folder; return the exit code (0 done, 2 an error to fix, 128 + signal when stopped)."""
+    """Train and evaluate the run of a folder; return the exit code (0 done, 2 an error to fix, 128 + signal when stopped).
+
+    An error of one process looks to torchrun like its death; so those of a group end with 0 and the launcher reads the state.
+    """
     stop_with_parent()
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    folder: RunFolder | None = None
     try:
         folder = RunFolder.open(Path(argv[0]))
         machine, _ = folder.machine, folder.state  # refuses a damaged state before anything begins
         if machine.threads is not None:
             torch.set_num_threads(machine.threads)
-        with (
-            hold_as_worker(local_rank=int(os.environ.get("LOCAL_RANK", "0"))) or nullcontext(),
-            StopRequest().listening() as stop,
-            join(machine) as world,
-            folder.lock() if world.is_main else nullcontext(),
-        ):
-            reporter = Reporter(folder.path / "log.txt" if world.is_main else None)
-            code = carry_out(RunContext(folder, machine=machine, world=world, reporter=reporter, stop=stop))
-            # An error of one process looks to torchrun like its death; the launcher reads the state instead.
-            return code if world.world_size == 1 else 0
-    except UserError as error:  # before there was a run to record it in
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
+        code = work(folder, machine=machine)
+        return code if alone else 0
+    except OtherRankFailed:
+        return 0
+    except (UserError, OSError) as error:  # before there was a run to record it in
+        return refuse(error, folder=folder, alone=alone)
+    except Exception as error:
+        if alone:
+            raise
+        end_at_once(error)
 
 
-def carry_out(run: RunContext) -> int:
-    """Train and evaluate the run, and record how it ended; return the exit code."""
-    status, message, code = "finished", "", 0
+def work(folder: RunFolder, *, machine: Machine) -> int:
+    """Train with all ranks and evaluate on rank 0 alone; return the exit code."""
+    with (
+        hold_as_worker(local_rank=int(os.environ.get("LOCAL_RANK", "0"))) or nullcontext(),
+        StopRequest().listening() as stop,
+        ExitStack() as held,
+    ):
+        with join(machine) as world:
+            world.on_main(lambda: held.enter_context(folder.lock()))
+            reporter = world.together(lambda: Reporter(folder.path / "log.txt" if world.is_main else None))
+            run = RunContext(folder, machine=machine, world=world, reporter=reporter, stop=stop)
+            code, method = carry_out(train, run=run)
+        if method is None or not world.is_main:  # the others end here, and their GPUs are free while rank 0 measures
+            return code
+        run = replace(run, world=world.alone())
+        code, _ = carry_out(lambda run: finish(run, method=method), run=run)
+        return code if code else record(run, status="finished", message="")
+
+
+def carry_out(part: Callable[[RunContext], T], *, run: RunContext) -> tuple[int, T | None]:
+    """Do a part of the run; return the exit code and what it returned. If it cannot be done, how it ended is recorded."""
     try:
-        method = train(run)
-        if run.world.is_main:
-            finish(run, method=method)
+        return 0, part(run)
     except Interrupted as interruption:
-        status, message, code = "interrupted", "stopped by a signal; the same command resumes it", 128 + interruption.signum
-        run.reporter.say("Stopped; the same command resumes from here.")
-    except MainFailed:
-        return 2  # rank 0 says why
-    except (UserError, OSError) as error:
-        status, message, code = "failed", describe(error, folder=run.folder.path), 2
-        run.reporter.say(f"Error: {message}")
-    except Exception:
-        run.reporter.log(traceback.format_exc())
+        code = 128 + interruption.signum
+        with suppress(OSError):
+            run.reporter.say("Stopped; the same command resumes from here.")
+        return record(run, status="interrupted", message="stopped by a signal; the same command resumes it") or code, None
+    except OtherRankFailed:
+        return 2, None  # rank 0 says why
+    except OtherRankCrashed:
         raise
-    if run.world.is_main:
-        try:
-            run.folder.set_state(status=status, message=message)
-        # The disk that ended the run may refuse this as well, or the state be damaged; the launcher sees the exit code.
-        except (UserError, OSError) as error:
-            if code != 2:  # one message is enough
-                print(f"Error: {describe(error, folder=run.folder.path)}", file=sys.stderr)
-            return 2
-    return code
+    except (UserError, OSError) as error:
+        message = describe(error, folder=run.folder.path)
+        with suppress(OSError):  # it is on the terminal, and the log may be on the disk that is full
+            run.reporter.say(f"Error: {message}")
+        record(run, status="failed", message=message)
+        return 2, None
+    except Exception:
+        with suppress(OSError):
+            run.reporter.log(traceback.format_exc())
+        raise
+
+
+def record(run: RunContext, *, status: Status, message: str) -> int:
+    """Write how the run ended into its state; return the exit code 2 if that is refused, else 0."""
+    if not run.world.is_main:
+        return 0
+    try:
+        run.folder.set_state(status=status, message=message)
+    # The disk that ended the run may refuse this as well, or the state be damaged; the launcher sees the exit code.
+    except (UserError, OSError) as error:
+        if status != "failed":  # one message is enough
+            print(f"Error: {describe(error, folder=run.folder.path)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def refuse(error: UserError | OSError, *, folder: RunFolder | None, alone: bool) -> int:
+    """Say and record, once for a node and once for the run, why nothing was begun; return the exit code."""
+    message = describe(error, folder=folder.path if folder is not None else Path())
+    if alone or os.environ.get("LOCAL_RANK") == "0":
+        print(f"Error: {message}", file=sys.stderr)
+    if alone or folder is None or isinstance(error, RunTakenError):
+        return 2
+    try:
+        if os.environ.get("RANK") == "0":  # or the launcher would take the group for one that was killed, and start it again
+            folder.set_state(status="failed", message=message)
+    except (UserError, OSError):
+        return 2
+    return 0
+
+
+def end_at_once(error: Exception) -> NoReturn:
+    """End this process of a group although others may wait for it: torchrun then ends them.
+
+    The ordinary end would wait in turn, for the collectives that the others do not take part in.
+    """
+    if not isinstance(error, OtherRankCrashed):
+        traceback.print_exception(error)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def describe(error: UserError | OSError, *, folder: Path) -> str:

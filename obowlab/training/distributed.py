@@ -1,13 +1,17 @@
-"""The processes of one run and what they exchange. The only importer of torch.distributed.
+"""The processes of one run and what they exchange; with `sync_batchnorm` the only importer of torch.distributed.
 
 Every rank holds the same weights and the same vocabulary. One process is the ordinary case and uses no collective at all.
+
+There are two groups of the same processes. One carries tensors, over NCCL between GPUs: a rank that waits in it for longer than
+`STEP_TIMEOUT` is taken for lost. The other, always gloo, carries votes on how a piece of work ended: a rank may wait there for as
+long as another measures or prepares (`WORK_TIMEOUT`), no GPU spins meanwhile, and a rank that dies is noticed at once.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -15,25 +19,51 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx
 
 from obowlab.config import Machine
 from obowlab.errors import UserError
+from obowlab.training.signals import Interrupted
 
 T = TypeVar("T")
 
+gather_into: Callable[[Tensor, Tensor], object] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+"""`gather_into(all_of_them, mine)` concatenates dense tensors of all ranks; newer versions of torch call it by the first name."""
 
-class MainFailed(Exception):  # noqa: N818 - rank 0 reports the error
-    """Rank 0 failed at something that it does alone."""
+STEP_TIMEOUT = timedelta(minutes=10)
+"""For tensors: all ranks do the same at the same time."""
+WORK_TIMEOUT = timedelta(hours=24)
+"""For votes: one rank may hash a data set, cluster a vocabulary or measure an encoder while the others wait."""
+LEAVE_TIMEOUT = timedelta(seconds=30)
+"""For the end, to which all ranks come together."""
+
+
+class OtherRankFailed(Exception):  # noqa: N818 - rank 0 reports the error
+    """This rank did its work and another one could not; rank 0 says why."""
+
+
+class OtherRankCrashed(Exception):  # noqa: N818 - the other rank reports the error
+    """Another rank met an error that nobody expects; it prints its own traceback."""
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among those of the run; it is the `Comm` that methods are given."""
+    """This process among those of the run; it is the `Comm` that methods are given.
+
+    Attributes:
+        rank: number of this process, from 0.
+        world_size: number of processes.
+        device: where this one computes.
+        votes: the group for votes; the one for tensors if absent.
+    """
 
     rank: int
     world_size: int
     device: torch.device
+    votes: dist.ProcessGroup | None = None
+
+    def __deepcopy__(self, memo: dict[int, object]) -> World:
+        """Return itself: copies of a network work in the same process, and a group cannot be copied."""
+        return self
 
     @property
     def is_main(self) -> bool:
@@ -44,9 +74,9 @@ class World:
         """Concatenate the tensors [n, ...] of all ranks along the first axis, in rank order; no gradient."""
         if self.world_size == 1:
             return x
-        parts = [torch.empty_like(x) for _ in range(self.world_size)]
-        dist.all_gather(parts, x.contiguous())
-        return torch.cat(parts)
+        of_all = x.new_empty(self.world_size * len(x), *x.shape[1:])
+        gather_into(of_all, x.contiguous())
+        return of_all
 
     def all_reduce_mean(self, x: Tensor) -> Tensor:
         """Average a tensor of the same shape over all ranks; no gradient."""
@@ -64,62 +94,125 @@ class World:
         dist.all_reduce(votes)
         return tuple(count > 0 for count in votes.tolist())
 
-    def barrier(self) -> None:
-        """Wait until every rank has come here."""
-        if self.world_size > 1:
-            dist.barrier()
+    def alone(self) -> World:
+        """Return this process without the others: what it does from now on, it does in a world of one."""
+        return World(rank=0, world_size=1, device=self.device)
 
-    def on_main(self, work: Callable[[], T]) -> T | None:
-        """Do something on rank 0 alone while the others wait; when it fails there, every rank stops.
+    def together(self, work: Callable[[], T]) -> T:
+        """Do something on every rank, without collectives in it; when it fails on any, every rank stops.
 
         Without the vote on how it ended, the others would wait in their next collective for a rank that is gone.
 
         Returns:
-            What it returned, on rank 0; None on the others.
+            What it returned here.
 
         Raises:
-            MainFailed: on the other ranks, when it raised an exception on rank 0, where that one is raised.
+            Exception: what it raised here. On rank 0 also the `UserError`, `OSError` or `Interrupted` of another rank, so that
+                the rank that speaks can say it.
+            OtherRankFailed: it went well here, and another rank failed.
+            OtherRankCrashed: the same, and the other rank's error is one that nobody expects.
         """
+        if self.world_size == 1:
+            return work()
         try:
-            result = work() if self.is_main else None
-        except Exception:
-            self.any_rank(True)
+            result = work()
+        except Exception as error:
+            self._errors(error)
             raise
-        (failed,) = self.any_rank(False)
-        if failed:
-            raise MainFailed
+        errors = self._errors(None)
+        if errors:
+            known = [error for error in errors if error is not None]
+            if not known:
+                raise OtherRankCrashed
+            if self.is_main:
+                raise known[0]
+            raise OtherRankFailed
         return result
+
+    def on_main(self, work: Callable[[], T]) -> T | None:
+        """Do something on rank 0 alone while the others wait; as `together`, with None as the result of the others."""
+        return self.together(lambda: work() if self.is_main else None)
+
+    def each(self, items: Iterator[T]) -> Iterator[T]:
+        """Yield the items of an iterator that every rank has one of, of equal lengths; as `together` for every item."""
+        if self.world_size == 1:
+            yield from items
+            return
+        with closing(items) if isinstance(items, Generator) else nullcontext():
+            while (item := self.together(lambda: next(items, None))) is not None:
+                yield item
+
+    def _errors(self, error: Exception | None) -> list[Exception | None]:
+        """Exchange how a piece of work ended; return, for each rank that failed, what the others can report of it."""
+        failed = torch.tensor([int(error is not None)], dtype=torch.int32)
+        dist.all_reduce(failed, group=self.votes)
+        if not failed.item():
+            return []
+        ends: list[tuple[bool, Exception | None]] = [(False, None)] * self.world_size
+        dist.all_gather_object(ends, (error is not None, _reportable(error)), group=self.votes)
+        return [reportable for has_failed, reportable in ends if has_failed]
+
+
+def _reportable(error: Exception | None) -> Exception | None:
+    """Return what another rank can raise in place of an error; None for one that nobody expects."""
+    if isinstance(error, UserError):
+        return UserError(str(error))
+    if isinstance(error, OSError):
+        return OSError(error.errno, error.strerror or str(error), error.filename)
+    return error if isinstance(error, Interrupted) else None
 
 
 @contextmanager
 def join(machine: Machine) -> Iterator[World]:
     """Join the processes that torchrun started, or be the only one.
 
+    All ranks leave together at the end of the context, also with an error on which they agreed. With any other, this rank alone
+    is there: then nothing is left, because the others would be waited for, and the process must end at once.
+
     Raises:
-        UserError: a GPU was asked for and there is none for this process.
+        UserError: a GPU was asked for and there is none for a process of this node.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = _device(machine, local_rank)
-    if world_size > 1:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=10))
-    try:
+    device = _device(machine, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
+    if world_size == 1:
         yield World(rank=rank, world_size=world_size, device=device)
-    finally:
-        if world_size > 1:
-            dist.destroy_process_group()
+        return
+    with joined(rank=rank, world_size=world_size, device=device) as world:
+        yield world
 
 
-def _device(machine: Machine, local_rank: int) -> torch.device:
+@contextmanager
+def joined(*, rank: int, world_size: int, device: torch.device) -> Iterator[World]:
+    """Connect the two groups for as long as the context lasts; see `join` for its end."""
+    if device.type == "cuda":  # bound to its GPU: connected at once, and no collective has to guess which GPU it is for
+        dist.init_process_group("nccl", timeout=STEP_TIMEOUT, device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=STEP_TIMEOUT)
+    votes = dist.new_group(backend="gloo", timeout=WORK_TIMEOUT)
+    assert isinstance(votes, dist.ProcessGroup)
+    try:
+        yield World(rank=rank, world_size=world_size, device=device, votes=votes)
+    except (UserError, OtherRankFailed):
+        _leave(votes)
+        raise
+    _leave(votes)
+
+
+def _leave(votes: dist.ProcessGroup) -> None:
+    """End the groups when all ranks have come here: to tear NCCL down is a collective too."""
+    dist.monitored_barrier(votes, timeout=LEAVE_TIMEOUT)
+    dist.destroy_process_group()
+
+
+def _device(machine: Machine, *, local_rank: int) -> torch.device:
     wanted = machine.device
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     if wanted == "cpu":
         return torch.device("cpu")
     count = torch.cuda.device_count()
-    if local_rank >= count:
+    if int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1)) > count:  # all of this node see it: none waits for the others
         raise UserError(f"{machine.procs} GPUs were asked for but torch sees {count}: use --gpus {count} or --device cpu.")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
@@ -136,84 +229,11 @@ def parallelise(method: nn.Module, *, world: World) -> nn.Module:
     # On the CPU a resumed run equals an uninterrupted one to the bit. So buckets must not be laid out anew after the first step
     # of a start: with more than two processes the order of sums follows the layout. Looking for unused parameters keeps it.
     keep_layout = world.device.type == "cpu"
-    parallel = nn.parallel.DistributedDataParallel(method, device_ids=ids, find_unused_parameters=keep_layout)
+    parallel = nn.parallel.DistributedDataParallel(
+        method,
+        device_ids=ids,
+        find_unused_parameters=keep_layout,
+        gradient_as_bucket_view=True,  # what is summed over ranks need not be copied to the gradients
+    )
     parallel.broadcast_buffers = False  # as an argument it was renamed; the attribute is there in old and new torch
     return parallel
-
-
-def synchronise_batchnorm(module: nn.Module, *, world: World) -> None:
-    """Let every BatchNorm2d of the module, in place, use the statistics of the global batch.
-
-    BatchNorm1d is left alone: the prediction head's sees the same words on every rank. So are subclasses of BatchNorm2d:
-    `SplitBatchNorm2d` has groups of its own.
-    """
-    if world.world_size == 1:
-        return
-    for name, child in module.named_children():
-        if type(child) is nn.BatchNorm2d:
-            if world.device.type == "cuda":
-                setattr(module, name, nn.SyncBatchNorm.convert_sync_batchnorm(child))  # type: ignore[no-untyped-call]
-            else:
-                setattr(module, name, GlooBatchNorm2d.like(child))
-        else:
-            synchronise_batchnorm(child, world=world)
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """Sum of a tensor over ranks; the gradient of a sum is the sum of the gradients."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor) -> Tensor:
-        total = x.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, *gradients: Tensor) -> Tensor:
-        total = gradients[0].clone()
-        dist.all_reduce(total)
-        return total
-
-
-class GlooBatchNorm2d(nn.modules.batchnorm._BatchNorm):
-    """Batch normalisation over all ranks' images [N, C, H, W] on CPU, where `nn.SyncBatchNorm` refuses to run.
-
-    Sums are taken in float64, so that uneven shards and one process agree to float32 rounding.
-    """
-
-    @classmethod
-    def like(cls, other: nn.BatchNorm2d) -> GlooBatchNorm2d:
-        """Return a copy that shares the parameters and buffers of an ordinary batch-norm."""
-        new = cls(other.num_features, eps=other.eps, momentum=other.momentum, affine=other.affine)
-        new.train(other.training)
-        new.weight, new.bias = other.weight, other.bias
-        new.running_mean, new.running_var = other.running_mean, other.running_var
-        new.num_batches_tracked = other.num_batches_tracked
-        return new
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        assert input.dim() == 4
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalise [N, C, H, W] over N, H, W of every rank when training, by the running statistics otherwise."""
-        if not self.training:
-            return super().forward(input)
-        x = input.double()
-        count = x.new_tensor([x.numel() / x.shape[1]])
-        sums = torch.cat([x.sum((0, 2, 3)), x.square().sum((0, 2, 3)), count])
-        sums = _SumOverRanks.apply(sums)
-        count = sums[-1]
-        mean, square = (sums[:-1] / count).chunk(2)
-        variance = square - mean.square()
-        with torch.no_grad():
-            assert self.running_mean is not None
-            assert self.running_var is not None
-            assert self.num_batches_tracked is not None
-            momentum = 0.1 if self.momentum is None else self.momentum
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean.to(self.running_mean), momentum)
-            self.running_var.lerp_((variance * count / (count - 1)).to(self.running_var), momentum)
-        shape = (1, -1, 1, 1)
-        normal = (x - mean.view(shape)) * (variance + self.eps).rsqrt().view(shape)
-        scaled: Tensor = normal * self.weight.view(shape) + self.bias.view(shape)
-        return scaled.to(input.dtype)

@@ -20,11 +20,12 @@ from obowlab.runs.metric_log import MetricLog
 from obowlab.training import checkpoint as checkpoints
 from obowlab.training import online_evaluation as online
 from obowlab.training.context import RunContext
-from obowlab.training.distributed import parallelise, synchronise_batchnorm
+from obowlab.training.distributed import parallelise
 from obowlab.training.memory import peak_mib
 from obowlab.training.optimizers import build_optimizer, grad_norm, set_learning_rate
 from obowlab.training.signals import Interrupted
 from obowlab.training.stages import find_teacher, prepare
+from obowlab.training.sync_batchnorm import synchronise_batchnorm
 from obowlab.training.votes import Decision, Votes
 from obowlab.training.window import MetricWindow, Timer
 from obowlab.views.loaders import PixelBatch, TrainLoader, train_loader
@@ -39,15 +40,16 @@ def train(run: RunContext) -> Method[Any]:
 
     Raises:
         Interrupted: SIGINT or SIGTERM came; a checkpoint was written.
-        MainFailed: on the other ranks, when rank 0 could not write or read a file.
+        OtherRankFailed: another rank failed; rank 0 has its error.
         UserError: the loss is not finite, the data changed, or a file cannot be read or written.
     """
-    trainer = Trainer(run)
+    trainer = run.world.together(lambda: Trainer(run))
     trainer.resume_or_prepare()
     with run.reporter.steps(done=trainer.step, total=trainer.total_steps):
         for epoch, start_step in trainer.epochs():
             trainer.evaluate_if_due(epoch)
-            for pixels in trainer.timer.waiting_for(trainer.loader.batches(epoch=epoch, start_step=start_step)):
+            batches = run.world.each(trainer.loader.batches(epoch=epoch, start_step=start_step))
+            for pixels in trainer.timer.waiting_for(batches):
                 batch = trainer.render(pixels)
                 save_due, stopping = trainer.train_step(batch, pixels=pixels)
                 if batch.wants_metrics:
@@ -107,15 +109,11 @@ class Trainer:
             UserError: the checkpoint is of other images, or points logged before it are lost.
         """
         run = self.run
-        found = newest_checkpoint(run, data_hash=self.split.content_hash)
+        found = run.world.together(lambda: newest_checkpoint(run, data_hash=self.split.content_hash))
+        check_same(run, found=found)
         run.world.on_main(lambda: self._open_metric_log(found))
         if found is not None:
-            self.step = checkpoints.restore(found, method=self.method, optimizer=self.optimizer)
-            if found.scaler is not None:
-                self._scaler.load_state_dict(found.scaler)
-            if found.window is not None:
-                self._window.load(found.window, world=run.world)
-            run.reporter.say(f"Resuming from step {self.step}.")
+            run.world.together(lambda: self._restore(found))
         run.world.on_main(self._announce)
         if found is None and prepare(run, method=self.method, teacher=self._teacher, split=self.split):
             self.save()
@@ -126,6 +124,14 @@ class Trainer:
         if found is not None:
             check_logs(self.run, found=found, steps_per_epoch=self.loader.steps_per_epoch)
         self._metric_log = self.run.folder.metric_log()
+
+    def _restore(self, found: checkpoints.Checkpoint) -> None:
+        self.step = checkpoints.restore(found, method=self.method, optimizer=self.optimizer)
+        if found.scaler is not None:
+            self._scaler.load_state_dict(found.scaler)
+        if found.window is not None:
+            self._window.load(found.window, world=self.run.world)
+        self.run.reporter.say(f"Resuming from step {self.step}.")
 
     def _announce(self) -> None:
         """Print what is trained, and record the facts of this start of the run: code, software, machine, data."""
@@ -231,17 +237,17 @@ class Trainer:
         images_per_s = run.recipe.training.batch_size / step_time_s
         timing = {"images_per_s": images_per_s, "step_time_s": step_time_s, "data_wait_s": data_wait_s}
         run.world.on_main(lambda: self._write_point(values | timing))
-        run.reporter.step(
-            done=self.step,
-            total=self.total_steps,
-            images_per_s=images_per_s,
-            left_s=(self.total_steps - self.step) * step_time_s,
-            values={name: values[name] for name in SHOWN if name in values},
-        )
 
     def _write_point(self, values: dict[str, float]) -> None:
         assert self._metric_log is not None
         self._metric_log.append(self.step, values)
+        self.run.reporter.step(
+            done=self.step,
+            total=self.total_steps,
+            images_per_s=values["images_per_s"],
+            left_s=(self.total_steps - self.step) * values["step_time_s"],
+            values={name: values[name] for name in SHOWN if name in values},
+        )
         self.run.folder.set_state(
             status="running",
             step=self.step,
@@ -348,6 +354,21 @@ def newest_checkpoint(run: RunContext, *, data_hash: str) -> checkpoints.Checkpo
             f"was {found.data_hash[:12]}): restore the data set, or start over with --fresh."
         )
     return found
+
+
+def check_same(run: RunContext, *, found: checkpoints.Checkpoint | None) -> None:
+    """Refuse to train from different checkpoints: a node may not see the run folder, or not as it is.
+
+    Raises:
+        UserError: on every rank.
+    """
+    steps = run.world.all_gather(torch.tensor([-1 if found is None else found.step], device=run.world.device)).tolist()
+    if len(set(steps)) > 1:
+        seen = ", ".join("none" if step < 0 else f"step {step}" for step in steps)
+        raise UserError(
+            f"The processes found different checkpoints in {run.folder.path} ({seen}): let every node see the same folder, and "
+            "run the command again."
+        )
 
 
 def check_logs(run: RunContext, *, found: checkpoints.Checkpoint, steps_per_epoch: int) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import tempfile
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +30,8 @@ def is_due(run: RunContext, *, epoch: int) -> bool:
 def measure(run: RunContext, *, method: Method[Any], step: int, epoch: int) -> float:
     """Measure the student, append the result to `online.jsonl` and return the seconds it took; on rank 0 alone.
 
-    A step that is in the file already is not measured again: a resumed run has the same weights there. With one process a
-    signal ends the measurement at once, so write a checkpoint of this step first; several processes stop together, later.
+    A step that is in the file already is not measured again: a resumed run has the same weights there. A signal ends the
+    measurement at once, so write a checkpoint of this step first.
 
     Args:
         run: its recipe has the number of shots and episodes.
@@ -55,10 +54,9 @@ def measure(run: RunContext, *, method: Method[Any], step: int, epoch: int) -> f
 
 def few_shot(run: RunContext, *, method: Method[Any]) -> dict[str, float]:
     """Return the student's accuracy in percent by metric name."""
-    alone = run.world.world_size == 1
     # The next step changes these weights, so their features are not cached with those of finished encoders.
     with (
-        run.stop.acting_at_once() if alone else nullcontext(),
+        run.stop.acting_at_once(),
         tempfile.TemporaryDirectory(prefix=".online.", dir=run.folder.path) as cache,
     ):
         results = evaluate(

@@ -42,6 +42,10 @@ class StopRequest:
     def act_at_once(self) -> None:
         """From now on, raise `Interrupted` wherever a signal finds the program: outside of training nothing is lost."""
         self._at_once = True
+        self.check()
+
+    def check(self) -> None:
+        """Raise `Interrupted` if a signal came."""
         if self.signum:
             raise Interrupted(self.signum)
 

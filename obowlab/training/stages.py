@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,6 +86,7 @@ def prepare(run: RunContext, *, method: Method[Any], teacher: Teacher | None, sp
             pin=run.world.device.type == "cuda",
         )
         for _, images in loader:
+            run.stop.check()
             yield normalise(images, device=run.world.device)
 
     def draw(numbers: Tensor, count: int, lane: int) -> Tensor:
@@ -93,7 +95,12 @@ def prepare(run: RunContext, *, method: Method[Any], teacher: Teacher | None, sp
             uniforms(seed=run.seed, epoch=0, indices=indices, stream=Stream.VOCABULARY, count=count, lane=lane)
         )
 
-    with run.stop.acting_at_once():
+    def report(line: str) -> None:
+        run.stop.check()
+        run.reporter.say(line)
+
+    # Several processes look for a signal where none waits for another in a collective.
+    with run.stop.acting_at_once() if run.world.world_size == 1 else nullcontext():
         return method.prepare(
             Preparation(
                 teacher=None if teacher is None else teacher.encoder,
@@ -101,6 +108,6 @@ def prepare(run: RunContext, *, method: Method[Any], teacher: Teacher | None, sp
                 originals=originals,
                 uniforms=draw,
                 seed=run.seed,
-                report=run.reporter.say,
+                report=report,
             )
         )
