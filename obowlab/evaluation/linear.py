@@ -8,9 +8,10 @@ last partial batch is dropped. The order and the choice of view are counter-base
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
@@ -30,6 +31,64 @@ def probe_learning_rate(step: int, *, config: Linear, steps_per_epoch: int) -> f
     return float(config.learning_rate * 0.1 ** (step // steps_per_epoch // config.decay_every))
 
 
+class _Classifier:
+    """A linear classifier under SGD with momentum and weight decay, as torch.optim.SGD has it.
+
+    The gradient is written out: on cached features autograd would cost more than the arithmetic. One step is two matrix
+    products; what is beside them goes over the weight twice and over the logits a few times.
+    """
+
+    def __init__(self, num_classes: int, *, num_features: int, config: Linear, seed: int, device: torch.device):
+        start = torch.empty(num_classes, num_features).normal_(0.0, 0.01, generator=torch.Generator().manual_seed(seed))
+        self.weight, self.bias = start.to(device), torch.zeros(num_classes, device=device)
+        self.velocities = (torch.zeros_like(self.weight), torch.zeros_like(self.bias))
+        self.config = config
+
+    def step(self, features: torch.Tensor, *, labels: torch.Tensor, learning_rate: float) -> None:
+        """Take one step down the mean cross-entropy of float32 features [B, c] and int64 labels [B]."""
+        error = F.softmax(torch.addmm(self.bias, features, self.weight.T), dim=1)
+        error.scatter_add_(1, labels[:, None], error.new_full((len(labels), 1), -1.0))
+        velocity, bias_velocity = self.velocities
+        momentum, scale = self.config.momentum, 1.0 / len(features)
+        velocity.addmm_(error.T, features, beta=momentum, alpha=scale)
+        bias_velocity.mul_(momentum).add_(error.sum(dim=0), alpha=scale)
+        for parameter, change in ((self.weight, velocity), (self.bias, bias_velocity)):
+            change.add_(parameter, alpha=self.config.weight_decay)
+            parameter.sub_(change, alpha=learning_rate)
+
+    def is_finite(self) -> bool:
+        """Return whether every weight is a number."""
+        return bool(torch.isfinite(self.weight).all() & torch.isfinite(self.bias).all())
+
+
+def _chosen_views(num_images: int, *, num_views: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    """Return which view of every image an epoch shows, each with equal chance, int64 [num_images]."""
+    images = np.arange(num_images, dtype=np.int64)
+    chance = uniforms(seed=seed, epoch=epoch, indices=images, stream=Stream.EPISODES, count=1, lane=PROBE_LANE)[:, 0]
+    return np.floor(chance * num_views).astype(np.int64)
+
+
+def _batches(
+    views: tuple[torch.Tensor, ...], *, labels: torch.Tensor, batch_size: int, seed: int, epoch: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield features [batch_size, c] and labels [batch_size] of an epoch's full batches; both are overwritten by the next.
+
+    Rows of a batch are sorted by view, as the loss does not depend on their order: each view is then gathered at once.
+    """
+    num_images, num_views = len(labels), len(views)
+    num_batches = num_images // batch_size
+    order = epoch_order(num_images, seed=seed, epoch=epoch)[: num_batches * batch_size]
+    batch_and_view = np.repeat(np.arange(num_batches), batch_size) * num_views
+    batch_and_view += _chosen_views(num_images, num_views=num_views, seed=seed, epoch=epoch)[order]
+    counts = np.bincount(batch_and_view, minlength=num_batches * num_views).reshape(num_batches, num_views)
+    images = torch.from_numpy(order[np.argsort(batch_and_view, kind="stable")]).to(labels.device)
+    features = views[0].new_empty(batch_size, views[0].shape[1])
+    for batch, of_view in zip(torch.split(images, batch_size), counts.tolist(), strict=True):
+        for positions, destination, view in zip(torch.split(batch, of_view), torch.split(features, of_view), views, strict=True):
+            torch.index_select(view, 0, positions, out=destination)
+        yield features, labels[batch]
+
+
 def train_probe(
     views: tuple[torch.Tensor, ...],
     *,
@@ -39,9 +98,7 @@ def train_probe(
     seed: int,
     report: Callable[[str], None] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Train the classifier by SGD with momentum on the mean cross-entropy.
-
-    The gradient of a linear classifier is written out: on cached features autograd would cost more than the arithmetic.
+    """Train the classifier by SGD with momentum on the mean cross-entropy; the views are read in place, never copied whole.
 
     Args:
         views: one float32 [N, c] per view of the same images (centre crop, mirror image), all on one device.
@@ -60,41 +117,19 @@ def train_probe(
     num_images, num_features = views[0].shape
     batch_size = min(config.batch_size, num_images)
     num_steps = num_images // batch_size
-    device = views[0].device
-    # Features with a column of ones: weight and bias are one matrix, as they share every rule of the optimiser.
-    table = torch.cat([F.pad(view, (0, 1), value=1.0) for view in views])  # [num_views * N, c + 1]
-    start = torch.empty(num_classes, num_features).normal_(0.0, 0.01, generator=torch.Generator().manual_seed(seed))
-    theta = F.pad(start, (0, 1)).to(device)
-    velocity = torch.zeros_like(theta)
-    rows = torch.arange(batch_size, device=device)
+    classifier = _Classifier(num_classes, num_features=num_features, config=config, seed=seed, device=views[0].device)
     for epoch in range(config.epochs):
-        order = epoch_order(num_images, seed=seed, epoch=epoch)
-        chance = uniforms(
-            seed=seed,
-            epoch=epoch,
-            indices=np.arange(num_images, dtype=np.int64),
-            stream=Stream.EPISODES,
-            count=1,
-            lane=PROBE_LANE,
-        )[:, 0]
-        chosen = np.floor(chance * len(views)).astype(np.int64) * num_images + np.arange(num_images)
-        positions = torch.from_numpy(chosen[order]).to(device)
-        truth = labels[torch.from_numpy(order).to(device)]
-        for step in range(num_steps):
-            batch = slice(step * batch_size, (step + 1) * batch_size)
-            x = table[positions[batch]]
-            error = F.softmax(x @ theta.T, dim=1)
-            error[rows, truth[batch]] -= 1.0
-            gradient = torch.addmm(theta, error.T, x, beta=config.weight_decay, alpha=1.0 / batch_size)
-            velocity.mul_(config.momentum).add_(gradient)
-            theta.sub_(velocity, alpha=probe_learning_rate(epoch * num_steps + step, config=config, steps_per_epoch=num_steps))
-        if not torch.isfinite(theta).all():
+        batches = _batches(views, labels=labels, batch_size=batch_size, seed=seed, epoch=epoch)
+        for step, (features, truth) in enumerate(batches, start=epoch * num_steps):
+            rate = probe_learning_rate(step, config=config, steps_per_epoch=num_steps)
+            classifier.step(features, labels=truth, learning_rate=rate)
+        if not classifier.is_finite():
             raise UserError(
                 f"The linear probe diverged in epoch {epoch + 1}: lower evaluation.linear.learning_rate ({config.learning_rate})."
             )
         if report is not None and (epoch + 1) % config.decay_every == 0:
             report(f"linear: epoch {epoch + 1}/{config.epochs}")
-    return theta[:, :-1], theta[:, -1]
+    return classifier.weight, classifier.bias
 
 
 def linear_probe(
