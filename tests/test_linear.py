@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from obowlab.config import Linear
 from obowlab.errors import UserError
 from obowlab.evaluation.linear import PROBE_LANE, linear_probe, probe_learning_rate, train_probe
 from obowlab.randomness import Stream, epoch_order, uniforms
+from tests.largest import LargestFloats
 
 
 def clusters(
@@ -47,18 +47,6 @@ def test_training_equals_autograd_and_torch_sgd(schedule: str, num_views: int) -
         optimizer.step()
     torch.testing.assert_close(weight, layer.weight.detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(bias, layer.bias.detach(), rtol=1e-5, atol=1e-6)
-
-
-class LargestFloats(TorchDispatchMode):
-    """Remembers how many elements the largest float tensor had that any operation returned."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        out = func(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor) and out.is_floating_point():
-            self.largest = max(self.largest, out.untyped_storage().nbytes() // out.element_size())
-        return out
 
 
 def test_the_features_are_not_copied() -> None:
