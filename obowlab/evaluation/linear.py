@@ -23,6 +23,9 @@ from obowlab.randomness import Stream, epoch_order, uniforms
 PROBE_LANE = 1
 """Keeps the probe's draws apart from those of the episodes, which use lane 0 of the same stream."""
 
+ALIGNMENT = 16
+"""Rows are a multiple of this many float32 values (64 bytes) long: matrix products of odd lengths take longer."""
+
 
 def probe_learning_rate(step: int, *, config: Linear, steps_per_epoch: int) -> float:
     """Return the learning rate of a step: divided by 10 every `decay_every` epochs, or a cosine to 0 over all steps."""
@@ -34,31 +37,29 @@ def probe_learning_rate(step: int, *, config: Linear, steps_per_epoch: int) -> f
 class _Classifier:
     """A linear classifier under SGD with momentum and weight decay, as torch.optim.SGD has it.
 
-    The gradient is written out: on cached features autograd would cost more than the arithmetic. One step is two matrix
-    products; what is beside them goes over the weight twice and over the logits a few times.
+    The gradient is written out: on cached features autograd would cost more than the arithmetic. Weight and bias share every
+    rule of the optimiser and are one matrix [num_classes, width]: c columns of the weight, one of the bias, which meets a
+    feature of 1, and zeros up to a multiple of `ALIGNMENT`.
     """
 
     def __init__(self, num_classes: int, *, num_features: int, config: Linear, seed: int, device: torch.device):
         start = torch.empty(num_classes, num_features).normal_(0.0, 0.01, generator=torch.Generator().manual_seed(seed))
-        self.weight, self.bias = start.to(device), torch.zeros(num_classes, device=device)
-        self.velocities = (torch.zeros_like(self.weight), torch.zeros_like(self.bias))
+        self.theta = F.pad(start, (0, _width(num_features) - num_features)).to(device)
+        self.velocity, self.gradient = torch.zeros_like(self.theta), torch.zeros_like(self.theta)
         self.config = config
 
-    def step(self, features: torch.Tensor, *, labels: torch.Tensor, learning_rate: float) -> None:
-        """Take one step down the mean cross-entropy of float32 features [B, c] and int64 labels [B]."""
-        error = F.softmax(torch.addmm(self.bias, features, self.weight.T), dim=1)
+    def step(self, x: torch.Tensor, *, labels: torch.Tensor, learning_rate: float) -> None:
+        """Take one step down the mean cross-entropy of rows x [B, width] and int64 labels [B]."""
+        error = F.softmax(x @ self.theta.T, dim=1)
         error.scatter_add_(1, labels[:, None], error.new_full((len(labels), 1), -1.0))
-        velocity, bias_velocity = self.velocities
-        momentum, scale = self.config.momentum, 1.0 / len(features)
-        velocity.addmm_(error.T, features, beta=momentum, alpha=scale)
-        bias_velocity.mul_(momentum).add_(error.sum(dim=0), alpha=scale)
-        for parameter, change in ((self.weight, velocity), (self.bias, bias_velocity)):
-            change.add_(parameter, alpha=self.config.weight_decay)
-            parameter.sub_(change, alpha=learning_rate)
+        torch.addmm(self.theta, error.T, x, beta=self.config.weight_decay, alpha=1.0 / len(x), out=self.gradient)
+        self.velocity.mul_(self.config.momentum).add_(self.gradient)
+        self.theta.sub_(self.velocity, alpha=learning_rate)
 
-    def is_finite(self) -> bool:
-        """Return whether every weight is a number."""
-        return bool(torch.isfinite(self.weight).all() & torch.isfinite(self.bias).all())
+
+def _width(num_features: int) -> int:
+    """Return the length of a row: the features, a one for the bias, and zeros."""
+    return (num_features // ALIGNMENT + 1) * ALIGNMENT
 
 
 def _chosen_views(num_images: int, *, num_views: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
@@ -71,22 +72,23 @@ def _chosen_views(num_images: int, *, num_views: int, seed: int, epoch: int) -> 
 def _batches(
     views: tuple[torch.Tensor, ...], *, labels: torch.Tensor, batch_size: int, seed: int, epoch: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield features [batch_size, c] and labels [batch_size] of an epoch's full batches; both are overwritten by the next.
+    """Yield rows [batch_size, width] and labels [batch_size] of an epoch's full batches; the rows are overwritten by the next.
 
-    Rows of a batch are sorted by view, as the loss does not depend on their order: each view is then gathered at once.
+    Only a batch is ever gathered: a table of all views, with its column of ones, would hold the features once more.
     """
-    num_images, num_views = len(labels), len(views)
-    num_batches = num_images // batch_size
-    order = epoch_order(num_images, seed=seed, epoch=epoch)[: num_batches * batch_size]
-    batch_and_view = np.repeat(np.arange(num_batches), batch_size) * num_views
-    batch_and_view += _chosen_views(num_images, num_views=num_views, seed=seed, epoch=epoch)[order]
-    counts = np.bincount(batch_and_view, minlength=num_batches * num_views).reshape(num_batches, num_views)
-    images = torch.from_numpy(order[np.argsort(batch_and_view, kind="stable")]).to(labels.device)
-    features = views[0].new_empty(batch_size, views[0].shape[1])
-    for batch, of_view in zip(torch.split(images, batch_size), counts.tolist(), strict=True):
-        for positions, destination, view in zip(torch.split(batch, of_view), torch.split(features, of_view), views, strict=True):
-            torch.index_select(view, 0, positions, out=destination)
-        yield features, labels[batch]
+    num_images, num_features = views[0].shape
+    order = epoch_order(num_images, seed=seed, epoch=epoch)[: num_images // batch_size * batch_size].reshape(-1, batch_size)
+    chosen = _chosen_views(num_images, num_views=len(views), seed=seed, epoch=epoch)[order]
+    by_view = np.argsort(chosen, axis=1, kind="stable")  # the places in a batch of its first view, then of the second, ...
+    counts = [np.bincount(each, minlength=len(views)).tolist() for each in chosen]
+    places = torch.from_numpy(by_view).to(labels.device)
+    images = torch.from_numpy(order).to(labels.device)
+    x = views[0].new_zeros(batch_size, _width(num_features))
+    x[:, num_features] = 1.0
+    for place, image, count in zip(places, images, counts, strict=True):
+        for rows, view in zip(torch.split(place, count), views, strict=True):
+            x[:, :num_features].index_copy_(0, rows, view[image[rows]])
+        yield x, labels[image]
 
 
 def train_probe(
@@ -120,16 +122,16 @@ def train_probe(
     classifier = _Classifier(num_classes, num_features=num_features, config=config, seed=seed, device=views[0].device)
     for epoch in range(config.epochs):
         batches = _batches(views, labels=labels, batch_size=batch_size, seed=seed, epoch=epoch)
-        for step, (features, truth) in enumerate(batches, start=epoch * num_steps):
+        for step, (x, truth) in enumerate(batches, start=epoch * num_steps):
             rate = probe_learning_rate(step, config=config, steps_per_epoch=num_steps)
-            classifier.step(features, labels=truth, learning_rate=rate)
-        if not classifier.is_finite():
+            classifier.step(x, labels=truth, learning_rate=rate)
+        if not torch.isfinite(classifier.theta).all():
             raise UserError(
                 f"The linear probe diverged in epoch {epoch + 1}: lower evaluation.linear.learning_rate ({config.learning_rate})."
             )
         if report is not None and (epoch + 1) % config.decay_every == 0:
             report(f"linear: epoch {epoch + 1}/{config.epochs}")
-    return classifier.weight, classifier.bias
+    return classifier.theta[:, :num_features], classifier.theta[:, num_features]
 
 
 def linear_probe(
