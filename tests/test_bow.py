@@ -148,7 +148,7 @@ def test_sinkhorn_is_the_plain_scaling(limit: int | None) -> None:
     dist = bow.squared_distances(local.flatten(0, 1), words)
     expected = balanced_assignment(dist, epsilon=float(epsilon), iterations=3)
     potential = bow.sinkhorn(bow.Distances(local, words, limit=limit), epsilon=epsilon, iterations=3, all_gather=lambda x: x)
-    assert torch.allclose(bow.balanced_log_codes(dist, potential, epsilon=epsilon).exp().double(), expected, atol=1e-5)
+    assert torch.allclose(bow.balanced_codes(dist, potential, epsilon=epsilon).double(), expected, atol=1e-5)
 
 
 def test_sinkhorn_balances_words_that_plain_scaling_cannot_even_represent() -> None:
@@ -156,9 +156,45 @@ def test_sinkhorn_balances_words_that_plain_scaling_cannot_even_represent() -> N
     local, words = randn(4, 32, 3), torch.cat([randn(4, 3, seed=1), 100 + randn(4, 3, seed=2)])
     epsilon = torch.tensor(5.0)
     potential = bow.sinkhorn(bow.Distances(local, words), epsilon=epsilon, iterations=200, all_gather=lambda x: x)
-    codes = bow.balanced_log_codes(bow.squared_distances(local.flatten(0, 1), words), potential, epsilon=epsilon).exp()
+    codes = bow.balanced_codes(bow.squared_distances(local.flatten(0, 1), words), potential, epsilon=epsilon)
     assert torch.allclose(codes.sum(-1), torch.ones(128), atol=1e-5)
     assert torch.allclose(codes.mean(0), torch.full((8,), 1 / 8), rtol=0.02)
+
+
+def log_domain_potential(dist: torch.Tensor, *, epsilon: float, iterations: int) -> torch.Tensor:
+    """The potential of `sinkhorn` by the plain formula of docs/method.md, 3.6, every sum in the log domain and in float64."""
+    scores, potential = -dist.double() / epsilon, torch.zeros(dist.shape[1], dtype=torch.float64)
+    for _ in range(iterations):
+        potential = potential - torch.log_softmax(potential + scores, dim=1).logsumexp(0)
+        potential = potential - potential.mean()
+    return potential
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 3, 10])
+@pytest.mark.parametrize("epsilon", [0.02, 0.4, 50.0])
+@pytest.mark.parametrize("distance", [0.0, 10.0, 30.0])  # at 30 and 0.02 the far words' codes are of order exp(-10^5)
+def test_sinkhorn_equals_the_log_domain(iterations: int, epsilon: float, distance: float) -> None:
+    local, words = randn(4, 25, 3).double(), torch.cat([randn(5, 3, seed=1), distance + randn(5, 3, seed=2)]).double()
+    dist, scale = bow.squared_distances(local.flatten(0, 1), words), torch.tensor(epsilon, dtype=torch.float64)
+    potential = bow.sinkhorn(bow.Distances(local, words, limit=200), epsilon=scale, iterations=iterations, all_gather=lambda x: x)
+    expected = log_domain_potential(dist, epsilon=epsilon, iterations=iterations)
+    assert torch.allclose(potential, expected, rtol=1e-9, atol=1e-6)
+    single = bow.sinkhorn(
+        bow.Distances(local.float(), words.float()), epsilon=scale.float(), iterations=iterations, all_gather=lambda x: x
+    )
+    rounding = 4e-6 * (1 + float(dist.max()) / epsilon)  # of D / epsilon in float32
+    assert torch.allclose(single.double(), expected, rtol=0, atol=rounding)
+
+
+@pytest.mark.parametrize("epsilon", [1e-12, 1e-6, 1e-3, 1e12])
+def test_sinkhorn_stays_finite_at_any_epsilon(epsilon: float) -> None:
+    local, words = randn(4, 25, 3), torch.cat([randn(5, 3, seed=1), 1000 + randn(5, 3, seed=2), torch.full((2, 3), 7.0)])
+    distances, scale = bow.Distances(local, words), torch.tensor(epsilon)
+    potential = bow.sinkhorn(distances, epsilon=scale, iterations=5, all_gather=lambda x: x)
+    assert potential.isfinite().all()
+    for _, dist in distances:
+        codes = bow.balanced_codes(dist, potential, epsilon=scale)
+        assert torch.allclose(codes.sum(-1), torch.ones(4, 25), atol=1e-5)
 
 
 def test_cross_entropy_asks_every_view_for_the_whole_bag() -> None:

@@ -9,6 +9,7 @@ from obowlab.config import Linear
 from obowlab.errors import UserError
 from obowlab.evaluation.linear import PROBE_LANE, linear_probe, probe_learning_rate, train_probe
 from obowlab.randomness import Stream, epoch_order, uniforms
+from tests.largest import LargestFloats
 
 
 def clusters(
@@ -21,12 +22,13 @@ def clusters(
     return (centres[labels] + spread * torch.randn(num_images, num_features, generator=generator)).relu() * 0.5, labels
 
 
+@pytest.mark.parametrize("num_views", [1, 2, 3])
 @pytest.mark.parametrize("schedule", ["steps", "cosine"])
-def test_training_equals_autograd_and_torch_sgd(schedule: str) -> None:
+def test_training_equals_autograd_and_torch_sgd(schedule: str, num_views: int) -> None:
     centre, labels = clusters(70, num_classes=5, num_features=6, seed=0)
-    mirrored = centre + 0.1
+    views = tuple(centre + 0.1 * number for number in range(num_views))
     config = Linear(epochs=4, batch_size=16, learning_rate=0.5, decay_every=2, weight_decay=1e-2, schedule=schedule)
-    weight, bias = train_probe((centre, mirrored), labels=labels, num_classes=5, config=config, seed=3)
+    weight, bias = train_probe(views, labels=labels, num_classes=5, config=config, seed=3)
 
     layer = torch.nn.Linear(6, 5)
     torch.nn.init.zeros_(layer.bias)
@@ -36,7 +38,7 @@ def test_training_equals_autograd_and_torch_sgd(schedule: str) -> None:
         epoch, batch = divmod(step, 4)
         positions = epoch_order(70, seed=3, epoch=epoch)[16 * batch : 16 * batch + 16]
         draws = uniforms(seed=3, epoch=epoch, indices=positions, stream=Stream.EPISODES, count=1, lane=PROBE_LANE)[:, 0]
-        x = torch.stack([(mirrored if draw >= 0.5 else centre)[i] for i, draw in zip(positions, draws, strict=True)])
+        x = torch.stack([views[int(draw * num_views)][i] for i, draw in zip(positions, draws, strict=True)])
         optimizer.param_groups[0]["lr"] = (
             0.5 * 0.1 ** (epoch // 2) if schedule == "steps" else 0.25 * (1 + np.cos(np.pi * step / 16))
         )
@@ -45,6 +47,14 @@ def test_training_equals_autograd_and_torch_sgd(schedule: str) -> None:
         optimizer.step()
     torch.testing.assert_close(weight, layer.weight.detach(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(bias, layer.bias.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_the_features_are_not_copied() -> None:
+    centre, labels = clusters(3000, num_classes=4, num_features=8, seed=0)
+    views = (centre, centre + 0.1)
+    with LargestFloats() as seen:
+        train_probe(views, labels=labels, num_classes=4, config=Linear(epochs=1, batch_size=50), seed=0)
+    assert seen.largest == 50 * 16  # one batch, its rows filled up
 
 
 def test_learning_rates_are_the_papers() -> None:

@@ -436,6 +436,20 @@ assert len(mlflow.MlflowClient().search_model_versions("name = 'obowlab-tiny'"))
     np.testing.assert_allclose(np.load(files[2]), expected[:1], rtol=1e-5, atol=1e-5)
 
 
+def test_every_run_has_one_model_version_however_often_it_is_sent(root: Path) -> None:
+    folders = [create(root, seed=seed) for seed in (0, 1)]
+    for folder in folders:
+        train(folder, 1)
+        (folder.path / "model").mkdir()
+        (folder.path / "model" / "MLmodel").write_text("flavors: {}\nmodel_uuid: 0\n")
+        folder.set_state(status="finished")
+        assert Mirror(folder).sync(timeout_s=60).error is None
+    folders[0].mirror_path.unlink()  # sent, and the memory of it lost
+    assert Mirror(folders[0]).sync(timeout_s=60).error is None
+    versions = client_of(Mirror(folders[0]).uri).search_model_versions("name = 'obowlab-demo'")
+    assert sorted(version.tags["obowlab.run_id"] for version in versions) == sorted(folder.run_id for folder in folders)
+
+
 def test_a_launched_run_is_mirrored_while_it_trains_and_after(root: Path) -> None:
     script = root.parent / "compute.py"
     script.write_text(

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
+import io
 import os
+import resource
+import signal
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -116,6 +121,41 @@ def test_full_disk_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest
         checkpoints.save(tmp_path, checkpoint=some_checkpoint())
     assert (tmp_path / checkpoints.CURRENT).read_bytes() == before
     assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("room", [0, 1000, 100_000, 399_000, 401_500])
+def test_a_checkpoint_that_does_not_fit_leaves_the_one_before(tmp_path: Path, room: int) -> None:
+    large = dataclasses.replace(some_checkpoint(), method={"weight": torch.arange(100_000.0)})  # 402 kB with its frame
+    checkpoints.save(tmp_path, checkpoint=some_checkpoint())
+    before = (tmp_path / checkpoints.CURRENT).read_bytes()
+    allowed = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, allowed[1]))
+    try:
+        with pytest.raises(UserError, match=r"Cannot write the checkpoint in .* \(File too large\)"):
+            checkpoints.save(tmp_path, checkpoint=large)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, allowed)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert (tmp_path / checkpoints.CURRENT).read_bytes() == before
+    assert not list(tmp_path.glob("*.tmp"))
+    checkpoints.save(tmp_path, checkpoint=large)
+    assert (tmp_path / checkpoints.PREVIOUS).read_bytes() == before
+
+
+def test_a_checkpoint_is_never_a_second_time_in_memory(tmp_path: Path) -> None:
+    large = dataclasses.replace(some_checkpoint(), method={"weight": torch.zeros(2_000_000)})  # 8 MB
+    checkpoints.save(tmp_path, checkpoint=large)  # whatever is imported or made only once
+    tracemalloc.start()
+    try:
+        checkpoints.save(tmp_path, checkpoint=large)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 1_000_000
+    same = io.BytesIO()
+    torch.save({"format": checkpoints.FORMAT, **vars(large)}, same)
+    assert (tmp_path / checkpoints.CURRENT).read_bytes() == same.getvalue()
 
 
 def test_full_disk_in_the_middle_is_one_sentence(

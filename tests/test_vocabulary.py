@@ -158,7 +158,7 @@ def test_sinkhorn_words_are_the_balanced_means() -> None:
     dist = bow.squared_distances(local.flatten(0, 1), words)
     epsilon = 0.1 * dist.mean()
     potential = bow.sinkhorn(bow.Distances(local, words), epsilon=epsilon, iterations=30, all_gather=lambda x: x)
-    codes = bow.balanced_log_codes(dist, potential, epsilon=epsilon).exp()
+    codes = bow.balanced_codes(dist, potential, epsilon=epsilon)
     assert torch.allclose(codes.sum(0), torch.full((10,), 64 / 10), rtol=0.02), "every word has its share"
     assert torch.allclose(kmeans.words, (codes.T @ local.flatten(0, 1)) / codes.sum(0)[:, None], atol=1e-4)
     pooled = codes.view(4, 16, 10).amax(1)

@@ -193,9 +193,12 @@ def word_sums(local_NC: Tensor, nearest_N: Tensor, *, num_words: int) -> tuple[T
 def sinkhorn(distances: Distances, *, epsilon: Tensor, iterations: int, all_gather: Callable[[Tensor], Tensor]) -> Tensor:
     """Return the words' potentials f, [K], of the balanced assignment (appendix D): code = softmax_k(f_k − D_uk / ε).
 
-    Alternate the two marginals in the log domain: every location has one unit of mass (the softmax), every word the same
-    share of all. Starting and ending with the locations, each code sums to 1; the words are balanced as far as
-    `iterations` got.
+    Alternate the two marginals: every location has one unit of mass (the softmax), every word the same share of all. Starting
+    and ending with the locations, each code sums to 1; the words are balanced as far as `iterations` got.
+
+    The first mass of a far word can be too small for a float and is summed in the log domain. No later one is: balancing
+    the words divides their codes by their masses, which makes each code at most 1 and a location's sum at most K, so that
+    every word keeps a mass of at least 1/K. Plain sums will do.
 
     Args:
         distances: of this process's images.
@@ -204,17 +207,33 @@ def sinkhorn(distances: Distances, *, epsilon: Tensor, iterations: int, all_gath
         all_gather: concatenates a tensor over the processes; makes the words' shares global.
     """
     potential_K = distances.words_KC.new_zeros(len(distances.words_KC))
-    for _ in range(iterations):
-        mass = [balanced_log_codes(dist, potential_K, epsilon=epsilon).flatten(0, 1).logsumexp(0) for _, dist in distances]
-        log_mass_K = all_gather(torch.stack(mass).logsumexp(0, keepdim=True)).logsumexp(0)
+    for iteration in range(iterations):
+        if iteration == 0:
+            masses = torch.stack([_first_log_mass(dist_BUK.flatten(0, 1), epsilon=epsilon) for _, dist_BUK in distances])
+            log_mass_K = all_gather(masses.logsumexp(0, keepdim=True)).logsumexp(0)
+        else:
+            codes = (balanced_codes(dist_BUK, potential_K, epsilon=epsilon) for _, dist_BUK in distances)
+            masses = torch.stack([codes_BUK.sum((0, 1)) for codes_BUK in codes])
+            mass_K = all_gather(masses.sum(0, keepdim=True)).sum(0)
+            # Only the rounding of huge D / epsilon, at an epsilon of no use, can make a mass 0; no infinity may come of it.
+            log_mass_K = mass_K.clamp_(min=torch.finfo(mass_K.dtype).tiny).log_()
         potential_K = potential_K - log_mass_K
         potential_K -= potential_K.mean()  # a constant changes no code; kept near 0
     return potential_K
 
 
-def balanced_log_codes(dist_BUK: Tensor, potential_K: Tensor, *, epsilon: Tensor) -> Tensor:
-    """Return the logarithm of every location's balanced code."""
-    return torch.log_softmax(potential_K - dist_BUK / epsilon, dim=-1)
+def _first_log_mass(dist_NK: Tensor, *, epsilon: Tensor) -> Tensor:
+    """Return the logarithm of every word's mass at potential 0, [K], whatever its range."""
+    log_codes_NK = dist_NK / -epsilon
+    log_codes_NK -= log_codes_NK.logsumexp(1, keepdim=True)
+    largest_K = log_codes_NK.amax(0)
+    return log_codes_NK.sub_(largest_K).exp_().sum(0).log_().add_(largest_K)
+
+
+def balanced_codes(dist_BUK: Tensor, potential_K: Tensor, *, epsilon: Tensor) -> Tensor:
+    """Return every location's balanced code, rows summing to 1."""
+    scores_BUK = (dist_BUK / -epsilon).add_(potential_K)
+    return torch.softmax(scores_BUK, dim=-1, out=scores_BUK)
 
 
 # ------------------------------------------------------------------------------------------------- prediction and loss

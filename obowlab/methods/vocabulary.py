@@ -233,7 +233,7 @@ class SinkhornKMeans(KMeans):
         counts_K, sums_KC = torch.zeros_like(self.counts), torch.zeros_like(self.sums)
         targets = []
         for part_BUC, dist_BUK in distances:
-            codes_BUK = bow.balanced_log_codes(dist_BUK, potential_K, epsilon=epsilon).exp_()
+            codes_BUK = bow.balanced_codes(dist_BUK, potential_K, epsilon=epsilon)
             counts_K += codes_BUK.sum(dim=(0, 1))
             with full_precision(codes_BUK.device):
                 sums_KC += codes_BUK.flatten(0, 1).T @ part_BUC.flatten(0, 1)

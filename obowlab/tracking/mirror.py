@@ -323,7 +323,7 @@ class Mirror:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
-        found = [version for version in client.search_model_versions(f"name = '{name}'") if version.run_id == run_id]
+        found = list(client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'"))
         if not found:
             client.log_artifacts(run_id, str(self.folder.path / MODEL_FOLDER), MODEL_FOLDER)
             source = f"{client.get_run(run_id).info.artifact_uri}/{MODEL_FOLDER}"

@@ -6,14 +6,13 @@ logged yet. There is no random state: views, order and word sampling are functio
 
 from __future__ import annotations
 
-import io
 import os
 import pickle
 import zipfile
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import torch
 from torch import nn
@@ -21,6 +20,9 @@ from torch import nn
 from obowlab.errors import UserError
 from obowlab.methods import METHODS, Method, OneProcess
 from obowlab.runs.folder import RunFolder
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 FORMAT = 1
 ADDED_LATER = ("logged_step", "window", "scaler")
@@ -54,16 +56,50 @@ class Checkpoint:
     scaler: dict[str, Any] | None = None
 
 
+class _Refusable:
+    """A file for torch's writer, which hides the reason when the disk refuses: that is kept, and what follows is dropped."""
+
+    def __init__(self, file: BinaryIO):
+        self.file = file
+        self.refusal: OSError | None = None
+
+    def write(self, content: Buffer) -> int:
+        """Write all of it, or nothing once the disk has refused; return its length in bytes either way."""
+        if self.refusal is None:
+            try:
+                self.file.write(content)
+            except OSError as error:
+                self.refusal = error
+        return memoryview(content).nbytes
+
+    def flush(self) -> None:
+        """Do nothing: `save` flushes, and hears what the disk says."""
+
+
+def _write(path: Path, *, content: dict[str, Any]) -> None:
+    """Write the content to the disk, record by record: it is never a second time in memory.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    with path.open("wb") as file:
+        refusable = _Refusable(file)
+        torch.save(content, cast(BinaryIO, refusable))
+        if refusable.refusal is not None:
+            raise refusable.refusal
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def save(folder: Path, *, checkpoint: Checkpoint) -> None:
-    """Write the checkpoint and keep the one before it; at no moment is there no valid file."""
+    """Write the checkpoint and keep the one before it; at no moment is there no valid file.
+
+    Raises:
+        UserError: the disk refused; what was there is untouched.
+    """
     temporary = folder / f"{CURRENT}.tmp"
-    content = io.BytesIO()  # torch's own writer hides the reason when the disk refuses
-    torch.save({"format": FORMAT, **vars(checkpoint)}, content)
     try:
-        with temporary.open("wb") as file:
-            file.write(content.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
+        _write(temporary, content={"format": FORMAT, **vars(checkpoint)})
         current = folder / CURRENT
         if current.exists():
             current.replace(folder / PREVIOUS)

@@ -54,6 +54,7 @@ def main() -> int:
         failures += bench("One step, batch 64", "bench_step.py", "--batch-size", "64", "--rounds", "3", *threads)
         failures += bench("Peak memory of the BoW targets", "bench_targets.py", *threads)
         failures += bench("Few-shot episodes", "bench_fewshot.py")
+        failures += bench("Linear probe, k-NN and Sinkhorn beside their obvious alternatives", "bench_kernels.py", *threads)
         failures += bench(
             "Commands on a store of 200 runs", "bench_store.py", *(("--store", STORE) if STORE else ("--no-mlflow",))
         )
