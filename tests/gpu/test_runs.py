@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -22,7 +24,7 @@ from tests.runs import complete, create, points, quiet, small_recipe, start, wei
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).resolve().parents[2]
 SHORT_DEMO = (
-    *("data.images_per_class=20", "training.epochs=3", "evaluation.protocols=[fewshot]", "evaluation.fewshot.num_episodes=20"),
+    *("data.images_per_class=20", "training.epochs=3", "evaluation.protocols=['fewshot']", "evaluation.fewshot.num_episodes=20"),
     "evaluation.random_baseline=false",
 )
 """60 classes x 20 images // 64 = 18 steps an epoch, 54 in all."""
@@ -78,11 +80,12 @@ def test_killed_demo_is_continued_by_the_same_command(demo: list[str], tmp_path:
         return len(files[0].read_bytes().splitlines()) if files else 0
 
     with (tmp_path / "log").open("wb") as log:
-        first = subprocess.Popen(demo, cwd=ROOT, stdout=log, stderr=log)
+        first = subprocess.Popen(demo, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
         try:
             wait_until(lambda: first.poll() is not None or logged() >= 20, timeout_s=90)
         finally:
-            first.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(first.pid, signal.SIGKILL)
             first.wait()
     assert first.returncode == -signal.SIGKILL, (tmp_path / "log").read_text()
     second = subprocess.run(demo, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)

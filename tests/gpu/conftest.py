@@ -1,0 +1,45 @@
+"""Writes how every test of this folder ended to $OBOWLAB_TEST_OUTCOMES, one JSON line each, as soon as it has."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+VARIABLE = "OBOWLAB_TEST_OUTCOMES"
+
+
+def _write(line: dict[str, Any]) -> None:
+    if path := os.environ.get(VARIABLE):
+        with Path(path).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def pytest_runtest_logstart(nodeid: str) -> None:
+    _write({"test": nodeid, "outcome": "stopped"})  # until it has ended
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    report = yield
+    if report.when == "call" or report.outcome != "passed":
+        words = ""
+        if report.skipped and isinstance(report.longrepr, tuple):
+            words = str(report.longrepr[2]).removeprefix("Skipped: ")
+        elif report.failed:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            words = str(crash.message if crash else report.longrepr).strip()
+        _write(
+            {
+                "test": item.nodeid,
+                "outcome": report.outcome,
+                "seconds": round(report.duration, 2),
+                "words": words,
+                "numbers": dict(report.user_properties),
+            }
+        )
+    return report
