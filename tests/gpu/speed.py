@@ -269,14 +269,15 @@ def loader(options: Options) -> Iterator[Row]:
         prepare("bench", source=folder, data_root=Path(scratch) / "data")
         split = open_split("bench", "train", data_root=Path(scratch) / "data")
         order = np.tile(np.arange(split.num_images), max(1, (2_000 if options.tiny else 300_000) // split.num_images))
-        workers = min(2, cores) if options.tiny else cores
+        backend, workers = ("torch", 0) if options.tiny else ("auto", cores)
         made = train_loader(
             split,
             subset=order,
             views=views,
             batch_size=options.batch_size,
             seed=0,
-            workers=min(2, cores) if options.tiny else cores,
+            backend=backend,
+            workers=workers,
         )
         note = f"{made.backend}, {workers} of {cores} cores, {kind}"
 
