@@ -43,6 +43,9 @@ STEP_RATE, LOADER_RATE = "full, bfloat16: images/s", "loader + render: images/s"
 MARGIN = 1.2
 """How much faster than the step the loader must be."""
 
+GRACE_S = 5.0
+"""From the request to stop to SIGKILL."""
+
 SKIPPED = "skipped: no NVIDIA GPU (torch sees none)"
 
 
@@ -58,6 +61,9 @@ def run_part(words: list[str], *, log: Path, limit_s: float, environment: Mappin
         try:
             code = process.wait(limit_s)
         except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGINT)  # lets it end what it has started, in groups of their own perhaps
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(GRACE_S)
             return f"stopped after {limit_s:.0f} s"
         finally:
             with contextlib.suppress(ProcessLookupError):
@@ -225,7 +231,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows: dict[str, list[Row]] = {}
     tests: dict[str, Any] = {}
     for part in parts:
-        left = 60 * given.minutes - (time.monotonic() - began) - 5
+        left = 60 * given.minutes - (time.monotonic() - began) - 2 * GRACE_S
         limit_s = min(LIMITS_S[part], left)
         started = time.monotonic()
         print(f"{part}: at most {max(0.0, limit_s):.0f} s", file=sys.stderr, flush=True)

@@ -21,8 +21,9 @@ CUDA = torch.device("cuda")
 FLOAT64_BOUND = {1: 1e-9, 3: 1e-7}
 """Only the order of sums differs; the second is the bound that the method keeps to its oracle (test_obow_parity.py)."""
 
-FLOAT32_BOUND, FLOAT32_TURN = 1e-5, 1e-4
-"""Losses, words, mu_MSD and teacher; 1 - cosine of the gradients. On a CPU: 3e-7, 3e-6."""
+FLOAT32_BOUND, FLOAT32_TURN = 1e-4, 1e-3
+"""Losses, words, mu_MSD and teacher; 1 - cosine of the gradients. On a CPU 3e-7 and 3e-6; cuDNN may choose Winograd's
+convolution, whose numbers grow before they cancel, which costs one to two decimals."""
 
 LOW_BOUNDS = {"tf32": (2**-9, 0.01), "bfloat16": (2**-7, 0.05), "float16": (2**-9, 0.01)}
 """Loss, 1 - cosine of the gradients. bfloat16 has 8 bits, so 2^-8 is its rounding and twice that the bound; TF32 and float16 have
