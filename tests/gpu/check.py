@@ -35,9 +35,6 @@ ROOT = Path(__file__).resolve().parents[2]
 LIMITS_S = {"correctness": 200, "step": 150, "evaluation": 60, "render": 40, "loader": 90, "demo": 120}
 """Most seconds of each part, in the order in which they run; what takes longer than was planned leaves less to the last ones."""
 
-TESTS = ("steps", "views", "targets", "sync", "memory")
-"""The test modules that come first; those that start processes, and may hang, come last."""
-
 MOST_GB = {"full, peak memory at 64 images, GB": 20.0}
 STEP_RATE, LOADER_RATE = "full, bfloat16: images/s", "loader + render: images/s"
 MARGIN = 1.2
@@ -109,9 +106,7 @@ def rows_of_tests(found: Mapping[str, Mapping[str, Any]]) -> list[Row]:
 def correctness(out: Path, *, limit_s: float, on_gpu: bool) -> tuple[list[Row], str, dict[str, Any]]:
     """Play the tests of this folder; return rows, what went wrong, and how each test ended."""
     lines, log = out / "tests.jsonl", out / "correctness.log"
-    first = [Path(__file__).with_name(f"test_{name}.py") for name in TESTS]
-    modules = [*first, *sorted(set(Path(__file__).parent.glob("test_*.py")) - set(first))]
-    words = [sys.executable, "-m", "pytest", "-m", "gpu", "-rs", "-p", "no:cacheprovider", *map(str, modules)]
+    words = [sys.executable, "-m", "pytest", "-m", "gpu", "-rs", "-p", "no:cacheprovider", str(Path(__file__).parent)]
     environment = {VARIABLE: str(lines)} | ({"OBOWLAB_TEST_GPU": "1"} if on_gpu else {})
     problem = run_part(words, log=log, limit_s=limit_s, environment=environment)
     found = outcomes(read_lines(lines))

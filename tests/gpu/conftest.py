@@ -1,4 +1,4 @@
-"""Writes how every test of this folder ended to $OBOWLAB_TEST_OUTCOMES, one JSON line each, as soon as it has."""
+"""Plays the tests of this folder in an order, and writes how every of them ended to $OBOWLAB_TEST_OUTCOMES, one JSON line each, as soon as it has."""
 
 from __future__ import annotations
 
@@ -10,7 +10,22 @@ from typing import Any
 
 import pytest
 
+HERE = Path(__file__).resolve().parent
 VARIABLE = "OBOWLAB_TEST_OUTCOMES"
+FIRST = ("test_steps", "test_views", "test_targets", "test_sync", "test_memory")
+"""The modules that are played first: the others start processes, and may take the time that is left."""
+
+
+@pytest.hookimpl(trylast=True)  # after the order of tests/conftest.py
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = [place for place, item in enumerate(items) if item.path.parent == HERE]
+    ordered = sorted((items[place] for place in places), key=_order)
+    for place, item in zip(places, ordered, strict=True):
+        items[place] = item
+
+
+def _order(item: pytest.Item) -> int:
+    return FIRST.index(item.path.stem) if item.path.stem in FIRST else len(FIRST)
 
 
 def _write(line: dict[str, Any]) -> None:
