@@ -1,4 +1,4 @@
-"""Plays the tests of this folder in an order, and writes how every of them ended to $OBOWLAB_TEST_OUTCOMES, one JSON line each, as soon as it has."""
+"""The order of the GPU's tests; each one's outcome goes to $OBOWLAB_TEST_OUTCOMES, a JSON line, as soon as it is known."""
 
 from __future__ import annotations
 
