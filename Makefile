@@ -27,12 +27,11 @@ test-all: .venv/.installed-test ## The tests, with all rounds of the slow ones
 test-gpu: .venv/.installed-test ## The tests that need an NVIDIA GPU, which `make test` hides
 	@OBOWLAB_TEST_GPU=1 $(BIN)/pytest -m gpu $(PYTEST)
 
-# Installs nothing, so that it runs on a machine without network: what that lacks may lie in .gpu-kit/ (docs/gpu.md).
+# Installs nothing, so that it runs on a machine without network: packages that it lacks may lie in .gpu-kit/site (docs/gpu.md).
 PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
-KIT := $(wildcard $(CURDIR)/.gpu-kit)
+KIT := $(wildcard $(CURDIR)/.gpu-kit/site)
 gpu-check: ## One table of what is right and how fast on this GPU; installs nothing (OUT=folder, ARGS="--only step render")
-	@PYTHONPATH="$(CURDIR)$(KIT:%=:%/site:%)$${PYTHONPATH:+:$$PYTHONPATH}" \
-	    LD_LIBRARY_PATH="$(KIT:%=%/lib:)$$LD_LIBRARY_PATH" OUT='$(OUT)' $(PYTHON) -m tests.gpu.check $(ARGS)
+	@PYTHONPATH="$(CURDIR)$(KIT:%=:%)$${PYTHONPATH:+:$$PYTHONPATH}" OUT='$(OUT)' $(PYTHON) -m tests.gpu.check $(ARGS)
 
 lint: .venv/.installed-dev ## Check style, types and the direction of imports
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports \
