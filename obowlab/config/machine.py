@@ -50,6 +50,7 @@ class Machine(Section):
     loader: Literal["auto", "ffcv", "torch"] = "auto"
     channels_last: bool = True
     compile: bool = False
+    deterministic: bool = Field(False, description="on a GPU, the same bits in every run, at the price of slower kernels")
     checkpoint_every_s: Positive = 120.0
     log_points: Count = Field(2000, description="limit on the points of a training metric")
 

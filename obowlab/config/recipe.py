@@ -122,7 +122,9 @@ class Training(Section):
 
     epochs: Count = 80
     batch_size: Annotated[int, Field(ge=2)] = Field(128, description="images per step over all processes")
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "tf32", "bfloat16", "float16"] = Field(
+        "float32", description="number format of encoders and heads; float16 scales the loss"
+    )
     monitor: bool = Field(False, description="online linear classifier on detached features (OBoW and MoCo: the teacher's)")
 
 

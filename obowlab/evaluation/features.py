@@ -185,7 +185,13 @@ class FeatureStore:
     def _compute(self, name: str, *, keys: dict[View, dict[str, Any]]) -> None:
         split, indices = self.split(name), self.indices(name)
         loader = centre_loader(
-            split, indices=indices, views=self.views, batch_size=BATCH_SIZE, backend=self._backend, workers=self._workers
+            split,
+            indices=indices,
+            views=self.views,
+            batch_size=BATCH_SIZE,
+            backend=self._backend,
+            workers=self._workers,
+            pin=self.device.type == "cuda",
         )
         done, last = 0, time.monotonic()
         with ExitStack() as stack:

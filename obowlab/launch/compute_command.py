@@ -48,6 +48,8 @@ def environment_of(machine: Machine, *, token: str, progress: bool) -> dict[str,
         LOCK_TOKEN_VARIABLE: token,
         "OMP_NUM_THREADS": str(threads_of(machine)),
     }
+    if machine.deterministic:
+        environment.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses deterministic work without it
     if machine.device != "cuda" and machine.procs > 1:  # gloo would warn of a setting that is intended
         environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if not progress:

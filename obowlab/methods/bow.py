@@ -14,30 +14,19 @@ wider type of the features) with autocast and TF32 off, whatever the encoder run
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from obowlab.precision import full_precision
+
 CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 28}
 """Distances made at a time: on a CPU as many as its cache has room for (16 MiB), on a GPU those of a usual batch (1 GiB)."""
 
 KEEP_ELEMENTS = 1 << 27
 """Distances of one level that a training step keeps instead of making them twice (512 MiB)."""
-
-
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Switch autocast and TF32 off, then restore both."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(precision)
 
 
 def at_least_float32(x: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from obowlab.methods.backbones import ResNet, build_backbone
 from obowlab.methods.base import Batch, Comm, Method, StepOutput, refuse_cutmix
 from obowlab.methods.online_classifier import OnlineClassifier
 from obowlab.methods.split_batchnorm import split_batchnorm
+from obowlab.precision import full_precision
 
 
 class Projection(nn.Module):
@@ -186,6 +187,6 @@ def repeat_keys(keys_BC: Tensor, queries_NC: Tensor) -> Tensor:
 
 def contrast_logits(query_NC: Tensor, key_NC: Tensor, queue_KC: Tensor, *, temperature: float) -> Tensor:
     """Return the similarities of queries to their own key (column 0) and to the queue, over the temperature, [N, 1 + K]."""
-    with bow.full_precision(query_NC.device):
+    with full_precision(query_NC.device):
         own_N1 = (query_NC * key_NC).sum(dim=1, keepdim=True)
         return torch.cat((own_N1, query_NC @ queue_KC.T), dim=1) / temperature

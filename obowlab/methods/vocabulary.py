@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from obowlab.config import Level, Obow
 from obowlab.methods import bow
 from obowlab.methods.base import Comm
+from obowlab.precision import full_precision
 
 AUTHORS_MSD = 0.5
 """Where mu_MSD starts in the authors' code; far from its true value for hundreds of steps."""
@@ -233,7 +234,7 @@ class SinkhornKMeans(KMeans):
         for part_BUC, dist_BUK in distances:
             codes_BUK = bow.balanced_log_codes(dist_BUK, potential_K, epsilon=epsilon).exp_()
             counts_K += codes_BUK.sum(dim=(0, 1))
-            with bow.full_precision(codes_BUK.device):
+            with full_precision(codes_BUK.device):
                 sums_KC += codes_BUK.flatten(0, 1).T @ part_BUC.flatten(0, 1)
             targets.append(self._pooled(codes_BUK))
         return torch.cat(targets), counts_K, sums_KC

@@ -17,6 +17,7 @@ import torch
 
 from obowlab.config import Recipe
 from obowlab.methods import METHODS, Batch, Method, OneProcess
+from obowlab.precision import autocast, set_float32_mode
 from obowlab.training.memory import forget_peak, peak_mib
 from obowlab.training.optimizers import build_optimizer, set_learning_rate
 
@@ -38,6 +39,7 @@ def measure(recipe: Recipe, *, device: torch.device) -> dict[str, float]:
         `step_s`, seconds of a step of the recipe's batch: forward, backward and update; `memory_mib` and `memory_mib_per_image`,
         the peak as a line through two batches; `checkpoint_mib` and `encoder_mib`.
     """
+    set_float32_mode(recipe.training.precision)
     batch = min(BATCH, recipe.training.batch_size)
     half = max(1, batch // 2)
     method, optimizer = _build(recipe, device=device)
@@ -78,7 +80,7 @@ def _steps(
     times = []
     for step in range(count + 1):
         started = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.training.precision == "bfloat16"):
+        with autocast(recipe.training.precision, device=device):
             numbers = torch.rand(batch, method.num_uniforms, dtype=torch.float64, device=device)
             loss = method(Batch(original=original, views=student, uniforms=numbers, step=step, wants_metrics=False)).loss
         optimizer.zero_grad(set_to_none=True)

@@ -23,7 +23,7 @@ from obowlab.methods import METHODS, Method, OneProcess
 from obowlab.runs.folder import RunFolder
 
 FORMAT = 1
-ADDED_LATER = ("logged_step", "window")
+ADDED_LATER = ("logged_step", "window", "scaler")
 """Fields that checkpoints of earlier versions do not have."""
 
 CURRENT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
@@ -41,6 +41,7 @@ class Checkpoint:
         optimizer: state of the optimiser.
         logged_step: of the last point in the metric file by then; None in checkpoints of earlier versions.
         window: metrics of the steps since that point, `MetricWindow.state`; None in checkpoints of earlier versions.
+        scaler: state of the loss scaler; None for precisions other than float16.
     """
 
     step: int
@@ -50,6 +51,7 @@ class Checkpoint:
     optimizer: dict[str, Any]
     logged_step: int | None = None
     window: dict[str, Any] | None = None
+    scaler: dict[str, Any] | None = None
 
 
 def save(folder: Path, *, checkpoint: Checkpoint) -> None:

@@ -13,6 +13,7 @@ from obowlab.data.datasets import Split, open_split, subset
 from obowlab.errors import UserError
 from obowlab.methods import METHODS, Batch, Method
 from obowlab.methods.schedules import learning_rate
+from obowlab.precision import autocast, loss_scaler, set_float32_mode
 from obowlab.randomness import Stream, uniforms
 from obowlab.runs import provenance
 from obowlab.runs.metric_log import MetricLog
@@ -24,9 +25,10 @@ from obowlab.training.memory import peak_mib
 from obowlab.training.optimizers import build_optimizer, grad_norm, set_learning_rate
 from obowlab.training.signals import Interrupted
 from obowlab.training.stages import find_teacher, prepare
+from obowlab.training.votes import Decision, Votes
 from obowlab.training.window import MetricWindow, Timer
 from obowlab.views.loaders import PixelBatch, TrainLoader, train_loader
-from obowlab.views.photometric import render
+from obowlab.views.photometric import render, upload
 
 SHOWN = ("loss", "perplexity_image_conv5", "rotation_accuracy", "contrast_accuracy", "monitor_accuracy")
 """Metrics beside the progress bar."""
@@ -75,6 +77,7 @@ class Trainer:
 
     def __init__(self, run: RunContext) -> None:
         recipe, machine = run.recipe, run.machine
+        _set_up_device(run)
         self.run = run
         self.split = open_split(recipe.data.dataset, "train", data_root=machine.data_root)
         self.loader = open_loader(run, split=self.split)
@@ -88,6 +91,8 @@ class Trainer:
         if machine.compile:
             self.method.encoder.compile()
         self.optimizer = build_optimizer(recipe.optimizer, method=self.method)
+        self._scaler = loss_scaler(recipe.training.precision, device=run.world.device)
+        self._votes: Votes[tuple[int, PixelBatch]] = Votes(run.world)
         self.step = 0
         self.timer = Timer(trained_s=run.folder.trained_s() or 0.0)
         self._window = MetricWindow()
@@ -106,6 +111,8 @@ class Trainer:
         run.world.on_main(lambda: self._open_metric_log(found))
         if found is not None:
             self.step = checkpoints.restore(found, method=self.method, optimizer=self.optimizer)
+            if found.scaler is not None:
+                self._scaler.load_state_dict(found.scaler)
             if found.window is not None:
                 self._window.load(found.window, world=run.world)
             run.reporter.say(f"Resuming from step {self.step}.")
@@ -139,6 +146,7 @@ class Trainer:
             "threads": torch.get_num_threads(),
             "channels_last": machine.channels_last,
             "compile": machine.compile,
+            "deterministic": machine.deterministic,
             "step": self.step,
         }
         if teacher is not None:
@@ -169,9 +177,9 @@ class Trainer:
         return Batch(
             original=views.original,
             views=views.student,
-            uniforms=torch.from_numpy(numbers).to(device),
+            uniforms=upload(torch.from_numpy(numbers), device),
             step=self.step,
-            labels=pixels.labels.to(device),
+            labels=upload(pixels.labels, device),
             cutmix_lambda=views.cutmix_lambda,
             wants_metrics=(self.step + 1) % self.log_every == 0 or self.step + 1 == self.total_steps,
         )
@@ -180,7 +188,7 @@ class Trainer:
         """Do one update of the optimiser and return whether a checkpoint is due and whether the run was asked to stop.
 
         Raises:
-            UserError: the loss is not finite; nothing was updated.
+            UserError: the loss is not finite: on a CPU that of this step, and nothing was updated; see `Votes`.
         """
         run, recipe = self.run, self.run.recipe
         rate = learning_rate(
@@ -190,19 +198,26 @@ class Trainer:
             steps_per_epoch=self.loader.steps_per_epoch,
         )
         set_learning_rate(self.optimizer, rate)
-        with torch.autocast(run.world.device.type, torch.bfloat16, enabled=recipe.training.precision == "bfloat16"):
+        with autocast(recipe.training.precision, device=run.world.device):
             output = self.parallel(batch)
         self.optimizer.zero_grad(set_to_none=True)
-        output.loss.backward()
-        # The one synchronisation of a step: all ranks update, save and stop together.
+        self._scaler.scale(output.loss).backward()
+        # All ranks update, save and stop together.
         save_due = self.timer.since_save_s > run.machine.checkpoint_every_s
-        broken, save_due, stopping = run.world.any_rank(not math.isfinite(output.loss.item()), save_due, run.stop.signum != 0)
-        if broken:
-            raise UserError(_not_finite(run, step=self.step, pixels=pixels))
-        self.optimizer.step()
+        stopping = run.stop.signum != 0
+        decision = self._votes.cast(output.loss, save_due=save_due, stopping=stopping, place=(self.step, pixels))
+        self._refuse_broken(decision)
+        self._scaler.unscale_(self.optimizer)
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
         self.step += 1
         self._window.add(output.metrics)
-        return save_due, stopping
+        return decision.save_due, decision.stopping
+
+    def _refuse_broken(self, decision: Decision[tuple[int, PixelBatch]]) -> None:
+        if decision.broken and decision.place is not None:
+            step, pixels = decision.place
+            raise UserError(_not_finite(self.run, step=step, pixels=pixels))
 
     def log_step(self) -> None:
         """Append the means over the steps since the last point to the metric file, and show a few of them."""
@@ -245,11 +260,12 @@ class Trainer:
         self.timer.leave_out(seconds or 0.0)
 
     def save(self) -> None:
-        """Write a checkpoint.
+        """Write a checkpoint, of steps whose loss was finite.
 
         Raises:
-            UserError: it cannot be written, or the data changed.
+            UserError: a loss was not finite, the checkpoint cannot be written, or the data changed.
         """
+        self._refuse_broken(self._votes.settle())
         window = self._window.state(self.run.world)
         self.run.world.on_main(lambda: self._write_checkpoint(window))
         self.timer.saved()
@@ -266,11 +282,20 @@ class Trainer:
             optimizer=self.optimizer.state_dict(),
             logged_step=self._metric_log.last_step,
             window=window,
+            scaler=self._scaler.state_dict() or None,
         )
         checkpoints.save(self.run.folder.path, checkpoint=state)
 
 
 # ------------------------------------------------------------------------------------------------------------- its parts
+
+
+def _set_up_device(run: RunContext) -> None:
+    """Choose the number format of a GPU's float32, and whether its libraries look for the fastest kernels or for equal bits."""
+    if run.world.device.type == "cuda":
+        set_float32_mode(run.recipe.training.precision)
+        torch.use_deterministic_algorithms(run.machine.deterministic)
+        torch.backends.cudnn.benchmark = not run.machine.deterministic
 
 
 def open_loader(run: RunContext, *, split: Split) -> TrainLoader:
@@ -286,6 +311,7 @@ def open_loader(run: RunContext, *, split: Split) -> TrainLoader:
         world_size=run.world.world_size,
         backend=machine.loader,
         workers=torch.get_num_threads() if machine.workers is None else machine.workers,
+        pin=run.world.device.type == "cuda",
     )
 
 
@@ -351,6 +377,6 @@ def _not_finite(run: RunContext, *, step: int, pixels: PixelBatch) -> str:
     good = run.folder.path / checkpoints.CURRENT
     rest = f"the last good checkpoint is {good}" if good.exists() else "there is no checkpoint yet"
     return (
-        f"The loss is not finite at step {step} (epoch {pixels.epoch}, training images {shown}); nothing was updated and {rest}. "
+        f"The loss is not finite at step {step} (epoch {pixels.epoch}, training images {shown}). It is in no checkpoint; {rest}. "
         "Lower optimizer.learning_rate, or set training.precision to float32."
     )

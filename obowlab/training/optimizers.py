@@ -12,8 +12,12 @@ from obowlab.methods import Method
 
 def build_optimizer(settings: Optimizer, *, method: Method[Any]) -> torch.optim.Optimizer:
     """Return SGD with momentum over what a method learns (docs/method.md, 6.5)."""
+    on_gpu = next(method.parameters()).device.type == "cuda"
     return torch.optim.SGD(
-        method.param_groups(weight_decay=settings.weight_decay), lr=settings.learning_rate, momentum=settings.momentum
+        method.param_groups(weight_decay=settings.weight_decay),
+        lr=settings.learning_rate,
+        momentum=settings.momentum,
+        fused=True if on_gpu else None,
     )
 
 

@@ -82,6 +82,7 @@ def prepare(run: RunContext, *, method: Method[Any], teacher: Teacher | None, sp
             batch_size=BATCH_SIZE,
             backend=machine.loader,
             workers=torch.get_num_threads() if machine.workers is None else machine.workers,
+            pin=run.world.device.type == "cuda",
         )
         for _, images in loader:
             yield normalise(images, device=run.world.device)

@@ -95,13 +95,14 @@ ffcv.loader.loader.OSCacheManager = _MappedFile
 class FfcvBackend:
     """Cuts views in compiled threads; compiled once, at the first batch, and used for all epochs."""
 
-    def __init__(self, cutter: Cutter, *, batch_size: int, workers: int) -> None:
+    def __init__(self, cutter: Cutter, *, batch_size: int, workers: int, pin: bool) -> None:
         """Build ffcv's loader.
 
         Args:
             cutter: What to cut.
             batch_size: Images in a batch; only the last one of a run may have fewer.
             workers: Threads; at least one and at most one per core is used.
+            pin: Whether views lie in pinned memory.
 
         Raises:
             UserError: the file is shorter than its records.
@@ -110,7 +111,7 @@ class FfcvBackend:
         cut_off = np.flatnonzero(split.pointers + split.sizes > split.path.stat().st_size)
         if len(cut_off):
             raise broken_record(split, int(cut_off[0]), "it lies beyond the end of the file")
-        self._cutter = cutter
+        self._cutter, self._pin = cutter, pin
         self._loader = Loader(
             str(split.path),
             batch_size=batch_size,
@@ -130,7 +131,7 @@ class FfcvBackend:
         """
         if not batches:
             return
-        iterator = _Reader(self._loader, np.concatenate(batches), self._cutter, epoch)
+        iterator = _Reader(self._loader, np.concatenate(batches), self._cutter, epoch, pin=self._pin)
         try:
             while (kinds := iterator.next_batch()) is not None:
                 yield kinds
@@ -202,8 +203,8 @@ class CutViews(SimpleRGBImageDecoder):  # type: ignore[misc]
 class _Reader(EpochIterator):  # type: ignore[misc]
     """ffcv's reading thread over an explicit order, with fresh memory for every batch and errors that reach the caller."""
 
-    def __init__(self, loader: Any, order: Ints, cutter: Cutter, epoch: int) -> None:
-        self._cutter, self._epoch = cutter, epoch
+    def __init__(self, loader: Any, order: Ints, cutter: Cutter, epoch: int, *, pin: bool) -> None:
+        self._cutter, self._epoch, self._pin = cutter, epoch, pin
         self._failure: BaseException | None = None
         super().__init__(loader, order)  # starts the thread
 
@@ -235,7 +236,7 @@ class _Reader(EpochIterator):  # type: ignore[misc]
     def _cut(self, number: int, indices: Ints) -> list[Tensor]:
         geometry = self._cutter.geometry(indices, epoch=self._epoch)
         shapes = [(len(indices), count, side, side, 3) for count, side in self._cutter.groups]
-        kinds = [torch.empty(shape, dtype=torch.uint8, pin_memory=torch.cuda.is_available()) for shape in shapes]
+        kinds = [torch.empty(shape, dtype=torch.uint8, pin_memory=self._pin) for shape in shapes]
         arrays: list[Pixels] = [kind.numpy() for kind in kinds]
         absent = [np.empty((len(indices), 0, 1, 1, 3), dtype=np.uint8)] * (3 - len(kinds))
         failed = np.zeros(len(indices), dtype=np.bool_)

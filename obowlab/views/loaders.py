@@ -74,14 +74,23 @@ class TrainLoader:
     """
 
     def __init__(
-        self, cutter: Cutter, *, subset: Ints, batch_size: int, rank: int, world_size: int, backend: BackendName, workers: int
+        self,
+        cutter: Cutter,
+        *,
+        subset: Ints,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        backend: BackendName,
+        workers: int,
+        pin: bool,
     ) -> None:
         self.backend: BackendName = backend
         self.steps_per_epoch = len(subset) // batch_size
         self._cutter, self._subset, self._batch_size = cutter, subset, batch_size
         self._share = batch_size // world_size
         self._start = rank * self._share
-        self._reader = _backend(cutter, name=backend, batch_size=self._share, workers=workers)
+        self._reader = _backend(cutter, name=backend, batch_size=self._share, workers=workers, pin=pin)
 
     def batches(self, *, epoch: int, start_step: int = 0) -> Iterator[PixelBatch]:
         """Yield the batches of an epoch from `start_step` on; nothing before it is read. Close the generator to end early.
@@ -116,10 +125,10 @@ class CentreLoader:
         backend: The backend in use.
     """
 
-    def __init__(self, cutter: Cutter, *, indices: Ints, batch_size: int, backend: BackendName, workers: int) -> None:
+    def __init__(self, cutter: Cutter, *, indices: Ints, batch_size: int, backend: BackendName, workers: int, pin: bool) -> None:
         self.backend: BackendName = backend
         self._batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
-        self._reader = _backend(cutter, name=backend, batch_size=min(batch_size, max(1, len(indices))), workers=workers)
+        self._reader = _backend(cutter, name=backend, batch_size=min(batch_size, max(1, len(indices))), workers=workers, pin=pin)
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -146,6 +155,7 @@ def train_loader(
     world_size: int = 1,
     backend: str = "auto",
     workers: int = 0,
+    pin: bool = False,
 ) -> TrainLoader:
     """Return the training batches of one process.
 
@@ -162,6 +172,7 @@ def train_loader(
         world_size: Number of processes.
         backend: auto, ffcv or torch.
         workers: Threads (ffcv; at least one is used) or processes (torch; 0 works in this process).
+        pin: Whether batches lie in pinned memory, from which a GPU copies while it computes.
 
     Raises:
         UserError: the batch cannot be split over the processes, there are fewer images than one batch, or ffcv is missing.
@@ -183,11 +194,12 @@ def train_loader(
         world_size=world_size,
         backend=resolve_backend(backend),
         workers=workers,
+        pin=pin,
     )
 
 
 def centre_loader(
-    split: Split, *, indices: Ints, views: Views, batch_size: int, backend: str = "auto", workers: int = 0
+    split: Split, *, indices: Ints, views: Views, batch_size: int, backend: str = "auto", workers: int = 0, pin: bool = False
 ) -> CentreLoader:
     """Return the view that evaluation uses (Resize, CenterCrop) of the given images, in order, every one once.
 
@@ -198,6 +210,7 @@ def centre_loader(
         batch_size: Images per batch; the last may be smaller.
         backend: auto, ffcv or torch.
         workers: Threads (ffcv; at least one is used) or processes (torch; 0 works in this process).
+        pin: Whether batches lie in pinned memory, from which a GPU copies while it computes.
 
     Raises:
         UserError: ffcv is asked for and missing.
@@ -208,6 +221,7 @@ def centre_loader(
         batch_size=batch_size,
         backend=resolve_backend(backend),
         workers=workers,
+        pin=pin,
     )
 
 
@@ -233,13 +247,13 @@ def resolve_backend(name: str) -> BackendName:
     return "ffcv"
 
 
-def _backend(cutter: Cutter, *, name: BackendName, batch_size: int, workers: int) -> Backend:
+def _backend(cutter: Cutter, *, name: BackendName, batch_size: int, workers: int, pin: bool) -> Backend:
     if name == "torch":
-        return TorchBackend(cutter, workers=workers)
+        return TorchBackend(cutter, workers=workers, pin=pin)
     from obowlab.views.ffcv_backend import FfcvBackend  # ffcv need not be installed
 
     with _torch_threads_kept():
-        return FfcvBackend(cutter, batch_size=batch_size, workers=workers)
+        return FfcvBackend(cutter, batch_size=batch_size, workers=workers, pin=pin)
 
 
 @contextlib.contextmanager
@@ -258,8 +272,8 @@ def _torch_threads_kept() -> Iterator[None]:
 class TorchBackend:
     """Cuts views with PIL, in this process or in worker processes that live as long as an epoch."""
 
-    def __init__(self, cutter: Cutter, *, workers: int) -> None:
-        self._cutter, self._workers = cutter, workers
+    def __init__(self, cutter: Cutter, *, workers: int, pin: bool) -> None:
+        self._cutter, self._workers, self._pin = cutter, workers, pin
 
     def run(self, batches: Sequence[Ints], *, epoch: int) -> Generator[list[Tensor], None, None]:
         """Yield the views of each batch in order.
@@ -278,7 +292,7 @@ class TorchBackend:
             prefetch_factor=BATCHES_AHEAD,
             collate_fn=_as_it_is,
             multiprocessing_context="fork" if "fork" in multiprocessing.get_all_start_methods() else None,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=self._pin,
             generator=torch.Generator(),  # the global generator's state must not depend on the number of workers
         )
         stream = iter(loader)

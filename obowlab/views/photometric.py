@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from obowlab.config import Views
+from obowlab.precision import full_precision
 from obowlab.randomness import Bools, Floats
 from obowlab.views.views import Colour, colour, cutmix_boxes, flips, patch_positions
 
@@ -72,8 +73,7 @@ def render(batch: PixelBatch, views: Views, *, seed: int, device: torch.device) 
     params = colour(views, seed=seed, epoch=batch.epoch, indices=batch.indices)
     student: dict[str, Tensor] = {}
     cutmix_lambda: dict[str, Tensor] = {}
-    # The blur is a matrix product: autocast would do it in bfloat16.
-    with torch.autocast(device.type, enabled=False), torch.no_grad():
+    with full_precision(device), torch.no_grad():  # the blur is a matrix product
         original = batch.original.to(device, non_blocking=True)
         chosen = _where(mirrored[:, 0], device)
         original = normalise(original.index_copy(0, chosen, original[chosen].flip(2)), device=device)
@@ -86,11 +86,11 @@ def render(batch: PixelBatch, views: Views, *, seed: int, device: torch.device) 
             )
             if views.cutmix_probability:
                 boxes = cutmix_boxes(views, seed=seed, epoch=batch.epoch, indices=batch.indices)
-                student["crops"], cutmix_lambda["crops"] = cutmix(student["crops"], torch.from_numpy(boxes).to(device))
+                student["crops"], cutmix_lambda["crops"] = cutmix(student["crops"], upload(torch.from_numpy(boxes), device))
         if batch.patch_source is not None:
             source = coloured(batch.patch_source.to(device, non_blocking=True), params.of_views(slice(-1, None)), mirrored[:, -1])
             corners = patch_positions(views, seed=seed, epoch=batch.epoch, indices=batch.indices)
-            student["patches"] = cut_patches(source, torch.from_numpy(corners).to(device), size=views.patch_size)
+            student["patches"] = cut_patches(source, upload(torch.from_numpy(corners), device), size=views.patch_size)
     return RenderedViews(original=original, student=student, cutmix_lambda=cutmix_lambda)
 
 
@@ -177,7 +177,7 @@ def jitter(planes: Tensor, params: Colour) -> None:
         acts = changed[turn]
         if (acts & (operation != HUE)).any():
             choice = np.stack((factors[turn], acts & (operation == CONTRAST), acts & (operation == SATURATION)))
-            factor, to_mean, to_grey = torch.from_numpy(choice.astype(np.float32)).to(planes.device)[..., None, None]
+            factor, to_mean, to_grey = upload(torch.from_numpy(choice.astype(np.float32)), planes.device)[..., None, None]
             grey = luma(planes)
             base = grey.mul(to_grey).add_(mean_grey(grey).mul_(to_mean))
             planes.sub_(base).mul_(factor).add_(base).clamp_(0.0, 255.0).floor_()
@@ -211,7 +211,7 @@ def shift_hue(planes: Tensor, hue: Floats) -> Tensor:
         torch.where(green == value, (blue - red).div_(divisor).add_(2.0), (red - green).div_(divisor).add_(4.0)),
     )
     angle = angle.mul_(42.5).add_((angle < 0).to(torch.float32), alpha=255.0).floor_()
-    steps = torch.from_numpy((np.trunc(hue * 255.0) % 256.0).astype(np.float32)).to(planes.device)
+    steps = upload(torch.from_numpy((np.trunc(hue * 255.0) % 256.0).astype(np.float32)), planes.device)
     angle = angle.add_(steps[:, None, None])
     angle = angle.sub_((angle >= 256.0).to(torch.float32), alpha=256.0).mul_(6.0 / 255.0)
     saturation = spread.mul_(255.0).div_(value.clamp(min=1.0)).floor_()
@@ -259,7 +259,7 @@ def _blur_matrices(sigma: Floats, size: int, device: torch.device) -> Tensor:
     outer = (1.0 - (2.0 * whole + 1.0) * inner) / 2.0
     offset = np.abs(np.arange(-reach, reach + 1))[None]
     weights = np.where(offset <= whole[:, None], inner[:, None], np.where(offset == whole[:, None] + 1, outer[:, None], 0.0))
-    box = (torch.from_numpy(weights.astype(np.float32)).to(device) @ _shifts(size, reach, device)).view(-1, size, size)
+    box = (upload(torch.from_numpy(weights.astype(np.float32)), device) @ _shifts(size, reach, device)).view(-1, size, size)
     cube = box
     for _ in range(BLUR_PASSES - 1):
         cube = torch.bmm(cube, box)
@@ -273,7 +273,7 @@ def _shifts(size: int, reach: int, device: torch.device) -> Tensor:
     shifts = torch.zeros(2 * reach + 1, size, size)
     for index, offset in enumerate(range(-reach, reach + 1)):
         shifts[index, rows, (rows + offset).clamp(0, size - 1)] = 1.0
-    return shifts.view(2 * reach + 1, -1).to(device)
+    return upload(shifts.view(2 * reach + 1, -1), device)
 
 
 @lru_cache(maxsize=4)
@@ -283,9 +283,14 @@ def _normalisation(device: torch.device) -> tuple[Tensor, Tensor]:
     return 1.0 / (255.0 * std), -mean / std
 
 
+def upload(values: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of the host on a device, without waiting for a GPU: copied from pinned memory, in the order of its work."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
+
+
 def _where(mask: Bools, device: torch.device) -> Tensor:
     """Return the positions at which a mask is set; found on the host, which then does not wait for the device."""
-    return torch.from_numpy(np.flatnonzero(mask)).to(device, non_blocking=True)
+    return upload(torch.from_numpy(np.flatnonzero(mask)), device)
 
 
 def _chunks(images: Tensor) -> Iterator[slice]:

@@ -42,7 +42,13 @@ class CentreViews:
         workers = max(1, torch.get_num_threads()) if self.machine.workers is None else self.machine.workers
         layout = torch.channels_last if self.machine.channels_last else torch.contiguous_format
         loader = centre_loader(
-            self.split, indices=indices, views=self.views, batch_size=batch_size, backend=self.machine.loader, workers=workers
+            self.split,
+            indices=indices,
+            views=self.views,
+            batch_size=batch_size,
+            backend=self.machine.loader,
+            workers=workers,
+            pin=self.device.type == "cuda",
         )
         for positions, pixels in loader:
             yield positions, pixels, normalise(pixels, device=self.device).contiguous(memory_format=layout)
