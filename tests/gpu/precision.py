@@ -7,22 +7,22 @@ from contextlib import contextmanager
 
 import torch
 
+from obowlab.precision import AUTOCAST, autocast, set_float32_mode
+
 PRECISIONS = ("float32", "tf32", "bfloat16", "float16")
-HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+HALVES = tuple(AUTOCAST)
 
 
 @contextmanager
 def precision(name: str, *, device: torch.device) -> Iterator[None]:
-    """Compute in one of PRECISIONS: TF32 in products and convolutions, or autocast; restores what was set before.
+    """Compute in one of PRECISIONS, with the switches of training; restores what was set before.
 
     A CPU has no TF32: there `tf32` is float32.
     """
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    # The older pair of switches throughout: torch refuses a mixture with the newer ones.
-    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = name == "tf32"
+    set_float32_mode(name)
     try:
-        with torch.autocast(device.type, HALVES.get(name, torch.bfloat16), enabled=name in HALVES):
+        with autocast(name, device=device):
             yield
     finally:
         torch.set_float32_matmul_precision(before[0])

@@ -278,6 +278,7 @@ def loader(options: Options) -> Iterator[Row]:
             seed=0,
             backend=backend,
             workers=workers,
+            pin=options.device.type == "cuda",
         )
         note = f"{made.backend}, {workers} of {cores} cores, {kind}"
 
