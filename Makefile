@@ -1,6 +1,6 @@
 # Two commands are the contract: `make demo` and `make test`. Both install what they need into .venv first.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-gpu lint format mutants bench chaos slurm-demo golden clean secrets images backup restore services
+.PHONY: help install demo test test-all test-gpu gpu-check lint format mutants bench chaos slurm-demo golden clean secrets images backup restore services
 BIN := .venv/bin
 CORES := $(shell nproc 2>/dev/null || echo 1)
 
@@ -26,6 +26,12 @@ test-all: .venv/.installed-test ## The tests, with all rounds of the slow ones
 
 test-gpu: .venv/.installed-test ## The tests that need an NVIDIA GPU, which `make test` hides
 	@OBOWLAB_TEST_GPU=1 $(BIN)/pytest -m gpu $(PYTEST)
+
+# Installs nothing, so that it runs on a machine without network: packages that it lacks may lie in .gpu-kit/site (docs/gpu.md).
+PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
+KIT := $(wildcard $(CURDIR)/.gpu-kit/site)
+gpu-check: ## One table of what is right and how fast on this GPU; installs nothing (OUT=folder, ARGS="--only step render")
+	@PYTHONPATH="$(CURDIR)$(KIT:%=:%)$${PYTHONPATH:+:$$PYTHONPATH}" OUT='$(OUT)' $(PYTHON) -m tests.gpu.check $(ARGS)
 
 lint: .venv/.installed-dev ## Check style, types and the direction of imports
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/lint-imports \

@@ -7,7 +7,7 @@ home folder and git's settings are those of nobody in particular, and GPUs are h
 Variables that steer the tests (`make test` and its siblings set them):
     OBOWLAB_TEST_HIDE: groups of programs to hide as well, separated by commas: `postgresql`, `chromium`, `compilers`.
     OBOWLAB_TEST_ALL: 1 plays all rounds of the slow tests.
-    OBOWLAB_TEST_GPU: 1 shows the machine's GPUs.
+    OBOWLAB_TEST_GPU: 1 shows the machine's GPUs, or those that CUDA_VISIBLE_DEVICES names.
     OBOWLAB_TEST_DOCKER: 1 shows `docker`.
     OBOWLAB_TEST_PHOTOS: the folder of photographs.
     OBOWLAB_WRITE_GOLDEN: 1 writes golden files anew instead of comparing with them.
@@ -47,7 +47,9 @@ def enter() -> Path:
     place = Path(tempfile.mkdtemp(prefix="obowlab-tests-"))
     atexit.register(_remove, place, os.getpid())
     programs = _link_programs(place / "bin")
-    for name in set(os.environ) - KEPT:
+    root = Path(__file__).resolve().parents[1]
+    libraries = [root, *([root / ".gpu-kit" / "site"] if os.environ.get("OBOWLAB_TEST_GPU") else [])]
+    for name in set(os.environ) - KEPT - ({"CUDA_VISIBLE_DEVICES"} if os.environ.get("OBOWLAB_TEST_GPU") else set()):
         if not name.startswith(KEPT_PREFIXES):
             del os.environ[name]
     home = place / "home"
@@ -62,7 +64,7 @@ def enter() -> Path:
         "MKL_NUM_THREADS": "1",
         "OMP_NUM_THREADS": "1",
         "PATH": os.pathsep.join([sysconfig.get_path("scripts"), str(programs)]),
-        "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
+        "PYTHONPATH": os.pathsep.join(map(str, libraries)),
         "TZ": "UTC",
     }
     if not os.environ.get("OBOWLAB_TEST_GPU"):

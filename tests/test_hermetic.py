@@ -44,6 +44,14 @@ def test_programs_settings_and_gpus_of_the_machine_are_hidden(crowded: dict[str,
     assert gpus == "''"
 
 
+def test_gpus_that_are_asked_for_are_seen_as_chosen(crowded: dict[str, str]) -> None:
+    code = "import os; from tests import hermetic; hermetic.enter()\n"
+    code += "print(os.environ['CUDA_VISIBLE_DEVICES'], os.environ['PYTHONPATH'])"
+    environment = {**crowded, "OBOWLAB_TEST_GPU": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["7", f"{ROOT}:{ROOT}/.gpu-kit/site"]
+
+
 def test_this_session_is_such_a_one() -> None:
     assert [name for name in SLURM if shutil.which(name)] == []
     assert hermetic.enter() in Path.home().parents
