@@ -167,6 +167,7 @@ def test_tests_that_need_a_gpu_are_skipped_with_a_sentence(tmp_path: Path) -> No
     assert next(iter(tests)).startswith("test_steps.py::")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("precision", speed.PRECISIONS)
 def test_a_step_is_timed(options: Options, precision: str) -> None:
     rows = named(list(speed._step(options, recipe="full", precision=precision)))
@@ -181,6 +182,7 @@ def test_a_step_is_timed(options: Options, precision: str) -> None:
         assert check.STEP_RATE in rows
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("part", ["render", "evaluation", "loader"])
 def test_a_part_is_measured(options: Options, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed.benchmarks, "photos", lambda scratch: None)  # images are drawn
