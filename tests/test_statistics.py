@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from obowlab.tables.model import Estimate
-from obowlab.tables.statistics import Matrix, estimate, mean_variance, verdict
+from obowlab.tables.statistics import Matrix, estimate, mean_variance, stacked, verdict
 
 
 def table(seeds: int, episodes: int, *, of_seeds: float = 1.0, of_episodes: float = 3.0, seed: int = 0) -> Matrix:
@@ -105,3 +105,15 @@ def test_constant_observations_have_no_interval(x: Matrix) -> None:
 )
 def test_verdicts(value: float, p: float, paper: float, expected: str) -> None:
     assert verdict(Estimate(value, 0.5, 3, p), paper=paper) == expected
+
+
+def test_seeds_are_stacked_only_when_all_of_them_are_known_and_equally_long() -> None:
+    one, two = np.array([1.0, 2.0, 3.0]), np.array([4.0, 5.0, 6.0])
+    both = stacked([one, two])
+    assert both is not None
+    assert both.tolist() == [[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]
+    assert stacked([]) is None
+    assert stacked([None]) is None
+    assert stacked([one, None]) is None
+    assert stacked([None, two]) is None
+    assert stacked([one, two[:2]]) is None
