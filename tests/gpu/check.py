@@ -28,7 +28,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tests.gpu.conftest import VARIABLE
+from tests.gpu import OUTCOMES_VARIABLE
 from tests.gpu.speed import PARTS, Row
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -107,7 +107,7 @@ def correctness(out: Path, *, limit_s: float, on_gpu: bool) -> tuple[list[Row], 
     """Play the tests of this folder; return rows, what went wrong, and how each test ended."""
     lines, log = out / "tests.jsonl", out / "correctness.log"
     words = [sys.executable, "-m", "pytest", "-m", "gpu", "-rs", "-p", "no:cacheprovider", str(Path(__file__).parent)]
-    environment = {VARIABLE: str(lines)} | ({"OBOWLAB_TEST_GPU": "1"} if on_gpu else {})
+    environment = {OUTCOMES_VARIABLE: str(lines)} | ({"OBOWLAB_TEST_GPU": "1"} if on_gpu else {})
     problem = run_part(words, log=log, limit_s=limit_s, environment=environment)
     found = outcomes(read_lines(lines))
     lines.unlink(missing_ok=True)

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from tests.gpu import OUTCOMES_VARIABLE
+
 HERE = Path(__file__).resolve().parent
-VARIABLE = "OBOWLAB_TEST_OUTCOMES"
 FIRST = ("test_steps", "test_views", "test_targets", "test_sync", "test_memory")
 """The modules that are played first: the others start processes, and may take the time that is left."""
 
@@ -29,7 +30,7 @@ def _order(item: pytest.Item) -> int:
 
 
 def _write(line: dict[str, Any]) -> None:
-    if path := os.environ.get(VARIABLE):
+    if path := os.environ.get(OUTCOMES_VARIABLE):
         with Path(path).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
