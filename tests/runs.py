@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 
 from obowlab.config import Loaded, Machine, load_recipe
 from obowlab.launch.compute_command import compute_command
 from obowlab.runs.folder import RunFolder
 from obowlab.training.__main__ import main
+from obowlab.training.loop import Trainer
 from tests.fork_server import Fork
 
 TIMING_METRICS = {"images_per_s", "step_time_s", "data_wait_s"}
@@ -147,3 +151,15 @@ def weights(folder: RunFolder) -> dict[str, torch.Tensor]:
 def points(folder: RunFolder) -> list[tuple[int, dict[str, float]]]:
     """Return every logged point without the metrics that measure time."""
     return [(point.step, {k: v for k, v in point.values.items() if k not in TIMING_METRICS}) for point in folder.metrics()]
+
+
+def ask_to_stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a SIGTERM come to a training in this process when it is about to take a step, until the patch is undone."""
+    train_step = Trainer.train_step
+
+    def asked(self: Trainer, *arguments: Any, **options: Any) -> tuple[bool, bool]:
+        if self.step == step:
+            signal.raise_signal(signal.SIGTERM)
+        return train_step(self, *arguments, **options)
+
+    monkeypatch.setattr(Trainer, "train_step", asked)

@@ -7,11 +7,14 @@ import math
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from obowlab import evaluation
 from obowlab.config import Machine
+from obowlab.evaluation.knn import nearest_neighbours
 from obowlab.launch.compute_command import environment_of
 from obowlab.methods.obow import OBoW
 from obowlab.precision import autocast, full_precision, loss_scaler, set_float32_mode
@@ -21,7 +24,7 @@ from obowlab.training.__main__ import main
 from obowlab.training.distributed import World
 from obowlab.training.loop import Trainer
 from obowlab.training.votes import Decision, Votes
-from tests.runs import points, small_recipe, weights
+from tests.runs import ask_to_stop_at, points, small_recipe, weights
 
 CPU = torch.device("cpu")
 ALONE = World(rank=0, world_size=1, device=CPU)
@@ -91,15 +94,8 @@ def test_float16_learns_as_float32_does_and_continues_to_the_bit(
     usable = [norm for norm in norms[whole] if math.isfinite(norm)]
     assert 5 < len(usable) < len(norms[whole]), "steps whose gradients overflow are left out, and the scale falls"
     assert max(usable) == pytest.approx(max(norms[single]), rel=0.2), "the scale, 65536 at first, is taken out of what is logged"
-    train_step = Trainer.train_step
-
-    def stopped_at_seven(self: Trainer, *arguments: object, **keywords: object) -> tuple[bool, bool]:
-        if self.step == 7:
-            signal.raise_signal(signal.SIGTERM)
-        return train_step(self, *arguments, **keywords)  # type: ignore[arg-type]
-
     stopped = prepared(tmp_path / "stopped", data_root=data_root, overrides=("training.precision=float16",))
-    monkeypatch.setattr(Trainer, "train_step", stopped_at_seven)
+    ask_to_stop_at(7, monkeypatch)
     assert main([str(stopped.path)]) == 128 + signal.SIGTERM
     monkeypatch.undo()
     scaler = torch.load(stopped.path / "checkpoint.pt", weights_only=True)["scaler"]
@@ -107,6 +103,25 @@ def test_float16_learns_as_float32_does_and_continues_to_the_bit(
     assert main([str(stopped.path)]) == 0
     assert [values["loss"] for _, values in points(stopped)] == [values["loss"] for _, values in points(whole)]
     assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(stopped).items())
+
+
+def test_evaluation_is_in_float32_whatever_training_ran_in(
+    tmp_path: Path, data_root: Path, flags: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        found.append(torch.get_float32_matmul_precision())
+        return nearest_neighbours(*arguments, **options)
+
+    monkeypatch.setattr(evaluation, "nearest_neighbours", watched)
+    folder = prepared(
+        tmp_path, data_root=data_root, overrides=('evaluation.protocols=["knn"]', "evaluation.knn.num_neighbours=3")
+    )
+    set_float32_mode("tf32")
+    assert main([str(folder.path)]) == 0
+    assert found == ["highest", "highest"], "the student's and the random network's"
+    assert torch.get_float32_matmul_precision() == "high"
 
 
 def test_deterministic_work_on_a_gpu_needs_a_setting_of_cublas(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,14 +208,7 @@ def test_a_run_that_stops_a_step_late_continues_to_the_bit(
 ) -> None:
     whole, stopped = (prepared(tmp_path / name, data_root=data_root) for name in ("whole", "stopped"))
     assert main([str(whole.path)]) == 0
-    train_step = Trainer.train_step
-
-    def stopped_at_seven(self: Trainer, *arguments: object, **keywords: object) -> tuple[bool, bool]:
-        if self.step == 7:
-            signal.raise_signal(signal.SIGTERM)
-        return train_step(self, *arguments, **keywords)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Trainer, "train_step", stopped_at_seven)
+    ask_to_stop_at(7, monkeypatch)
     assert main([str(stopped.path)]) == 128 + signal.SIGTERM
     assert torch.load(stopped.path / "checkpoint.pt", weights_only=True)["step"] == 9
     monkeypatch.undo()

@@ -13,9 +13,8 @@ from obowlab.config import Machine
 from obowlab.runs.folder import RunFolder
 from obowlab.training.__main__ import main
 from obowlab.training.distributed import World
-from obowlab.training.loop import Trainer
 from obowlab.training.window import MetricWindow, Timer
-from tests.runs import TIMING_METRICS, points, small_recipe, weights
+from tests.runs import TIMING_METRICS, ask_to_stop_at, points, small_recipe, weights
 
 ALONE = World(rank=0, world_size=1, device=torch.device("cpu"))
 LOGGED_STEP_ALONE = ("_conv4", "_conv5", "grad_norm", "learning_rate", "epoch", "teacher_momentum")
@@ -54,14 +53,7 @@ def test_a_run_stopped_within_a_window_logs_the_same_points(
     tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = train_here(tmp_path / "whole", data_root=data_root, log_points=3)
-    train_step = Trainer.train_step
-
-    def stopped_at_seven(self: Trainer, *arguments: object, **keywords: object) -> tuple[bool, bool]:
-        if self.step == 7:
-            signal.raise_signal(signal.SIGTERM)
-        return train_step(self, *arguments, **keywords)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(Trainer, "train_step", stopped_at_seven)
+    ask_to_stop_at(7, monkeypatch)
     stopped = train_here(tmp_path / "stopped", data_root=data_root, log_points=3)
     assert (stopped.state.status, [step for step, _ in points(stopped)]) == ("interrupted", [5])
     monkeypatch.undo()

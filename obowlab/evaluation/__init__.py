@@ -24,6 +24,7 @@ from obowlab.evaluation.fewshot import few_shot
 from obowlab.evaluation.knn import nearest_neighbours
 from obowlab.evaluation.linear import linear_probe
 from obowlab.evaluation.result import Measurement, Result
+from obowlab.precision import full_precision
 from obowlab.views.photometric import MEAN, STD
 
 __all__ = ["EVALUATORS", "Evaluator", "Measurement", "Outcome", "Result", "evaluate"]
@@ -177,9 +178,10 @@ def evaluate(
         channels_last=machine.channels_last,
         report=report,
     )
-    for split, views in _union_of_needs(names).items():
-        store.get(split, views=views)  # one pass over the images, however many protocols want them
-    return [_measure(name, store=store, recipe=recipe, subject=subject, report=report) for name in names]
+    with full_precision(device):  # whatever training ran in
+        for split, views in _union_of_needs(names).items():
+            store.get(split, views=views)  # one pass over the images, however many protocols want them
+        return [_measure(name, store=store, recipe=recipe, subject=subject, report=report) for name in names]
 
 
 def _union_of_needs(names: Sequence[str]) -> dict[str, tuple[View, ...]]:
