@@ -25,6 +25,7 @@ from obowlab.cli import cli, main
 from obowlab.config import Recipe, load_machine, load_recipe
 from obowlab.config.scales import SCALES
 from obowlab.config.validation import known_keys
+from obowlab.errors import UserError
 from obowlab.studies.spec import load_study, plan_study
 from obowlab.tables.spec import load_table
 from tests.command_line import finished_run
@@ -252,17 +253,31 @@ def test_code_blocks_are_well_formed(page: str) -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_files_in_toml_blocks_are_valid(page: str, workplace: Path) -> None:
+    refused = []
     for path in write_files(page, workplace):
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-        if "row" in values:
-            for scale in SCALES:
-                load_table(path, scale=scale)
-        elif "parameters" in values:
-            load_study(str(path))
-        elif "data_root" in values:
-            load_machine(file=path)
-        else:
-            load_recipe(str(path))
+        try:
+            _load_file(path)
+        except UserError as error:
+            refused.append(f"{path.name}: {error}")
+    assert not refused
+
+
+def _load_file(path: Path) -> None:
+    """Read a file as what its keys say that it is.
+
+    Raises:
+        UserError: it is none.
+    """
+    values = tomllib.loads(path.read_text(encoding="utf-8"))
+    if "row" in values:
+        for scale in SCALES:
+            load_table(path, scale=scale)
+    elif "parameters" in values:
+        load_study(str(path))
+    elif "data_root" in values:
+        load_machine(file=path)
+    else:
+        load_recipe(str(path))
 
 
 # ----------------------------------------------------------------------------------------------------------------- names

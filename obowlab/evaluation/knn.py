@@ -28,6 +28,9 @@ class Blocks:
 BLOCKS = {"cpu": Blocks(queries=512, images=8192), "cuda": Blocks(queries=4096, images=1 << 16)}
 """On a CPU the similarities fit its cache (16 MiB), on a GPU they keep it busy (1 GiB)."""
 
+VOTERS = 4096
+"""Queries whose votes are counted at a time: a row of votes is as long as there are classes."""
+
 
 def largest(similarity: torch.Tensor, *, count: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the largest entries of every row in descending order, and their columns; of equal entries the first columns.
@@ -113,7 +116,7 @@ def neighbour_votes(
         raise UserError(f"evaluation.knn.num_neighbours = {config.num_neighbours} exceeds the {len(bank)} training images.")
     cosines, positions = neighbours(queries, bank=bank, num_neighbours=config.num_neighbours)
     winners = []
-    for cosine, position in zip(torch.split(cosines, 4096), torch.split(positions, 4096), strict=True):
+    for cosine, position in zip(torch.split(cosines, VOTERS), torch.split(positions, VOTERS), strict=True):
         weights = ((cosine - cosine[:, :1]) / config.temperature).exp()  # a common factor per query: no overflow, same winner
         votes = weights.new_zeros(len(cosine), num_classes).scatter_add_(1, bank_labels[position], weights)
         winners.append(votes.argmax(dim=1))

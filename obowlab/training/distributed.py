@@ -86,14 +86,6 @@ class World:
         dist.all_reduce(total)
         return total / self.world_size
 
-    def any_rank(self, *flags: bool) -> tuple[bool, ...]:
-        """Return for every flag whether it is set on any rank."""
-        if self.world_size == 1:
-            return flags
-        votes = torch.tensor(flags, dtype=torch.float32, device=self.device)
-        dist.all_reduce(votes)
-        return tuple(count > 0 for count in votes.tolist())
-
     def alone(self) -> World:
         """Return this process without the others: what it does from now on, it does in a world of one."""
         return World(rank=0, world_size=1, device=self.device)

@@ -7,6 +7,7 @@ counts are known and nobody waits. Gloo has none of these kernels; there, sums a
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from functools import cache
 from typing import Any
 
@@ -33,7 +34,7 @@ def synchronise_batchnorm(module: nn.Module, *, world: World) -> None:
             synchronise_batchnorm(child, world=world)
 
 
-class SyncBatchNorm2d(nn.modules.batchnorm._BatchNorm):
+class SyncBatchNorm2d(nn.modules.batchnorm._BatchNorm, ABC):
     """Batch normalisation of [N, C, H, W] over N, H, W of every rank when training, by the running statistics otherwise.
 
     Every rank must call it, with an input of the same shape.
@@ -64,9 +65,9 @@ class SyncBatchNorm2d(nn.modules.batchnorm._BatchNorm):
         momentum = 0.1 if self.momentum is None else self.momentum
         return self._normalise(input, self.running_mean, self.running_var, momentum)
 
+    @abstractmethod
     def _normalise(self, x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float) -> Tensor:
         """Return the normalised input, and move the running statistics."""
-        raise NotImplementedError
 
 
 # ------------------------------------------------------------------------------------------------------------------- CUDA

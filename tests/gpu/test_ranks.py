@@ -13,7 +13,6 @@ from obowlab.config import Machine
 from obowlab.errors import UserError
 from obowlab.runs.folder import RunFolder
 from obowlab.training import distributed
-from obowlab.training.distributed import World
 from tests.fork_server import fork_all
 from tests.test_ranks import FAULTS, ON_RANK_1, copy_of, end, free_port, play, trained, two_ranks
 
@@ -31,8 +30,6 @@ def votes_of_one(rank: int, port: int) -> None:
         (error,) = world._errors(UserError("no space left"))
         assert str(error) == "no space left"
         numbers = torch.arange(6.0, device="cuda").view(3, 2)
-        several = World(rank=0, world_size=dist.get_world_size() + 1, device=world.device, votes=world.votes)
-        assert several.any_rank(True, False) == (True, False)
         gathered = torch.empty_like(numbers)
         distributed.gather_into(gathered, numbers)
         assert torch.equal(gathered, numbers)

@@ -42,6 +42,11 @@ def no_waiting() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_waiting_is_noticed() -> None:
+    with no_waiting(), pytest.raises(RuntimeError, match="synchroniz"):
+        torch.ones(1, device=CUDA).item()
+
+
 @pytest.mark.parametrize("number", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", sorted(METHODS))
 def test_forward_backward_and_update_do_not_wait(name: str, number: str) -> None:
@@ -60,6 +65,7 @@ def test_forward_backward_and_update_do_not_wait(name: str, number: str) -> None
     with no_waiting():
         for batch in batches[WARM_UP:]:
             step(batch)
+    assert all(torch.isfinite(parameter).all() for parameter in method.parameters())
 
 
 def test_rendering_does_not_wait() -> None:
@@ -69,9 +75,10 @@ def test_rendering_does_not_wait() -> None:
     batch = batch_of(8, views)
     pinned = {name: getattr(batch, name).pin_memory() for name in ("original", "crops", "patch_source")}
     batch = type(batch)(**{**vars(batch), **pinned})
-    render(batch, views, seed=0, device=CUDA)
+    first = render(batch, views, seed=0, device=CUDA)
     with no_waiting():
-        render(batch, views, seed=0, device=CUDA)
+        again = render(batch, views, seed=0, device=CUDA)
+    assert torch.equal(first.original, again.original)
 
 
 def test_a_step_of_the_training_loop_does_not_wait(tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

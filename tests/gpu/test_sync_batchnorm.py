@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from obowlab.training.sync_batchnorm import CudaBatchNorm2d
 from tests.fork_server import fork_all
-from tests.test_sync_batchnorm import TorchBatchNorm2d
+from tests.test_sync_batchnorm import TorchBatchNorm2d, steps
 
 pytestmark = pytest.mark.gpu
 
@@ -28,17 +28,6 @@ def plain(device: torch.device) -> nn.BatchNorm2d:
         norm.weight.copy_(torch.linspace(-1, 2, CHANNELS))
         norm.bias.copy_(torch.linspace(3, -3, CHANNELS))
     return norm
-
-
-def steps(norm: nn.Module, x: Tensor, counts: Tensor) -> dict[str, Tensor]:
-    """Return what two training steps, the second without gradients, and an evaluation give."""
-    x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
-    out = norm(x)
-    (out.float() * counts).sum().backward()
-    with torch.no_grad():
-        again = norm(x + 1)
-    found = {"out": out.detach(), "again": again, "x": x.grad, "weight": norm.weight.grad, "bias": norm.bias.grad}
-    return {**found, **dict(norm.named_buffers()), "evaluated": norm.eval()(x.detach())}  # type: ignore[dict-item]
 
 
 def compared(rank: int, file: str, world_size: int) -> None:
