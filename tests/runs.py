@@ -148,6 +148,12 @@ def weights(folder: RunFolder) -> dict[str, torch.Tensor]:
     return dict(content["method"])
 
 
+def differing_weights(one: RunFolder, other: RunFolder) -> list[str]:
+    """Return the names of the method's tensors that are not equal to the bit, or in one of the runs only."""
+    ours, theirs = weights(one), weights(other)
+    return [name for name in ours | theirs if not (name in ours and name in theirs and torch.equal(ours[name], theirs[name]))]
+
+
 def points(folder: RunFolder) -> list[tuple[int, dict[str, float]]]:
     """Return every logged point without the metrics that measure time."""
     return [(point.step, {k: v for k, v in point.values.items() if k not in TIMING_METRICS}) for point in folder.metrics()]

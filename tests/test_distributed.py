@@ -21,7 +21,7 @@ from obowlab.training.window import MetricWindow
 from obowlab.weights.encoder_file import read_encoder
 from tests.contracts import small_preparation
 from tests.fork_server import fork_all
-from tests.runs import complete, points, small_recipe, weights
+from tests.runs import complete, differing_weights, points, small_recipe
 
 STEPS = 10
 BATCH = 8
@@ -227,5 +227,4 @@ def test_what_two_processes_trained_measures_in_one_as_it_did_there(tmp_path: Pa
 def test_workers_change_nothing(workers: int, tmp_path: Path, data_root: Path, alone: RunFolder) -> None:
     other = run(tmp_path / "other", data_root=data_root, workers=workers)
     assert points(other) == points(alone)
-    for name, value in weights(alone).items():
-        assert torch.equal(value, weights(other)[name]), name
+    assert not differing_weights(alone, other)

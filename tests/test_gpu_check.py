@@ -41,6 +41,7 @@ def test_without_a_gpu_every_part_is_skipped_in_one_line(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.long
 def test_the_command_leaves_a_table_and_a_json(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "tests.gpu.check", "--try-on-cpu", "--only", "render"]
     environment = {"PATH": "", "PYTHONPATH": str(ROOT), "OUT": str(tmp_path), "OMP_NUM_THREADS": "1"}
@@ -158,6 +159,7 @@ def test_peaks_are_those_of_the_card() -> None:
 # ------------------------------------------------------------------------------------------------------- parts on the CPU
 
 
+@pytest.mark.long
 def test_tests_that_need_a_gpu_are_skipped_with_a_sentence(tmp_path: Path) -> None:
     rows, problem, tests = check.correctness(tmp_path, limit_s=120, on_gpu=False)
     assert problem == ""

@@ -152,6 +152,11 @@ ON_RANK_1 = ("data set cannot be opened", "no teacher", "checkpoint cannot be re
 ON_RANK_1 += ("checkpoint that others have not", "weights do not fit", "loader dies")
 """What a rank that writes no files can meet."""
 
+ALL = (*(f"0 {name}" for name in FAULTS), *(f"1 {name}" for name in ON_RANK_1))
+ALWAYS = ("0 data set cannot be opened", "0 data changes", "0 checkpoint cannot be written", "0 evaluation fails")
+ALWAYS += ("1 weights do not fit", "1 loader dies")
+"""One of a kind, before the first step, in the steps, in saving and after them; `make test-all` plays the others too."""
+
 
 def play(path: str, fault: str) -> int:
     """Be one rank of a run in which a fault happens on rank RANK: `RANK FAULT`."""
@@ -193,7 +198,7 @@ def copy_of(run: RunFolder, place: Path) -> RunFolder:
     return folder
 
 
-@pytest.mark.parametrize("fault", [*(f"0 {name}" for name in FAULTS), *(f"1 {name}" for name in ON_RANK_1)])
+@pytest.mark.parametrize("fault", [pytest.param(each, marks=[] if each in ALWAYS else pytest.mark.long) for each in ALL])
 def test_a_failure_of_one_rank_ends_both_with_one_sentence(fault: str, tmp_path: Path, trained: RunFolder) -> None:
     folder = copy_of(trained, tmp_path)
     codes, said = end(two_ranks(folder, play, fault))

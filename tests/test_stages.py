@@ -22,7 +22,7 @@ from obowlab.runs.lineage import find_run
 from obowlab.training.__main__ import main as train_here
 from obowlab.weights.encoder_file import read_encoder, save_encoder
 from tests.command_line import Obowlab
-from tests.runs import chain_recipe, complete, points, small_recipe, start, weights
+from tests.runs import chain_recipe, complete, differing_weights, points, small_recipe, start, weights
 
 SEED = 3
 
@@ -75,9 +75,7 @@ def test_a_chain_killed_in_its_second_stage_goes_on_there(
         found = RunFolder.open(runs_root / expected.run_id)
         assert found.state.status == "finished"
         assert points(found) == points(expected)
-        assert weights(found).keys() == weights(expected).keys()
-        for name, value in weights(expected).items():
-            assert torch.equal(weights(found)[name], value), (expected.run_id, name)
+        assert not differing_weights(found, expected), expected.run_id
         assert [result["measurements"] for result in found.results()] == [result["measurements"] for result in expected.results()]
         assert found.results(), "every stage is measured"
 
@@ -266,5 +264,4 @@ def test_a_killed_run_of_every_method_goes_on_to_the_bit(changes: str, tmp_path:
     assert process.returncode == -signal.SIGKILL
     again = complete(loaded, machine=machine)
     assert points(again) == points(whole)
-    for name, value in weights(whole).items():
-        assert torch.equal(weights(again)[name], value), name
+    assert not differing_weights(whole, again)
