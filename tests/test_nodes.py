@@ -49,6 +49,7 @@ def second_node(rendezvous: Rendezvous) -> Iterator[subprocess.Popen[bytes]]:
         follower.wait()
 
 
+@pytest.mark.long
 def test_two_nodes_equal_one_though_a_process_of_each_is_killed(
     tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -249,6 +249,7 @@ def test_stages_that_are_not_there_are_told(
 # -------------------------------------------------------------------------------------------------------------- resuming
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("changes", ["moco", "rotnet"])
 def test_a_killed_run_of_every_method_goes_on_to_the_bit(changes: str, tmp_path: Path, data_root: Path) -> None:
     options = ("method.batchnorm_splits=2", "method.queue_size=30") if changes == "moco" else ()
