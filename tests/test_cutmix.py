@@ -104,7 +104,8 @@ def rendered(data_root: Path, *, views: Views, rank: int = 0, world_size: int = 
         world_size=world_size,
         backend="torch",
     )
-    return render(next(iter(loader.batches(epoch=1))), views, seed=3, device=CPU)
+    batch = next(iter(loader.batches(epoch=1)))
+    return render(batch, batch.numbers.on(CPU)[0], device=CPU)
 
 
 def test_only_crops_are_mixed_and_two_processes_mix_alike(data_root: Path) -> None:

@@ -20,6 +20,7 @@ from obowlab.data.prepare import prepare
 from obowlab.errors import UserError
 from obowlab.randomness import epoch_order
 from obowlab.views import loaders
+from obowlab.views.draws import draw
 from obowlab.views.loaders import centre_loader, resolve_backend, train_loader
 from obowlab.views.pil_views import Cutter, decode
 
@@ -85,7 +86,8 @@ def assert_same(ours, theirs):
     for one, two in zip(ours, theirs, strict=True):
         assert (one.epoch, one.step) == (two.epoch, two.step)
         assert np.array_equal(one.indices, two.indices)
-        for name in ("labels", "original", "crops", "patch_source"):
+        assert torch.equal(one.numbers._buffer, two.numbers._buffer)
+        for name in ("original", "crops", "patch_source"):
             mine, other = getattr(one, name), getattr(two, name)
             assert (mine is None) == (other is None)
             assert mine is None or torch.equal(mine, other), (name, one.step)
@@ -113,8 +115,10 @@ def test_batches_follow_the_order_and_carry_shapes_and_labels(split):
     order = subset[epoch_order(19, seed=3, epoch=2)]
     assert np.array_equal(np.concatenate([batch.indices for batch in batches]), order[:16])
     for batch in batches:
-        assert np.array_equal(batch.labels, split.labels[batch.indices])
-        assert batch.labels.dtype == torch.int64
+        draws, labels = batch.numbers.on(torch.device("cpu"))
+        assert np.array_equal(labels, split.labels[batch.indices])
+        assert labels.dtype == torch.int64
+        assert torch.equal(draws.corners, draw(VIEWS, seed=3, epoch=2, indices=batch.indices).corners)
         assert batch.original.shape == (4, 40, 40, 3)
         assert batch.crops.shape == (4, 2, 32, 32, 3)
         assert batch.patch_source.shape == (4, 48, 48, 3)
@@ -181,7 +185,9 @@ def test_the_ranks_parts_make_the_whole_batch(split):
     parts = [list(loader(split, rank=rank, world_size=2).batches(epoch=0)) for rank in range(2)]
     for step, batch in enumerate(whole):
         assert np.array_equal(batch.indices, np.concatenate([part[step].indices for part in parts]))
-        for name in ("labels", "original", "crops", "patch_source"):
+        labels = [each.numbers.on(torch.device("cpu"))[1] for each in (batch, *(part[step] for part in parts))]
+        assert torch.equal(labels[0], torch.cat(labels[1:]))
+        for name in ("original", "crops", "patch_source"):
             assert torch.equal(getattr(batch, name), torch.cat([getattr(part[step], name) for part in parts]))
 
 

@@ -7,8 +7,9 @@ import torchvision.transforms.functional as F
 from PIL import Image, ImageFilter
 
 from obowlab.config import Views
-from obowlab.views import photometric
+from obowlab.views.draws import box_weights, draw, recolourings
 from obowlab.views.loaders import PixelBatch
+from obowlab.views.parcel import pack
 from obowlab.views.photometric import MEAN, STD, blur, coloured, jitter, luma, normalise, render
 from obowlab.views.views import Colour, colour, flips, patch_positions
 
@@ -60,15 +61,21 @@ def batch_of(count, views, *, seed=0, indices=None):
     crops = torch.from_numpy(pictures(count * views.num_crops, views.crop_size, seed=seed + 1)).unflatten(
         0, (count, views.num_crops)
     )
+    indices = np.arange(count) + 100 if indices is None else indices
     return PixelBatch(
         epoch=3,
         step=0,
-        indices=np.arange(count) + 100 if indices is None else indices,
-        labels=torch.zeros(count, dtype=torch.int64),
+        indices=indices,
+        numbers=pack((draw(views, seed=seed, epoch=3, indices=indices), torch.zeros(count, dtype=torch.int64))),
         original=torch.from_numpy(pictures(count, views.original_size, seed=seed)),
         crops=crops,
         patch_source=torch.from_numpy(pictures(count, views.patch_source_size, seed=seed + 2)),
     )
+
+
+def render_with(batch, views, *, seed, device=CPU, **options):
+    draws = pack(draw(views, seed=seed, epoch=batch.epoch, indices=batch.indices, **options)).on(device)
+    return render(batch, draws, device=device)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +96,8 @@ def test_jitter_equals_torchvision_on_pil(name, reference, low, high, mean_bound
         [np.asarray(reference(Image.fromarray(image), value)) for image, value in zip(images, strength, strict=True)]
     )
     planes = to_planes(images)
-    jitter(planes, neutral(len(images), **{name: strength}))
+    (piece,) = recolourings(neutral(len(images), **{name: strength}), np.zeros(len(images), dtype=bool))
+    jitter(planes, piece)
     difference = np.abs(from_planes(planes) - expected.astype(float))
     assert difference.mean() <= mean_bound
     assert difference.max() <= max_bound
@@ -111,7 +119,7 @@ def test_blur_is_pils_but_for_its_rounding(low, high):
             for image, value in zip(images, sigma, strict=True)
         ]
     )
-    difference = np.abs(from_planes(blur(to_planes(images), sigma)) - expected)
+    difference = np.abs(from_planes(blur(to_planes(images), box_weights(sigma))) - expected)
     assert difference.mean() < 0.45  # PIL rounds six times
     assert difference.max() < 3.5
 
@@ -135,7 +143,7 @@ def test_a_batch_is_rendered_as_pil_renders_its_images_one_by_one():
             image = image.filter(ImageFilter.GaussianBlur(radius=float(params.sigma[row, view])))
         return np.asarray(F.hflip(image) if mirrored[row, 1 + view] else image).astype(float)
 
-    rendered = render(batch, SMALL, seed=7, device=CPU)
+    rendered = render_with(batch, SMALL, seed=7)
     crops = np.stack([reference(batch.crops[row, view], row, view) for row in range(count) for view in range(2)])
     assert np.abs(to_bytes(rendered.student["crops"]) - crops).mean() < 0.3
     assert np.abs(to_bytes(rendered.student["crops"]) - crops).max() < 10
@@ -151,36 +159,35 @@ def test_every_image_has_its_own_parameters():
     one = pictures(1, 32)
     images = torch.from_numpy(np.repeat(one, 16, axis=0))
     params = colour(Views(), seed=0, epoch=0, indices=np.arange(16)).of_views(slice(0, 1))
-    views = coloured(images, params, np.zeros(16, dtype=bool))
+    views = coloured(images, recolourings(params, np.zeros(16, dtype=bool)))
     distances = torch.cdist(views.flatten(1), views.flatten(1))
     plain = (params.brightness == 1.0) & ~params.grayscale & (params.sigma == 0)
     assert plain.sum() < 3
     assert (distances + 100 * torch.eye(16) > 1.0).float().mean() > 0.98
 
 
-def test_a_view_does_not_depend_on_the_batch_it_is_rendered_in(monkeypatch):
+def test_a_view_does_not_depend_on_the_batch_it_is_rendered_in():
     batch = batch_of(8, SMALL)
-    together = render(batch, SMALL, seed=5, device=CPU)
-    monkeypatch.setattr(photometric, "CHUNK_PIXELS", 2000)  # nor on how a batch is split
-    in_chunks = render(batch, SMALL, seed=5, device=CPU)
+    together = render_with(batch, SMALL, seed=5)
+    in_chunks = render_with(batch, SMALL, seed=5, piece_pixels=2000)  # nor on how a batch is split
     for row in range(8):
         part = PixelBatch(
             epoch=3,
             step=0,
             indices=batch.indices[row : row + 1],
-            labels=batch.labels[row : row + 1],
+            numbers=batch.numbers,
             original=batch.original[row : row + 1],
             crops=batch.crops[row : row + 1],
             patch_source=batch.patch_source[row : row + 1],
         )
-        alone = render(part, SMALL, seed=5, device=CPU)
+        alone = render_with(part, SMALL, seed=5)
         for whole in (together, in_chunks):
             torch.testing.assert_close(alone.original[0], whole.original[row], rtol=0, atol=0)
             torch.testing.assert_close(alone.student["crops"], whole.student["crops"][2 * row : 2 * row + 2], rtol=0, atol=1e-4)
             torch.testing.assert_close(
                 alone.student["patches"], whole.student["patches"][5 * row : 5 * row + 5], rtol=0, atol=1e-4
             )
-    other = render(batch, SMALL, seed=6, device=CPU)
+    other = render_with(batch, SMALL, seed=6)
     assert (other.student["crops"] - together.student["crops"]).abs().mean() > 0.05
 
 
@@ -188,7 +195,7 @@ def test_shapes_memory_format_and_untouched_input():
     batch = batch_of(6, SMALL)
     before = [batch.original.clone(), batch.crops.clone(), batch.patch_source.clone()]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        views = render(batch, SMALL, seed=0, device=CPU)
+        views = render_with(batch, SMALL, seed=0)
     assert views.original.shape == (6, 3, 40, 40)
     assert views.student["crops"].shape == (12, 3, 32, 32)
     assert views.student["patches"].shape == (30, 3, 16, 16)
@@ -198,7 +205,7 @@ def test_shapes_memory_format_and_untouched_input():
     assert list(views.student) == ["crops", "patches"]
     for kept, now in zip(before, (batch.original, batch.crops, batch.patch_source), strict=True):
         assert torch.equal(kept, now)
-    torch.testing.assert_close(views.student["crops"], render(batch, SMALL, seed=0, device=CPU).student["crops"])
+    torch.testing.assert_close(views.student["crops"], render_with(batch, SMALL, seed=0).student["crops"])
 
 
 def test_without_probabilities_a_view_is_only_normalised():
@@ -207,9 +214,9 @@ def test_without_probabilities_a_view_is_only_normalised():
         | {"flip_probability": 0.0, "jitter_probability": 0.0, "grayscale_probability": 0.0, "blur_probability": 0.0}
     )
     batch = batch_of(4, still)
-    views = render(batch, still, seed=0, device=CPU)
+    views = render_with(batch, still, seed=0)
     torch.testing.assert_close(views.student["crops"], normalise(batch.crops.flatten(0, 1), device=CPU), rtol=0, atol=1e-6)
-    flipped = render(batch, still.model_copy(update={"flip_probability": 1.0}), seed=0, device=CPU)
+    flipped = render_with(batch, still.model_copy(update={"flip_probability": 1.0}), seed=0)
     torch.testing.assert_close(flipped.student["crops"], views.student["crops"].flip(-1), rtol=0, atol=0)
     torch.testing.assert_close(flipped.original, views.original.flip(-1), rtol=0, atol=0)
 
@@ -229,9 +236,9 @@ def test_no_student_views_without_crops_or_patches():
         epoch=0,
         step=0,
         indices=batch.indices,
-        labels=batch.labels,
+        numbers=batch.numbers,
         original=batch.original,
         crops=None,
         patch_source=batch.patch_source,
     )
-    assert list(render(only, views, seed=0, device=CPU).student) == ["patches"]
+    assert list(render_with(only, views, seed=0).student) == ["patches"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import signal
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,7 +14,7 @@ from obowlab.errors import UserError
 from obowlab.methods import METHODS, Batch, Method
 from obowlab.methods.schedules import learning_rate
 from obowlab.precision import autocast, loss_scaler, set_float32_mode
-from obowlab.randomness import Stream, uniforms
+from obowlab.randomness import Ints
 from obowlab.runs import provenance
 from obowlab.runs.metric_log import MetricLog
 from obowlab.training import checkpoint as checkpoints
@@ -23,16 +23,25 @@ from obowlab.training.context import RunContext
 from obowlab.training.distributed import parallelise
 from obowlab.training.memory import peak_mib
 from obowlab.training.optimizers import build_optimizer, grad_norm, set_learning_rate
+from obowlab.training.render_ahead import rendered
 from obowlab.training.signals import Interrupted
 from obowlab.training.stages import find_teacher, prepare
 from obowlab.training.sync_batchnorm import synchronise_batchnorm
 from obowlab.training.votes import Decision, Votes
 from obowlab.training.window import MetricWindow, Timer
 from obowlab.views.loaders import PixelBatch, TrainLoader, train_loader
-from obowlab.views.photometric import render, upload
+from obowlab.views.photometric import render
 
 SHOWN = ("loss", "perplexity_image_conv5", "rotation_accuracy", "contrast_accuracy", "monitor_accuracy")
 """Metrics beside the progress bar."""
+
+
+class _Place(NamedTuple):
+    """A step, and the images that it saw: what a sentence on it needs."""
+
+    step: int
+    epoch: int
+    indices: Ints
 
 
 def train(run: RunContext) -> Method[Any]:
@@ -48,9 +57,8 @@ def train(run: RunContext) -> Method[Any]:
     with run.reporter.steps(done=trainer.step, total=trainer.total_steps):
         for epoch, start_step in trainer.epochs():
             trainer.evaluate_if_due(epoch)
-            batches = run.world.each(trainer.loader.batches(epoch=epoch, start_step=start_step))
-            for pixels in trainer.timer.waiting_for(batches):
-                batch = trainer.render(pixels)
+            loaded = trainer.timer.waiting_for(run.world.each(trainer.load(epoch, start_step)))
+            for pixels, batch in rendered(loaded, trainer.render, device=run.world.device):
                 save_due, stopping = trainer.train_step(batch, pixels=pixels)
                 if batch.wants_metrics:
                     trainer.log_step()
@@ -94,7 +102,7 @@ class Trainer:
             self.method.encoder.compile()
         self.optimizer = build_optimizer(recipe.optimizer, method=self.method)
         self._scaler = loss_scaler(recipe.training.precision, device=run.world.device)
-        self._votes: Votes[tuple[int, PixelBatch]] = Votes(run.world)
+        self._votes: Votes[_Place] = Votes(run.world)
         self.step = 0
         self.timer = Timer(trained_s=run.folder.trained_s() or 0.0)
         self._window = MetricWindow()
@@ -172,20 +180,21 @@ class Trainer:
         while self.step < self.total_steps:
             yield divmod(self.step, self.loader.steps_per_epoch)
 
+    def load(self, epoch: int, start_step: int) -> Iterator[PixelBatch]:
+        """Yield the cut images of an epoch, from a step on, with all that is drawn for them."""
+        return self.loader.batches(epoch=epoch, start_step=start_step, num_uniforms=self.method.num_uniforms)
+
     def render(self, pixels: PixelBatch) -> Batch:
-        """Colour the cut views on the device and draw the random numbers of the method."""
-        run = self.run
-        device = run.world.device
-        views = render(pixels, run.recipe.views, seed=run.seed, device=device)
-        numbers = uniforms(
-            seed=run.seed, epoch=pixels.epoch, indices=pixels.indices, stream=Stream.WORDS, count=self.method.num_uniforms
-        )
+        """Colour the cut views on the device."""
+        device = self.run.world.device
+        draws, labels = pixels.numbers.on(device)
+        views = render(pixels, draws, device=device)
         return Batch(
             original=views.original,
             views=views.student,
-            uniforms=upload(torch.from_numpy(numbers), device),
+            uniforms=draws.uniforms,
             step=self.step,
-            labels=upload(pixels.labels, device),
+            labels=labels,
             cutmix_lambda=views.cutmix_lambda,
             wants_metrics=(self.step + 1) % self.log_every == 0 or self.step + 1 == self.total_steps,
         )
@@ -211,7 +220,9 @@ class Trainer:
         # All ranks update, save and stop together.
         save_due = self.timer.since_save_s > run.machine.checkpoint_every_s
         stopping = run.stop.signum != 0
-        decision = self._votes.cast(output.loss, save_due=save_due, stopping=stopping, place=(self.step, pixels))
+        decision = self._votes.cast(
+            output.loss, save_due=save_due, stopping=stopping, place=_Place(self.step, pixels.epoch, pixels.indices)
+        )
         self._refuse_broken(decision)
         self._scaler.unscale_(self.optimizer)
         self._scaler.step(self.optimizer)
@@ -220,10 +231,9 @@ class Trainer:
         self._window.add(output.metrics)
         return decision.save_due, decision.stopping
 
-    def _refuse_broken(self, decision: Decision[tuple[int, PixelBatch]]) -> None:
+    def _refuse_broken(self, decision: Decision[_Place]) -> None:
         if decision.broken and decision.place is not None:
-            step, pixels = decision.place
-            raise UserError(_not_finite(self.run, step=step, pixels=pixels))
+            raise UserError(_not_finite(self.run, decision.place))
 
     def log_step(self) -> None:
         """Append the means over the steps since the last point to the metric file, and show a few of them."""
@@ -392,12 +402,12 @@ def check_logs(run: RunContext, *, found: checkpoints.Checkpoint, steps_per_epoc
             )
 
 
-def _not_finite(run: RunContext, *, step: int, pixels: PixelBatch) -> str:
-    indices = pixels.indices.tolist()
+def _not_finite(run: RunContext, place: _Place) -> str:
+    indices = place.indices.tolist()
     shown = ", ".join(map(str, indices[:8])) + (", ..." if len(indices) > 8 else "")
     good = run.folder.path / checkpoints.CURRENT
     rest = f"the last good checkpoint is {good}" if good.exists() else "there is no checkpoint yet"
     return (
-        f"The loss is not finite at step {step} (epoch {pixels.epoch}, training images {shown}). It is in no checkpoint; {rest}. "
+        f"The loss is not finite at step {place.step} (epoch {place.epoch}, training images {shown}); {rest}. "
         "Lower optimizer.learning_rate, or set training.precision to float32."
     )

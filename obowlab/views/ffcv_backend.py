@@ -20,11 +20,10 @@ from typing import TYPE_CHECKING, Any
 import numba
 import numpy as np
 import torch
-from torch import Tensor
 
 from obowlab.randomness import Ints
 from obowlab.views.pil_resize import cut_view, transpose
-from obowlab.views.pil_views import Cutter, Pixels, broken_record
+from obowlab.views.pil_views import CutBatch, Cutter, Pixels, broken_record
 from obowlab.views.views import Geometry
 
 # Of numba's threading layers its own is always there and works after a fork (TBB warns, OpenMP crashes). ffcv starts the layer
@@ -123,18 +122,18 @@ class FfcvBackend:
             batches_ahead=BATCHES_AHEAD,
         )
 
-    def run(self, batches: Sequence[Ints], *, epoch: int) -> Generator[list[Tensor], None, None]:
-        """Yield the views of each batch in order.
+    def run(self, batches: Sequence[Ints], *, epoch: int, num_uniforms: int = 0) -> Generator[CutBatch, None, None]:
+        """Yield each batch in order.
 
         Raises:
             UserError: a record cannot be decoded.
         """
         if not batches:
             return
-        iterator = _Reader(self._loader, np.concatenate(batches), self._cutter, epoch, pin=self._pin)
+        iterator = _Reader(self._loader, np.concatenate(batches), self._cutter, epoch, num_uniforms, pin=self._pin)
         try:
-            while (kinds := iterator.next_batch()) is not None:
-                yield kinds
+            while (batch := iterator.next_batch()) is not None:
+                yield batch
         finally:
             iterator.close()
 
@@ -203,8 +202,8 @@ class CutViews(SimpleRGBImageDecoder):  # type: ignore[misc]
 class _Reader(EpochIterator):  # type: ignore[misc]
     """ffcv's reading thread over an explicit order, with fresh memory for every batch and errors that reach the caller."""
 
-    def __init__(self, loader: Any, order: Ints, cutter: Cutter, epoch: int, *, pin: bool) -> None:
-        self._cutter, self._epoch, self._pin = cutter, epoch, pin
+    def __init__(self, loader: Any, order: Ints, cutter: Cutter, epoch: int, num_uniforms: int, *, pin: bool) -> None:
+        self._cutter, self._epoch, self._num_uniforms, self._pin = cutter, epoch, num_uniforms, pin
         self._failure: BaseException | None = None
         super().__init__(loader, order)  # starts the thread
 
@@ -219,12 +218,12 @@ class _Reader(EpochIterator):  # type: ignore[misc]
             self._failure = error
         self._put(None)
 
-    def next_batch(self) -> list[Tensor] | None:
+    def next_batch(self) -> CutBatch | None:
         """Return the next batch, or None at the end; raise the exception that ended the thread."""
-        kinds: list[Tensor] | None = self.output_queue.get()
-        if kinds is None and self._failure is not None:
+        batch: CutBatch | None = self.output_queue.get()
+        if batch is None and self._failure is not None:
             raise self._failure
-        return kinds
+        return batch
 
     def close(self) -> None:
         """End the thread and wait for it; at most the current batch is finished first."""
@@ -233,7 +232,7 @@ class _Reader(EpochIterator):  # type: ignore[misc]
             self.join()
         super().close()
 
-    def _cut(self, number: int, indices: Ints) -> list[Tensor]:
+    def _cut(self, number: int, indices: Ints) -> CutBatch:
         geometry = self._cutter.geometry(indices, epoch=self._epoch)
         shapes = [(len(indices), count, side, side, 3) for count, side in self._cutter.groups]
         kinds = [torch.empty(shape, dtype=torch.uint8, pin_memory=self._pin) for shape in shapes]
@@ -246,9 +245,10 @@ class _Reader(EpochIterator):  # type: ignore[misc]
             self.run_pipeline(number, plans(self._cutter.split, indices, geometry), 0, None)
         for row in np.flatnonzero(failed).tolist():
             self._cutter.cut_image(int(indices[row]), geometry, row, arrays)
-        return kinds
+        numbers = self._cutter.numbers(indices, epoch=self._epoch, num_uniforms=self._num_uniforms, pieces=not self._pin)
+        return CutBatch(kinds, numbers.pin_memory() if numbers is not None and self._pin else numbers)
 
-    def _put(self, item: list[Tensor] | None) -> bool:
+    def _put(self, item: CutBatch | None) -> bool:
         """Queue an item; return False if the reader should end instead."""
         while not self.terminate_event.is_set():
             try:

@@ -13,7 +13,7 @@ import multiprocessing
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from obowlab.config import Views
 from obowlab.errors import UserError
 from obowlab.randomness import Ints, epoch_order
-from obowlab.views.pil_views import Cutter
+from obowlab.views.pil_views import CutBatch, Cutter, Numbers
 
 if TYPE_CHECKING:
     from obowlab.data.datasets import Split
@@ -42,7 +42,7 @@ class PixelBatch:
         epoch: Epoch, from 0.
         step: Step within the epoch, from 0.
         indices: Positions of the images in the split, int64 [B].
-        labels: Classes, int64 [B].
+        numbers: What is random about it, and the classes of its images, on the host.
         original: The teacher's view, uint8 [B, S, S, 3].
         crops: The student's crops, uint8 [B, num_crops, s, s, 3], or None.
         patch_source: The image that patches are cut from, uint8 [B, P, P, 3], or None.
@@ -51,7 +51,7 @@ class PixelBatch:
     epoch: int
     step: int
     indices: Ints
-    labels: Tensor
+    numbers: Numbers
     original: Tensor
     crops: Tensor | None
     patch_source: Tensor | None
@@ -60,8 +60,8 @@ class PixelBatch:
 class Backend(Protocol):
     """Cuts the views of one batch of images after the other."""
 
-    def run(self, batches: Sequence[Ints], *, epoch: int) -> Generator[list[Tensor], None, None]:
-        """Yield the views of each batch in order, per kind uint8 [N, count, side, side, 3], fresh memory every time."""
+    def run(self, batches: Sequence[Ints], *, epoch: int, num_uniforms: int = 0) -> Generator[CutBatch, None, None]:
+        """Yield each batch in order, in fresh memory every time."""
         ...
 
 
@@ -92,8 +92,13 @@ class TrainLoader:
         self._start = rank * self._share
         self._reader = _backend(cutter, name=backend, batch_size=self._share, workers=workers, pin=pin)
 
-    def batches(self, *, epoch: int, start_step: int = 0) -> Iterator[PixelBatch]:
+    def batches(self, *, epoch: int, start_step: int = 0, num_uniforms: int = 0) -> Iterator[PixelBatch]:
         """Yield the batches of an epoch from `start_step` on; nothing before it is read. Close the generator to end early.
+
+        Args:
+            epoch: Epoch, from 0.
+            start_step: Step within the epoch to begin with.
+            num_uniforms: Numbers that the method needs for every image.
 
         Raises:
             UserError: a record cannot be decoded, or a worker process died.
@@ -103,15 +108,16 @@ class TrainLoader:
         steps = range(start_step, self.steps_per_epoch)
         starts = [step * self._batch_size + self._start for step in steps]
         mine = [order[start : start + self._share] for start in starts]
-        with closing(self._reader.run(mine, epoch=epoch)) as stream:
-            for step, indices, kinds in zip(steps, mine, stream, strict=True):
+        with closing(self._reader.run(mine, epoch=epoch, num_uniforms=num_uniforms)) as stream:
+            for step, indices, (kinds, numbers) in zip(steps, mine, stream, strict=True):
+                assert numbers is not None
                 original, *student = kinds
                 views = self._cutter.views
                 yield PixelBatch(
                     epoch=epoch,
                     step=step,
                     indices=indices,
-                    labels=torch.from_numpy(self._cutter.split.labels[indices]),
+                    numbers=numbers,
                     original=original[:, 0],
                     crops=student.pop(0) if views.num_crops else None,
                     patch_source=student.pop(0)[:, 0] if views.num_patches else None,
@@ -140,7 +146,7 @@ class CentreLoader:
             UserError: a record cannot be decoded, or a worker process died.
         """
         with closing(self._reader.run(self._batches, epoch=0)) as stream:
-            for indices, kinds in zip(self._batches, stream, strict=True):
+            for indices, (kinds, _) in zip(self._batches, stream, strict=True):
                 yield indices, kinds[0][:, 0]
 
 
@@ -275,18 +281,18 @@ class TorchBackend:
     def __init__(self, cutter: Cutter, *, workers: int, pin: bool) -> None:
         self._cutter, self._workers, self._pin = cutter, workers, pin
 
-    def run(self, batches: Sequence[Ints], *, epoch: int) -> Generator[list[Tensor], None, None]:
-        """Yield the views of each batch in order.
+    def run(self, batches: Sequence[Ints], *, epoch: int, num_uniforms: int = 0) -> Generator[CutBatch, None, None]:
+        """Yield each batch in order.
 
         Raises:
             UserError: a record cannot be decoded, or a worker process died.
         """
+        steps = _Steps(self._cutter, batches, epoch, num_uniforms, pieces=not self._pin)
         if self._workers == 0:
-            for indices in batches:
-                yield [torch.from_numpy(kind) for kind in self._cutter.cut(indices, epoch=epoch)]
+            yield from map(steps.cut, range(len(steps)))
             return
         loader = DataLoader(
-            _Steps(self._cutter, batches, epoch),
+            steps,
             batch_size=None,  # an item is a batch already
             num_workers=min(self._workers, max(1, len(batches))),
             prefetch_factor=BATCHES_AHEAD,
@@ -305,27 +311,34 @@ class TorchBackend:
             del stream  # ends the workers
 
 
-class _Steps(Dataset[list[Tensor] | str]):
+class _Steps(Dataset[CutBatch | str]):
     """The batches of an epoch; for a batch with a record that cannot be decoded, an error message, which can be pickled."""
 
-    def __init__(self, cutter: Cutter, batches: Sequence[Ints], epoch: int) -> None:
+    def __init__(self, cutter: Cutter, batches: Sequence[Ints], epoch: int, num_uniforms: int, *, pieces: bool) -> None:
         self._cutter, self._batches, self._epoch = cutter, batches, epoch
+        self._num_uniforms, self._pieces = num_uniforms, pieces
 
     def __len__(self) -> int:
         return len(self._batches)
 
-    def __getitem__(self, step: int) -> list[Tensor] | str:
+    def cut(self, step: int) -> CutBatch:
+        indices = self._batches[step]
+        kinds = [torch.from_numpy(kind) for kind in self._cutter.cut(indices, epoch=self._epoch)]
+        numbers = self._cutter.numbers(indices, epoch=self._epoch, num_uniforms=self._num_uniforms, pieces=self._pieces)
+        return CutBatch(kinds, numbers)
+
+    def __getitem__(self, step: int) -> CutBatch | str:
         try:
-            return [torch.from_numpy(kind) for kind in self._cutter.cut(self._batches[step], epoch=self._epoch)]
+            return self.cut(step)
         except UserError as error:
             return str(error)
 
 
-def _as_it_is(item: list[Tensor] | str) -> list[Tensor] | str:
+def _as_it_is(item: Any) -> Any:
     return item
 
 
-def _next_item(stream: Iterator[list[Tensor] | str]) -> list[Tensor] | str | None:
+def _next_item(stream: Iterator[CutBatch | str]) -> CutBatch | str | None:
     """Return the next batch, or None at the end.
 
     Raises:

@@ -1,7 +1,7 @@
 """Colour jitter, grayscale, blur, flip and normalisation of whole batches on the training device.
 
-Every view has its own parameters (`views.colour`), drawn from its image's counter, so a view looks the same whatever batch
-it is rendered in. The operations mean what torchvision means on PIL images (paper, appendix G): pixels are kept as whole
+Every view has its own parameters (`draws`), drawn from its image's counter, so a view looks the same whatever batch it is
+rendered in. The operations mean what torchvision means on PIL images (paper, appendix G): pixels are kept as whole
 numbers between them, as PIL keeps bytes. Brightness, contrast, saturation and grayscale equal PIL; hue differs by rare single
 levels; the blur is PIL's (three box filters of fractional width per direction) without its rounding to bytes.
 
@@ -11,20 +11,16 @@ contiguous block, which is what makes elementwise work fast on CPUs and GPUs ali
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from obowlab.config import Views
 from obowlab.precision import full_precision
-from obowlab.randomness import Bools, Floats
-from obowlab.views.views import Colour, colour, cutmix_boxes, flips, patch_positions
+from obowlab.views.draws import BLUR_PASSES, Draws, Recolouring
 
 if TYPE_CHECKING:
     from obowlab.views.loaders import PixelBatch
@@ -35,12 +31,6 @@ STD = (0.229, 0.224, 0.225)
 
 LUMA = (19595.0, 38470.0, 7471.0)
 """Weights of red, green and blue in PIL's grey value, times 2^16; with them the sum is exact in float32."""
-
-BLUR_PASSES = 3
-CHUNK_PIXELS = 1 << 17
-"""Pixels worked on at a time on a CPU: they stay in the cache over all operations."""
-
-BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
 @dataclass(frozen=True)
@@ -60,37 +50,28 @@ class RenderedViews:
     cutmix_lambda: dict[str, Tensor]
 
 
-def render(batch: PixelBatch, views: Views, *, seed: int, device: torch.device) -> RenderedViews:
-    """Return the normalised views of a batch, with the colours and flips of its seed, epoch and images.
+def render(batch: PixelBatch, draws: Draws, *, device: torch.device) -> RenderedViews:
+    """Return the normalised views of a batch, with the colours and flips that were drawn for it.
 
     Args:
         batch: Cut views, uint8.
-        views: Probabilities and strengths.
-        seed: The run's seed.
+        draws: What is random, on the device.
         device: Where to work and where the result lies.
     """
-    mirrored = flips(views, seed=seed, epoch=batch.epoch, indices=batch.indices)
-    params = colour(views, seed=seed, epoch=batch.epoch, indices=batch.indices)
     student: dict[str, Tensor] = {}
     cutmix_lambda: dict[str, Tensor] = {}
     with full_precision(device), torch.no_grad():  # the blur is a matrix product
         original = batch.original.to(device, non_blocking=True)
-        chosen = _where(mirrored[:, 0], device)
+        chosen = draws.mirrored
         original = normalise(original.index_copy(0, chosen, original[chosen].flip(2)), device=device)
         if batch.crops is not None:
-            count = batch.crops.shape[1]
-            student["crops"] = coloured(
-                batch.crops.to(device, non_blocking=True).flatten(0, 1),
-                params.of_views(slice(0, count)),
-                mirrored[:, 1 : 1 + count].reshape(-1),
-            )
-            if views.cutmix_probability:
-                boxes = cutmix_boxes(views, seed=seed, epoch=batch.epoch, indices=batch.indices)
-                student["crops"], cutmix_lambda["crops"] = cutmix(student["crops"], upload(torch.from_numpy(boxes), device))
+            student["crops"] = coloured(batch.crops.to(device, non_blocking=True).flatten(0, 1), draws.crops)
+            if draws.boxes is not None:
+                student["crops"], cutmix_lambda["crops"] = cutmix(student["crops"], draws.boxes)
         if batch.patch_source is not None:
-            source = coloured(batch.patch_source.to(device, non_blocking=True), params.of_views(slice(-1, None)), mirrored[:, -1])
-            corners = patch_positions(views, seed=seed, epoch=batch.epoch, indices=batch.indices)
-            student["patches"] = cut_patches(source, upload(torch.from_numpy(corners), device), size=views.patch_size)
+            assert draws.corners is not None
+            source = coloured(batch.patch_source.to(device, non_blocking=True), draws.patch_source)
+            student["patches"] = cut_patches(source, draws.corners, size=draws.patch_size)
     return RenderedViews(original=original, student=student, cutmix_lambda=cutmix_lambda)
 
 
@@ -103,25 +84,25 @@ def normalise(images: Tensor, *, device: torch.device) -> Tensor:
     return pixels.permute(0, 3, 1, 2)
 
 
-def coloured(images: Tensor, params: Colour, mirrored: Bools) -> Tensor:
+def coloured(images: Tensor, pieces: Sequence[Recolouring]) -> Tensor:
     """Return uint8 images [N, H, W, 3] jittered, blurred, flipped and normalised, float32 [N, 3, H, W] channels_last.
 
     Args:
         images: The cut views.
-        params: Their parameters, each [N] (orders [N, 4]).
-        mirrored: Which are flipped, [N].
+        pieces: What is done to them, so many images at a time.
     """
     out = torch.empty(images.shape, dtype=torch.float32, device=images.device)
     scale, shift = _normalisation(images.device)
-    for part in _chunks(images):
+    start = 0
+    for piece in pieces:
+        part = slice(start, start := start + piece.count)
         planes = images[part].permute(3, 0, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
-        own = params.of_images(part)
-        jitter(planes, own)
-        if len(chosen := _where(own.grayscale, images.device)):
+        jitter(planes, piece)
+        if len(chosen := piece.grey):
             planes[:, chosen] = luma(planes[:, chosen])
-        if len(chosen := _where(own.sigma > 0, images.device)):
-            planes[:, chosen] = blur(planes[:, chosen], own.sigma[own.sigma > 0])
-        if len(chosen := _where(mirrored[part], images.device)):
+        if len(chosen := piece.blurred):
+            planes[:, chosen] = blur(planes[:, chosen], piece.box)
+        if len(chosen := piece.mirrored):
             planes[:, chosen] = planes[:, chosen].flip(-1)
         planes.mul_(scale.view(3, 1, 1, 1)).add_(shift.view(3, 1, 1, 1))
         out[part] = planes.permute(1, 2, 3, 0)
@@ -163,27 +144,20 @@ def cutmix(crops: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
 # ------------------------------------------------------------------------------------------------------------- operations
 
 
-def jitter(planes: Tensor, params: Colour) -> None:
+def jitter(planes: Tensor, piece: Recolouring) -> None:
     """Apply brightness, contrast, saturation and hue to planes [3, N, H, W] in place, in the order of every image.
 
     The first three are one operation, a blend with black, with the mean grey or with the own grey, so every position of
     the order takes one pass over all images; images whose turn it is not have the factor 1, which changes nothing.
     """
-    factors = np.stack((params.brightness, params.contrast, params.saturation, np.ones_like(params.hue)))
-    changed = np.stack((*(factors[:3] != 1.0), params.hue != 0.0))
-    for position in range(4):
-        operation = params.orders[:, position]
-        turn = (operation, np.arange(len(operation)))
-        acts = changed[turn]
-        if (acts & (operation != HUE)).any():
-            choice = np.stack((factors[turn], acts & (operation == CONTRAST), acts & (operation == SATURATION)))
-            factor, to_mean, to_grey = upload(torch.from_numpy(choice.astype(np.float32)), planes.device)[..., None, None]
+    for blend, chosen, steps in zip(piece.blends, piece.hues, piece.hue_steps, strict=True):
+        if blend is not None:
+            factor, to_mean, to_grey = blend[..., None, None]
             grey = luma(planes)
             base = grey.mul(to_grey).add_(mean_grey(grey).mul_(to_mean))
             planes.sub_(base).mul_(factor).add_(base).clamp_(0.0, 255.0).floor_()
-        turning = acts & (operation == HUE)
-        if len(chosen := _where(turning, planes.device)):
-            planes[:, chosen] = shift_hue(planes[:, chosen], params.hue[turning])
+        if len(chosen):
+            planes[:, chosen] = shift_hue(planes[:, chosen], steps)
 
 
 def luma(planes: Tensor) -> Tensor:
@@ -198,8 +172,8 @@ def mean_grey(grey: Tensor) -> Tensor:
     return mean.add_(0.5).floor_().to(torch.float32)[:, None, None]
 
 
-def shift_hue(planes: Tensor, hue: Floats) -> Tensor:
-    """Return planes [3, N, H, W] with the hue turned by `hue` [N], in turns; hue and saturation have 8 bits, as in PIL."""
+def shift_hue(planes: Tensor, steps: Tensor) -> Tensor:
+    """Return planes [3, N, H, W] with the hue turned by `steps` [N] of 256; hue and saturation have 8 bits, as in PIL."""
     red, green, blue = planes.unbind(0)
     value = torch.maximum(torch.maximum(red, green), blue)
     spread = value - torch.minimum(torch.minimum(red, green), blue)
@@ -211,7 +185,6 @@ def shift_hue(planes: Tensor, hue: Floats) -> Tensor:
         torch.where(green == value, (blue - red).div_(divisor).add_(2.0), (red - green).div_(divisor).add_(4.0)),
     )
     angle = angle.mul_(42.5).add_((angle < 0).to(torch.float32), alpha=255.0).floor_()
-    steps = upload(torch.from_numpy((np.trunc(hue * 255.0) % 256.0).astype(np.float32)), planes.device)
     angle = angle.add_(steps[:, None, None])
     angle = angle.sub_((angle >= 256.0).to(torch.float32), alpha=256.0).mul_(6.0 / 255.0)
     saturation = spread.mul_(255.0).div_(value.clamp(min=1.0)).floor_()
@@ -224,42 +197,24 @@ def shift_hue(planes: Tensor, hue: Floats) -> Tensor:
     return out
 
 
-def blur(planes: Tensor, sigma: Floats) -> Tensor:
-    """Return planes [3, N, H, W] blurred with the standard deviations `sigma` [N] in pixels; edges are repeated.
+def blur(planes: Tensor, box: Tensor) -> Tensor:
+    """Return planes [3, N, H, W] blurred by three passes of box filters of the weights `box` [N, R]; edges are repeated.
 
     A blur is one matrix per image and direction: the cube of a box filter's. Pixels are not rounded.
     """
     _, count, height, width = planes.shape
     rows = planes.permute(1, 2, 0, 3).reshape(count, height, 3 * width)
-    rows = torch.bmm(_blur_matrices(sigma, height, planes.device), rows)
-    columns = torch.bmm(rows.view(count, height * 3, width), _blur_matrices(sigma, width, planes.device).transpose(1, 2))
+    rows = torch.bmm(_blur_matrices(box, height), rows)
+    columns = torch.bmm(rows.view(count, height * 3, width), _blur_matrices(box, width).transpose(1, 2))
     return columns.view(count, height, 3, width).permute(2, 0, 1, 3)
-
-
-def box_radius(sigma: Floats) -> Floats:
-    """Return the (fractional) radius of the box filter that, applied three times, has the standard deviation `sigma`.
-
-    Gwosdek et al., "Theoretical foundations of Gaussian convolution by extended box filtering", 2011; PIL blurs so.
-    """
-    variance = sigma**2 / BLUR_PASSES
-    whole = np.floor((np.sqrt(12.0 * variance + 1.0) - 1.0) / 2.0)
-    rest = (2.0 * whole + 1.0) * (whole * (whole + 1.0) - 3.0 * variance) / (6.0 * (variance - (whole + 1.0) ** 2))
-    return np.asarray(whole + rest, dtype=np.float64)
 
 
 # ---------------------------------------------------------------------------------------------------------------- helpers
 
 
-def _blur_matrices(sigma: Floats, size: int, device: torch.device) -> Tensor:
-    """Return the matrices [N, size, size] that blur a column of pixels with the standard deviations `sigma` [N]."""
-    radius = box_radius(sigma)
-    whole = np.floor(radius)
-    reach = int(whole.max()) + 1
-    inner = 1.0 / (2.0 * radius + 1.0)
-    outer = (1.0 - (2.0 * whole + 1.0) * inner) / 2.0
-    offset = np.abs(np.arange(-reach, reach + 1))[None]
-    weights = np.where(offset <= whole[:, None], inner[:, None], np.where(offset == whole[:, None] + 1, outer[:, None], 0.0))
-    box = (upload(torch.from_numpy(weights.astype(np.float32)), device) @ _shifts(size, reach, device)).view(-1, size, size)
+def _blur_matrices(weights: Tensor, size: int) -> Tensor:
+    """Return the matrices [N, size, size] that blur a column of pixels with box filters of these weights [N, R]."""
+    box = (weights @ _shifts(size, weights.shape[1] // 2, weights.device)).view(-1, size, size)
     cube = box
     for _ in range(BLUR_PASSES - 1):
         cube = torch.bmm(cube, box)
@@ -273,7 +228,8 @@ def _shifts(size: int, reach: int, device: torch.device) -> Tensor:
     shifts = torch.zeros(2 * reach + 1, size, size)
     for index, offset in enumerate(range(-reach, reach + 1)):
         shifts[index, rows, (rows + offset).clamp(0, size - 1)] = 1.0
-    return upload(shifts.view(2 * reach + 1, -1), device)
+    shifts = shifts.view(2 * reach + 1, -1)
+    return shifts.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else shifts
 
 
 @lru_cache(maxsize=4)
@@ -281,22 +237,3 @@ def _normalisation(device: torch.device) -> tuple[Tensor, Tensor]:
     """Return factor and addend, [3] each, that take a byte to the normalised value."""
     mean, std = torch.tensor(MEAN, device=device), torch.tensor(STD, device=device)
     return 1.0 / (255.0 * std), -mean / std
-
-
-def upload(values: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor of the host on a device, without waiting for a GPU: copied from pinned memory, in the order of its work."""
-    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values
-
-
-def _where(mask: Bools, device: torch.device) -> Tensor:
-    """Return the positions at which a mask is set; found on the host, which then does not wait for the device."""
-    return upload(torch.from_numpy(np.flatnonzero(mask)), device)
-
-
-def _chunks(images: Tensor) -> Iterator[slice]:
-    """Split images [N, H, W, 3] into slices that fit a CPU's cache; on other devices there is one."""
-    step = len(images)
-    if images.device.type == "cpu":
-        step = max(1, math.ceil(CHUNK_PIXELS / (images.shape[1] * images.shape[2])))
-    for start in range(0, len(images), max(1, step)):
-        yield slice(start, start + step)

@@ -8,21 +8,40 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from PIL import Image
+from torch import Tensor
 
 from obowlab.config import Views
 from obowlab.errors import UserError
 from obowlab.randomness import Ints
+from obowlab.views.draws import PIECE_PIXELS, Draws, draw
+from obowlab.views.parcel import Parcel, pack
 from obowlab.views.views import Geometry, centre_geometry, geometry
 
 if TYPE_CHECKING:
     from obowlab.data.datasets import Split
 
 Pixels = npt.NDArray[np.uint8]
+
+Numbers: TypeAlias = Parcel[tuple[Draws, Tensor]]
+"""What is random about a batch, and the classes of its images, int64 [B]."""
+
+
+class CutBatch(NamedTuple):
+    """What a backend makes of a batch.
+
+    Attributes:
+        kinds: The views, per kind uint8 [N, count, side, side, 3].
+        numbers: As `Cutter.numbers`.
+    """
+
+    kinds: list[Tensor]
+    numbers: Numbers | None
 
 
 @dataclass(frozen=True)
@@ -67,6 +86,21 @@ class Cutter:
         for row, index in enumerate(indices.tolist()):
             self.cut_image(index, plan, row, out)
         return out
+
+    def numbers(self, indices: Ints, *, epoch: int, num_uniforms: int, pieces: bool) -> Numbers | None:
+        """Return what is random about a batch of these images, and their classes; None for the centre view of evaluation.
+
+        Args:
+            indices: Image indices, [B].
+            epoch: Epoch, from 0.
+            num_uniforms: Numbers that the method needs for every image.
+            pieces: Colour in pieces that fit a CPU's cache, and not all images at once.
+        """
+        if self.seed is None:
+            return None
+        pixels = PIECE_PIXELS if pieces else None
+        draws = draw(self.views, seed=self.seed, epoch=epoch, indices=indices, num_uniforms=num_uniforms, piece_pixels=pixels)
+        return pack((draws, torch.from_numpy(self.split.labels[indices])))
 
     def cut_image(self, index: int, plan: Geometry, row: int, out: list[Pixels]) -> None:
         """Write the views of image `index`, which is row `row` of the plan, to that row of `out`.

@@ -36,6 +36,7 @@ from obowlab.config import Views
 from obowlab.data.datasets import Split, open_split
 from obowlab.data.prepare import prepare
 from obowlab.views import photometric
+from obowlab.views.draws import box_weights, recolourings
 from obowlab.views.loaders import resolve_backend, train_loader
 from obowlab.views.pil_views import decode
 from obowlab.views.views import Colour
@@ -147,7 +148,7 @@ def compare(split: Split, folder: Path, *, views: Views, seconds: float, cores: 
             print(f"{name}: first batch after {time.perf_counter() - start:.1f} s")
             made[f"obowlab {name}"] = lambda loader=loader: loader.batches(epoch=1)
             made[f"obowlab {name}, rendered on the CPU"] = lambda loader=loader: (
-                photometric.render(batch, views, seed=0, device=CPU) for batch in loader.batches(epoch=1)
+                photometric.render(batch, batch.numbers.on(CPU)[0], device=CPU) for batch in loader.batches(epoch=1)
             )
         return made
 
@@ -189,9 +190,9 @@ def equivalence(split: Split, *, count: int = 200, size: int = 160) -> None:
     def jittered(**changes: np.ndarray) -> Tensor:
         result = planes.clone()
         order = np.tile(np.arange(4), (number, 1))
-        photometric.jitter(
-            result, Colour(orders=order, grayscale=np.zeros(number, dtype=bool), sigma=np.zeros(number), **(still | changes))
-        )
+        none = np.zeros(number, dtype=bool)
+        params = Colour(orders=order, grayscale=none, sigma=np.zeros(number), **(still | changes))
+        photometric.jitter(result, *recolourings(params, none))
         return result
 
     rows: list[tuple[str, Tensor, Callable[[Image.Image, int], Image.Image]]] = [
@@ -202,7 +203,7 @@ def equivalence(split: Split, *, count: int = 200, size: int = 160) -> None:
         ("grayscale", photometric.luma(planes).expand_as(planes), lambda image, i: F.to_grayscale(image, 3)),
         (
             "blur .1 to 2",
-            photometric.blur(planes, sigma),
+            photometric.blur(planes, box_weights(sigma)),
             lambda image, i: image.filter(ImageFilter.GaussianBlur(float(sigma[i]))),
         ),
         ("flip", planes.flip(-1), lambda image, i: F.hflip(image)),

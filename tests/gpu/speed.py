@@ -33,7 +33,9 @@ from obowlab.data.prepare import prepare
 from obowlab.evaluation.fewshot import authors_episodes, episode_answers
 from obowlab.evaluation.linear import linear_probe
 from obowlab.runs.folder import RunFolder
+from obowlab.views.draws import draw
 from obowlab.views.loaders import PixelBatch, train_loader
+from obowlab.views.parcel import pack
 from obowlab.views.photometric import render as render_views
 from tests.benchmarks import run as benchmarks
 from tests.benchmarks.bench_step import Work
@@ -214,11 +216,13 @@ def pixels(count: int, views: Views, *, pin: bool) -> PixelBatch:
         made = torch.randint(256, (*shape, side, side, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(side))
         return made.pin_memory() if pin else made
 
+    indices = np.arange(count)
+    numbers = pack((draw(views, seed=0, epoch=0, indices=indices, piece_pixels=None), torch.zeros(count, dtype=torch.int64)))
     return PixelBatch(
         epoch=0,
         step=0,
-        indices=np.arange(count),
-        labels=torch.zeros(count, dtype=torch.int64),
+        indices=indices,
+        numbers=numbers.pin_memory() if pin else numbers,
         original=images(count, side=views.original_size),
         crops=images(count, views.num_crops, side=views.cut_size),
         patch_source=images(count, side=views.patch_source_size),
@@ -233,7 +237,7 @@ def render(options: Options) -> Iterator[Row]:
     for number in (1, count):  # the first is not counted
         started = time.perf_counter()
         for _ in range(number):
-            render_views(batch, views, seed=0, device=options.device)
+            render_views(batch, batch.numbers.on(options.device)[0], device=options.device)
         options.wait()
         one_s = (time.perf_counter() - started) / number
     yield Row("render alone: images/s", options.batch_size / one_s, "images/s")
@@ -284,7 +288,7 @@ def loader(options: Options) -> Iterator[Row]:
 
         def coloured() -> Iterator[object]:
             for batch in made.batches(epoch=1):
-                yield render_views(batch, views, seed=0, device=options.device)
+                yield render_views(batch, batch.numbers.on(options.device)[0], device=options.device)
 
         alone = rate(made.batches(epoch=0), batch_size=options.batch_size, seconds=seconds, wait=options.wait)
         yield Row("loader alone: images/s", alone, "images/s", note=note)

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from obowlab.config import Views
-from obowlab.views.photometric import STD, RenderedViews, render
+from obowlab.views.draws import box_weights
+from obowlab.views.photometric import STD, RenderedViews, blur
 from tests.gpu.precision import precision
-from tests.test_photometric import batch_of
+from tests.test_photometric import batch_of, render_with
 
 pytestmark = pytest.mark.gpu
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -30,9 +31,9 @@ NUM_IMAGES = 16
 
 def both(views: Views, *, number: str = "float32") -> tuple[RenderedViews, RenderedViews]:
     batch = batch_of(NUM_IMAGES, views)
-    expected = render(batch, views, seed=5, device=CPU)
+    expected = render_with(batch, views, seed=5)
     with precision(number, device=CUDA):
-        return render(batch, views, seed=5, device=CUDA), expected
+        return render_with(batch, views, seed=5, device=CUDA, piece_pixels=None), expected
 
 
 def levels_apart(found: Tensor, expected: Tensor) -> Tensor:
@@ -76,12 +77,10 @@ def test_all_operations_are_within_one_level(number: str) -> None:
 
 @pytest.mark.parametrize("number", ["float32", "tf32"])
 def test_the_blur_is_a_float32_product(number: str) -> None:
-    from obowlab.views.photometric import blur
-
     planes = torch.randint(256, (3, 8, 64, 64), generator=torch.Generator().manual_seed(0)).to(torch.float32)
-    sigma = np.linspace(0.1, 2.0, 8)
-    expected = blur(planes, sigma)
+    box = box_weights(np.linspace(0.1, 2.0, 8))
+    expected = blur(planes, box)
     with precision(number, device=CUDA):
-        found = blur(planes.to(CUDA), sigma)
+        found = blur(planes.to(CUDA), box.to(CUDA))
     # 24 bits: 255 x 2^-24 x a few sums; TF32's 11 bits would be off by 0.1.
     assert float((found.cpu() - expected).abs().max()) < 1e-2
