@@ -13,7 +13,7 @@ from torch import Tensor
 from obowlab.config import Backbone, Bownet, Recipe, Rotnet, Views
 from obowlab.errors import UserError
 from obowlab.methods import Batch, BoWNet, OneProcess
-from obowlab.methods.kmeans import kmeans
+from obowlab.methods.kmeans import _pass_on_cpu, kmeans, lloyd_pass
 from tests.contracts import small_preparation
 
 SMALL = Backbone(stem="small", width=4)
@@ -63,6 +63,38 @@ def test_as_many_words_as_points_are_the_points() -> None:
     points = torch.randn(7, 3, generator=torch.Generator().manual_seed(0))
     words = kmeans(points, num_words=7, iterations=3, seed=0, report=silent)
     assert sorted(map(tuple, words.tolist())) == sorted(map(tuple, points.tolist()))
+
+
+# A GPU's passes are torch's own; here they run on the CPU.
+
+
+@pytest.mark.parametrize("elements", [1, 200, 1 << 20])
+def test_a_pass_of_torch_is_lloyds_and_faisss(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("obowlab.methods.kmeans.CHUNK_ELEMENTS", elements)
+    generator = torch.Generator().manual_seed(0)
+    points = torch.randn(60, 6, generator=generator) + torch.randn(4, 6, generator=generator).repeat(15, 1) * 6
+    centres = points[:4].clone()
+    found, distance = lloyd_pass(points, centres, num_words=4, seed=0)
+    torch.testing.assert_close(found, lloyd(points, centres), rtol=1e-4, atol=1e-4)
+    faisss, expected = _pass_on_cpu(points, centres.clone(), num_words=4, seed=0)
+    torch.testing.assert_close(found, faisss, rtol=1e-4, atol=1e-4)
+    assert distance == pytest.approx(expected, rel=1e-4)
+    assert distance == pytest.approx(
+        float(torch.cdist(points.double(), centres.double()).min(1).values.square().mean()), rel=1e-5
+    )
+
+
+def test_an_empty_centre_is_put_beside_one_with_many_points() -> None:
+    points = torch.cat((torch.ones(9, 2) + torch.linspace(-0.1, 0.1, 9)[:, None], -torch.ones(1, 2)))
+    centres = torch.tensor([[1.0, 1.0], [-1.0, -1.0], [50.0, 50.0], [60.0, 60.0]])
+    found, _ = lloyd_pass(points, centres, num_words=4, seed=0)
+    assert torch.equal(found, lloyd_pass(points, centres, num_words=4, seed=0)[0])
+    assert torch.equal(found[1], centres[1]), "a centre with one point is not split"
+    assert len(found.unique(dim=0)) == 4
+    assert float((found[[0, 2, 3]] - 1.0).abs().max()) < 0.01
+    for _ in range(3):
+        found, distance = lloyd_pass(points, found, num_words=4, seed=0)
+    assert distance < lloyd_pass(points, centres, num_words=4, seed=0)[1]
 
 
 def test_progress_is_told() -> None:

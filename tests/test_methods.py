@@ -1,3 +1,4 @@
+from functools import partial
 from typing import Any
 
 import pytest
@@ -5,8 +6,9 @@ import torch
 
 from obowlab.config import Backbone, Obow, Views
 from obowlab.errors import UserError
-from obowlab.methods import Batch, OBoW, OneProcess, build_backbone
+from obowlab.methods import METHODS, Batch, OBoW, OneProcess, build_backbone, compile_encoders
 from tests.contracts import MethodContract
+from tests.gpu import steps
 
 SMALL = Backbone(stem="small", width=4)
 
@@ -111,3 +113,31 @@ def test_small_maps_serve_the_other_choices(options: dict[str, Any]) -> None:
     method = Obow(num_words=20, **options)
     OBoW.check_views(method, backbone=SMALL, views=views)
     assert torch.isfinite(step(build(**options), size=32).loss)
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_compiled_encoders_learn_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch takes each network apart whole, once for every size of images; what it then makes of it is its own matter."""
+    graphs: list[object] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: object) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend, fullgraph=True))
+    plain, compiled = (steps.build(name, device=torch.device("cpu"), dtype=torch.float64)[0] for _ in range(2))
+    compile_encoders(compiled)
+    for step in range(2):
+        batch = steps.draw_batch(step, plain, device=torch.device("cpu"), dtype=torch.float64)
+        losses = [method(batch).loss for method in (plain, compiled)]
+        torch.testing.assert_close(*losses)
+        gradients = [
+            torch.autograd.grad(loss, list(method.encoder.parameters()), allow_unused=True)
+            for loss, method in zip(losses, (plain, compiled), strict=True)
+        ]
+        torch.testing.assert_close(*gradients)
+        if step == 0:
+            first = len(graphs)
+    assert 1 <= first == len(graphs) <= 4, "compiled once"
+    assert compiled.state_dict().keys() == plain.state_dict().keys()

@@ -99,8 +99,8 @@ def at_step(step: int, act: Callable[[loop.Trainer], object]) -> None:
     loop.Trainer.train_step = train_step  # type: ignore[method-assign]
 
 
-def ends_early(self: TrainLoader, *, epoch: int, start_step: int = 0) -> Iterator[Any]:
-    yield from batches(self, epoch=epoch, start_step=start_step + 5)
+def ends_early(self: TrainLoader, *, start_step: int = 0, **options: Any) -> Iterator[Any]:
+    yield from batches(self, start_step=start_step + 5, **options)
     raise UserError("A loader process was killed.")
 
 

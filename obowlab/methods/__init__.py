@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from obowlab.methods.backbones import ResNet, build_backbone
+from obowlab.methods.backbones import ResNet, build_backbone, compile_encoders
 from obowlab.methods.base import Batch, Comm, LevelWords, Method, OneProcess, Preparation, StepOutput, VisualWords
 from obowlab.methods.bownet import BoWNet
 from obowlab.methods.moco import MoCo
@@ -28,4 +28,5 @@ __all__ = [
     "StepOutput",
     "VisualWords",
     "build_backbone",
+    "compile_encoders",
 ]

@@ -84,6 +84,13 @@ def build_backbone(cfg: Backbone, *, seed: int | None = None) -> ResNet:
         return ResNet(cfg.arch, stem=cfg.stem, width=cfg.width)
 
 
+def compile_encoders(method: nn.Module) -> None:
+    """Let torch compile every network in a method where both student and teacher run: `levels`, once for each size of images."""
+    for network in method.modules():
+        if isinstance(network, ResNet):
+            network.levels = torch.compile(network.levels, dynamic=False)  # type: ignore[method-assign]
+
+
 def map_size(cfg: Backbone, *, level: Level, image_size: int) -> int:
     """Return the side of a level's feature map for square images: every halving rounds up."""
     halvings = {"conv4": 2, "conv5": 3}[level] + (2 if cfg.stem == "imagenet" else 0)

@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import pickle
 import zipfile
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from obowlab.errors import UserError
 from obowlab.methods import METHODS, Method, OneProcess
@@ -111,6 +112,83 @@ def save(folder: Path, *, checkpoint: Checkpoint) -> None:
         raise UserError(
             f"Cannot write the checkpoint in {folder} ({reason}): fix that or free some space, and run the command again."
         ) from None
+
+
+class Writer:
+    """Writes the checkpoints of a run, one after the other.
+
+    On a GPU a checkpoint is copied to pinned memory behind the step that is queued, and a thread writes the copy while training
+    goes on. On a CPU it is written at once: a copy would cost as much memory as it saves time.
+    """
+
+    def __init__(self, folder: Path, *, device: torch.device, in_background: bool | None = None) -> None:
+        """Write nothing yet.
+
+        Args:
+            folder: of the run.
+            device: where the state lies.
+            in_background: whether a thread writes; by default on a GPU.
+        """
+        self._folder, self._device = folder, device
+        background = device.type == "cuda" if in_background is None else in_background
+        self._thread = ThreadPoolExecutor(1, "checkpoint") if background else None
+        self._writing: Future[None] | None = None
+
+    def write(self, checkpoint: Checkpoint) -> None:
+        """Write a checkpoint, or begin to.
+
+        Raises:
+            UserError: the disk refused, this one or the one before.
+        """
+        self.finish()
+        if self._thread is None:
+            save(self._folder, checkpoint=checkpoint)
+            return
+        copy: Checkpoint = _host_copy(checkpoint)
+        copied = None
+        if self._device.type == "cuda":
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            copied.record()
+        self._writing = self._thread.submit(_save_copy, self._folder, copy, copied)
+
+    def check(self) -> None:
+        """Raise what a thread met that is done; do not wait.
+
+        Raises:
+            UserError: the disk refused.
+        """
+        if self._writing is not None and self._writing.done():
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is on the disk.
+
+        Raises:
+            UserError: the disk refused.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+
+def _save_copy(folder: Path, checkpoint: Checkpoint, copied: torch.cuda.Event | None) -> None:
+    if copied is not None:
+        copied.synchronize()
+    save(folder, checkpoint=checkpoint)
+
+
+def _host_copy(value: Any) -> Any:
+    """Return the same structure with copies of its tensors in the host's memory; from a GPU they are on their way."""
+    if isinstance(value, Tensor):
+        pin = value.device.type == "cuda"
+        return torch.empty_like(value, device="cpu", pin_memory=pin, requires_grad=False).copy_(value.detach(), non_blocking=pin)
+    if isinstance(value, Checkpoint):
+        return replace(value, **{name: _host_copy(each) for name, each in vars(value).items()})
+    if isinstance(value, dict):
+        return {key: _host_copy(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_host_copy(each) for each in value)
+    return value
 
 
 def newest(folder: Path, *, fingerprint: str, map_location: torch.device) -> tuple[Checkpoint | None, list[str]]:

@@ -11,7 +11,7 @@ import torch
 
 from obowlab.data.datasets import Split, open_split, subset
 from obowlab.errors import UserError
-from obowlab.methods import METHODS, Batch, Method
+from obowlab.methods import METHODS, Batch, Method, compile_encoders
 from obowlab.methods.schedules import learning_rate
 from obowlab.precision import autocast, loss_scaler, set_float32_mode
 from obowlab.randomness import Ints
@@ -63,7 +63,7 @@ def train(run: RunContext) -> Method[Any]:
                 if batch.wants_metrics:
                     trainer.log_step()
                 if save_due or stopping:
-                    trainer.save()
+                    trainer.save(wait=stopping)
                 if stopping:
                     raise Interrupted(run.stop.signum or signal.SIGTERM)
     trainer.save()
@@ -99,13 +99,14 @@ class Trainer:
         if machine.channels_last:
             self.method.to(memory_format=torch.channels_last)
         if machine.compile:
-            self.method.encoder.compile()
+            compile_encoders(self.method)
         self.optimizer = build_optimizer(recipe.optimizer, method=self.method)
         self._scaler = loss_scaler(recipe.training.precision, device=run.world.device)
         self._votes: Votes[_Place] = Votes(run.world)
         self.step = 0
         self.timer = Timer(trained_s=run.folder.trained_s() or 0.0)
         self._window = MetricWindow()
+        self._writer = checkpoints.Writer(run.folder.path, device=run.world.device)
         self._metric_log: MetricLog | None = None  # rank 0 alone writes it
 
     # ----------------------------------------------------------------------------------------------- before the first step
@@ -250,6 +251,7 @@ class Trainer:
 
     def _write_point(self, values: dict[str, float]) -> None:
         assert self._metric_log is not None
+        self._writer.check()
         self._metric_log.append(self.step, values)
         self.run.reporter.step(
             done=self.step,
@@ -275,18 +277,21 @@ class Trainer:
         seconds = run.world.on_main(lambda: online.measure(run, method=self.method, step=self.step, epoch=epoch))
         self.timer.leave_out(seconds or 0.0)
 
-    def save(self) -> None:
+    def save(self, *, wait: bool = True) -> None:
         """Write a checkpoint, of steps whose loss was finite.
+
+        Args:
+            wait: until it is on the disk; else it may be written while training goes on.
 
         Raises:
             UserError: a loss was not finite, the checkpoint cannot be written, or the data changed.
         """
         self._refuse_broken(self._votes.settle())
         window = self._window.state(self.run.world)
-        self.run.world.on_main(lambda: self._write_checkpoint(window))
+        self.run.world.on_main(lambda: self._write_checkpoint(window, wait=wait))
         self.timer.saved()
 
-    def _write_checkpoint(self, window: dict[str, Any]) -> None:
+    def _write_checkpoint(self, window: dict[str, Any], *, wait: bool) -> None:
         assert self._metric_log is not None
         self.split.check_unchanged()  # nothing learnt from other images is kept
         self._metric_log.sync()
@@ -300,7 +305,9 @@ class Trainer:
             window=window,
             scaler=self._scaler.state_dict() or None,
         )
-        checkpoints.save(self.run.folder.path, checkpoint=state)
+        self._writer.write(state)
+        if wait:
+            self._writer.finish()
 
 
 # ------------------------------------------------------------------------------------------------------------- its parts

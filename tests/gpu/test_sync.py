@@ -6,7 +6,7 @@ It is blind to collectives and to copies from ordinary memory that are called no
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,14 @@ def test_a_step_of_the_training_loop_does_not_wait(tmp_path: Path, data_root: Pa
         with no_waiting():
             return original(self, *arguments, **options)
 
+    render = loop.Trainer.render
+
+    def render_watched(self: Any, pixels: Any) -> Any:
+        with no_waiting() if self.step > WARM_UP else nullcontext():
+            return render(self, pixels)
+
     monkeypatch.setattr(loop.Trainer, "train_step", train_step)
+    monkeypatch.setattr(loop.Trainer, "render", render_watched)
     machine = Machine(data_root=data_root, runs_root=tmp_path / "runs", device="cuda", loader="torch", workers=0)
     folder = create(small_recipe(tmp_path, dataset="small", epochs=1), machine=machine, seed=3)
     with join(machine) as world:

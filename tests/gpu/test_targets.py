@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from obowlab.methods import bow
+from obowlab.methods.kmeans import kmeans
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -69,3 +70,16 @@ def test_softmax_into_its_own_input_is_the_softmax() -> None:
         expected = torch.softmax(values, dim=1)
         torch.softmax(values, dim=1, out=values)
         assert torch.equal(values, expected), width
+
+
+def test_words_of_kmeans_are_the_same_in_every_run_and_near_the_cpus() -> None:
+    points = torch.randn(20_000, 64, generator=torch.Generator().manual_seed(0)).to(CUDA)
+    words = kmeans(points, num_words=500, iterations=10, seed=1, report=str)
+    assert words.device.type == "cuda"
+    assert torch.equal(words, kmeans(points, num_words=500, iterations=10, seed=1, report=str))
+    ours, theirs = (torch.cdist(points, each.to(CUDA)).min(1).values.square().mean() for each in (words, _of_cpu(points)))
+    assert float(ours) < 1.02 * float(theirs)
+
+
+def _of_cpu(points: Tensor) -> Tensor:
+    return kmeans(points.cpu(), num_words=500, iterations=10, seed=1, report=str)
