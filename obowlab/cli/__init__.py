@@ -35,7 +35,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "bench": (
         "obowlab.cli.bench:bench",
-        "Measure which part bounds a run on this machine: loader, rendering, step or evaluation.",
+        "Measure what bounds a run on this machine: loader, rendering, step or evaluation.",
     ),
     "doctor": ("obowlab.cli.doctor:doctor", "Check this machine and print the command that fixes what is missing."),
     "ui": ("obowlab.cli.ui:ui", "Browse the runs in MLflow on this machine."),
