@@ -42,3 +42,16 @@ def full_precision(device: torch.device) -> Iterator[None]:
             yield
     finally:
         torch.set_float32_matmul_precision(precision)
+
+
+@contextmanager
+def computing_in(precision: str, *, device: torch.device) -> Iterator[None]:
+    """Compute a step's forward pass in the precision of a recipe for as long as the context lasts; a CPU has no TF32."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    set_float32_mode(precision)
+    try:
+        with autocast(precision, device=device):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]

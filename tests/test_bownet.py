@@ -85,16 +85,21 @@ def test_a_pass_of_torch_is_lloyds_and_faisss(elements: int, monkeypatch: pytest
 
 
 def test_an_empty_centre_is_put_beside_one_with_many_points() -> None:
-    points = torch.cat((torch.ones(9, 2) + torch.linspace(-0.1, 0.1, 9)[:, None], -torch.ones(1, 2)))
+    points = torch.ones(10, 2)
+    points[:9, 0] += torch.linspace(-0.1, 0.1, 9)
+    points[9] = -1.0
     centres = torch.tensor([[1.0, 1.0], [-1.0, -1.0], [50.0, 50.0], [60.0, 60.0]])
     found, _ = lloyd_pass(points, centres, num_words=4, seed=0)
     assert torch.equal(found, lloyd_pass(points, centres, num_words=4, seed=0)[0])
     assert torch.equal(found[1], centres[1]), "a centre with one point is not split"
     assert len(found.unique(dim=0)) == 4
     assert float((found[[0, 2, 3]] - 1.0).abs().max()) < 0.01
-    for _ in range(3):
+    distances = [lloyd_pass(points, centres, num_words=4, seed=0)[1]]
+    for _ in range(8):
         found, distance = lloyd_pass(points, found, num_words=4, seed=0)
-    assert distance < lloyd_pass(points, centres, num_words=4, seed=0)[1]
+        distances.append(distance)
+    assert distances == sorted(distances, reverse=True)
+    assert distances[-1] < 0.5 * distances[0]
 
 
 def test_progress_is_told() -> None:

@@ -140,7 +140,7 @@ def resolve(context: click.Context) -> None:
     changes = tuple(values.get("overrides") or ())
     names = [name for key in ("name", "first", "second", "recipe") if (name := values.get(key)) and not PLACEHOLDER.search(name)]
     match context.command_path.split()[1:]:
-        case ["run"] | ["config", _]:
+        case ["run"] | ["bench"] | ["config", _]:
             for name in names:
                 load_recipe(name, overrides=changes)
         case ["eval"]:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from obowlab.training.flops import peak_tflops
 from tests.gpu import check, speed, steps, test_steps, test_targets, test_views
 from tests.gpu.speed import Options, Row
 
@@ -151,9 +152,10 @@ def test_the_gpu_is_idle_where_no_kernel_and_no_copy_runs() -> None:
 
 
 def test_peaks_are_those_of_the_card() -> None:
-    assert speed.peak_tflops("NVIDIA H100 80GB HBM3", "bfloat16") == 989
-    assert speed.peak_tflops("NVIDIA H100 PCIe", "tf32") == 378
-    assert speed.peak_tflops("Tesla K80", "float32") is None
+    assert peak_tflops("NVIDIA H100 80GB HBM3", "bfloat16") == 989
+    assert peak_tflops("NVIDIA H100 PCIe", "tf32") == 378
+    assert peak_tflops("NVIDIA A100-SXM4-80GB", "float16") == 312
+    assert peak_tflops("Tesla K80", "float32") is None
 
 
 # ------------------------------------------------------------------------------------------------------- parts on the CPU

@@ -33,6 +33,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "obowlab.cli.report:report",
         "Write tables, curves, vocabulary health, studies and provenance as a static site.",
     ),
+    "bench": (
+        "obowlab.cli.bench:bench",
+        "Measure what bounds a run on this machine: loader, rendering, step or evaluation.",
+    ),
     "doctor": ("obowlab.cli.doctor:doctor", "Check this machine and print the command that fixes what is missing."),
     "ui": ("obowlab.cli.ui:ui", "Browse the runs in MLflow on this machine."),
 }

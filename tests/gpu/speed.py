@@ -7,7 +7,6 @@ leaves what it had. `--try-on-cpu` runs the same code on the CPU with sizes at w
 from __future__ import annotations
 
 import argparse
-import contextlib
 import gzip
 import json
 import os
@@ -25,7 +24,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.flop_counter import FlopCounterMode
 
 from obowlab.config import FewShot, Linear, Views, load_recipe
 from obowlab.data.datasets import open_split
@@ -33,24 +31,17 @@ from obowlab.data.prepare import prepare
 from obowlab.evaluation.fewshot import authors_episodes, episode_answers
 from obowlab.evaluation.linear import linear_probe
 from obowlab.runs.folder import RunFolder
+from obowlab.training.bottleneck import rate
+from obowlab.training.flops import count_flops, peak_tflops
+from obowlab.training.work import Work
 from obowlab.views.draws import draw
 from obowlab.views.loaders import PixelBatch, train_loader
 from obowlab.views.parcel import pack
 from obowlab.views.photometric import render as render_views
 from tests.benchmarks import run as benchmarks
-from tests.benchmarks.bench_step import Work
 
 ROOT = Path(__file__).resolve().parents[2]
 PRECISIONS = ("bfloat16", "tf32", "float32")
-TFLOPS = {
-    "H100 PCIe": {"float32": 51, "tf32": 378, "bfloat16": 756},
-    "H100": {"float32": 67, "tf32": 494, "bfloat16": 989},
-    "H200": {"float32": 67, "tf32": 494, "bfloat16": 989},
-    "A100": {"float32": 19.5, "tf32": 156, "bfloat16": 312},
-    "L40S": {"float32": 91.6, "tf32": 183, "bfloat16": 362},
-}
-"""Peak of dense products by a part of the card's name, from NVIDIA's data sheets; the first that fits counts."""
-
 TINY = (
     *("backbone.arch=resnet18", "backbone.width=8", "method.num_words=64", "method.border=0"),
     *("views.original_size=96", "views.original_resize=104", "views.crop_size=48"),
@@ -130,7 +121,8 @@ def step(options: Options) -> Iterator[Row]:
 
 def _step(options: Options, *, recipe: str, precision: str) -> Iterator[Row]:
     name, is_target = f"{recipe}, {precision}", recipe == "full"
-    work = Work(recipe, batch_size=options.batch_size, device=options.device, precision=precision, overrides=options.overrides)
+    loaded = load_recipe(recipe, overrides=(*options.overrides, f"training.precision={precision}"))
+    work = Work(loaded.recipe, batch_size=options.batch_size, device=options.device)
     rounds = work.rounds(1 if options.tiny else 10)
     encoder_s, step_s = (statistics.median(each[0] for each in column) for column in zip(*rounds, strict=True))
     yield Row(f"{name}: encoder work", 1e3 * encoder_s, "ms")
@@ -147,20 +139,13 @@ def _step(options: Options, *, recipe: str, precision: str) -> Iterator[Row]:
     least = 1000.0 if is_target and precision == "bfloat16" else None
     yield Row(f"{name}: images/s", options.batch_size / one_s, "images/s", least=least)
 
-    with FlopCounterMode(display=False) as counter:
-        work.step()
-    flops = counter.get_total_flops()
+    flops = count_flops(work.step)
     peak = peak_tflops(torch.cuda.get_device_name(options.device) if options.device.type == "cuda" else "CPU", precision)
     mfu = None if peak is None else 100 * flops / one_s / (peak * 1e12)
     yield Row(f"{name}: MFU", mfu, "%", note="" if peak else "the card's peak is not known")
     if precision == "bfloat16":
         idle, trace = trace_steps(work, options=options, name=f"trace-{recipe}-{precision}")
         yield Row(f"{name}: GPU idle", idle, "%", most=3.0 if is_target else None, note=trace.name)
-
-
-def peak_tflops(card: str, precision: str) -> float | None:
-    """Return the peak of a card's dense products in TFLOP/s; None for cards that are not listed."""
-    return next((float(peaks[precision]) for name, peaks in TFLOPS.items() if all(w in card for w in name.split())), None)
 
 
 def trace_steps(work: Work, *, options: Options, name: str) -> tuple[float | None, Path]:
@@ -294,21 +279,6 @@ def loader(options: Options) -> Iterator[Row]:
         yield Row("loader alone: images/s", alone, "images/s", note=note)
         both = rate(coloured(), batch_size=options.batch_size, seconds=seconds, wait=options.wait)
         yield Row("loader + render: images/s", both, "images/s", least=1200.0, note=note)
-
-
-def rate(stream: Iterator[object], *, batch_size: int, seconds: float, wait: Callable[[], None]) -> float:
-    """Return images a second over so many seconds, after four batches that are not counted; the stream is closed."""
-    with contextlib.closing(stream):  # type: ignore[type-var]
-        for _ in range(4):
-            next(stream)
-        wait()
-        started, done = time.perf_counter(), 0
-        for _ in stream:
-            done += batch_size
-            if time.perf_counter() - started > seconds:
-                break
-        wait()
-        return done / (time.perf_counter() - started)
 
 
 # ------------------------------------------------------------------------------------------------------------- evaluation

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from tests.benchmarks.bench_step import Work
+from obowlab.config import load_recipe
+from obowlab.training.work import Work
 
 pytestmark = pytest.mark.gpu
 CUDA = torch.device("cuda")
@@ -24,7 +25,7 @@ def test_peak_memory_of_a_full_step(batch_size: int, record_property: Callable[[
     if free < NEEDED_GB[batch_size] * GB:
         pytest.skip(f"{free / GB:.0f} GB are free, and {NEEDED_GB[batch_size]:.0f} are needed")
     torch.cuda.reset_peak_memory_stats()
-    work = Work("full", batch_size=batch_size, device=CUDA, precision="bfloat16")
+    work = Work(load_recipe("full-fast").recipe, batch_size=batch_size, device=CUDA)
     for _ in range(2):
         work.step()
     torch.cuda.synchronize()

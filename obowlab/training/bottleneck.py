@@ -1,0 +1,500 @@
+"""What each part of a run takes on this machine: `python -m obowlab.training.bottleneck`, one after the other.
+
+`obowlab.launch.bounds` starts it, writes what to measure to its standard input, and reads parts and facts from its output, a JSON
+line each. Loader, rendering, step and evaluation are first timed alone; then `loop.train` itself trains for a while, in a run
+folder that is thrown away.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from obowlab.config import Linear, Loaded, Machine, Recipe, load_recipe
+from obowlab.data.datasets import DATASETS, Split, open_split, prepare, subset
+from obowlab.data.manifest import read_manifest
+from obowlab.data.synthetic import NAME as SYNTHETIC
+from obowlab.errors import UserError
+from obowlab.evaluation import PROBE_SEED
+from obowlab.evaluation.features import BATCH_SIZE, frozen
+from obowlab.evaluation.fewshot import authors_episodes, episode_answers
+from obowlab.evaluation.knn import neighbour_votes
+from obowlab.evaluation.linear import train_probe
+from obowlab.launch.bounds import (
+    ENCODERS,
+    FEATURES,
+    FEW_SHOT,
+    KNN,
+    LINEAR,
+    LOADER,
+    RENDERING,
+    STEP,
+    TOGETHER,
+    Facts,
+    Part,
+)
+from obowlab.methods import build_backbone
+from obowlab.precision import full_precision
+from obowlab.runs.folder import RunFolder
+from obowlab.runs.provenance import num_cores
+from obowlab.training.context import RunContext
+from obowlab.training.distributed import World, join
+from obowlab.training.flops import count_flops, matmul_tflops, peak_tflops
+from obowlab.training.loop import open_loader, train
+from obowlab.training.reporter import Reporter
+from obowlab.training.signals import Interrupted, StopRequest
+from obowlab.training.work import Work
+from obowlab.views.loaders import PixelBatch, TrainLoader, centre_loader
+from obowlab.views.photometric import normalise, render
+
+SHARES = {LOADER: 0.15, RENDERING: 0.1, STEP: 0.25, TOGETHER: 0.3, "evaluation": 0.2}
+"""Of the time there is."""
+
+WARM_UP = 4
+"""Most batches that are not counted: threads start, kernels are chosen, memory is taken."""
+
+SMALL_BATCH = 16
+"""Images with which a step is tried first on a CPU; a multiple of what methods split a batch into."""
+
+STEPS_IN_TIME = 12
+"""Steps that must fit into the time of all parts for the recipe's whole batch to be measured on a CPU."""
+
+DRAWN, DRAWN_SIZE, DRAWN_IMAGES = "drawn", (500, 375), 64
+"""What is read where the data set is not prepared: as many different images, of ImageNet's usual size."""
+
+MOST_ROWS = 8192
+"""Images of which the heads of the evaluation are timed."""
+
+FEW_SHOT_EPISODES = 20
+
+
+def measure(
+    name: str, *, overrides: list[str], machine: Machine, seconds: float, scratch: Path, say: Callable[[str], None]
+) -> Iterator[Part | Facts]:
+    """Yield every part of a recipe's run as soon as it is measured, and the facts at the end.
+
+    Args:
+        name: of the recipe, or its file.
+        overrides: texts `key=value`.
+        machine: where and with what.
+        seconds: about so long; a slow step is done twice nevertheless.
+        scratch: an empty folder, for what is drawn and trained.
+        say: called with a line of progress at a time.
+
+    Raises:
+        UserError: the recipe cannot be trained on its data set, or is too large for the GPU.
+    """
+    asked = load_recipe(name, overrides=overrides).recipe
+    with join(machine) as world:
+        if world.device.type == "cuda":
+            torch.backends.cudnn.benchmark = not machine.deterministic
+        say("Timing a step to choose the batch.")
+        batch, work = choose_batch(asked, machine=machine, device=world.device, seconds=seconds)
+        overrides = [*overrides, f"training.batch_size={batch}", "evaluation.every_epochs=0"]
+        images = f"'{asked.data.dataset}'"
+        if asked.data.dataset != SYNTHETIC and read_manifest(machine.data_root, asked.data.dataset, "train") is None:
+            say("Drawing images.")
+            images = (
+                f"drawn images of {DRAWN_SIZE[0]}x{DRAWN_SIZE[1]}: '{asked.data.dataset}' is not prepared in {machine.data_root}"
+            )
+            machine = machine.model_copy(update={"data_root": scratch / "data"})
+            draw_images(scratch / "images", count=max(batch, min(8 * batch, 2048)))
+            prepare(DRAWN, source=scratch / "images", data_root=machine.data_root)
+            overrides += [f"data.dataset={DRAWN}", "data.images_per_class=all"]
+        machine = machine.model_copy(update={"runs_root": scratch / "runs"})
+        loaded = load_recipe(name, overrides=overrides)
+        split = open_split(loaded.recipe.data.dataset, "train", data_root=machine.data_root)
+        run = make_run(loaded, machine=machine, world=world)
+
+        say("Loader.")
+        loader = open_loader(run, split=split)
+        workers = torch.get_num_threads() if machine.workers is None else machine.workers
+        taken, stream = seconds * SHARES[LOADER], batches(loader)
+        alone = rate(stream, batch_size=batch, seconds=taken, wait=work.wait)
+        yield _of_batch(LOADER, alone, batch=batch, note=f"{loader.backend}, {workers} worker(s), {images}")
+
+        say("Rendering.")
+        with contextlib.closing(batches(loader)) as one:
+            pixels = next(one)
+        rendered = timed(
+            lambda: render(pixels, pixels.numbers.on(world.device)[0], device=world.device),
+            seconds=seconds * SHARES[RENDERING],
+            wait=work.wait,
+        )
+        yield _of_batch(RENDERING, batch / rendered, batch=batch, note="colours, blur and flips of a batch that is cut")
+
+        say("Step.")
+        step_s = 0.0
+        for part, one_s in steps(work, seconds=seconds * SHARES[STEP]):
+            step_s = one_s if part.name == STEP else step_s
+            yield part
+        flops = count_flops(work.step)
+        del work
+        if world.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+        say("All parts together.")
+        whole = together(run, seconds=seconds * SHARES[TOGETHER], batch=batch)
+        yield whole
+
+        say("Evaluation.")
+        sizes = Sizes(asked, split=split, data_root=machine.data_root)
+        evaluated: list[tuple[Part, float]] = []
+        for found in evaluation(run, split=split, sizes=sizes, seconds=seconds * SHARES["evaluation"]):
+            evaluated.append(found)
+            yield found[0]
+        card = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
+        precision = asked.training.precision
+        peak = peak_tflops(card, precision) if card else matmul_tflops()
+        images_seen = asked.training.epochs * (sizes.num_train // asked.training.batch_size) * asked.training.batch_size
+        yield Facts(
+            device=world.device.type,
+            card=card,
+            gpus=torch.cuda.device_count() if card else 0,
+            cores=num_cores(),
+            threads=torch.get_num_threads(),
+            workers=workers,
+            loader=loader.backend,
+            precision=precision,
+            batch_size=asked.training.batch_size,
+            measured_batch=batch,
+            images=images,
+            source_px=max(asked.views.original_resize, asked.views.patch_source_size if asked.views.num_patches else 0),
+            tflops=flops / step_s / 1e12,
+            peak_tflops=peak,
+            train_s=None if whole.images_per_s is None else images_seen / whole.images_per_s,
+            evaluation_s=sum(each_s for _, each_s in evaluated) * (2 if asked.evaluation.random_baseline else 1),
+        )
+
+
+def _of_batch(name: str, images_per_s: float, *, batch: int, note: str = "") -> Part:
+    return Part(name, images_per_s, 1e3 * batch / images_per_s, note)
+
+
+# ------------------------------------------------------------------------------------------------------------------ times
+
+
+def timed(work: Callable[[], object], *, seconds: float, wait: Callable[[], None]) -> float:
+    """Return the mean seconds of doing something, once at least and else for so long; the first time is not counted."""
+    work()
+    wait()
+    started, done = time.perf_counter(), 0
+    while True:
+        work()
+        done += 1
+        if time.perf_counter() - started > seconds:
+            wait()
+            return (time.perf_counter() - started) / done
+
+
+def rate(stream: Iterator[object], *, batch_size: int, seconds: float, wait: Callable[[], None]) -> float:
+    """Return images a second over so many seconds, after the first batches, which are not counted; the stream is closed."""
+    with contextlib.closing(stream):  # type: ignore[type-var]
+        began = time.perf_counter()
+        for _ in range(WARM_UP):
+            next(stream)
+            if time.perf_counter() - began > seconds / 2:
+                break
+        wait()
+        started, done = time.perf_counter(), 0
+        for _ in stream:
+            done += batch_size
+            if time.perf_counter() - started > seconds:
+                break
+        wait()
+        return done / (time.perf_counter() - started)
+
+
+def batches(loader: TrainLoader) -> Generator[PixelBatch, None, None]:
+    """Yield the batches of one epoch after the other, without end."""
+    for epoch in itertools.count():
+        yield from loader.batches(epoch=epoch)
+
+
+# --------------------------------------------------------------------------------------------------------------- training
+
+
+def choose_batch(recipe: Recipe, *, machine: Machine, device: torch.device, seconds: float) -> tuple[int, Work]:
+    """Return how many images to measure a step with, and that step, which has been done once.
+
+    That is the recipe's batch where it fits: on a GPU into its memory, on a CPU into the time.
+
+    Raises:
+        UserError: not even a small batch fits into the GPU's memory.
+    """
+
+    def tried(batch: int) -> tuple[float, Work]:
+        work = Work(recipe, batch_size=batch, device=device, channels_last=machine.channels_last, compiled=machine.compile)
+        work.step()
+        return work.seconds(work.step)[0], work
+
+    whole = recipe.training.batch_size
+    if device.type == "cpu":
+        small = min(SMALL_BATCH, whole)
+        step_s, work = tried(small)
+        if small < whole and STEPS_IN_TIME * step_s * whole / small <= seconds:
+            return whole, tried(whole)[1]
+        return small, work
+    batch = whole
+    while True:
+        try:
+            return batch, tried(batch)[1]
+        except torch.OutOfMemoryError:
+            if batch // 2 < min(SMALL_BATCH, whole):
+                raise UserError(f"Not even {batch} images of this recipe fit into the GPU's memory: use smaller views.") from None
+        batch //= 2
+        torch.cuda.empty_cache()
+
+
+def steps(work: Work, *, seconds: float) -> Iterator[tuple[Part, float]]:
+    """Yield the parts of a step alone, with their seconds."""
+    batch, whole = work.batch_size, work.recipe.training.batch_size
+    note = "fixed batch" if batch == whole else f"fixed batch of {batch} images, not {whole}"
+    if not work.has_encoder_work:
+        step_s = timed(work.step, seconds=seconds, wait=work.wait)
+        yield _of_batch(STEP, batch / step_s, batch=batch, note=note), step_s
+        return
+    began, rounds = time.perf_counter(), work.rounds(1)
+    while time.perf_counter() - began < seconds:
+        rounds.append((work.seconds(work.encoders), work.seconds(work.step)))
+    encoder_s, step_s = (statistics.median(each[0] for each in column) for column in zip(*rounds, strict=True))
+    ratio = statistics.median(step[0] / encoder[0] for encoder, step in rounds)
+    yield _of_batch(STEP, batch / step_s, batch=batch, note=f"{note}; {ratio:.2f} times its encoder work"), step_s
+    note = "of this step: student forward and backward, teacher forward"
+    yield _of_batch(ENCODERS, batch / encoder_s, batch=batch, note=note), encoder_s
+
+
+class StopWatch(StopRequest):
+    """Asks a run to stop after a while, and notes when each step asked whether it should.
+
+    Attributes:
+        times: in seconds, one for every step.
+    """
+
+    def __init__(self, *, seconds: float) -> None:
+        self._seconds, self._received = seconds, 0
+        self.times: list[float] = []
+        super().__init__()
+
+    @property
+    def signum(self) -> int:
+        """Note the time; return 0 until it is time to stop, after three steps at least."""
+        self.times.append(time.perf_counter())
+        is_over = len(self.times) >= 3 and self.times[-1] - self.times[0] > self._seconds
+        return self._received or (signal.SIGTERM if is_over else 0)
+
+    @signum.setter
+    def signum(self, number: int) -> None:
+        self._received = number
+
+
+def make_run(loaded: Loaded, *, machine: Machine, world: World) -> RunContext:
+    """Make a run in the machine's run store."""
+    folder = RunFolder.create(loaded, seed=0, runs_root=machine.runs_root)
+    return RunContext(folder, machine=machine, world=world, reporter=Reporter(None), stop=StopRequest())
+
+
+def together(run: RunContext, *, seconds: float, batch: int) -> Part:
+    """Train as `obowlab run` does for so many seconds, and return at which speed."""
+    if run.recipe.teacher is not None:
+        return Part(TOGETHER, None, None, "not measured: the stage before this one is not trained here")
+    stop = StopWatch(seconds=seconds)
+    with contextlib.suppress(Interrupted):
+        train(RunContext(run.folder, machine=run.machine, world=run.world, reporter=run.reporter, stop=stop))
+    times = stop.times[min(WARM_UP, max(0, len(stop.times) - 3)) :]
+    if len(times) < 2:
+        return Part(TOGETHER, None, None, f"not measured: the training has only {len(stop.times)} step(s)")
+    return _of_batch(
+        TOGETHER,
+        batch * (len(times) - 1) / (times[-1] - times[0]),
+        batch=batch,
+        note=f"training as `obowlab run` does it, {len(times) - 1} steps",
+    )
+
+
+def draw_images(folder: Path, *, count: int) -> None:
+    """Draw an ImageFolder: a few different JPEGs, which have as many names as images are needed, in train/ of two classes."""
+    rng = np.random.default_rng(0)
+    width, height = DRAWN_SIZE
+    for number in range(count):
+        path = folder / "train" / f"class{number % 2}" / f"{number:05}.JPEG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if number >= DRAWN_IMAGES:
+            first = number % DRAWN_IMAGES
+            os.link(folder / "train" / f"class{first % 2}" / f"{first:05}.JPEG", path)
+            continue
+        coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3), dtype=np.uint8)).resize(DRAWN_SIZE, Image.Resampling.BICUBIC)
+        grain = rng.integers(-8, 9, (height, width, 3))
+        Image.fromarray((np.asarray(coarse) + grain).clip(0, 255).astype(np.uint8)).save(path, quality=90)
+
+
+# ------------------------------------------------------------------------------------------------------------- evaluation
+
+
+class Sizes:
+    """How many images and classes the evaluation of a recipe has.
+
+    Attributes:
+        num_train: training images of the recipe.
+        num_val: validation images.
+        num_classes: classes.
+    """
+
+    def __init__(self, recipe: Recipe, *, split: Split, data_root: Path) -> None:
+        """Take them from the prepared data set, or from the published sizes of one that is not prepared."""
+        info = DATASETS.get(recipe.data.dataset)
+        if split.dataset == recipe.data.dataset or info is None:
+            val = read_manifest(data_root, split.dataset, "val")
+            self.num_train = len(subset(split, images_per_class=recipe.data.images_per_class))
+            self.num_val = val.num_images if val is not None else 0
+            self.num_classes = split.num_classes
+        else:
+            self.num_train, self.num_val, self.num_classes = info.num_images["train"], info.num_images["val"], info.num_classes
+            if recipe.data.images_per_class is not None:
+                self.num_train = min(self.num_train, recipe.data.images_per_class * info.num_classes)
+
+
+def evaluation(run: RunContext, *, split: Split, sizes: Sizes, seconds: float) -> Iterator[tuple[Part, float]]:
+    """Yield the parts of an evaluation, with the seconds that each takes once; 0 for those that the recipe does not want."""
+    settings, device = run.recipe.evaluation, run.world.device
+    views = {"fewshot": 0, "linear": 2 * sizes.num_train, "knn": sizes.num_train}
+    wanted = set(settings.protocols)
+    seen = max((views[name] for name in wanted), default=0) + (sizes.num_val if wanted else 0)
+    with full_precision(device):
+        speed, width = features(run, split=split, seconds=seconds / 2)
+        yield Part(FEATURES, speed, None, f"loader and encoder in float32; {seen} views for this recipe"), seen / speed
+        heads = {FEW_SHOT: ("fewshot", _few_shot), LINEAR: ("linear", _linear), KNN: ("knn", _knn)}
+        for name, (protocol, head) in heads.items():
+            part, taken_s = head(run, width, sizes, seconds / 6)
+            yield Part(name, *part), taken_s if protocol in wanted else 0.0
+
+
+def features(run: RunContext, *, split: Split, seconds: float) -> tuple[float, int]:
+    """Return with how many images a second features are computed, and their length."""
+    machine, device = run.machine, run.world.device
+    encoder = build_backbone(run.recipe.backbone, seed=0).to(device)
+    layout = torch.channels_last if machine.channels_last else torch.contiguous_format
+    size = BATCH_SIZE if device.type == "cuda" else min(BATCH_SIZE, max(SMALL_BATCH, run.recipe.training.batch_size))
+    size = min(size, split.num_images)
+    loader = centre_loader(
+        split,
+        indices=np.resize(np.arange(split.num_images // size * size), max(split.num_images, 2048)),
+        views=run.recipe.views,
+        batch_size=size,
+        backend=machine.loader,
+        workers=max(1, torch.get_num_threads()) if machine.workers is None else machine.workers,
+        pin=device.type == "cuda",
+    )
+
+    def stream() -> Iterator[Tensor]:
+        while True:
+            for _, pixels in loader:
+                yield encoder(normalise(pixels, device=device).contiguous(memory_format=layout)).float().cpu()
+
+    with frozen(encoder):
+        return rate(stream(), batch_size=size, seconds=seconds, wait=lambda: None), encoder.num_features
+
+
+Head = tuple[tuple[float | None, float | None, str], float]
+"""Images a second, no time of a step, a note; and the seconds of the recipe's whole evaluation."""
+
+
+def _random_features(count: int, width: int, *, device: torch.device) -> Tensor:
+    generator = torch.Generator(device).manual_seed(0)
+    return torch.randn((count, width), device=device, generator=generator).relu_().mul_(0.1)
+
+
+def _wait(device: torch.device) -> Callable[[], None]:
+    return (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
+
+
+def _few_shot(run: RunContext, width: int, sizes: Sizes, seconds: float) -> Head:
+    settings, device = run.recipe.evaluation.fewshot, run.world.device
+    config = settings.model_copy(update={"num_episodes": min(FEW_SHOT_EPISODES, settings.num_episodes)})
+    classes = max(config.num_ways, sizes.num_classes)
+    each = config.num_queries + max(config.shots)
+    table = _random_features(classes * each, width, device=device)
+    images_of = {label: range(each * label, each * (label + 1)) for label in range(classes)}
+
+    def episodes() -> None:
+        for num_shots in config.shots:
+            drawn = authors_episodes(images_of, classes=range(classes), config=config, num_shots=num_shots)
+            episode_answers(table, episodes=drawn)
+
+    one_s = timed(episodes, seconds=seconds, wait=_wait(device)) / (len(config.shots) * config.num_episodes)
+    note = f"episodes/s: {config.num_ways} ways, {', '.join(map(str, config.shots))} shots, features of {width}"
+    return (1 / one_s, None, note), one_s * settings.num_episodes * len(config.shots)
+
+
+def _linear(run: RunContext, width: int, sizes: Sizes, seconds: float) -> Head:
+    settings, device = run.recipe.evaluation.linear, run.world.device
+    rows = max(min(sizes.num_train, MOST_ROWS), min(settings.batch_size, sizes.num_train))
+    table = _random_features(rows, width, device=device)
+    labels = torch.arange(rows, device=device) % sizes.num_classes
+    # Noise is learnt slowly, so that the weights stay finite.
+    config = Linear(epochs=1, batch_size=settings.batch_size, learning_rate=1e-3)
+
+    def epoch() -> None:
+        train_probe((table, table), labels=labels, num_classes=sizes.num_classes, config=config, seed=PROBE_SEED)
+
+    speed = rows / timed(epoch, seconds=seconds, wait=_wait(device))
+    note = f"{sizes.num_train / speed:.2g} s an epoch of {sizes.num_train} features of {width}, {sizes.num_classes} classes"
+    return (speed, None, note), settings.epochs * sizes.num_train / speed
+
+
+def _knn(run: RunContext, width: int, sizes: Sizes, seconds: float) -> Head:
+    settings, device = run.recipe.evaluation.knn, run.world.device
+    rows = max(min(sizes.num_train, MOST_ROWS), settings.num_neighbours)
+    bank = _random_features(rows, width, device=device)
+    queries = bank[: max(1, min(512, rows))]
+    labels = torch.arange(rows, device=device) % sizes.num_classes
+
+    def votes() -> None:
+        neighbour_votes(queries, bank=bank, bank_labels=labels, num_classes=sizes.num_classes, config=settings)
+
+    one_s = timed(votes, seconds=seconds, wait=_wait(device)) / len(queries) * max(1.0, sizes.num_train / rows)
+    return (1 / one_s, None, f"queries of {width} features in a bank of {sizes.num_train}"), one_s * sizes.num_val
+
+
+def main() -> int:
+    """Measure what standard input asks for; return the exit code."""
+    request = json.load(sys.stdin)
+
+    def write(**line: Any) -> None:
+        print(json.dumps(line), flush=True)
+
+    machine = Machine.model_validate_json(json.dumps(request["machine"]))
+    if machine.threads is not None:
+        torch.set_num_threads(machine.threads)
+    try:
+        for found in measure(
+            request["name"],
+            overrides=request["overrides"],
+            machine=machine,
+            seconds=request["seconds"],
+            scratch=Path(request["scratch"]),
+            say=lambda words: write(say=words),
+        ):
+            write(**{"part" if isinstance(found, Part) else "facts": asdict(found)})
+    except UserError as error:
+        write(error=str(error))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
