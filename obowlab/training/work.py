@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from obowlab.config import Recipe
-from obowlab.methods import METHODS, Batch, BoWNet, Method, OBoW, OneProcess
+from obowlab.methods import METHODS, Batch, BoWNet, Method, OBoW, OneProcess, compile_encoders
 from obowlab.precision import computing_in, loss_scaler
 from obowlab.training.optimizers import build_optimizer, set_learning_rate
 
@@ -42,7 +42,7 @@ class Work:
             batch_size: images of this process.
             device: where.
             channels_last: memory layout of images and weights, or plain NCHW.
-            compiled: compile the student.
+            compiled: compile student and teacher.
         """
         self.recipe, self.batch_size, self.device = recipe, batch_size, device
         self._layout = torch.channels_last if channels_last else torch.contiguous_format
@@ -51,7 +51,7 @@ class Work:
         )
         self.model.to(device).to(memory_format=self._layout)
         if compiled:
-            self.model.encoder.compile()
+            compile_encoders(self.model)
         self._optimizer = build_optimizer(recipe.optimizer, method=self.model)
         set_learning_rate(self._optimizer, 0.0)  # noise is not to be learnt
         self._scaler = loss_scaler(recipe.training.precision, device=device)

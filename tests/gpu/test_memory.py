@@ -36,3 +36,17 @@ def test_peak_memory_of_a_full_step(batch_size: int, record_property: Callable[[
     record_property(f"full, peak memory at {batch_size} images, GB", round(peak, 2))
     record_property(f"full, reserved memory at {batch_size} images, GB", round(reserved, 2))
     assert peak < LIMIT_GB.get(batch_size, float("inf"))
+
+
+def test_pinned_memory_of_batches_is_used_again() -> None:
+    """Loaders take pinned memory for every batch; torch gives back what a copy is done with, and asks the system for no more."""
+    if not hasattr(torch.cuda, "host_memory_stats"):
+        pytest.skip("this version of torch does not count its pinned memory")
+    allocated = []
+    for _ in range(40):
+        pixels = [torch.empty(16, 3, 96, 96, dtype=torch.uint8, pin_memory=True) for _ in range(3)]
+        copies = [each.to(CUDA, non_blocking=True).float() for each in pixels]
+        allocated.append(torch.cuda.host_memory_stats()["num_host_alloc"])
+        torch.cuda.synchronize()
+        del pixels, copies
+    assert allocated[-1] == allocated[4]
