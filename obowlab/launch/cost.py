@@ -23,8 +23,7 @@ from pydantic import BaseModel
 
 from obowlab import text
 from obowlab.config import Machine, Recipe
-from obowlab.data.datasets import DATASETS
-from obowlab.data.manifest import read_manifest
+from obowlab.data.datasets import num_training_images
 from obowlab.errors import UserError
 from obowlab.files import read_lines, write_atomic
 from obowlab.launch.compute_command import compute_command, environment_of, threads_of
@@ -73,7 +72,7 @@ class Cost:
             device: `cpu`, or any other name for GPUs.
         """
         if self.seconds is None:
-            return "Cost: unknown."
+            return "Cost: unknown; the command times a few steps first, on the machine that trains."
         hours = "CPU-hours" if device == "cpu" else "GPU-hours"
         parts = [f"{text.duration(self.seconds)} of training, {procs * self.seconds / 3600:.2g} {hours}"]
         if self.memory_mib is not None:
@@ -300,18 +299,9 @@ def _size(mib: float) -> str:
 
 def num_steps(recipe: Recipe, *, data_root: Path) -> int | None:
     """Return the optimiser updates of a recipe from the prepared data set, or from its published size; else None."""
-    data = recipe.data
-    manifest = read_manifest(data_root, data.dataset, "train")
-    info = DATASETS.get(data.dataset)
-    if manifest is not None:
-        num_images, num_classes = manifest.num_images, len(manifest.class_names)
-    elif info is not None:
-        num_images, num_classes = info.num_images["train"], info.num_classes
-    else:
-        return None
-    if data.images_per_class is not None:
-        num_images = min(num_images, data.images_per_class * num_classes)
-    return recipe.training.epochs * (num_images // recipe.training.batch_size)
+    data, training = recipe.data, recipe.training
+    num_images = num_training_images(data.dataset, data_root=data_root, images_per_class=data.images_per_class)
+    return None if num_images is None else training.epochs * (num_images // training.batch_size)
 
 
 def _read(path: Path) -> dict[str, Measured]:
