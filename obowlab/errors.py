@@ -19,3 +19,7 @@ class UserError(Exception):
         """Return the sentence."""
         text = _ENDLESS.sub(r"\1...", super().__str__())
         return "".join(one if one.isprintable() or one == "\n" else one.encode("unicode_escape").decode() for one in text)
+
+
+class AbsentError(UserError):
+    """Say that this machine lacks what another one may have, images or GPUs: a dry run tells it and goes on."""

@@ -159,7 +159,7 @@ BAD = {
     "run demo --machine nowhere.toml": "Cannot read nowhere.toml",
     "run demo --resume": "to resume; `obowlab runs list`",
     "run tiny-vanilla": "obowlab data prepare tinyimagenet100 --source DIR",
-    "run full --dry-run": "obowlab data prepare imagenet --source DIR",
+    "run full --device cpu": "obowlab data prepare imagenet --source DIR",
     "run demo --set data.dataset=../x": "'data.dataset'",
     "eval": "Missing argument 'RUN|FILE'",
     "eval nothing": "no run 'nothing'",
@@ -298,6 +298,37 @@ def test_dry_run_says_what_and_changes_nothing(
     assert all(line.startswith(("Would ", "  ")) for line in out.splitlines())
     assert [part for part in DRY[words] if part not in out] == []
     assert contents(workplace) == before
+
+
+@pytest.mark.parametrize("words", ["run full --gpus 4", "ablate table3 --gpus 4", "tune kappa-delta --gpus 4"])
+def test_a_dry_run_says_what_this_machine_lacks_and_goes_on(
+    words: str, obowlab: Obowlab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    code, out, _ = obowlab(*words.split(), "--dry-run")
+    assert code == 0
+    assert "not on this machine: This machine has 0 GPUs, not 4" in out
+    assert "not on this machine: 'imagenet' is not prepared in" in out
+    assert "Would be refused" not in out
+    code, _, err = obowlab(*words.split())
+    assert (code, "0 GPUs, not 4" in err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("run full --gpus 3", "training.batch_size (256) must be a multiple of the number of processes (3)"),
+        ("run demo --nodes 2 --procs 2", "--nodes is for a cluster"),
+        ("run imagenet20-vanilla --set data.images_per_class=1 --set training.batch_size=2000", "than the training set (1000"),
+        ("run tiny-vanilla --set views.cutmix_probability=0.5 --procs 128", "gives each an odd share"),
+    ],
+)
+def test_a_dry_run_says_what_no_machine_could_do(words: str, said: str, obowlab: Obowlab) -> None:
+    code, out, err = obowlab(*words.split(), "--dry-run")
+    assert (code, err) == (2, "")
+    (line,) = [line for line in out.splitlines() if line.startswith("Would be refused: ")]
+    assert said in line
+    assert "Would train run" in out
 
 
 # --------------------------------------------------------------------------------------------------------------- output

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-import socket
 from pathlib import Path
 
-from obowlab.config import Machine, Recipe, load_recipe
-from obowlab.launch.cost import COSTS, Cost, CostBook, num_steps, write_actual_cost, write_quote
+import pytest
+
+from obowlab.config import Machine, load_recipe
+from obowlab.launch.cost import COSTS, Cost, CostBook, Measured, num_steps, write_actual_cost, write_quote
 from obowlab.runs.folder import RunFolder, list_runs
 from obowlab.tracking.outbox import Outbox, Sent
+from obowlab.training.benchmark import through
 from tests.runs import small_recipe
 
 
@@ -32,8 +34,9 @@ def test_a_benchmark_is_kept_and_a_finished_run_knows_better(data_root: Path, tm
     measured = CostBook(machine, runs=[]).cost(loaded.recipe)
     assert (measured.source, measured.steps) == ("benchmark", 21)
     (stored,) = json.loads((machine.runs_root / COSTS).read_text()).values()
-    assert measured == expected_cost(stored, steps=21, images=8, procs=1)
-    assert all(value > 0 for value in stored.values())
+    assert measured == expected_cost(stored, steps=21)
+    assert all(value > 0 for name, value in stored.items() if name not in ("metrics_s", "start_s"))
+    assert list_runs(machine.runs_root) == [], "the steps were taken in a run folder that is gone"
     folder = RunFolder.create(loaded, seed=5, runs_root=machine.runs_root)
     folder.append_attempt({"device": "cpu"})
     folder.set_state(status="finished", step=21, total_steps=21, trained_s=12.5)
@@ -44,24 +47,61 @@ def test_a_benchmark_is_kept_and_a_finished_run_knows_better(data_root: Path, tm
     assert on_gpu.source == "unknown", "another device, another time"
 
 
-def test_a_quote_is_arithmetic_on_the_measured_numbers(data_root: Path, tmp_path: Path) -> None:
+STORED = {
+    "step_s": 0.5,
+    "metrics_s": 0.25,
+    "load_s": 0.125,
+    "start_s": 2.0,
+    "save_s": 1.2,
+    "memory_mib": 120.0,
+    "checkpoint_mib": 8.0,
+    "encoder_mib": 1.5,
+    "gradient_mib": 500.0,
+    "collectives": 40.0,
+}
+
+
+def test_a_quote_is_arithmetic_on_the_measured_numbers() -> None:
+    machine = Machine(device="cpu", checkpoint_every_s=120.0)
+    measured = Measured.model_validate(STORED)
+    assert measured.seconds(21, machine=machine) == pytest.approx((2.0 + 21 * 0.75) * 1.01)
+    seldom = machine.model_copy(update={"log_points": 7})
+    assert measured.seconds(21, machine=seldom) == pytest.approx((2.0 + 21 * (0.5 + 0.25 / 3)) * 1.01)
+    slow_loader = measured.model_copy(update={"load_s": 3.0})
+    assert slow_loader.seconds(21, machine=machine) == pytest.approx((2.0 + 21 * 3.25) * 1.01)
+    nodes = machine.model_copy(update={"procs": 4, "nodes": 2})
+    assert measured.seconds(21, machine=nodes) == pytest.approx((2.0 + 21 * (0.75 + 0.05 + 0.002)) * 1.01)
+
+
+def test_what_would_take_too_long_is_on_the_line_through_two_batches() -> None:
+    assert through(3.0, 5.0, images=16) == 5.0
+    assert through(3.0, 5.0, images=256) == 5.0 + 0.25 * 240
+    assert through(5.0, 4.0, images=256) == 4.0, "noise gives no time back"
+
+
+def test_measurements_are_of_one_machine_and_number_of_processes(data_root: Path, tmp_path: Path) -> None:
     recipe = small_recipe(tmp_path, dataset="small", epochs=3, batch_size=8).recipe
-    stored = {"step_s": 0.5, "memory_mib": 100.0, "memory_mib_per_image": 2.5, "checkpoint_mib": 8.0, "encoder_mib": 1.5}
-    runs_root = tmp_path / "runs"
-    runs_root.mkdir()
-    (runs_root / COSTS).write_text(json.dumps({f"{socket.gethostname()} cpu {recipe.fingerprint(seed=0)}": stored}))
-    for procs, seconds, memory_mib in ((1, 10.5, 120.0), (2, 5.25, 110.0), (4, 2.625, 105.0)):
-        machine = Machine(data_root=data_root, runs_root=runs_root, device="cpu", procs=procs)
-        cost = CostBook(machine, runs=[]).cost(recipe)
-        assert cost == Cost(21, seconds, "benchmark", memory_mib=memory_mib, disk_mib=22.0)
-        assert cost == expected_cost(stored, steps=21, images=8, procs=procs)
+    machine = Machine(data_root=data_root, runs_root=tmp_path, device="cpu", procs=2, threads=1)
+    (tmp_path / COSTS).write_text(json.dumps({CostBook(machine, runs=[])._place(recipe): STORED}))
+    assert CostBook(machine, runs=[]).cost(recipe) == expected_cost(STORED, steps=21)
+    for other in ({"procs": 1}, {"threads": 2}, {"loader": "torch"}, {"workers": 3}, {"channels_last": False}):
+        assert CostBook(machine.model_copy(update=other), runs=[]).cost(recipe).source == "unknown", other
 
 
-def expected_cost(stored: dict[str, float], *, steps: int, images: int, procs: int) -> Cost:
-    """Two checkpoints, two encoders and 3 MiB of small files; a share of the batch and of the time for each process."""
-    memory_mib = round(stored["memory_mib"] + images / procs * stored["memory_mib_per_image"], 1)
+def expected_cost(stored: dict[str, float], *, steps: int) -> Cost:
+    """Two checkpoints, two encoders and 3 MiB of small files; every step of a short training is logged."""
+    step_s = max(stored["step_s"], stored["load_s"]) + stored["metrics_s"]
+    seconds = (stored["start_s"] + steps * step_s) * (1.0 + stored["save_s"] / 120.0)
     disk_mib = round(2 * stored["checkpoint_mib"] + 2 * stored["encoder_mib"] + 3.0, 1)
-    return Cost(steps, steps * stored["step_s"] / procs, "benchmark", memory_mib=memory_mib, disk_mib=disk_mib)
+    return Cost(steps, seconds, "benchmark", memory_mib=round(stored["memory_mib"], 1), disk_mib=disk_mib)
+
+
+@pytest.mark.long
+def test_several_processes_are_timed_together(data_root: Path, tmp_path: Path) -> None:
+    recipe = small_recipe(tmp_path, dataset="small", epochs=3, batch_size=8).recipe
+    book = CostBook(Machine(data_root=data_root, runs_root=tmp_path / "runs", device="cpu", procs=2), runs=[])
+    assert book.measure([recipe]) == ""
+    assert book.cost(recipe).source == "benchmark"
 
 
 def test_several_processes_share_the_time(data_root: Path, tmp_path: Path) -> None:
@@ -98,8 +138,10 @@ def test_quote_and_truth_stand_side_by_side(data_root: Path, tmp_path: Path) -> 
     assert folder.cost() == {}
 
 
-def test_what_cannot_be_timed_is_said(tmp_path: Path) -> None:
-    recipe = Recipe.model_validate_json('{"views": {"original_size": 8, "original_resize": 9, "crop_size": 8}}')
-    book = CostBook(Machine(runs_root=tmp_path, device="cpu"), runs=[])
-    assert "method.border" in book.measure([recipe])
-    assert book.cost(recipe).seconds is None
+def test_what_cannot_be_timed_is_said(data_root: Path, tmp_path: Path) -> None:
+    good = small_recipe(tmp_path, dataset="small", batch_size=8).recipe
+    bad = small_recipe(tmp_path, dataset="small", batch_size=8, overrides=("method.border=2",)).recipe
+    book = CostBook(Machine(data_root=data_root, runs_root=tmp_path / "runs", device="cpu"), runs=[])
+    assert "method.border" in book.measure([bad, good])
+    assert book.cost(bad).seconds is None
+    assert book.cost(good).source == "benchmark", "the others are timed all the same"

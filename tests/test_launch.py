@@ -240,7 +240,8 @@ def test_too_few_gpus_are_told_in_one_sentence(tmp_path: Path, monkeypatch: pyte
         launch(loaded(), seed=0, machine=machine, fresh=False, progress=False)
     monkeypatch.setattr(leases, "count_gpus", lambda: 1)
     with pytest.raises(UserError, match=r"has 1 GPU, not 4; use --gpus 1 or --device cpu"):
-        plan(loaded(), seed=0, machine=machine.model_copy(update={"device": "auto"}), fresh=False)
+        launch(loaded(), seed=0, machine=machine.model_copy(update={"device": "auto"}), fresh=False, progress=False)
+    assert plan(loaded(), seed=0, machine=machine, fresh=False).action == "new", "a plan is for any machine"
     assert list(tmp_path.iterdir()) == []
 
 

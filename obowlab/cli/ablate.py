@@ -19,7 +19,7 @@ from obowlab.cli.options import (
     submitter_of,
     would,
 )
-from obowlab.cli.output import print_table, send_to_mlflow
+from obowlab.cli.output import print_obstacles, print_table, send_to_mlflow
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
@@ -66,9 +66,10 @@ def ablate(
     """
     from obowlab.launch.cost import CostBook
     from obowlab.launch.gpu_leases import check_gpus
+    from obowlab.launch.stages import find_obstacles
     from obowlab.runs.provenance import num_cores
     from obowlab.runs.records import store_runs
-    from obowlab.tables.plan import OVERVIEW_COLUMNS, make_plan, overview, select_rows
+    from obowlab.tables.plan import OVERVIEW_COLUMNS, check_images, make_plan, overview, select_rows
     from obowlab.tables.spec import load_table, resolve_names
     from obowlab.tables.submit import submit_plan
 
@@ -84,6 +85,7 @@ def ablate(
     runs = store_runs(machine.runs_root)
     book = CostBook(machine.model_copy(update={"procs": 1}), runs=runs.values())
     if not dry_run and not on_cluster and any(job.fingerprint not in runs for job in plan.jobs):
+        check_images(plan.jobs, machine=machine, say=click.echo)  # it is timed on them
         _say("Timing a few steps of the recipes that were never trained here.")
         problem = book.measure([job.loaded.recipe for job in plan.jobs])
         if problem:
@@ -91,9 +93,11 @@ def ablate(
     trainings, lines = overview(plan, runs=runs, book=book, slots=slots, on_cluster=on_cluster)
     print_table(OVERVIEW_COLUMNS, trainings, right=("steps",))
     click.echo("\n".join(lines))
-    if dry_run:
-        return 0
     machine = machine.model_copy(update={"procs": 1})
+    if dry_run:
+        done = {key for key, run in runs.items() if run.state.status == "finished"}
+        due = [job.loaded for job in plan.jobs if job.fingerprint not in done]
+        return print_obstacles(find_obstacles(due, machine=machine, say=click.echo, at_a_time=gpus or 1))
     if on_cluster:
         left = submit_plan(plan, submitter=submitter_of(machine, options=options), at_a_time=slots)
         return left if left is not None else _present(plan, machine=machine, records=records)

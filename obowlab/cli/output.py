@@ -10,6 +10,7 @@ import click
 
 if TYPE_CHECKING:
     from obowlab.config import Machine
+    from obowlab.launch.stages import Obstacles
     from obowlab.runs.folder import RunFolder
 
 MIRROR_TIMEOUT_S = 60.0
@@ -87,3 +88,12 @@ def print_measurements(results: Iterable[Mapping[str, Any]]) -> None:
         lines.append([row.metric, *values, str(row.count), row.dataset, row.protocol])
     columns = ["metric", "student", "random initialisation", "n", "data set", "protocol"]
     print_table(columns, lines, right=("student", "random initialisation", "n"))
+
+
+def print_obstacles(obstacles: Obstacles) -> int:
+    """Print, at the end of a dry run, what this machine lacks and what would be refused; return the exit code."""
+    for sentence in obstacles.absent:
+        click.echo(f"  not on this machine: {sentence}")
+    for sentence in obstacles.refused:
+        click.echo(f"Would be refused: {sentence}")
+    return 2 if obstacles.refused else 0

@@ -19,7 +19,7 @@ from obowlab.cli.options import (
     submitter_of,
     would,
 )
-from obowlab.cli.output import print_results
+from obowlab.cli.output import print_obstacles, print_results
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def run(
     """
     from obowlab.config import load_recipe
     from obowlab.launch.local import launch, plan
-    from obowlab.launch.stages import check_stages, open_stages
+    from obowlab.launch.stages import check_stages, find_obstacles, open_stages
     from obowlab.launch.submit import spread
     from obowlab.report.read import cache_curves
     from obowlab.runs.folder import RunFolder, run_id_of
@@ -89,7 +89,10 @@ def run(
     if machine.launcher == "slurm":
         machine = spread(machine, nodes=nodes)
     stages = open_stages(loaded, seed=seed, machine=machine, last=stage, resume=resume)
-    check_stages(stages, machine=machine, dry_run=dry_run, say=click.echo)
+    due = [each.loaded for each in stages if each.is_due]
+    obstacles = find_obstacles(due, machine=machine, say=click.echo) if dry_run else None
+    if obstacles is None:
+        check_stages(stages, machine=machine, say=click.echo)
     if machine.launcher == "slurm" and any(each.is_due for each in stages) and not dry_run:
         command = ["run", absolute(name), "--seed", str(seed), *(word for text in overrides for word in ("--set", text))]
         command += ["--stage", str(stage)] if stage is not None else []
@@ -110,7 +113,7 @@ def run(
         folder = RunFolder.open(machine.runs_root / run_id_of(each.loaded, seed=seed))
         cache_curves(folder)
         print_results(folder)
-    return 0
+    return 0 if obstacles is None else print_obstacles(obstacles)
 
 
 def _submit(command: list[str], stages: list[Stage], *, seed: int, submitter: Submitter) -> int:

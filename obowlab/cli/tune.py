@@ -23,7 +23,7 @@ from obowlab.cli.options import (
     submitter_of,
     would,
 )
-from obowlab.cli.output import print_table
+from obowlab.cli.output import print_obstacles, print_table
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def tune(
     if show:
         return _show(tuning, machine=machine, storage=storage, budget=budget, as_json=as_json)
     if dry_run:
-        return _dry_run(tuning, machine=machine, storage=storage, budget=budget, slots=slots)
+        return _dry_run(tuning, machine=machine, storage=storage, budget=budget, slots=slots, gpus=gpus)
     if machine.launcher == "slurm":
         words = ["tune", absolute(study), "--scale", scale, "--name", tuning.name, "--trials", str(budget)]
         words += [word for text in overrides for word in ("--set", text)]
@@ -191,7 +191,8 @@ def _show(tuning: Tuning, *, machine: Machine, storage: str | None, budget: int,
     return 0
 
 
-def _dry_run(tuning: Tuning, *, machine: Machine, storage: str | None, budget: int, slots: int) -> int:
+def _dry_run(tuning: Tuning, *, machine: Machine, storage: str | None, budget: int, slots: int, gpus: int | None) -> int:
+    from obowlab.launch.stages import find_obstacles
     from obowlab.studies.overview import plan_lines
     from obowlab.studies.storage import open_existing, quiet, storage_url
     from obowlab.studies.summary import collect
@@ -210,7 +211,8 @@ def _dry_run(tuning: Tuning, *, machine: Machine, storage: str | None, budget: i
     would(f"{'continue' if report else 'begin'} study {tuning.name}: {completed} of {budget} trials completed, {slots} at a time")
     for line in plan_lines(tuning, machine=machine, url=url, report=report):
         click.echo(f"  {line}")
-    return 0
+    due = tuning.base.stages()
+    return print_obstacles(find_obstacles(due, machine=machine, say=click.echo, at_a_time=gpus or 1))
 
 
 def print_study(report: StudyReport, *, problem: str | None = None) -> None:

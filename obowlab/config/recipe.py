@@ -218,6 +218,11 @@ class Recipe(Section):
                     f"{name} ({value}) must be a multiple of the number of processes ({procs}): change --procs or --gpus, or the "
                     "setting, which makes another run."
                 )
+        if self.views.cutmix_probability and self.training.batch_size // procs % 2:
+            raise UserError(
+                f"cutmix mixes pairs of images, but training.batch_size ({self.training.batch_size}) over {procs} process(es) "
+                f"gives each an odd share: make training.batch_size a multiple of {2 * procs}, or change --procs or --gpus."
+            )
 
     def fingerprint(self, *, seed: int) -> str:
         """Return the SHA-256 (hex) that identifies a run: the resolved recipe and the seed.

@@ -17,7 +17,7 @@ from obowlab.data.manifest import Manifest, Skipped, beton_path, check_name, rea
 from obowlab.data.prepare import Plan, PrepareReport, Progress, plan_prepare, prepare, synthetic_is_drawn
 from obowlab.data.sources import LAYOUT, SPLITS
 from obowlab.data.verification import Problem, VerifyReport, verify
-from obowlab.errors import UserError
+from obowlab.errors import AbsentError, UserError
 
 __all__ = [
     "DATASETS",
@@ -32,6 +32,7 @@ __all__ = [
     "Split",
     "VerifyReport",
     "list_datasets",
+    "num_training_images",
     "open_split",
     "plan_prepare",
     "prepare",
@@ -165,10 +166,22 @@ def open_split(dataset: str, split: str, *, data_root: Path) -> Split:
     return _open(dataset, split, data_root)
 
 
+def num_training_images(dataset: str, *, data_root: Path, images_per_class: int | None) -> int | None:
+    """Return how many images are trained on, by the prepared data set or else its published size; None when neither is known."""
+    manifest, info = read_manifest(data_root, dataset, "train"), DATASETS.get(dataset)
+    if manifest is not None:
+        num_images, num_classes = manifest.num_images, len(manifest.class_names)
+    elif info is not None:
+        num_images, num_classes = info.num_images["train"], info.num_classes
+    else:
+        return None
+    return num_images if images_per_class is None else min(num_images, images_per_class * num_classes)
+
+
 def _open(dataset: str, split: str, data_root: Path, *, hashed: bool = True) -> Split:
     manifest = read_manifest(data_root, dataset, split)
     if manifest is None:
-        raise UserError(_not_prepared(dataset, split, data_root))
+        raise _not_prepared(dataset, split, data_root)
     path = beton_path(data_root, dataset, split)
     try:
         identity = identify(path)
@@ -247,8 +260,10 @@ def list_datasets(data_root: Path) -> tuple[Listing, ...]:
     return tuple(listings)
 
 
-def _not_prepared(dataset: str, split: str, data_root: Path) -> str:
+def _not_prepared(dataset: str, split: str, data_root: Path) -> UserError:
     other = next((name for name in SPLITS if name != split and read_manifest(data_root, dataset, name) is not None), None)
     if other is not None:
-        return f"'{dataset}' has no {split} images in {data_root}: prepare a source with {split}/ under another name."
-    return f"'{dataset}' is not prepared in {data_root}: `obowlab data prepare {dataset} --source DIR` (or set --data-root)."
+        return UserError(f"'{dataset}' has no {split} images in {data_root}: prepare a source with {split}/ under another name.")
+    return AbsentError(
+        f"'{dataset}' is not prepared in {data_root}: `obowlab data prepare {dataset} --source DIR` (or set --data-root)."
+    )

@@ -20,8 +20,10 @@ PATIENCE_VARIABLE = "OBOWLAB_PATIENCE_S"
 the same job, still shutting down."""
 
 
-def compute_command(path: Path, machine: Machine) -> list[str]:
+def compute_command(path: Path, machine: Machine, *, module: str = "obowlab.training") -> list[str]:
     """Return the command that trains and evaluates the run of a folder on this node, through torchrun for several processes.
+
+    Another module is started in the same way, with a path of its own.
 
     torchrun's own restarts are not used: the launcher starts a group that died anew, without leftovers of the dead processes.
     """
@@ -32,7 +34,7 @@ def compute_command(path: Path, machine: Machine) -> list[str]:
             launcher += ["--standalone"]  # finds a free port itself, without a race
         else:
             launcher += ["--nnodes", str(machine.nodes), "--rdzv-backend", "c10d", "--rdzv-conf", "store_type=file"]
-    return [sys.executable, *launcher, "-m", "obowlab.training", str(path)]
+    return [sys.executable, *launcher, "-m", module, str(path)]
 
 
 def environment_of(machine: Machine, *, token: str, progress: bool) -> dict[str, str]:

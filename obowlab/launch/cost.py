@@ -1,18 +1,18 @@
 """What a training will cost: its time, memory and disk, estimated before it begins.
 
-The estimates come, the best first, from a finished run of the same recipe on the same kind of device, or from a micro-benchmark:
-a few steps on random images in a process of its own (`obowlab.training.benchmark`), kept in RUNS_ROOT/.costs.json. The quote and
-the actual cost are kept in the run's `cost.json`.
+The estimates come, the best first, from a finished run of the same recipe with as many processes on the same kind of device; from
+a micro-benchmark, a few steps of the training itself (`obowlab.training.benchmark`), kept in RUNS_ROOT/.costs.json; or from a
+finished run with another number of processes. The quote and the actual cost are kept in the run's `cost.json`.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
+import math
 import socket
 import subprocess
-import sys
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +23,10 @@ from pydantic import BaseModel
 
 from obowlab import text
 from obowlab.config import Machine, Recipe
-from obowlab.data.datasets import DATASETS
-from obowlab.data.manifest import read_manifest
+from obowlab.data.datasets import num_training_images
 from obowlab.errors import UserError
-from obowlab.files import write_atomic
+from obowlab.files import read_lines, write_atomic
+from obowlab.launch.compute_command import compute_command, environment_of, threads_of
 from obowlab.launch.gpu_leases import leased
 from obowlab.launch.system import count_gpus
 from obowlab.runs.folder import COST_FILE, RunFolder, RunSummary
@@ -38,6 +38,11 @@ SMALL_FILES_MIB = 3.0
 """Metrics, results and logs of a run."""
 
 BENCHMARK_TIMEOUT_S = 600.0
+
+NODE_MIB_PER_S = 10_000.0
+NODE_LATENCY_S = 50e-6
+"""Assumed of the network between nodes: bandwidth for gradients, and what one small exchange takes."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -67,7 +72,7 @@ class Cost:
             device: `cpu`, or any other name for GPUs.
         """
         if self.seconds is None:
-            return "Cost: unknown."
+            return "Cost: unknown; the command times a few steps first, on the machine that trains."
         hours = "CPU-hours" if device == "cpu" else "GPU-hours"
         parts = [f"{text.duration(self.seconds)} of training, {procs * self.seconds / 3600:.2g} {hours}"]
         if self.memory_mib is not None:
@@ -78,21 +83,44 @@ class Cost:
 
 
 class Measured(BaseModel):
-    """What the micro-benchmark measures of a recipe.
+    """What the micro-benchmark measures of a recipe, with the processes that one node has.
 
     Attributes:
-        step_s: seconds of a step of the whole batch in one process.
-        memory_mib: of a process without any image.
-        memory_mib_per_image: added by every image of its share of the batch.
+        step_s: seconds of a step of the whole batch: loading, colours, forward, backward, collectives of this node, update.
+        metrics_s: that a step takes longer when it is logged.
+        load_s: seconds in which the loader makes a batch; it works beside the steps, and may be the slower one.
+        start_s: that the first step takes longer: compilers, and libraries that make their plans.
+        save_s: of writing a checkpoint.
+        memory_mib: peak of one process.
         checkpoint_mib: of one checkpoint.
         encoder_mib: of the encoder alone.
+        gradient_mib: what the processes average in every step.
+        collectives: other exchanges in a step, of a few kilobytes each: batch-norm statistics and votes.
     """
 
     step_s: float
+    metrics_s: float
+    load_s: float
+    start_s: float
+    save_s: float
     memory_mib: float
-    memory_mib_per_image: float
     checkpoint_mib: float
     encoder_mib: float
+    gradient_mib: float
+    collectives: float
+
+    def seconds(self, steps: int, *, machine: Machine) -> float:
+        """Return the seconds of a training (docs/training.md, "What a training costs")."""
+        log_every = max(1, math.ceil(steps / machine.log_points))
+        step_s = max(self.step_s, self.load_s) + self._between_nodes_s(machine.nodes) + self.metrics_s / log_every
+        saving = self.save_s / machine.checkpoint_every_s  # seconds of writing for every second of training
+        return (self.start_s + steps * step_s) * (1.0 + saving)
+
+    def _between_nodes_s(self, nodes: int) -> float:
+        """Return what a step takes longer because the nodes exchange gradients and statistics; assumed, not measured."""
+        if nodes == 1:
+            return 0.0
+        return 2 * self.gradient_mib * (nodes - 1) / nodes / NODE_MIB_PER_S + self.collectives * NODE_LATENCY_S
 
 
 class CostBook:
@@ -107,7 +135,7 @@ class CostBook:
         """
         self._machine = machine
         self._path = machine.runs_root / COSTS
-        self._finished: dict[str, list[Cost]] = {}
+        self._finished: dict[str, list[_Finished]] = {}
         for run in runs:
             if run.state.status == "finished":
                 self._note(RunFolder(run.path, run.info))
@@ -115,62 +143,63 @@ class CostBook:
 
     def cost(self, recipe: Recipe) -> Cost:
         """Return what a training of this recipe costs, as far as it is known."""
-        key, steps = recipe.fingerprint(seed=0), num_steps(recipe, data_root=self._machine.data_root)
-        if key in self._finished:
-            runs = self._finished[key]
+        steps = num_steps(recipe, data_root=self._machine.data_root)
+        if runs := self._alike(recipe):
+            return _cost_of(runs, steps=steps, procs=self._machine.procs)
+        measured = self._measured.get(self._place(recipe))
+        if measured is not None and steps is not None:
             return Cost(
                 steps,
-                median(run.seconds for run in runs if run.seconds is not None),
-                "run",
-                memory_mib=max((run.memory_mib for run in runs if run.memory_mib is not None), default=None),
-                disk_mib=max((run.disk_mib for run in runs if run.disk_mib is not None), default=None),
+                measured.seconds(steps, machine=self._machine),
+                "benchmark",
+                memory_mib=round(measured.memory_mib, 1),
+                disk_mib=round(2 * measured.checkpoint_mib + 2 * measured.encoder_mib + SMALL_FILES_MIB, 1),
             )
-        measured = self._measured.get(self._place(key))
-        if measured is None or steps is None:
-            return Cost(steps, None, "unknown")
-        images = recipe.training.batch_size / self._machine.procs
-        return Cost(
-            steps,
-            steps * measured.step_s / self._machine.procs,
-            "benchmark",
-            memory_mib=round(measured.memory_mib + images * measured.memory_mib_per_image, 1),
-            disk_mib=round(2 * measured.checkpoint_mib + 2 * measured.encoder_mib + SMALL_FILES_MIB, 1),
-        )
+        if others := self._finished.get(recipe.fingerprint(seed=0)):
+            return _cost_of(others, steps=steps, procs=self._machine.procs)
+        return Cost(steps, None, "unknown")
 
     def measure(self, recipes: Sequence[Recipe]) -> str:
-        """Time a few steps of the recipes that were never measured here, in one process.
+        """Time a few steps of the recipes that were never trained or timed like this, whose images must be prepared.
 
         Returns:
             Why not all of them could be timed, in a few words; empty on success. No run fails for want of a quote.
         """
-        missing = {recipe.fingerprint(seed=0): recipe for recipe in recipes if self.cost(recipe).source == "unknown"}
+        unknown = [each for each in recipes if not self._alike(each) and self._place(each) not in self._measured]
+        missing = {recipe.fingerprint(seed=0): recipe for recipe in unknown}
         if not missing:
             return ""
-        request = json.dumps(
-            {"device": self._machine.device, "recipes": {key: recipe.model_dump(mode="json") for key, recipe in missing.items()}}
-        )
-        environment = {**os.environ, "OMP_NUM_THREADS": str(self._machine.threads or os.environ.get("OMP_NUM_THREADS") or 1)}
-        one = self._machine.model_copy(update={"procs": 1, "nodes": 1})
-        try:
-            with leased(one) as gpus:
+        machine = self._machine.model_copy(update={"threads": threads_of(self._machine)})
+        request = {
+            "machine": machine.model_dump(mode="json", exclude={"tracking_uri"}),
+            "recipes": {key: recipe.model_dump(mode="json") for key, recipe in missing.items()},
+        }
+        here = machine.model_copy(update={"procs": machine.procs // machine.nodes, "nodes": 1})
+        with tempfile.TemporaryDirectory(prefix="obowlab-cost-") as folder, leased(here) as gpus:
+            path = Path(folder) / "request.json"
+            path.write_text(json.dumps(request))
+            try:
                 done = subprocess.run(
-                    [sys.executable, "-m", "obowlab.training.benchmark"],
-                    input=request,
-                    env={**environment, **gpus},
+                    compute_command(path, here, module="obowlab.training.benchmark"),
+                    env={**environment_of(here, token="", progress=False), **gpus},
                     capture_output=True,
                     text=True,
                     timeout=BENCHMARK_TIMEOUT_S,
                     check=False,
                 )
-        except subprocess.TimeoutExpired:
-            return f"it took more than {text.duration(BENCHMARK_TIMEOUT_S)}"
-        for line in done.stdout.splitlines():
-            answer = json.loads(line)
-            self._measured[self._place(answer.pop("key"))] = Measured.model_validate(answer)
+                problem = "" if done.returncode == 0 else (done.stderr.splitlines() or [f"exit code {done.returncode}"])[-1]
+            except subprocess.TimeoutExpired:
+                problem = f"it took more than {text.duration(BENCHMARK_TIMEOUT_S)}"
+            for answer in read_lines(path.with_name("answers.jsonl")):
+                key = answer.pop("key")
+                if "error" in answer:
+                    problem = str(answer["error"])
+                else:
+                    self._measured[self._place(missing[key])] = Measured.model_validate(answer)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         values = {place: measured.model_dump() for place, measured in self._measured.items()}
         write_atomic(self._path, json.dumps(values, indent=1, sort_keys=True))
-        return "" if done.returncode == 0 else (done.stderr.splitlines() or [f"exit code {done.returncode}"])[-1]
+        return problem
 
     def _note(self, folder: RunFolder) -> None:
         try:
@@ -179,13 +208,43 @@ class CostBook:
             return  # made by another version, whose recipes differ from this one's
         trained_s, facts = folder.trained_s(), folder.facts()
         if trained_s is not None and self._machine.device in ("auto", facts.get("device")):
-            seconds = trained_s * int(facts.get("procs", 1)) / self._machine.procs
             truth = folder.cost().get("truth", {})
-            cost = Cost(None, seconds, "run", memory_mib=folder.state.memory_mib, disk_mib=truth.get("disk_mib"))
-            self._finished.setdefault(key, []).append(cost)
+            run = _Finished(int(facts.get("procs", 1)), trained_s, folder.state.memory_mib, truth.get("disk_mib"))
+            self._finished.setdefault(key, []).append(run)
 
-    def _place(self, key: str) -> str:
-        return f"{socket.gethostname()} {self._machine.device} {key}"
+    def _alike(self, recipe: Recipe) -> list[_Finished]:
+        """Return the finished runs of a recipe with as many processes."""
+        runs = self._finished.get(recipe.fingerprint(seed=0), [])
+        return [run for run in runs if run.procs == self._machine.procs]
+
+    def _place(self, recipe: Recipe) -> str:
+        """Return the key of a measurement: the recipe, and all of the machine that changes its time."""
+        machine = self._machine
+        spread = f"{machine.procs} on {machine.nodes}"
+        kind = [machine.loader, machine.workers, machine.channels_last, machine.compile, machine.deterministic]
+        words = [socket.gethostname(), machine.device, spread, threads_of(machine), *kind, recipe.fingerprint(seed=0)]
+        return " ".join(map(str, words))
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """What a finished run took."""
+
+    procs: int
+    seconds: float
+    memory_mib: float | None
+    disk_mib: float | None
+
+
+def _cost_of(runs: Sequence[_Finished], *, steps: int | None, procs: int) -> Cost:
+    """Return the cost of finished runs of one recipe, their time shared out over another number of processes."""
+    return Cost(
+        steps,
+        median(run.seconds * run.procs / procs for run in runs),
+        "run",
+        memory_mib=max((run.memory_mib for run in runs if run.memory_mib is not None), default=None),
+        disk_mib=max((run.disk_mib for run in runs if run.disk_mib is not None), default=None),
+    )
 
 
 # ------------------------------------------------------------------------------------------------ quote and actual cost
@@ -240,18 +299,9 @@ def _size(mib: float) -> str:
 
 def num_steps(recipe: Recipe, *, data_root: Path) -> int | None:
     """Return the optimiser updates of a recipe from the prepared data set, or from its published size; else None."""
-    data = recipe.data
-    manifest = read_manifest(data_root, data.dataset, "train")
-    info = DATASETS.get(data.dataset)
-    if manifest is not None:
-        num_images, num_classes = manifest.num_images, len(manifest.class_names)
-    elif info is not None:
-        num_images, num_classes = info.num_images["train"], info.num_classes
-    else:
-        return None
-    if data.images_per_class is not None:
-        num_images = min(num_images, data.images_per_class * num_classes)
-    return recipe.training.epochs * (num_images // recipe.training.batch_size)
+    data, training = recipe.data, recipe.training
+    num_images = num_training_images(data.dataset, data_root=data_root, images_per_class=data.images_per_class)
+    return None if num_images is None else training.epochs * (num_images // training.batch_size)
 
 
 def _read(path: Path) -> dict[str, Measured]:

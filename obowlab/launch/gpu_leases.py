@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Literal
 
 from obowlab.config import Machine
-from obowlab.errors import UserError
+from obowlab.errors import AbsentError, UserError
 from obowlab.launch.system import count_gpus, visible_gpus
 
 GPUS_VARIABLE = "OBOWLAB_GPUS"
@@ -34,7 +34,7 @@ def check_gpus(machine: Machine) -> None:
     """Refuse a machine that asks for more GPUs than there are.
 
     Raises:
-        UserError: says how many there are.
+        AbsentError: says how many there are.
     """
     needed = machine.procs // machine.nodes
     if machine.device == "cpu" or (machine.device == "auto" and needed == 1):
@@ -45,7 +45,7 @@ def check_gpus(machine: Machine) -> None:
     if present < needed:
         fewer = f"--gpus {present} or " if present else ""
         noun = "GPU" if present == 1 else "GPUs"
-        raise UserError(f"This machine has {present} {noun}, not {needed}; use {fewer}--device cpu --procs N.")
+        raise AbsentError(f"This machine has {present} {noun}, not {needed}; use {fewer}--device cpu --procs N.")
 
 
 @contextmanager

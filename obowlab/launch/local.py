@@ -97,10 +97,8 @@ def plan(loaded: Loaded, *, seed: int, machine: Machine, fresh: bool, command: C
     """Return what `launch` would do with the same arguments; changes nothing.
 
     Raises:
-        UserError: as `launch`.
+        UserError: the recipe's name or the tracking address is refused.
     """
-    if machine.launcher == "local":
-        check_gpus(machine)
     run_id = run_id_of(loaded, seed=seed)
     path = machine.runs_root / run_id
     state = RunFolder.open(path).current_state() if (path / "run.json").is_file() else None

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from obowlab.config import Loaded, Machine
+from obowlab.config import Loaded, Machine, Recipe
 from obowlab.data.class_lists import class_list
-from obowlab.data.datasets import open_split
+from obowlab.data.datasets import num_training_images, open_split
 from obowlab.errors import UserError
 from obowlab.launch.nodes import RENDEZVOUS_VARIABLE
 
@@ -47,3 +47,15 @@ def check_data(loaded: Loaded, *, machine: Machine, dry_run: bool, say: Callable
         if "fewshot" in measured and recipe.evaluation.fewshot.classes != "all":
             class_list(recipe.evaluation.fewshot.classes, class_names=split.class_names, folder=folder)
     return None
+
+
+def check_batch(recipe: Recipe, *, machine: Machine) -> None:
+    """Refuse a batch that is larger than the training set, as it is prepared or was published; an unknown one passes.
+
+    Raises:
+        UserError: names the setting to change.
+    """
+    data, batch_size = recipe.data, recipe.training.batch_size
+    images = num_training_images(data.dataset, data_root=machine.data_root, images_per_class=data.images_per_class)
+    if images is not None and images < batch_size:
+        raise UserError(f"training.batch_size ({batch_size}) is larger than the training set ({images} images): lower it.")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from obowlab.config import Loaded, Machine
-from obowlab.errors import UserError
+from obowlab.errors import AbsentError, UserError
 from obowlab.launch.cost import Cost, quoted
 from obowlab.launch.gpu_leases import check_gpus
-from obowlab.launch.preflight import check_data, check_nodes
+from obowlab.launch.preflight import check_batch, check_data, check_nodes
 from obowlab.runs.folder import RunFolder, run_id_of
 from obowlab.runs.lineage import stages_of
 
@@ -70,19 +71,66 @@ def open_stages(loaded: Loaded, *, seed: int, machine: Machine, last: int | None
     return found
 
 
-def check_stages(stages: Sequence[Stage], *, machine: Machine, dry_run: bool, say: Callable[[str], None]) -> None:
-    """Refuse stages that could not be trained to their end on this machine; see `check_data` for the arguments.
+def check_stages(stages: Sequence[Stage], *, machine: Machine, say: Callable[[str], None]) -> None:
+    """Refuse stages that could not be trained to their end on this machine; draw the synthetic images on first use.
+
+    Args:
+        stages: of one recipe.
+        machine: where they would be trained.
+        say: prints one line.
 
     Raises:
         UserError: says what is missing.
     """
+    due = [stage.loaded for stage in stages if stage.is_due]
+    for check in _checks(due, machine=machine, at_a_time=1, dry_run=False, say=say):
+        check()
+
+
+@dataclass(frozen=True)
+class Obstacles:
+    """Why trainings could not be trained here and now.
+
+    Attributes:
+        absent: what this machine lacks and another may have: GPUs, images.
+        refused: what no machine could do.
+    """
+
+    absent: tuple[str, ...]
+    refused: tuple[str, ...]
+
+
+def find_obstacles(due: Sequence[Loaded], *, machine: Machine, say: Callable[[str], None], at_a_time: int = 1) -> Obstacles:
+    """Return everything for which trainings would be refused; changes nothing.
+
+    Args:
+        due: their recipes.
+        machine: where each of them would be trained.
+        say: prints one line.
+        at_a_time: how many share its GPUs out.
+    """
+    absent: list[str] = []
+    refused: list[str] = []
+    for check in _checks(due, machine=machine, at_a_time=at_a_time, dry_run=True, say=say):
+        try:
+            check()
+        except AbsentError as error:
+            absent.append(str(error))
+        except UserError as error:
+            refused.append(str(error))
+    return Obstacles(tuple(dict.fromkeys(absent)), tuple(dict.fromkeys(refused)))
+
+
+def _checks(
+    due: Sequence[Loaded], *, machine: Machine, at_a_time: int, dry_run: bool, say: Callable[[str], None]
+) -> Iterator[Callable[[], None]]:
     if machine.launcher == "local":
-        check_nodes(machine)
-        check_gpus(machine)
+        yield partial(check_nodes, machine)
+        yield partial(check_gpus, machine.model_copy(update={"procs": machine.procs * at_a_time}))
     checked = []
-    for stage in stages:
-        if stage.is_due:
-            stage.loaded.recipe.check_procs(machine.procs)
-            if stage.loaded.recipe.data not in checked:
-                check_data(stage.loaded, machine=machine, dry_run=dry_run, say=say)
-            checked.append(stage.loaded.recipe.data)
+    for loaded in due:
+        yield partial(loaded.recipe.check_procs, machine.procs)
+        if loaded.recipe.data not in checked:
+            yield partial(check_data, loaded, machine=machine, dry_run=dry_run, say=say)
+        checked.append(loaded.recipe.data)
+        yield partial(check_batch, loaded.recipe, machine=machine)

@@ -25,7 +25,7 @@ from obowlab.training.memory import peak_mib
 from obowlab.training.optimizers import build_optimizer, grad_norm, set_learning_rate
 from obowlab.training.render_ahead import rendered
 from obowlab.training.signals import Interrupted
-from obowlab.training.stages import find_teacher, prepare
+from obowlab.training.stages import Teacher, find_teacher, prepare
 from obowlab.training.sync_batchnorm import synchronise_batchnorm
 from obowlab.training.votes import Decision, Votes
 from obowlab.training.window import MetricWindow, Timer
@@ -93,7 +93,6 @@ class Trainer:
         self.loader = open_loader(run, split=self.split)
         self.total_steps = recipe.training.epochs * self.loader.steps_per_epoch
         self.log_every = max(1, math.ceil(self.total_steps / machine.log_points))
-        self._teacher = find_teacher(run)
         self.method = build(run, split=self.split, total_steps=self.total_steps)
         synchronise_batchnorm(self.method, world=run.world)
         if machine.channels_last:
@@ -118,18 +117,24 @@ class Trainer:
             UserError: the checkpoint is of other images, or points logged before it are lost.
         """
         run = self.run
+        teacher = run.world.together(lambda: find_teacher(run))
         found = run.world.together(lambda: newest_checkpoint(run, data_hash=self.split.content_hash))
         check_same(run, found=found)
-        run.world.on_main(lambda: self._open_metric_log(found))
+        run.world.on_main(lambda: self.open_metric_log(found))
         if found is not None:
             run.world.together(lambda: self._restore(found))
-        run.world.on_main(self._announce)
-        if found is None and prepare(run, method=self.method, teacher=self._teacher, split=self.split):
+        run.world.on_main(lambda: self._announce(teacher))
+        if found is None and prepare(run, method=self.method, teacher=teacher, split=self.split):
             self.save()
-        self.parallel = parallelise(self.method, world=run.world).train()
+        self.start()
+
+    def start(self) -> None:
+        """Connect the ranks' gradients, and begin to count the time."""
+        self.parallel = parallelise(self.method, world=self.run.world).train()
         self.timer.start()
 
-    def _open_metric_log(self, found: checkpoints.Checkpoint | None) -> None:
+    def open_metric_log(self, found: checkpoints.Checkpoint | None) -> None:
+        """Open the metric file on rank 0, as the checkpoint left it."""
         if found is not None:
             check_logs(self.run, found=found, steps_per_epoch=self.loader.steps_per_epoch)
         self._metric_log = self.run.folder.metric_log()
@@ -142,9 +147,9 @@ class Trainer:
             self._window.load(found.window, world=self.run.world)
         self.run.reporter.say(f"Resuming from step {self.step}.")
 
-    def _announce(self) -> None:
+    def _announce(self, teacher: Teacher | None) -> None:
         """Print what is trained, and record the facts of this start of the run: code, software, machine, data."""
-        run, teacher = self.run, self._teacher
+        run = self.run
         folder, machine, world, training = run.folder, run.machine, run.world, run.recipe.training
         code = provenance.code()
         if code.diff:

@@ -55,6 +55,9 @@ def main() -> int:
         failures += bench("Peak memory of the BoW targets", "bench_targets.py", *threads)
         failures += bench("Few-shot episodes", "bench_fewshot.py")
         failures += bench("Linear probe, k-NN and Sinkhorn beside their obvious alternatives", "bench_kernels.py", *threads)
+        archive = Path(os.environ.get("OBOWLAB_TEST_PHOTOS") or HERE.parents[2] / "shared" / "data") / "tinyimagenet100.tar"
+        quoted = ("--source", str(archive)) if archive.is_file() else ("--recipes", "demo")
+        failures += bench("What a training is said to cost, and what it does", "bench_quote.py", *quoted)
         failures += bench(
             "Commands on a store of 200 runs", "bench_store.py", *(("--store", STORE) if STORE else ("--no-mlflow",))
         )
