@@ -55,6 +55,7 @@ def main() -> int:
         failures += bench("Peak memory of the BoW targets", "bench_targets.py", *threads)
         failures += bench("Few-shot episodes", "bench_fewshot.py")
         failures += bench("Linear probe, k-NN and Sinkhorn beside their obvious alternatives", "bench_kernels.py", *threads)
+        failures += bench("Scale: small files, data files at a start, a study of 1000 trials", "bench_scale.py")
         failures += bench(
             "Commands on a store of 200 runs", "bench_store.py", *(("--store", STORE) if STORE else ("--no-mlflow",))
         )
