@@ -63,6 +63,7 @@ def open_store(encoder: ResNet, recipe: Recipe, data_root: Path, tmp_path: Path)
             **settings,
             dataset=None,
             data_root=data_root,
+            runs_root=tmp_path,
             cache_dir=tmp_path / "features",
             device=CPU,
             backend="torch",

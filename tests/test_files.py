@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing
 import os
 import random
 import resource
 import shutil
+import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from obowlab.config import load_recipe
 from obowlab.data.datasets import open_split
 from obowlab.data.identity import NOTES
+from obowlab.data.manifest import file_sha256
 from obowlab.errors import UserError
 from obowlab.files import append_whole, checksum_fits, cut_torn_tail, parse_checked, read_all, read_lines, with_checksum
 from obowlab.runs.folder import RunFolder, damaged_runs, list_runs
@@ -184,13 +188,73 @@ def test_a_data_file_that_changed_is_hashed_again_and_one_that_did_not_is_not(
         open_split("small", "train", data_root=tmp_path)
     with pytest.raises(UserError, match="SHA-256"):  # by its notes, without hashing
         open_split("small", "train", data_root=tmp_path)
-    (tmp_path / "small" / NOTES).write_bytes(b"nonsense")
+    for note in (tmp_path / "small" / NOTES).glob("*.json"):
+        note.write_bytes(b"nonsense")
     with pytest.raises(UserError, match="SHA-256"):
         open_split("small", "train", data_root=tmp_path)
     manifest = tmp_path / "small" / "train.json"
     flip(manifest, at=b"class_")
     with pytest.raises(UserError, match=r"train\.json is damaged \(its checksum does not fit\)"):
         open_split("small", "train", data_root=tmp_path)
+
+
+@pytest.fixture
+def read_only(tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A data root in which nothing can be written: `.hashed` is a file there, which binds root too."""
+    shutil.copytree(data_root / "small", tmp_path / "data" / "small", ignore=shutil.ignore_patterns(NOTES))
+    (tmp_path / "data" / "small" / NOTES).touch()
+    return tmp_path / "data"
+
+
+def _open_counted(data_root: Path, runs_root: Path, counts: Path) -> None:
+    """Open a split and append a line to a file when its data file is hashed, slowly."""
+
+    def slow(path: Path) -> str:
+        with counts.open("a") as file:
+            file.write(f"{path}\n")
+        time.sleep(0.2)
+        return file_sha256(path)
+
+    with mock.patch("obowlab.data.identity.file_sha256", slow):
+        open_split("small", "train", data_root=data_root, runs_root=runs_root)
+
+
+def test_a_data_root_that_is_only_read_is_hashed_once_by_all_processes_and_remembered_in_the_run_store(
+    tmp_path: Path, read_only: Path
+) -> None:
+    store, counts = tmp_path / "runs", tmp_path / "hashed.txt"
+    fork = multiprocessing.get_context("fork")
+    started = [fork.Process(target=_open_counted, args=(read_only, store, counts)) for _ in range(3)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join()
+    assert [process.exitcode for process in started] == [0, 0, 0]
+    path = read_only / "small" / "train.beton"
+    assert counts.read_text().splitlines() == [str(path)]
+    _open_counted(read_only, store, counts)  # the next start
+    assert len(counts.read_text().splitlines()) == 1
+    path.touch()
+    _open_counted(read_only, store, counts)
+    assert len(counts.read_text().splitlines()) == 2
+    content = path.read_bytes()
+    flip(path, at=content[len(content) // 2 :][:32])
+    for _ in range(2):
+        with pytest.raises(UserError, match="its SHA-256 is not that of the file that was written"):
+            open_split("small", "train", data_root=read_only, runs_root=store)
+
+
+def test_of_the_notes_in_a_run_store_only_the_own_ones_count(
+    tmp_path: Path, read_only: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = tmp_path / "hashed.txt"
+    _open_counted(read_only, tmp_path / "runs", counts)
+    (note,) = (tmp_path / "runs" / NOTES).glob("*.json")
+    owner = note.stat().st_uid
+    monkeypatch.setattr("os.geteuid", lambda: owner + 1)
+    note.rename(note.with_name(note.name.replace(f"-{owner}.", f"-{owner + 1}.")))  # as somebody else would forge it
+    _open_counted(read_only, tmp_path / "runs", counts)
+    assert len(counts.read_text().splitlines()) == 2
 
 
 def test_complaints_show_what_is_not_printable_and_cut_what_has_no_end() -> None:

@@ -122,7 +122,7 @@ def _show(
         chosen = _levels(found, asked=levels, run_id=folder.run_id)
         if dry_run:
             if dataset != "synthetic" or (machine.data_root / dataset).is_dir():  # synthetic images would be drawn first
-                open_split(dataset, split, data_root=machine.data_root)
+                open_split(dataset, split, data_root=machine.data_root, runs_root=machine.runs_root)
             would(
                 f"find the {per_word} best patches of every word of {', '.join(chosen)} of {folder.run_id} in {dataset}/{split}"
             )

@@ -153,8 +153,14 @@ class Split:
         return {key: value for key, value in self.__dict__.items() if key != "_bytes"}
 
 
-def open_split(dataset: str, split: str, *, data_root: Path) -> Split:
+def open_split(dataset: str, split: str, *, data_root: Path, runs_root: Path | None = None) -> Split:
     """Open a prepared split; `synthetic` is drawn first if it is not there.
+
+    Args:
+        dataset: its name.
+        split: `train` or `val`.
+        data_root: folder of all data sets.
+        runs_root: the run store, which remembers the hash of a file whose folder cannot be written.
 
     Raises:
         UserError: it was not prepared, or its files are damaged or do not belong together.
@@ -163,7 +169,7 @@ def open_split(dataset: str, split: str, *, data_root: Path) -> Split:
     assert split in SPLITS
     if dataset == synthetic.NAME and not synthetic_is_drawn(data_root):
         prepare(synthetic.NAME, source=None, data_root=data_root)
-    return _open(dataset, split, data_root)
+    return _open(dataset, split, data_root, runs_root=runs_root)
 
 
 def num_training_images(dataset: str, *, data_root: Path, images_per_class: int | None) -> int | None:
@@ -178,7 +184,7 @@ def num_training_images(dataset: str, *, data_root: Path, images_per_class: int 
     return num_images if images_per_class is None else min(num_images, images_per_class * num_classes)
 
 
-def _open(dataset: str, split: str, data_root: Path, *, hashed: bool = True) -> Split:
+def _open(dataset: str, split: str, data_root: Path, *, runs_root: Path | None = None, hashed: bool = True) -> Split:
     manifest = read_manifest(data_root, dataset, split)
     if manifest is None:
         raise _not_prepared(dataset, split, data_root)
@@ -188,7 +194,7 @@ def _open(dataset: str, split: str, data_root: Path, *, hashed: bool = True) -> 
         if path.stat().st_size != manifest.file_bytes:
             raise damaged(path, f"{path.stat().st_size} bytes where {manifest.file_bytes} were written")
         index = read_index(path)
-        if hashed and not is_written_file(path, manifest=manifest):
+        if hashed and not is_written_file(path, manifest=manifest, runs_root=runs_root):
             raise damaged(path, "its SHA-256 is not that of the file that was written")
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): make it readable, or {fix_for(dataset)}.") from None

@@ -171,6 +171,7 @@ def evaluate(
         recipe=recipe,
         dataset=dataset,
         data_root=machine.data_root,
+        runs_root=machine.runs_root,
         cache_dir=cache_dir,
         device=device,
         backend=machine.loader,

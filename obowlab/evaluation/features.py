@@ -69,6 +69,7 @@ class FeatureStore:
         recipe: its views say what is cut; its data set and images per class are the default.
         dataset: another prepared data set to measure on, then with all its training images.
         data_root: folder of the prepared data sets.
+        runs_root: the run store; see `open_split`.
         cache_dir: folder of the entries.
         device: where features are computed and returned.
         backend: loader backend, `auto`, `ffcv` or `torch`; all give the same pixels.
@@ -84,6 +85,7 @@ class FeatureStore:
         recipe: Recipe,
         dataset: str | None,
         data_root: Path,
+        runs_root: Path,
         cache_dir: Path,
         device: torch.device,
         backend: Literal["auto", "ffcv", "torch"],
@@ -98,6 +100,7 @@ class FeatureStore:
         # The authors' probe sees the labels of the images that were pretrained on, and no others.
         self.images_per_class = recipe.data.images_per_class if self.dataset == recipe.data.dataset else None
         self.data_root = data_root
+        self.runs_root = runs_root
         self.cache_dir = cache_dir
         self.device = device
         self.report = report
@@ -114,7 +117,7 @@ class FeatureStore:
     def split(self, name: str) -> Split:
         """Return the opened split."""
         if name not in self._splits:
-            self._splits[name] = open_split(self.dataset, name, data_root=self.data_root)
+            self._splits[name] = open_split(self.dataset, name, data_root=self.data_root, runs_root=self.runs_root)
         return self._splits[name]
 
     def indices(self, name: str) -> npt.NDArray[np.int64]:

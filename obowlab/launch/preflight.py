@@ -40,10 +40,10 @@ def check_data(loaded: Loaded, *, machine: Machine, dry_run: bool, say: Callable
         if dry_run:
             return say(f"Would draw the synthetic images into {folder}")
         say(f"Drawing the synthetic images into {folder}, this once.")
-    open_split(recipe.data.dataset, "train", data_root=machine.data_root)
+    open_split(recipe.data.dataset, "train", data_root=machine.data_root, runs_root=machine.runs_root)
     measured = {*recipe.evaluation.protocols, *(("fewshot",) if recipe.evaluation.every_epochs else ())}
     if measured:
-        split = open_split(recipe.data.dataset, "val", data_root=machine.data_root)
+        split = open_split(recipe.data.dataset, "val", data_root=machine.data_root, runs_root=machine.runs_root)
         if "fewshot" in measured and recipe.evaluation.fewshot.classes != "all":
             class_list(recipe.evaluation.fewshot.classes, class_names=split.class_names, folder=folder)
     return None

@@ -164,6 +164,7 @@ class StudyReport(_Part):
         best_against_paper: best minus paper on the same episodes or images, with the interval of the paired difference; None
             when either is missing. The best of many is partly luck: its gain is an upper bound until another seed confirms it.
         problems: what keeps values from being comparable, or the file from being read, a sentence each.
+        analysed: completed trials that importances and figures are of; fewer than there are while a study is worked on.
         figures: `contour`, `history`, `importance`, `slice`; those that need more completed trials are left out.
         sampler: settings of the sampler.
         pruner: settings of the pruner.
@@ -191,6 +192,7 @@ class StudyReport(_Part):
     paper: int | None = None
     best_against_paper: StudyDifference | None = None
     problems: tuple[str, ...] = ()
+    analysed: int = 0
     figures: dict[str, StudyFigure] = {}
     sampler: dict[str, Any] = {}
     pruner: dict[str, Any] = {}

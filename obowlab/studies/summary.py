@@ -27,6 +27,7 @@ from obowlab.studies.schema import (
     StudyRun,
     StudyTrial,
     TrialStatus,
+    read_study,
 )
 from obowlab.studies.spec import Tuning
 from obowlab.studies.trial import objective_of
@@ -37,6 +38,8 @@ from obowlab.tracking.server import shown_uri
 
 MIN_TRIALS_FOR_IMPORTANCE = 4
 MAX_SLICE_PARAMETERS = 4
+GROWTH = 1.1
+"""Importances take half a minute of 1000 trials: during a study they are computed again when it has grown by so much."""
 
 POINT = "%{text}<br>%{xaxis.title.text} %{x}<br>%{yaxis.title.text} %{y}<extra></extra>"
 """What hovering a trial in the plane of two parameters shows."""
@@ -51,7 +54,15 @@ _STATUSES: dict[TrialState, TrialStatus] = {
 
 
 def collect(
-    study: optuna.Study, *, tuning: Tuning, machine: Machine, locks: TrialLocks, budget: int, storage: str, analyse: bool = True
+    study: optuna.Study,
+    *,
+    tuning: Tuning,
+    machine: Machine,
+    locks: TrialLocks,
+    budget: int,
+    storage: str,
+    analyse: bool = True,
+    earlier: StudyReport | None = None,
 ) -> StudyReport:
     """Return what is known of a study now, from its storage and its run folders.
 
@@ -62,11 +73,13 @@ def collect(
         locks: who works on which trial.
         budget: completed trials wanted.
         storage: its address.
-        analyse: whether to compute importances and figures; takes a second or two.
+        analyse: whether to have importances and figures; of 1000 trials they take half a minute.
+        earlier: a report whose importances and figures are kept while the study has not grown by `GROWTH`.
     """
     frozen = study.get_trials(deepcopy=False)
-    measured = {trial.number: _measurements(trial, tuning=tuning, machine=machine) for trial in frozen}
-    trials = tuple(_trial(t, tuning=tuning, machine=machine, locks=locks, measured=measured[t.number]) for t in frozen)
+    folders = {trial.number: _folders(trial, machine=machine) for trial in frozen}
+    measured = {number: _measurements(found, tuning=tuning) for number, found in folders.items()}
+    trials = tuple(_trial(t, tuning=tuning, folders=folders[t.number], locks=locks, measured=measured[t.number]) for t in frozen)
     completed = [trial for trial in trials if trial.status == "completed" and trial.value is not None]
     best = _best(completed, maximize=tuning.maximize) if completed else None
     paper = next((trial for trial in completed if trial.is_paper), None)
@@ -75,10 +88,17 @@ def collect(
         "resumed": sum(trial.resumed > 0 for trial in trials),
         "repeated": sum(trial.repeat_of is not None for trial in trials),
     }
-    parameters = _parameters(tuning, importances=_importances(study, num_completed=len(completed)) if analyse else {})
     objective = lookup(tuning.spec.objective)
     figures: dict[str, StudyFigure] = {}
-    if analyse:
+    analysed = 0
+    if analyse and earlier is not None and earlier.analysed <= len(completed) < GROWTH * earlier.analysed:
+        known = {parameter.key: parameter.importance for parameter in earlier.parameters}
+        parameters, figures, analysed = _parameters(tuning, importances=known), earlier.figures, earlier.analysed
+    elif not analyse:
+        parameters = _parameters(tuning, importances={})
+    else:
+        parameters = _parameters(tuning, importances=_importances(study, num_completed=len(completed)))
+        analysed = len(completed)
         target = f"{tuning.spec.objective} [{objective.unit}]"
         figures = study_figures(study, parameters=parameters, trials=completed, objective=target, maximize=tuning.maximize)
     return StudyReport(
@@ -103,6 +123,7 @@ def collect(
         paper=paper.number if paper else None,
         best_against_paper=_difference(measured[best.number], measured[paper.number]) if best and paper else None,
         problems=_problems(completed, measured=measured),
+        analysed=analysed,
         figures=figures,
         sampler={"kind": "tpe", **tuning.spec.sampler.model_dump(mode="json")},
         pruner=tuning.spec.pruner.model_dump(mode="json"),
@@ -138,10 +159,10 @@ def send_report(report: StudyReport, *, machine: Machine) -> str | None:
 # --------------------------------------------------------------------------------------------------------------- trials
 
 
-def _measurements(trial: FrozenTrial, *, tuning: Tuning, machine: Machine) -> dict[int, dict[str, Any]]:
+def _measurements(folders: Mapping[int, RunFolder | None], *, tuning: Tuning) -> dict[int, dict[str, Any]]:
     """Return the objective's measurement on every finished run of a trial that is here, by seed."""
     found = {}
-    for seed, folder in _folders(trial, machine=machine).items():
+    for seed, folder in folders.items():
         if folder is not None and folder.state.status == "finished":
             try:
                 found[seed] = objective_of(folder, tuning=tuning)
@@ -159,16 +180,18 @@ def _folders(trial: FrozenTrial, *, machine: Machine) -> dict[int, RunFolder | N
 
 
 def _trial(
-    trial: FrozenTrial, *, tuning: Tuning, machine: Machine, locks: TrialLocks, measured: Mapping[int, Mapping[str, Any]]
+    trial: FrozenTrial,
+    *,
+    tuning: Tuning,
+    folders: Mapping[int, RunFolder | None],
+    locks: TrialLocks,
+    measured: Mapping[int, Mapping[str, Any]],
 ) -> StudyTrial:
     status = _STATUSES[trial.state]
     if status == "running" and not locks.is_held(trial.number):
         status = "stopped"
     attributes = trial.user_attrs
-    runs = tuple(
-        _run(seed, folder, attributes=attributes, measured=measured.get(seed))
-        for seed, folder in _folders(trial, machine=machine).items()
-    )
+    runs = tuple(_run(seed, folder, attributes=attributes, measured=measured.get(seed)) for seed, folder in folders.items())
     value = trial.value if trial.state in (TrialState.COMPLETE, TrialState.PRUNED) else None
     return StudyTrial(
         number=trial.number,
@@ -236,7 +259,7 @@ def _problems(completed: Sequence[StudyTrial], *, measured: Mapping[int, Mapping
 # -------------------------------------------------------------------------------------------------------------- figures
 
 
-def _parameters(tuning: Tuning, *, importances: Mapping[str, float]) -> tuple[StudyParameter, ...]:
+def _parameters(tuning: Tuning, *, importances: Mapping[str, float | None]) -> tuple[StudyParameter, ...]:
     return tuple(
         StudyParameter(
             key=key,
@@ -260,6 +283,16 @@ def _importances(study: optuna.Study, *, num_completed: int) -> dict[str, float]
         return dict(optuna.importance.get_param_importances(study, evaluator=evaluator))
     except (ValueError, RuntimeError):  # all values are the same: there is nothing to explain
         return {}
+
+
+def _known(importances: Mapping[str, float]) -> optuna.importance.BaseImportanceEvaluator:
+    """Return an evaluator that answers with importances computed before: Optuna's figure would compute them once more."""
+
+    class Known(optuna.importance.BaseImportanceEvaluator):
+        def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+            return dict(importances)
+
+    return Known()
 
 
 def study_figures(
@@ -292,9 +325,10 @@ def study_figures(
         points.update(text=[f"trial {trial.number}: {trial.value:.2f}" for trial in trials], hovertemplate=POINT)
         contour.update_traces({"colorbar": {"title": {"side": "right"}}}, {"type": "contour"})
         figures["contour"] = contour.add_trace(_marks(trials, x=x, y=y, maximize=maximize))
-    if any(parameter.importance is not None for parameter in parameters):
-        evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-        figures["importance"] = plot_param_importances(study, evaluator=evaluator, target_name=objective).update_yaxes(title=None)
+    known = {parameter.key: parameter.importance for parameter in ranked if parameter.importance is not None}
+    if known:
+        figures["importance"] = plot_param_importances(study, evaluator=_known(known), target_name=objective)
+        figures["importance"].update_yaxes(title=None)
     for figure in figures.values():
         figure.update_layout(template=None, title=None)
     return {title: StudyFigure.model_validate_json(figure.to_json()) for title, figure in figures.items()}
@@ -338,14 +372,17 @@ class Reporter:
         return self._collect(analyse=False)
 
     def write(self) -> StudyReport:
-        """Write `study.json` as things stand."""
-        with self._turn:
-            report = self._collect()
-            write_atomic(self._locks.folder / STUDY_FILE, report.model_dump_json(indent=1))
-            return report
+        """Write `study.json` as things stand, with the importances and figures that are there while they are recent enough."""
+        return self._write(earlier=read_study(self._locks.folder / STUDY_FILE))
 
     def send(self) -> tuple[StudyReport, str | None]:
-        """Write the report and show it in MLflow; return one sentence when that was not possible."""
-        report = self.write()
+        """Write the report, all of it new, and show it in MLflow; return one sentence when that was not possible."""
+        report = self._write(earlier=None)
         with self._locks.alone():
             return report, send_report(report, machine=self._machine)
+
+    def _write(self, *, earlier: StudyReport | None) -> StudyReport:
+        with self._turn:
+            report = self._collect(earlier=earlier)
+            write_atomic(self._locks.folder / STUDY_FILE, report.model_dump_json(indent=1))
+            return report

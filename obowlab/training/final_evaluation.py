@@ -28,7 +28,8 @@ def finish(run: RunContext, *, method: Method[Any]) -> None:
     )
     measure(run, encoder=encoder, subject="student")
     if recipe.evaluation.random_baseline:
-        split = open_split(recipe.data.dataset, "train", data_root=run.machine.data_root)
+        machine = run.machine
+        split = open_split(recipe.data.dataset, "train", data_root=machine.data_root, runs_root=machine.runs_root)
         measure(run, encoder=build(run, split=split, total_steps=1).encoder, subject="random")
     model_path = folder.path / MODEL_FOLDER
     if not model_path.exists():

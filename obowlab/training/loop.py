@@ -89,7 +89,7 @@ class Trainer:
         recipe, machine = run.recipe, run.machine
         _set_up_device(run)
         self.run = run
-        self.split = open_split(recipe.data.dataset, "train", data_root=machine.data_root)
+        self.split = open_split(recipe.data.dataset, "train", data_root=machine.data_root, runs_root=machine.runs_root)
         self.loader = open_loader(run, split=self.split)
         self.total_steps = recipe.training.epochs * self.loader.steps_per_epoch
         self.log_every = max(1, math.ceil(self.total_steps / machine.log_points))

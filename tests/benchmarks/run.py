@@ -58,6 +58,7 @@ def main() -> int:
         archive = Path(os.environ.get("OBOWLAB_TEST_PHOTOS") or HERE.parents[2] / "shared" / "data") / "tinyimagenet100.tar"
         quoted = ("--source", str(archive)) if archive.is_file() else ("--recipes", "demo")
         failures += bench("What a training is said to cost, and what it does", "bench_quote.py", *quoted)
+        failures += bench("Scale: small files, data files at a start, a study of 1000 trials", "bench_scale.py")
         failures += bench(
             "Commands on a store of 200 runs", "bench_store.py", *(("--store", STORE) if STORE else ("--no-mlflow",))
         )

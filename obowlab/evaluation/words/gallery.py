@@ -62,7 +62,7 @@ def show_words(
     Raises:
         UserError: the split is not prepared or damaged, or the folder cannot be written to.
     """
-    images = open_split(dataset, split, data_root=machine.data_root)
+    images = open_split(dataset, split, data_root=machine.data_root, runs_root=machine.runs_root)
     own = dataset == recipe.data.dataset and split == "train"
     indices = subset(images, images_per_class=recipe.data.images_per_class if own else None)
     views = CentreViews(split=images, views=recipe.views, machine=machine, device=device)
