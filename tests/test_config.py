@@ -464,3 +464,8 @@ def test_fingerprints_of_several_seeds_are_those_of_each() -> None:
     recipe = load_recipe("tiny-bownet").recipe
     assert recipe.fingerprints(seeds=[3, 0, 3]) == {3: recipe.fingerprint(seed=3), 0: recipe.fingerprint(seed=0)}
     assert recipe.fingerprints(seeds=[]) == {}
+
+
+def test_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_bytes(b'\xef\xbb\xbfextends = "demo"\n')
+    assert load_recipe(str(tmp_path / "mine.toml")).recipe.method == load_recipe("demo").recipe.method

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import threading
 
+import pytest
+
 from obowlab.signals import on_signals
 
 SPEAK = """
@@ -28,6 +30,25 @@ def test_messages_are_plain_lines_on_stderr_and_warnings_are_marked() -> None:
     done = subprocess.run([sys.executable, "-c", SPEAK], capture_output=True, text=True, check=True)
     assert done.stdout == ""
     assert done.stderr == f"2 of 3 are done.\nWarning: {'x' * 300}\n"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"),
+    [
+        ("ascii", "1 +/- 2 x 3 isn't kappa \\xe9 \\u4e2d\n"),
+        ("latin-1", "1 ± 2 × 3 isn't kappa é \\u4e2d\n"),
+        ("utf-8", "1 ± 2 × 3 isn’t κ é 中\n"),
+    ],
+)
+def test_no_letter_ends_a_command(encoding: str, shown: str) -> None:
+    code = (
+        "import click, sys; from obowlab.log import log_to_stderr; log_to_stderr(); log_to_stderr();"
+        "t = '1 ± 2 × 3 isn’t κ é 中'; click.echo(t); print(t); click.echo(t, err=True)"
+    )
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "LC_ALL": "POSIX"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, check=True)
+    assert done.stdout.decode(encoding) == 2 * shown
+    assert done.stderr.decode(encoding) == shown
 
 
 def test_without_setup_a_library_user_gets_no_handler() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import signal
 import socket
+import sqlite3
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +26,7 @@ from obowlab.runs.results import unpack
 from obowlab.studies import storage as storages
 from obowlab.studies import trial as trials
 from obowlab.studies import worker as workers
-from obowlab.studies.storage import open_storage, storage_url
+from obowlab.studies.storage import open_storage, quiet, storage_url
 from obowlab.studies.trial_locks import TrialLocks
 from obowlab.studies.worker import distributions
 from obowlab.tables.statistics import estimate
@@ -250,6 +252,46 @@ def test_ctrl_c_stops_within_seconds_and_the_same_command_goes_on(tmp_path: Path
     search.work(budget=2)
     assert [trial.status for trial in search.report().trials] == ["completed", "completed"]
     assert [attempt["step"] > 0 for attempt in RunFolder(run.path, run.info).attempts()] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("directions", "trials", "attributes", "message"),
+    [
+        (["minimize"], 3, {}, r"it minimizes, with 3 trials over lr\) and is left as it is: give yours another --name"),
+        (["maximize"], 1, {}, "it maximizes, with 1 trials over lr"),
+        (["maximize", "minimize"], 0, {}, "it maximizes and minimizes"),
+        (["minimize"], 0, {}, "it minimizes"),
+        (["maximize"], 0, {"owner": "somebody"}, "was not made by obowlab"),
+        (["maximize"], 0, {"definition": "theirs"}, "was not made by obowlab"),
+    ],
+)
+def test_a_study_of_somebody_else_is_not_written_to(
+    tmp_path: Path, directions: list[str], trials: int, attributes: dict[str, str], message: str
+) -> None:
+    search = Search(tmp_path, storage=f"sqlite:///{tmp_path / 'shared.db'}")
+    theirs = optuna.create_study(study_name=search.tuning.name, storage=search.url, directions=directions)
+    for name, value in attributes.items():
+        theirs.set_user_attr(name, value)
+    for number in range(trials):
+        lr = {"lr": optuna.distributions.FloatDistribution(0, 1)}
+        theirs.add_trial(create_trial(value=number, params={"lr": number / 5}, distributions=lr))
+
+    def content() -> list[str]:
+        with contextlib.closing(sqlite3.connect(tmp_path / "shared.db")) as database:
+            return list(database.iterdump())
+
+    before = content()
+    with pytest.raises(UserError, match=message):
+        search.open()
+    assert content() == before
+
+
+def test_a_study_that_a_killed_command_left_empty_is_begun(tmp_path: Path) -> None:
+    search = Search(tmp_path)
+    search.machine.runs_root.mkdir(exist_ok=True)
+    with quiet():
+        optuna.create_study(study_name=search.tuning.name, storage=open_storage(search.url), direction="maximize")
+    assert "definition" in search.open().user_attrs
 
 
 def test_another_recipe_under_the_same_name_is_refused(tmp_path: Path) -> None:

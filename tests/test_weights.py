@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import gzip
+import math
 import pickle
 import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -315,15 +318,24 @@ def put(name: str, tensor: Tensor) -> Callable[[State], None]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lose("feature_extractor_teacher._feature_blocks.0.bn.running_var"), r"missing: teacher\.bn1\.running_var"),
-        (lose("bow_extractor.bow_extractor.1._min_distance_mean"), r"missing: vocabularies\.conv5\.msd"),
-        (lose("bow_predictor.layers_w.0.b0_fc.weight"), r"missing: heads\.conv4\.fc1\.weight"),
+        (
+            lose("feature_extractor_teacher._feature_blocks.0.bn.running_var"),
+            r"missing: feature_extractor_teacher\._feature_blocks\.0\.bn\.running_var",
+        ),
+        (
+            lose("bow_extractor.bow_extractor.1._min_distance_mean"),
+            r"missing: bow_extractor\.bow_extractor\.1\._min_distance_mean",
+        ),
+        (lose("bow_predictor.layers_w.0.b0_fc.weight"), r"missing: bow_predictor\.layers_w\.0\.b0_fc\.weight"),
         (lose("bow_predictor.scale"), "one kappa"),
         (put("something_else", torch.zeros(1)), "unexpected: something_else"),
         (put("feature_extractor._feature_blocks.4.9.conv1.weight", torch.zeros(1)), "2-2-2-3 blocks"),
         (put("bow_extractor.bow_extractor.0._embedding", torch.zeros(24, 7)), "7 channels"),
         (put("bow_extractor.bow_extractor.0._embedding", torch.zeros(25, 32)), "25, 24"),
-        (put("bow_predictor.layers_w.1.b1_last_layer.bias", torch.zeros(65)), r"of another shape: heads\.conv5\.fc2\.bias"),
+        (
+            put("bow_predictor.layers_w.1.b1_last_layer.bias", torch.zeros(65)),
+            r"of another shape: bow_predictor\.layers_w\.1\.b1_last_layer\.bias",
+        ),
     ],
 )
 def test_full_models_that_will_not_do(tmp_path: Path, change: Callable[[State], None], message: str) -> None:
@@ -341,18 +353,18 @@ class Surprise:
 def test_files_that_are_no_plain_tensors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "evil.pth"
     torch.save({"network": {"conv1.weight": Surprise()}}, path)
-    with pytest.raises(UserError, match="weights_only=True"):
+    with pytest.raises(UserError, match=r"it holds a Python object \(.*print\).*save model\.state_dict\(\) instead"):
         import_authors(path)
     path.write_bytes(pickle.dumps(Surprise(), protocol=2))
-    with pytest.raises(UserError, match="weights_only=True"):
+    with pytest.raises(UserError, match="not a torch file of plain tensors"):
         import_authors(path)
     path.write_bytes(b"not a file of torch")
-    with pytest.raises(UserError, match="weights_only=True"):
+    with pytest.raises(UserError, match="damaged or of another kind"):
         import_authors(path)
     save(path, {"conv1.weight": torch.zeros(4, 3, 7, 7)}, legacy=True)
     for length in range(0, path.stat().st_size - 1, 23):
         (tmp_path / "short.pth").write_bytes(path.read_bytes()[:length])
-        with pytest.raises(UserError, match="weights_only=True"):
+        with pytest.raises(UserError, match=r"not a torch file of plain tensors|it is empty"):
             import_authors(tmp_path / "short.pth")
     torch.save({"epoch": 3}, path)
     with pytest.raises(UserError, match="no state dict"):
@@ -375,3 +387,129 @@ def test_missing_and_left_over_keys_of_an_encoder(tmp_path: Path) -> None:
 def test_the_encoder_of_an_import_is_a_resnet(tmp_path: Path) -> None:
     state, _, _ = authors_model(levels=1, monitor=False)
     assert isinstance(load_encoder(str(save(tmp_path / "model.pth.tar", state)), runs_root=tmp_path).model, ResNet)
+
+
+def saved(path: Path, state: object) -> bytes:
+    torch.save(state, path)
+    return path.read_bytes()
+
+
+def zipped(path: Path, members: dict[str, bytes]) -> bytes:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])
+def test_what_is_no_checkpoint_is_named_for_what_it_is(tmp_path: Path, name: str) -> None:
+    path, other = tmp_path / name, tmp_path / "other"
+    state = build_backbone(SMALL).state_dict()
+    whole = saved(other, state)
+    cases = {
+        b"": "it is empty",
+        b"\n<!DOCTYPE html><html>Sign in</html>": "it is a web page",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n": "git lfs pull",
+        gzip.compress(b"x"): "packed archive",
+        saved(other, nn.Linear(2, 2)): r"a Python object \(torch\.nn\.modules\.linear\.Linear\)",
+        whole[: len(whole) // 2]: "is cut off",
+        zipped(other, {"readme.txt": b"x"}): "a zip archive with no weights file",
+        zipped(other, {"a.pth": whole, "b.pth": whole}): "several weights files: a.pth, b.pth",
+        zipped(other, {"a.pth": b"<html>"}): r"\(a\.pth\) is no weights file: it is a web page",
+        safetensors.torch.save(state)[:500]: "not a readable safetensors file",
+        saved(other, {"state_dict": {**state, "epoch": 3}}): "'epoch' is no tensor but int",
+    }
+    for content, message in cases.items():
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=message) as told:
+            read_encoder(path)
+        assert "weights_only" not in str(told.value)
+        assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors", "weights.zip"])
+@pytest.mark.parametrize("kind", ["torch", "safetensors", "zip", "lightning"])
+def test_weights_are_read_by_what_is_in_the_file(tmp_path: Path, name: str, kind: str) -> None:
+    encoder = worn(build_backbone(NARROW, seed=3))
+    state = {**encoder.state_dict(), "fc.weight": torch.ones(3, 64), "fc.bias": torch.ones(3)}
+    other = tmp_path / "other"
+    content = {
+        "torch": lambda: saved(other, state),
+        "safetensors": lambda: safetensors.torch.save(state),
+        "zip": lambda: zipped(other, {"release/model.pth": saved(other, state), "release/config.yaml": b""}),
+        "lightning": lambda: saved(
+            other,
+            {
+                "epoch": 3,
+                "pytorch-lightning_version": "2.1",
+                "state_dict": {f"backbone.{key}": tensor for key, tensor in state.items()} | {"head.weight": torch.ones(2)},
+            },
+        ),
+    }[kind]()
+    (tmp_path / name).write_bytes(content)
+    assert torch.equal(features(read_encoder(tmp_path / name).model), features(encoder))
+    prefix = "backbone." if kind == "lightning" else ""
+    assert set(import_authors(tmp_path / name).unused) >= {f"{prefix}fc.weight", f"{prefix}fc.bias"}
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensor: tensor.index_fill(0, torch.tensor(0), math.nan), "not finite: 147 of 1176 values of conv1.weight"),
+        (lambda tensor: tensor.index_fill(0, torch.tensor(0), -math.inf), "not finite"),
+        (lambda tensor: tensor.half().index_fill(0, torch.tensor(0), math.inf), "not finite"),
+        (lambda tensor: tensor.long(), "no floating-point numbers: conv1.weight is of type int64"),
+        (lambda tensor: tensor > 0, "conv1.weight is of type bool"),
+    ],
+)
+def test_weights_that_are_no_finite_floating_point_numbers(
+    tmp_path: Path, suffix: str, change: Callable[[Tensor], Tensor], message: str
+) -> None:
+    state = build_backbone(NARROW).state_dict()
+    state["conv1.weight"] = change(state["conv1.weight"])
+    path = tmp_path / f"bad{suffix}"
+    torch.save(state, path) if suffix == ".pth" else safetensors.torch.save_file(state, path)
+    with pytest.raises(UserError, match=message):
+        read_encoder(path)
+
+
+def test_our_own_files_are_checked_too(tmp_path: Path) -> None:
+    model = build_backbone(SMALL)
+    nn.init.constant_(model.conv1.weight, math.nan)
+    save_encoder(model, path=tmp_path / "e.safetensors", recipe=Recipe(backbone=SMALL), fingerprint=None, source="a run")
+    with pytest.raises(UserError, match="not finite"):
+        read_encoder(tmp_path / "e.safetensors")
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_weights_without_num_batches_tracked(tmp_path: Path, full: bool) -> None:
+    state = authors_model(levels=2, monitor=True)[0] if full else dict(build_backbone(NARROW, seed=2).state_dict())
+    before = read_encoder(save(tmp_path / "with.pth", state)).model
+    old = {name: tensor for name, tensor in state.items() if not name.endswith("num_batches_tracked")}
+    after = read_encoder(save(tmp_path / "without.pth", old)).model
+    assert torch.equal(features(after), features(before))
+
+
+def test_missing_keys_have_the_names_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "e.pth"
+    for rename, told in (
+        (lambda name: f"module.backbone.{name}", r"missing: module\.backbone\.bn1\.bias"),
+        (lambda name: f"module.{name}", r"missing: module\.bn1\.bias"),
+    ):
+        state = {rename(name): tensor for name, tensor in build_backbone(NARROW).state_dict().items() if name != "bn1.bias"}
+        torch.save(state, path)
+        with pytest.raises(UserError, match=told):
+            read_encoder(path)
+    extractor = authors_extractor(build_backbone(NARROW))
+    del extractor["_feature_blocks.0.bn.bias"]
+    torch.save({f"module.{name}": tensor for name, tensor in extractor.items()}, path)
+    with pytest.raises(UserError, match=r"missing: module\._feature_blocks\.0\.bn\.bias"):
+        read_encoder(path)
+
+
+def test_several_networks_in_a_file_are_named(tmp_path: Path) -> None:
+    state = build_backbone(NARROW).state_dict()
+    both = {f"{part}.{name}": tensor for part in ("student", "teacher") for name, tensor in state.items()}
+    with pytest.raises(UserError, match=r"several networks \(student\., teacher\.\)"):
+        read_encoder(save(tmp_path / "both.pth", both))

@@ -92,7 +92,7 @@ def diff(first: str, second: str | None, overrides: tuple[str, ...], dry_run: bo
 
 def cost_line(path: Path) -> str:
     """Return the cost from a recipe file's opening comment, `# Cost: ...`; empty when it has none."""
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8-sig").splitlines():
         if not line.startswith("#"):
             break
         if line.startswith("# Cost: "):

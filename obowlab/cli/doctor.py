@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -239,7 +240,7 @@ def _disk(machine: Machine) -> list[Check]:
 
 
 def _tracking(machine: Machine) -> list[Check]:
-    from obowlab.tracking.server import answers, login, shown_uri, store_uri
+    from obowlab.tracking.server import answers, login, refusal, shown_uri, store_uri
 
     try:
         uri = store_uri(machine.tracking_uri, runs_root=machine.runs_root)
@@ -247,6 +248,10 @@ def _tracking(machine: Machine) -> list[Check]:
         return [Check("tracking", "fail", str(error), "unset MLFLOW_TRACKING_URI")]
     shown = shown_uri(uri)
     if not uri.startswith("http"):
+        problem = refusal(uri)
+        if problem is not None:
+            command = re.search(r"`([^`]+)`", problem)
+            return [Check("tracking", "warn", problem, command[1] if command is not None else "")]
         return [Check("tracking", "ok", f"{shown}; no server is needed")]
     later = "runs continue and keep their points"
     try:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from obowlab.cli.options import PATH, MachineOptions, dry_run_option, machine_options, would
+from obowlab.errors import UserError
 
 if TYPE_CHECKING:
     from obowlab.config import Machine
@@ -77,6 +78,8 @@ def _send(site: Site, *, folder: Path, machine: Machine, wait: bool) -> None:
     if not wait:
         try:
             log = send_in_background(upload)
+        except UserError as error:
+            return click.echo(f"Warning: MLflow does not get it: {error}", err=True)
         except OSError as error:
             return click.echo(f"Warning: MLflow does not get it ({error.filename}: {error.strerror}).", err=True)
         return click.echo(f"MLflow gets it in the background; {log} says how that went.", err=True)

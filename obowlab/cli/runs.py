@@ -146,18 +146,28 @@ def show(run: str, as_json: bool, options: MachineOptions, dry_run: bool) -> Non
 @click.option(
     "--timeout", "timeout_s", type=click.FloatRange(min=1), default=60.0, show_default=True, metavar="S", help="Seconds per run."
 )
+@click.option("--rebuild", is_flag=True, help="Put a damaged mlflow.db and its files aside, and send everything again.")
 @machine_options("runs_root", "machine_file")
 @dry_run_option
-def sync(run: tuple[str, ...], timeout_s: float, options: MachineOptions, dry_run: bool) -> int:
+def sync(run: tuple[str, ...], timeout_s: float, rebuild: bool, options: MachineOptions, dry_run: bool) -> int:
     """Send to MLflow what is not there yet, of all runs or of those named.
 
     Nothing is sent twice, so it may be repeated at will. The exit code is 1 when something could not be sent.
     """
     from obowlab.runs.folder import RunFolder, list_runs
+    from obowlab.tracking.local_store import put_aside
     from obowlab.tracking.mirror import Mirror
-    from obowlab.tracking.server import shown_uri
+    from obowlab.tracking.server import shown_uri, store_uri
 
     machine = options.machine()
+    if rebuild:
+        if run:
+            raise UserError("--rebuild sends all runs: name none.")
+        store = store_uri(machine.tracking_uri, runs_root=machine.runs_root)
+        if dry_run:
+            would(f"put {shown_uri(store)} and its files aside")
+        else:
+            click.echo(f"What MLflow had is in {put_aside(store)}; remove it once nothing is missed.")
     if run:
         folders = [RunFolder.find(ref, runs_root=machine.runs_root) for ref in run]
     else:

@@ -173,13 +173,14 @@ def _show(tuning: Tuning, *, machine: Machine, storage: str | None, budget: int,
     from obowlab.studies.storage import open_existing, quiet, storage_url
     from obowlab.studies.summary import Reporter
     from obowlab.studies.trial_locks import TrialLocks
-    from obowlab.studies.worker import study_folder
+    from obowlab.studies.worker import check_own, study_folder
 
     url = storage_url(storage, runs_root=machine.runs_root)
     with quiet():
         study = open_existing(tuning.name, url=url)
         if study is None:
             raise UserError(f"Study '{tuning.name}' is not in this storage; leave --show out to begin it.")
+        check_own(study, tuning=tuning)
         locks = TrialLocks(study_folder(tuning, machine=machine))
         reporter = Reporter(study, tuning=tuning, machine=machine, locks=locks, budget=budget, storage=url)
         report, problem = reporter.send()
@@ -197,13 +198,15 @@ def _dry_run(tuning: Tuning, *, machine: Machine, storage: str | None, budget: i
     from obowlab.studies.storage import open_existing, quiet, storage_url
     from obowlab.studies.summary import collect
     from obowlab.studies.trial_locks import TrialLocks
-    from obowlab.studies.worker import study_folder
+    from obowlab.studies.worker import check_own, study_folder
 
     url = storage_url(storage, runs_root=machine.runs_root)
     folder = study_folder(tuning, machine=machine)
     report = None
     with quiet():
         study = open_existing(tuning.name, url=url)
+        if study is not None:
+            check_own(study, tuning=tuning)
         if study is not None and folder.is_dir():
             locks = TrialLocks(folder)
             report = collect(study, tuning=tuning, machine=machine, locks=locks, budget=budget, storage=url, analyse=False)

@@ -53,7 +53,7 @@ def ui(port: int | None, studies: bool, storage: str | None, options: MachineOpt
 
 
 def _serve_runs(machine: Machine, *, port: int, dry_run: bool) -> int:
-    from obowlab.tracking.server import artifact_location, prepare_store, shown_uri, store_uri
+    from obowlab.tracking.server import artifact_location, prepare_store, refusal, shown_uri, store_uri
 
     if machine.tracking_uri is not None and machine.tracking_uri.startswith(("http://", "https://")):
         raise UserError(
@@ -67,6 +67,9 @@ def _serve_runs(machine: Machine, *, port: int, dry_run: bool) -> int:
         raise UserError(f"There are no runs in {machine.runs_root} (--runs-root); `obowlab run demo` makes one.")
     _refuse_taken(port)
     prepare_store(store)
+    problem = refusal(store)
+    if problem is not None:
+        raise UserError(problem)
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--host", HOST, "--port", str(port)]
     artifacts = artifact_location(store, runs_root=machine.runs_root)
     command += [

@@ -38,7 +38,7 @@ def read_toml(path: Path) -> dict[str, Any]:
         UserError: there is no such file, or it is not TOML.
     """
     try:
-        return copy.deepcopy(_parsed(path.read_text(encoding="utf-8")))
+        return copy.deepcopy(_parsed(path.read_text(encoding="utf-8-sig")))
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror}.") from None
     except (ValueError, RecursionError) as error:  # no TOML, no UTF-8, a number of thousands of digits, a thousand brackets

@@ -56,7 +56,7 @@ def class_list(spec: str, *, class_names: Sequence[str], folder: Path) -> ClassL
 
 def _read_names(path: Path) -> list[str]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
         names = json.loads(text) if path.suffix == ".json" else [line.strip() for line in text.splitlines() if line.strip()]
     except OSError as error:
         raise UserError(f"Cannot read the class list {path} (evaluation.fewshot.classes): {error.strerror}.") from None
@@ -81,7 +81,7 @@ def _indices_of_key(key: str, *, num_classes: int, file: Path) -> list[int]:
     if not file.is_file():
         raise UserError(f"evaluation.fewshot.classes = '{key}' needs {file}; put it there, use 'all' or name a .txt file.")
     try:
-        lists: Any = json.loads(file.read_text(encoding="utf-8"))
+        lists: Any = json.loads(file.read_text(encoding="utf-8-sig"))
     except ValueError as error:
         raise UserError(f"{file} is not valid JSON: {error}.") from None
     known = [name for name in lists if _is_indices(lists[name])] if isinstance(lists, dict) else []

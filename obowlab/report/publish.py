@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict
 
 from obowlab.config import Machine
 from obowlab.files import file_lock
+from obowlab.tracking.local_store import make_usable
 from obowlab.tracking.publish import Published, publish
 from obowlab.tracking.server import shown_uri, store_uri
 
@@ -106,7 +107,10 @@ def send_in_background(upload: Upload) -> Path:
 
     Raises:
         OSError: the log or the process cannot be created.
+        UserError: the MLflow store is damaged or of another version of MLflow.
     """
+    # Here, so that what it says is seen on the terminal.
+    make_usable(store_uri(upload.machine.tracking_uri, runs_root=upload.machine.runs_root))
     log = upload.machine.runs_root / LOG
     log.parent.mkdir(exist_ok=True)
     with log.open("ab") as sink:

@@ -20,6 +20,7 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage
+from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from obowlab.config import Machine
@@ -61,9 +62,8 @@ def open_study(tuning: Tuning, *, storage: BaseStorage, locks: TrialLocks) -> op
     """Open a study, or make it and put the paper's point first.
 
     Raises:
-        UserError: it was created with another recipe, space or objective.
+        UserError: somebody else made it, or it was created with another recipe, space or objective.
     """
-    definition = tuning.definition()
     with locks.alone():
         study = optuna.create_study(
             study_name=tuning.name,
@@ -71,18 +71,39 @@ def open_study(tuning: Tuning, *, storage: BaseStorage, locks: TrialLocks) -> op
             direction="maximize" if tuning.maximize else "minimize",
             load_if_exists=True,
         )
-        created_with = study.user_attrs.get(DEFINITION)
-        if created_with is None:
+        check_own(study, tuning=tuning)
+        if DEFINITION not in study.user_attrs:
             study.set_user_attr("title", tuning.spec.title)
-            study.set_user_attr(DEFINITION, definition)
-        else:
-            _refuse_another(tuning, created_with=created_with, definition=definition)
+            study.set_user_attr(DEFINITION, tuning.definition())
         study.set_metric_names([tuning.spec.objective])
         paper = tuning.paper_point()
         if paper is not None and not any(trial.user_attrs.get("paper") for trial in study.get_trials(deepcopy=False)):
             study.enqueue_trial(paper, user_attrs={"paper": True})
     study.pruner = _pruner(tuning)
     return study
+
+
+def check_own(study: optuna.Study, *, tuning: Tuning) -> None:
+    """Refuse a study of this name that another program made, or obowlab for something else; writes nothing.
+
+    One that holds nothing yet is taken: a command that was killed between its first two writes leaves such.
+
+    Raises:
+        UserError: says what it is, and what to do.
+    """
+    created_with = study.user_attrs.get(DEFINITION)
+    if isinstance(created_with, Mapping):
+        return _refuse_another(tuning, created_with=created_with, definition=tuning.definition())
+    ours = StudyDirection.MAXIMIZE if tuning.maximize else StudyDirection.MINIMIZE
+    trials = study.get_trials(deepcopy=False)
+    if study.directions == [ours] and not trials and set(study.user_attrs) <= {"title"}:
+        return None
+    names = ", ".join(sorted({name for trial in trials for name in trial.params}))
+    kind = " and ".join(f"{direction.name.lower()}s" for direction in study.directions)
+    raise UserError(
+        f"Study '{study.study_name}' in this storage was not made by obowlab (it {kind}, with {len(trials)} trials"
+        f"{f' over {names}' if names else ''}) and is left as it is: give yours another --name or another --storage."
+    )
 
 
 def study_folder(tuning: Tuning, *, machine: Machine) -> Path:

@@ -33,6 +33,7 @@ from obowlab.tracking.server import (
     connect,
     experiment_id,
     fail_fast,
+    lost_artifacts,
     prepare_store,
     shown_uri,
     store_uri,
@@ -193,6 +194,7 @@ class Mirror:
         if sent.run_id is not None:
             try:
                 if client.get_run(sent.run_id).info.lifecycle_stage == "active":
+                    self._forget_lost(client, sent)
                     return
             except MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
@@ -221,6 +223,13 @@ class Mirror:
             if run.info.run_id not in same:  # the same recipe and seed, put aside with --fresh
                 client.set_tag(run.info.run_id, "obowlab.superseded_by", sent.run_id)
         self._done(sent)
+
+    def _forget_lost(self, client: MlflowClient, sent: Sent) -> None:
+        """Send files again that the store has lost: somebody removed them, or they stayed where the store was moved from."""
+        lost = lost_artifacts(client, _id(sent), names=[*sent.files, MODEL_FOLDER])
+        sent.files = {name: stamp for name, stamp in sent.files.items() if name not in lost}
+        if MODEL_FOLDER in lost:
+            sent.model_version = None
 
     def _send_params(self, client: MlflowClient, sent: Sent) -> None:
         if sent.params:
@@ -324,8 +333,9 @@ class Mirror:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         found = list(client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'"))
-        if not found:
+        if not found or lost_artifacts(client, run_id, names=[MODEL_FOLDER]):
             client.log_artifacts(run_id, str(self.folder.path / MODEL_FOLDER), MODEL_FOLDER)
+        if not found:
             source = f"{client.get_run(run_id).info.artifact_uri}/{MODEL_FOLDER}"
             tags = {"obowlab.run_id": info.run_id, "obowlab.fingerprint": info.fingerprint}
             found = [client.create_model_version(name, source=source, run_id=run_id, tags=tags, await_creation_for=0)]

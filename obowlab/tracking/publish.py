@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING
 from obowlab.config import Machine
 from obowlab.errors import UserError
 from obowlab.files import file_lock
-from obowlab.tracking.server import complaint, connect, experiment_id, fail_fast, prepare_store, shown_uri, store_uri
+from obowlab.tracking.server import (
+    complaint,
+    connect,
+    experiment_id,
+    fail_fast,
+    lost_artifacts,
+    prepare_store,
+    shown_uri,
+    store_uri,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -112,7 +121,8 @@ class _Work:
 
         run_id, known = self._find(client)
         content = {name: _digest(source) for name, source in self.files.items()}
-        new = [name for name, digest in content.items() if known.get(f"{FILE}{name}") != digest]
+        lost = lost_artifacts(client, run_id, names=content)
+        new = [name for name, digest in content.items() if known.get(f"{FILE}{name}") != digest or name in lost]
         if new:
             with tempfile.TemporaryDirectory(prefix="obowlab-publish-") as folder:
                 for name in new:

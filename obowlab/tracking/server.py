@@ -8,17 +8,28 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obowlab.errors import UserError
 from obowlab.files import file_lock
+from obowlab.tracking.local_store import (
+    ARTIFACTS,
+    DAMAGES,
+    SQLITE,
+    damage_sentence,
+    database_path,
+    local_folder,
+    make_usable,
+    problem_of,
+    upgrade_sentence,
+)
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 DATABASE = "mlflow.db"
-ARTIFACTS = "mlartifacts"
 EXPERIMENT = "obowlab"
 REQUEST_TIMEOUT_S = 8.0
 _SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql")
@@ -36,7 +47,7 @@ def store_uri(tracking_uri: str | None, *, runs_root: Path) -> str:
         UserError: MLflow no longer writes to plain folders.
     """
     if not tracking_uri:
-        return f"sqlite:///{runs_root.absolute() / DATABASE}"
+        return f"{SQLITE}{runs_root.absolute() / DATABASE}"
     scheme = re.match(r"([a-z]+)(\+\w+)?:", tracking_uri)
     if scheme is None or scheme[1] not in _SCHEMES:
         raise UserError(
@@ -64,7 +75,11 @@ def complaint(error: Exception, *, uri: str) -> str:
         return shown_uri(f"{uri} does not take the login ({LOGIN_HINT})")
     if answer == 403 or code == "PERMISSION_DENIED":
         return shown_uri(f"{uri} does not let this account write there; ask for the role of a writer")
-    reason = " ".join(str(error).split())[:200]
+    path, reason = database_path(uri), " ".join(str(error).partition("[SQL:")[0].split())
+    if path is not None and any(word in reason for word in DAMAGES):
+        return damage_sentence(path).removesuffix(".")
+    if "out-of-date database schema" in reason:
+        return upgrade_sentence(shown_uri(uri)).removesuffix(".")
     return shown_uri(f"{uri}: {reason or type(error).__name__}")
 
 
@@ -122,28 +137,40 @@ def artifact_location(uri: str, *, runs_root: Path) -> str | None:
     """Return where artifacts of a new experiment go; None leaves it to the server."""
     if uri.startswith("http"):
         return None
-    if uri.startswith("sqlite:///"):
-        return (Path(uri.removeprefix("sqlite:///")).absolute().parent / ARTIFACTS).as_uri()
-    return (runs_root.absolute() / ARTIFACTS).as_uri()
+    path = database_path(uri)
+    return ((path.parent if path is not None else runs_root.absolute()) / ARTIFACTS).as_uri()
+
+
+def lost_artifacts(client: MlflowClient, run_id: str, *, names: Iterable[str]) -> set[str]:
+    """Return which of these artifacts of a run are gone: of a store whose files are on this machine; none of another.
+
+    Args:
+        client: of the store.
+        run_id: MLflow's id of the run.
+        names: artifact paths of files and folders.
+    """
+    folder = local_folder(str(client.get_run(run_id).info.artifact_uri))
+    return {name for name in names if folder is not None and not (folder / name).exists()}
 
 
 def prepare_store(uri: str) -> None:
-    """Create the SQLite store if it is not there yet; other stores are created by their owners.
+    """Create the SQLite store if it is not there yet, and correct one that was moved; other stores belong to their owners.
 
     Several processes may call this at once, and one may be killed in it: the file is filled beside, under a lock, and renamed.
 
     Raises:
-        UserError: the disk refuses.
+        UserError: the disk refuses, or the store is damaged or of another version of MLflow.
     """
-    if not uri.startswith("sqlite:///"):
+    path = database_path(uri)
+    if path is None:
         return
-    path = Path(uri.removeprefix("sqlite:///")).absolute()
-    if path.exists():
+    if _is_filled(path):
+        make_usable(uri)
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with file_lock(path.with_name(f".{path.name}.lock")):
-            if path.exists():
+            if _is_filled(path):
                 return
             beside = path.with_name(f".{path.name}.new")
             beside.unlink(missing_ok=True)
@@ -152,17 +179,45 @@ def prepare_store(uri: str) -> None:
 
             artifacts = artifact_location(uri, runs_root=path.parent)
             assert artifacts is not None
-            SqlAlchemyStore(f"sqlite:///{beside}", artifacts).engine.dispose()  # type: ignore[no-untyped-call]
+            SqlAlchemyStore(f"{SQLITE}{beside}", artifacts).engine.dispose()  # type: ignore[no-untyped-call]
             beside.replace(path)
     except OSError as error:
         raise UserError(f"Cannot create the MLflow store {path} (--runs-root): {error.strerror}.") from None
 
 
+def _is_filled(path: Path) -> bool:
+    """Return whether there is a file with anything in it: SQLite takes an empty one for a database without tables."""
+    try:
+        return path.stat().st_size > 0
+    except FileNotFoundError:
+        return False
+
+
 def connect(uri: str) -> MlflowClient:
     """Return a client of the store, which must exist."""
     from mlflow import MlflowClient
+    from mlflow.tracking._tracking_service import utils
 
+    # Where the files of a run go is cached for the process under the run's id, which a copied store has too.
+    getattr(utils, "_artifact_repos_cache", {}).clear()
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def refusal(uri: str) -> str | None:
+    """Return one sentence on why the database of a store cannot be used as it is, changing nothing; None when it can.
+
+    Args:
+        uri: of a database; only one that is no SQLite file needs mlflow for this.
+    """
+    if database_path(uri) is not None:
+        return problem_of(uri)
+    fail_fast()
+    os.environ.setdefault("PGCONNECT_TIMEOUT", "5")
+    try:
+        connect(uri).search_experiments(max_results=1)
+    except Exception as error:  # of MLflow, SQLAlchemy or a driver, which may be missing
+        return f"{complaint(error, uri=uri)}."
+    return None
 
 
 def experiment_id(client: MlflowClient, *, uri: str, runs_root: Path) -> str:

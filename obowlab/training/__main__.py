@@ -23,6 +23,7 @@ from obowlab.config import Machine
 from obowlab.errors import UserError
 from obowlab.launch.gpu_leases import hold_as_worker
 from obowlab.launch.processes import PR_SET_PDEATHSIG
+from obowlab.log import show_anything
 from obowlab.runs.folder import RunFolder
 from obowlab.runs.info import Status
 from obowlab.runs.locks import RunTakenError
@@ -42,6 +43,7 @@ def main(argv: list[str]) -> int:
     An error of one process looks to torchrun like its death; so those of a group end with 0 and the launcher reads the state.
     """
     stop_with_parent()
+    show_anything()
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
     folder: RunFolder | None = None
     try:

@@ -27,7 +27,8 @@ from obowlab.methods import OBoW, ResNet
 from obowlab.runs.folder import RunFolder
 from obowlab.views.photometric import MEAN, STD
 from obowlab.weights import WEIGHTS_SUFFIXES
-from obowlab.weights.released import Kind, build_encoder, build_model, infer_backbone, kind_of, read_torch, torchvision_names
+from obowlab.weights.reading import WeightsFile, read_weights
+from obowlab.weights.released import Kind, authors_name, build_encoder, build_model, infer_backbone, kind_of, torchvision_names
 
 METADATA_KEY = "obowlab"
 ENCODER_FILE = "encoder.safetensors"
@@ -117,28 +118,19 @@ def load_encoder(ref: str, *, runs_root: Path) -> Encoder:
 
 def read_encoder(path: Path) -> Encoder:
     """Load the encoder from a weights file; see `load_encoder`."""
-    if path.suffix != ".safetensors":
-        imported = import_authors(path)
+    file = read_weights(path)
+    if METADATA_KEY not in file.metadata:
+        imported = _import(file, origin=path)
         return Encoder(model=imported.encoder, info=imported.info, path=path)
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a readable safetensors file: {error}.") from None
-    if METADATA_KEY not in metadata:
-        backbone = infer_backbone(state, origin=path)
-        model = build_encoder(state, backbone=backbone, origin=path)
-        return Encoder(model=model, info=_foreign_info(model, backbone=backbone, source=path.name), path=path)
-    try:
-        info = EncoderInfo.model_validate_json(metadata[METADATA_KEY])
+        info = EncoderInfo.model_validate_json(file.metadata[METADATA_KEY])
     except ValidationError as error:
         raise UserError(f"{path} was written by another version of obowlab: {error.errors()[0]['msg']}.") from None
     if (info.mean, info.std) != (MEAN, STD):
         raise UserError(
             f"{path} expects pixels normalised with mean {info.mean} and deviation {info.std}, which obowlab does not do."
         )
-    model = build_encoder(state, backbone=info.backbone, origin=path)
+    model = build_encoder(file.state, backbone=info.backbone, origin=path)
     if weights_hash(model) != info.weights_hash:
         raise UserError(f"The weights in {path} are not those it was written with (hash differs); copy the file again.")
     return Encoder(model=model, info=info, path=path)
@@ -250,26 +242,40 @@ class Imported:
 def import_authors(path: Path) -> Imported:
     """Read a released checkpoint of the authors or a file in torchvision's naming, strictly.
 
-    Takes `{"network": ...}`, `{"state_dict": ...}`, `{"model": ...}` or a bare state dict, with or without `module.` before
-    the names. Architecture, stem, width, levels and number of words follow from names and shapes.
+    Takes `{"network": ...}`, `{"state_dict": ...}`, `{"model": ...}` or a bare state dict, as a torch or safetensors file or in
+    a zip archive, with or without `module.` or the name of a larger module's part before the names. Architecture, stem, width,
+    levels and number of words follow from names and shapes.
 
     Raises:
-        UserError: the file is not plain tensors, or a key is missing, left over or of another shape.
+        UserError: the file is not plain, finite tensors, or a key is missing, left over or of another shape.
     """
-    state = read_torch(path)
-    kind = kind_of(state, origin=path)
+    file = read_weights(path)
+    if METADATA_KEY in file.metadata:
+        raise UserError(f"{path} is an encoder file of obowlab already; use it as it is.")
+    return _import(file, origin=path)
+
+
+def _import(file: WeightsFile, *, origin: Path) -> Imported:
+    state, unused = file.state, dict(file.unused)
+    kind = kind_of(state, origin=origin, prefix=file.prefix)
     method: OBoW | None = None
-    unused: dict[str, str] = {}
     if kind == "model":
-        method, backbone, unused = build_model(state, origin=path)
+        method, backbone, left = build_model(state, origin=origin, prefix=file.prefix)
+        unused |= left
         encoder = method.encoder
     else:
         if kind == "torchvision":
-            unused = {name: "a classifier, which an encoder does not have" for name in state if name in ("fc.weight", "fc.bias")}
-        named = torchvision_names({name: tensor for name, tensor in state.items() if name not in unused})
-        backbone = infer_backbone(named, origin=path)
-        encoder = build_encoder(named, backbone=backbone, origin=path)
-    info = _foreign_info(encoder, backbone=backbone, source=path.name)
+            classifier = [name for name in state if name in ("fc.weight", "fc.bias")]
+            unused |= {f"{file.prefix}{name}": "a classifier, which an encoder does not have" for name in classifier}
+            state = {name: tensor for name, tensor in state.items() if name not in classifier}
+        named = torchvision_names(state)
+        backbone = infer_backbone(named, origin=origin)
+
+        def spell(name: str) -> str:
+            return file.prefix + (authors_name(name) if kind == "extractor" else name)
+
+        encoder = build_encoder(named, backbone=backbone, origin=origin, spell=spell)
+    info = _foreign_info(encoder, backbone=backbone, source=origin.name)
     return Imported(encoder=encoder, info=info, kind=kind, method=method, unused=unused)
 
 

@@ -6,9 +6,9 @@ Everything is strict: a key that is missing, left over or of another shape is an
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,33 +17,12 @@ from obowlab.config import Backbone, Level, Obow
 from obowlab.errors import UserError
 from obowlab.methods import OBoW, OneProcess
 from obowlab.methods.backbones import ARCHITECTURES, ResNet, build_backbone
+from obowlab.weights.reading import State
 
-State = dict[str, Tensor]
 Kind = Literal["model", "extractor", "torchvision"]
 
-WRAPPERS = ("network", "state_dict", "model")
-"""Keys under which a file may hold its state dict; the authors use the first."""
 
-
-def read_torch(path: Path) -> State:
-    """Read the state dict of a torch file, without `module.` before its names, running no code from the file.
-
-    Raises:
-        UserError: the file cannot be read, or holds anything but tensors under names.
-    """
-    try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged or foreign file makes torch's reader fail in a dozen ways; all mean the same here
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{path} is not a torch file of plain tensors (read with weights_only=True): {reason}") from None
-    if isinstance(content, Mapping):
-        content = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), content)
-    if not isinstance(content, Mapping) or not content or not all(isinstance(tensor, Tensor) for tensor in content.values()):
-        raise UserError(f"{path} holds no state dict: neither at the top nor under {', '.join(WRAPPERS)}.")
-    return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
-
-
-def kind_of(state: Mapping[str, Tensor], *, origin: Path) -> Kind:
+def kind_of(state: Mapping[str, Tensor], *, origin: Path, prefix: str = "") -> Kind:
     """Tell the authors' full model, their feature extractor and torchvision's naming apart.
 
     Raises:
@@ -56,7 +35,7 @@ def kind_of(state: Mapping[str, Tensor], *, origin: Path) -> Kind:
     if "conv1.weight" in state:
         return "torchvision"
     raise UserError(
-        f"{origin} is neither a model of the authors nor a torchvision ResNet: its first key is '{next(iter(state))}'."
+        f"{origin} is neither a model of the authors nor a torchvision ResNet: its first key is '{prefix}{next(iter(state))}'."
     )
 
 
@@ -69,6 +48,13 @@ def torchvision_names(state: Mapping[str, Tensor]) -> State:
         return re.sub(r"^_feature_blocks\.([1-4])\.", r"layer\1.", name)
 
     return {rename(name): tensor for name, tensor in state.items()}
+
+
+def authors_name(name: str) -> str:
+    """Return the authors' name of a tensor that has torchvision's; see `torchvision_names`."""
+    name = re.sub(r"^conv1\.", "_feature_blocks.0.Conv.", name)
+    name = re.sub(r"^bn1\.", "_feature_blocks.0.bn.", name)
+    return re.sub(r"^layer([1-4])\.", r"_feature_blocks.\1.", name)
 
 
 def infer_backbone(state: Mapping[str, Tensor], *, origin: Path) -> Backbone:
@@ -90,30 +76,45 @@ def infer_backbone(state: Mapping[str, Tensor], *, origin: Path) -> Backbone:
     return Backbone.model_validate({"arch": arch, "stem": "small" if stem.shape[2] == 3 else "imagenet", "width": stem.shape[0]})
 
 
-def check_fit(state: Mapping[str, Tensor], *, expected: Mapping[str, Tensor], origin: Path) -> None:
+def check_fit(
+    state: Mapping[str, Tensor], *, expected: Mapping[str, Tensor], origin: Path, spell: Callable[[str], str] = str
+) -> None:
     """Refuse a state dict whose names or shapes are not exactly the expected ones.
 
+    Args:
+        state: in our names.
+        expected: in our names.
+        origin: the file.
+        spell: returns the file's own name of a tensor.
+
     Raises:
-        UserError: names the first few keys of each kind.
+        UserError: names the first few keys of each kind, as the file calls them.
     """
     faults = [
         ("missing", [name for name in expected if name not in state]),
         ("unexpected", [name for name in state if name not in expected]),
         ("of another shape", [name for name in expected if name in state and state[name].shape != expected[name].shape]),
     ]
-    problems = [f"{fault}: {_some(names)}" for fault, names in faults if names]
+    problems = [f"{fault}: {_some([spell(name) for name in names])}" for fault, names in faults if names]
     if problems:
         raise UserError(f"The weights in {origin} do not fit the network ({'; '.join(problems)}).")
+
+
+def with_counters(state: Mapping[str, Tensor], *, expected: Mapping[str, Tensor]) -> State:
+    """Add the `num_batches_tracked` that files of older PyTorch lack; nothing that obowlab does reads it."""
+    lacking = (name for name in expected if name.endswith("num_batches_tracked") and name not in state)
+    return {**state, **{name: torch.zeros((), dtype=torch.int64) for name in lacking}}
 
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def build_encoder(state: Mapping[str, Tensor], *, backbone: Backbone, origin: Path) -> ResNet:
+def build_encoder(state: Mapping[str, Tensor], *, backbone: Backbone, origin: Path, spell: Callable[[str], str] = str) -> ResNet:
     """Build a ResNet and fill it strictly; it is returned in evaluation mode."""
     model = build_backbone(backbone)
-    check_fit(state, expected=model.state_dict(), origin=origin)
+    state = with_counters(state, expected=model.state_dict())
+    check_fit(state, expected=model.state_dict(), origin=origin, spell=spell)
     model.load_state_dict(state, strict=True)
     return model.eval()
 
@@ -121,7 +122,7 @@ def build_encoder(state: Mapping[str, Tensor], *, backbone: Backbone, origin: Pa
 # ---------------------------------------------------------------------------------------------- the authors' full model
 
 
-def build_model(state: Mapping[str, Tensor], *, origin: Path) -> tuple[OBoW, Backbone, dict[str, str]]:
+def build_model(state: Mapping[str, Tensor], *, origin: Path, prefix: str = "") -> tuple[OBoW, Backbone, dict[str, str]]:
     """Build an OBoW method from the authors' full model: student, teacher, heads, vocabularies, mu_MSD and monitor.
 
     Levels, number of words, kappa and the monitor's classes follow from the file; everything else of the method's
@@ -181,10 +182,40 @@ def build_model(state: Mapping[str, Tensor], *, origin: Path) -> tuple[OBoW, Bac
         num_classes=None if classifier is None else len(classifier),
         comm=OneProcess(),
     )
-    check_fit({**mapped, **rest}, expected=method.state_dict(), origin=origin)
+    mapped = with_counters(mapped, expected=method.state_dict())
+
+    def spell(name: str) -> str:
+        return prefix + _model_name(name, levels=levels)
+
+    check_fit({**mapped, **rest}, expected=method.state_dict(), origin=origin, spell=spell)
     method.load_state_dict(mapped, strict=True)
     return method.eval(), backbone, unused
 
+
+def _model_name(name: str, *, levels: Sequence[Level]) -> str:
+    """Return the authors' name of a tensor of an OBoW method; a name of theirs stays."""
+    for ours, theirs in (("student.", "feature_extractor."), ("teacher.", "feature_extractor_teacher.")):
+        if name.startswith(ours):
+            return theirs + authors_name(name.removeprefix(ours))
+    for index, level in enumerate(levels):
+        for ours, theirs in _OF_A_LEVEL.items():
+            start = ours.replace("LEVEL", level)
+            if name.startswith(start):
+                return theirs.replace("INDEX", str(index)) + name.removeprefix(start)
+    name = re.sub(r"^monitor\.norm\.", "linear_classifier.layers.batch_norm.", name)
+    return re.sub(r"^monitor\.fc\.", "linear_classifier.layers.prediction_layer.", name)
+
+
+_OF_A_LEVEL = {
+    "vocabularies.LEVEL.words": "bow_extractor.bow_extractor.INDEX._embedding",
+    "vocabularies.LEVEL.pointer": "bow_extractor.bow_extractor.INDEX._embedding_ptr",
+    "vocabularies.LEVEL.msd": "bow_extractor.bow_extractor.INDEX._min_distance_mean",
+    "heads.LEVEL.kappa": "bow_predictor.scale",
+    "heads.LEVEL.fc1.": "bow_predictor.layers_w.INDEX.bINDEX_fc.",
+    "heads.LEVEL.norm.": "bow_predictor.layers_w.INDEX.bINDEX_bn.",
+    "heads.LEVEL.fc2.": "bow_predictor.layers_w.INDEX.bINDEX_last_layer.",
+}
+"""Our names of what a level has, and the authors'."""
 
 _SCHEDULE = {
     "_alpha": "the teacher momentum of the last step, a function of the step here",
