@@ -20,6 +20,7 @@ from obowlab.launch import system
 from obowlab.launch.compute_command import compute_command
 from obowlab.launch.jobs import stop
 from obowlab.launch.local import SAMPLE_EVERY_S, launch, plan, sample_interval_s
+from obowlab.launch.preflight import check_compiler
 from obowlab.runs import RunFolder
 from tests.gpus import stand_in_gpus
 from tests.processes import wait_until
@@ -243,6 +244,18 @@ def test_too_few_gpus_are_told_in_one_sentence(tmp_path: Path, monkeypatch: pyte
         launch(loaded(), seed=0, machine=machine.model_copy(update={"device": "auto"}), fresh=False, progress=False)
     assert plan(loaded(), seed=0, machine=machine, fresh=False).action == "new", "a plan is for any machine"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_machine_without_a_compiler_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(data_root=tmp_path, runs_root=tmp_path / "runs", compile=True)
+    (tmp_path / "g++").touch(mode=0o755)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    check_compiler(machine)
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    with pytest.raises(UserError, match=r"needs a C\+\+ compiler"):
+        check_compiler(machine)
+    check_compiler(machine.model_copy(update={"compile": False}))
 
 
 def test_a_store_mlflow_cannot_write_to_is_refused_before_anything_starts(tmp_path: Path) -> None:

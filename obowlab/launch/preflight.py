@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 
 from obowlab.config import Loaded, Machine, Recipe
 from obowlab.data.class_lists import class_list
 from obowlab.data.datasets import num_training_images, open_split
-from obowlab.errors import UserError
+from obowlab.errors import AbsentError, UserError
 from obowlab.launch.nodes import RENDEZVOUS_VARIABLE
 
 
@@ -20,6 +21,16 @@ def check_nodes(machine: Machine) -> None:
     """
     if machine.nodes > 1 and RENDEZVOUS_VARIABLE not in os.environ:
         raise UserError("--nodes is for a cluster: add --launcher slurm, or leave --nodes out.")
+
+
+def check_compiler(machine: Machine) -> None:
+    """Refuse `compile` on a machine that has nothing to compile with.
+
+    Raises:
+        AbsentError: says what to install or change.
+    """
+    if machine.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        raise AbsentError("compile = true needs a C++ compiler, and there is none: install g++, or set compile = false.")
 
 
 def check_data(loaded: Loaded, *, machine: Machine, dry_run: bool, say: Callable[[str], None]) -> None:

@@ -10,7 +10,7 @@ from obowlab.config import Loaded, Machine
 from obowlab.errors import AbsentError, UserError
 from obowlab.launch.cost import Cost, quoted
 from obowlab.launch.gpu_leases import check_gpus
-from obowlab.launch.preflight import check_batch, check_data, check_nodes
+from obowlab.launch.preflight import check_batch, check_compiler, check_data, check_nodes
 from obowlab.runs.folder import RunFolder, run_id_of
 from obowlab.runs.lineage import stages_of
 
@@ -126,6 +126,7 @@ def _checks(
 ) -> Iterator[Callable[[], None]]:
     if machine.launcher == "local":
         yield partial(check_nodes, machine)
+        yield partial(check_compiler, machine)
         yield partial(check_gpus, machine.model_copy(update={"procs": machine.procs * at_a_time}))
     checked = []
     for loaded in due:
