@@ -77,6 +77,8 @@ def test_run_hands_everything_to_the_launcher_and_prints_the_results(
         "method.kappa=3",
         "--set",
         "data.dataset=small",
+        "--set",
+        "training.batch_size=8",
         "--data-root",
         str(data_root),
     ]
@@ -96,7 +98,8 @@ def test_run_hands_everything_to_the_launcher_and_prints_the_results(
 
 def test_the_launchers_exit_code_is_the_commands(obowlab: Obowlab, data_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("obowlab.launch.local.launch", lambda loaded, **how: 130)
-    code, out, _ = obowlab("run", "demo", "--set", "data.dataset=small", "--data-root", str(data_root))
+    words = ["--set", "data.dataset=small", "--set", "training.batch_size=8", "--data-root", str(data_root)]
+    code, out, _ = obowlab("run", "demo", "--no-quote", *words)
     assert (code, out) == (130, "")
 
 
@@ -114,10 +117,13 @@ def test_a_class_list_that_is_not_there_stops_the_run_before_it_trains(obowlab: 
 def test_processes_that_cannot_share_a_batch_are_refused_before_anything_begins(
     recipe: str, procs: int, setting: str, workplace: Path, obowlab: Obowlab
 ) -> None:
-    for more in ((), ("--dry-run",)):
-        code, out, err = obowlab("run", recipe, "--procs", str(procs), *more)
-        assert (code, out) == (2, "")
-        assert err.startswith(f"Error: {setting} must be a multiple of the number of processes ({procs}): change --procs")
+    said = f"{setting} must be a multiple of the number of processes ({procs}): change --procs"
+    code, out, err = obowlab("run", recipe, "--procs", str(procs))
+    assert (code, out) == (2, "")
+    assert err.startswith(f"Error: {said}")
+    code, out, err = obowlab("run", recipe, "--procs", str(procs), "--dry-run")
+    assert (code, err) == (2, "")
+    assert f"\nWould be refused: {said}" in out
     assert contents(workplace) == {}
 
 

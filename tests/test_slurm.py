@@ -279,14 +279,15 @@ def test_a_run_is_submitted_once_with_everything_said_on_the_command_line(
 ) -> None:
     machine = workplace / "machine.toml"
     machine.write_text('launcher = "slurm"\n[slurm]\ngpus_per_node = 2\n')
-    words = ["run", "demo", "--seed", "7", "--set", "data.dataset=small", "--gpus", "4", "--machine", str(machine)]
+    changes = ["--set", "data.dataset=small", "--set", "training.batch_size=8"]
+    words = ["run", "demo", "--seed", "7", *changes, "--gpus", "4", "--machine", str(machine)]
     words += ["--data-root", str(data_root), "--runs-root", str(workplace / "runs")]
     code, out, err = obowlab(*words)
     assert (code, err) == (0, "")
     assert "as job 1 on 2 nodes, 4 GPUs each." in out
     (job,) = submitted_jobs(workplace / "runs")
     told = " ".join(job.request.arguments)
-    assert told.startswith("run demo --seed 7 --set data.dataset=small --procs 4 --nodes 2 --no-progress --runs-root ")
+    assert told.startswith(f"run demo --seed 7 {' '.join(changes)} --procs 4 --nodes 2 --no-progress --runs-root ")
     assert told.endswith(f"--device cuda --launcher local --machine {machine}")
     (run,) = job.request.runs
     assert RunFolder.find(run, runs_root=workplace / "runs").state.status == "created"
