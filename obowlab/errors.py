@@ -1,5 +1,6 @@
-"""The one exception a user may see."""
+"""The one exception a user may see, and sentences on what the machine refuses: files and memory."""
 
+import errno
 import re
 
 _ENDLESS = re.compile(r"(\S{100})\S{200,}")
@@ -23,3 +24,31 @@ class UserError(Exception):
 
 class AbsentError(UserError):
     """Say that this machine lacks what another one may have, images or GPUs: a dry run tells it and goes on."""
+
+
+def refusal_of(error: OSError, *, file: object = None) -> str:
+    """Return one sentence on what the operating system refuses.
+
+    Args:
+        error: what it said.
+        file: the file or folder, where the error does not name the right one.
+    """
+    place = file or error.filename or "the disk"
+    reason = error.strerror or str(error) or type(error).__name__
+    if error.errno == errno.ENOSPC:
+        reason += "; `df -h` and `df -i` show whether bytes or files ran out"
+    return f"Cannot use {place} ({reason}): fix that and run the command again."
+
+
+def memory_sentence(error: BaseException) -> str | None:
+    """Return one sentence for an error that means that memory ran out, of the machine or of a GPU; None for another."""
+    message = str(error).lower()
+    marks = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "unable to allocate")
+    on_gpu = type(error).__name__ == "OutOfMemoryError" or "cuda" in message
+    is_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if not is_memory and not (isinstance(error, RuntimeError | OSError) and any(mark in message for mark in marks)):
+        return None
+    return (
+        f"The memory of the {'GPU' if on_gpu else 'machine'} ran out: lower training.batch_size (--set), or --workers; in an "
+        "evaluation, views.original_size and --workers decide. What was saved is kept, and the same command goes on from there."
+    )

@@ -15,6 +15,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -159,6 +160,47 @@ def is_held(path: Path) -> bool:
     except BlockingIOError:
         return True
     return False
+
+
+def only_we_write(path: Path) -> bool:
+    """Return whether nobody but this user and the superuser can put anything else in the place of a folder or of what is in it.
+
+    So every folder on the way to it belongs to one of them and gives no others the right to write, or keeps them from touching
+    what they do not own (as /tmp does). Folders that are not there yet count as ours to make.
+    """
+    place = path.resolve()
+    for folder in (place, *place.parents):
+        try:
+            facts = folder.stat()
+        except FileNotFoundError:
+            continue
+        if facts.st_uid not in (0, os.geteuid()):
+            return False
+        if facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and (folder == place or not facts.st_mode & stat.S_ISVTX):
+            return False
+    return True
+
+
+def private_folder(name: str) -> Path:
+    """Return a folder of this user for files that are run as code, made with mode 700 if it is not there.
+
+    Args:
+        name: below `$XDG_STATE_HOME/obowlab` (`~/.local/state/obowlab`).
+
+    Raises:
+        UserError: it cannot be made, belongs to somebody else, or others may use it.
+    """
+    base = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "obowlab"
+    folder = base / name
+    for place in (base, folder):
+        try:
+            place.mkdir(mode=0o700, parents=True, exist_ok=True)
+            facts = place.lstat()
+        except OSError as error:
+            raise UserError(f"Cannot make the private folder {place}: {error.strerror}.") from None
+        if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.geteuid() or facts.st_mode & 0o077:
+            raise UserError(f"{place} is to hold files that are run as code, so it has to be yours alone: chmod 700 {place}")
+    return folder
 
 
 def read_lines(path: Path, *, check: Callable[[dict[str, Any]], object] = len) -> Iterator[dict[str, Any]]:

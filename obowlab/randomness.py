@@ -56,10 +56,14 @@ def philox4x32(counter: Words, key: Words) -> Words:
 
 
 def random_words(*, seed: int, epoch: int, indices: Ints, stream: Stream, count: int, lane: int = 0) -> Words:
-    """Return `count` uniform 32-bit words for every index, [N, count], pure in (seed, epoch, index, stream, lane)."""
-    assert 0 <= seed < 2**64, f"seed {seed} is not an unsigned 64-bit number"
-    assert 0 <= epoch < 2**32, f"epoch {epoch} is not an unsigned 32-bit number"
-    assert 0 <= lane < 2**24, f"lane {lane} is not an unsigned 24-bit number"
+    """Return `count` uniform 32-bit words for every index, [N, count], pure in (seed, epoch, index, stream, lane).
+
+    Raises:
+        ValueError: a number is too large for its place in the counter.
+    """
+    for name, value, bits in (("seed", seed, 64), ("epoch", epoch, 32), ("lane", lane, 24)):
+        if not 0 <= value < 2**bits:
+            raise ValueError(f"{name} {value} is not an unsigned {bits}-bit number")
     indices = np.asarray(indices, dtype=np.int64)
     blocks = -(-count // 4)
     counter = np.empty((len(indices), blocks, 4), dtype=np.uint32)

@@ -21,7 +21,16 @@ from obowlab.data.datasets import open_split
 from obowlab.data.identity import NOTES
 from obowlab.data.manifest import file_sha256
 from obowlab.errors import UserError
-from obowlab.files import append_whole, checksum_fits, cut_torn_tail, parse_checked, read_all, read_lines, with_checksum
+from obowlab.files import (
+    append_whole,
+    checksum_fits,
+    cut_torn_tail,
+    only_we_write,
+    parse_checked,
+    read_all,
+    read_lines,
+    with_checksum,
+)
 from obowlab.runs.folder import RunFolder, damaged_runs, list_runs
 from obowlab.runs.metric_log import parse_point
 from obowlab.tracking.outbox import Outbox, Sent
@@ -273,3 +282,18 @@ def test_numbers_and_brackets_without_end_are_no_toml(text: str, tmp_path: Path)
         load_recipe("demo", overrides=(text.replace(" ", ""),))
     with pytest.raises(UserError, match=r"there is no method \[\]"):
         load_recipe("demo", overrides=("method.name=[]",))
+
+
+def test_only_we_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "a" / "b"
+    place.mkdir(parents=True)
+    assert only_we_write(place)
+    assert only_we_write(place / "not" / "there")
+    for mode, safe in ((0o775, False), (0o757, False), (0o1777, True), (0o755, True)):
+        place.parent.chmod(mode)
+        assert only_we_write(place) == safe, oct(mode)
+    place.chmod(0o1777)  # what is made in it is ours, but not what is there
+    assert not only_we_write(place)
+    place.chmod(0o700)
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    assert only_we_write(place) == (place.stat().st_uid == 0)

@@ -201,6 +201,28 @@ def test_a_job_ends_as_its_command_does(tmp_path: Path, cluster: Cluster, ending
     assert not (cluster.folder / "requeued").exists()
 
 
+@pytest.mark.parametrize("others_may_write", [False, True])
+def test_what_a_job_runs_lies_where_only_its_user_writes(
+    tmp_path: Path, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, others_may_write: bool
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    machine = machine_in(tmp_path)
+    machine.runs_root.mkdir(parents=True, exist_ok=True)
+    if others_may_write:
+        machine.runs_root.chmod(0o2775)
+    (job,) = submit([request("run")], machine=machine, resources=Resources(), name="t")
+    (pickled,) = tmp_path.rglob("*submitted.pkl")
+    assert pickled.parent == job.folder == submitted_jobs(machine.runs_root)[0].folder
+    assert str(job.folder) in cluster.script(1)
+    private = tmp_path / "state" / "obowlab" / "jobs"
+    assert pickled.is_relative_to(private) == others_may_write
+    if others_may_write:
+        assert {place.stat().st_mode & 0o777 for place in (private.parent, private, job.folder)} == {0o700}
+        private.chmod(0o770)
+        with pytest.raises(UserError, match=f"has to be yours alone: chmod 700 {private}"):
+            submit([request("run")], machine=machine, resources=Resources(), name="t")
+
+
 # ----------------------------------------------------------------------------------------------------------- obowlab jobs
 
 

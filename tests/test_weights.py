@@ -4,10 +4,13 @@ import gzip
 import math
 import pickle
 import re
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -16,7 +19,7 @@ from torch import Tensor, nn
 
 from obowlab.config import Backbone, Obow, Recipe, Views, load_recipe
 from obowlab.errors import UserError
-from obowlab.evaluation.features import frozen, weights_hash
+from obowlab.evaluation.features import _entry_writer, frozen, weights_hash
 from obowlab.methods import Batch, OBoW, OneProcess, ResNet, build_backbone
 from obowlab.runs.folder import RunFolder
 from obowlab.weights import encoder_file as weights
@@ -513,3 +516,25 @@ def test_several_networks_in_a_file_are_named(tmp_path: Path) -> None:
     both = {f"{part}.{name}": tensor for part in ("student", "teacher") for name, tensor in state.items()}
     with pytest.raises(UserError, match=r"several networks \(student\., teacher\.\)"):
         read_encoder(save(tmp_path / "both.pth", both))
+
+
+def test_no_assert_guards_a_weights_file(tmp_path: Path) -> None:
+    """What is refused is refused by `python -O` too, which leaves assertions out."""
+    state = build_backbone(NARROW).state_dict()
+    state["layer1.0.conv1.weight"][0] = math.nan
+    path = save(tmp_path / "nan.pth", state)
+    code = "import sys; from obowlab.cli import main; sys.exit(main(['weights', 'import', sys.argv[1], '--out', sys.argv[2]]))"
+    words = [sys.executable, "-O", "-c", code, str(path), str(tmp_path / "out.safetensors")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "weights that are not finite" in done.stderr
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_features_that_overflow_are_refused(tmp_path: Path) -> None:
+    rows = np.full((1, 4), np.inf, np.float32)
+    with (
+        pytest.raises(UserError, match="features that are not finite"),
+        _entry_writer(tmp_path / "entry", key="k", count=1) as writer,
+    ):
+        writer.append(rows)

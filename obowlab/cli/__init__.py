@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from obowlab import __version__
-from obowlab.errors import UserError
+from obowlab.errors import UserError, memory_sentence, refusal_of
 from obowlab.log import log_to_stderr
 
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -43,8 +43,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
 """Command name -> (where it is, one line of help)."""
 
 
-UNUSABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
-"""What a disk may refuse anything with that a command writes."""
+UNUSABLE = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EMLINK),
+    *(errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN, errno.ETIMEDOUT),
+)
+"""What a disk may refuse anything with that a command reads or writes: it is full, not ours, or gone for a while."""
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """What a file system without locks answers."""
@@ -139,14 +142,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno in NO_LOCKS:
             return _complain(f"The disk has no file locks ({error.strerror}): choose another --runs-root and --data-root.")
-        if error.errno not in UNUSABLE:
-            raise
-        return _complain(
-            f"Cannot write {error.filename or 'to the disk'} ({error.strerror}): fix that and run the command again."
-        )
+        if error.errno in UNUSABLE:
+            return _complain(refusal_of(error))
+        return _complain(_memory(error))
+    except (MemoryError, RuntimeError) as error:
+        return _complain(_memory(error))
     except click.Abort:  # Ctrl-C before the command began
         return INTERRUPTED
     return result if isinstance(result, int) else 0
+
+
+def _memory(error: Exception) -> str:
+    """Return the sentence for memory that ran out; raise anything else."""
+    message = memory_sentence(error)
+    if message is None:
+        raise error
+    return message
 
 
 def _complain(message: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -85,6 +86,8 @@ def evaluate(
         words += [] if untrained is None else ["--random" if untrained else "--no-random"]
         words += ["--json", str(json_file.absolute())] if json_file is not None else []
         return _submit(words, name=chosen.name, machine=machine, options=options)
+    if chosen.folder is not None:
+        _check_writable(chosen.folder.path)
     from obowlab.launch.gpu_leases import using_gpus
 
     with using_gpus(machine.model_copy(update={"procs": 1, "nodes": 1})):
@@ -106,6 +109,20 @@ def evaluate(
         click.echo(f"Added to run {chosen.folder.run_id}.")
         send_to_mlflow([chosen.folder], machine=machine)
     return 0
+
+
+def _check_writable(path: Path) -> None:
+    """Refuse before hours of measuring what could not be kept.
+
+    Raises:
+        UserError: results cannot be added to the run.
+    """
+    for place in (path, path / "results"):
+        if place.exists() and not os.access(place, os.W_OK | os.X_OK):
+            raise UserError(
+                f"Results are added to the run, and you may not write to {place}: ask its owner for the right to, "
+                f"or measure its file, `obowlab eval {path / 'encoder.safetensors'}`."
+            )
 
 
 def _submit(words: list[str], *, name: str, machine: Machine, options: MachineOptions) -> int:

@@ -125,7 +125,8 @@ class Split:
 
     def jpeg(self, index: int) -> memoryview:
         """Return the JPEG bytes of one image, not copied."""
-        assert 0 <= index < self.num_images
+        if not 0 <= index < self.num_images:
+            raise IndexError(f"image {index} of {self.num_images}")
         start = int(self.pointers[index])
         return self._bytes[start : start + int(self.sizes[index])].data
 
@@ -166,7 +167,8 @@ def open_split(dataset: str, split: str, *, data_root: Path, runs_root: Path | N
         UserError: it was not prepared, or its files are damaged or do not belong together.
     """
     check_name(dataset)
-    assert split in SPLITS
+    if split not in SPLITS:
+        raise UserError(f"There is no split '{split}'; there are {', '.join(SPLITS)}.")
     if dataset == synthetic.NAME and not synthetic_is_drawn(data_root):
         prepare(synthetic.NAME, source=None, data_root=data_root)
     return _open(dataset, split, data_root, runs_root=runs_root)

@@ -232,7 +232,8 @@ class _EntryWriter:
 
     def append(self, rows: npt.NDArray[np.float32]) -> None:
         """Add float32 [n, c]."""
-        assert np.isfinite(rows).all(), "features must be finite"
+        if not np.isfinite(rows).all():
+            raise UserError("The encoder gives features that are not finite: its weights are broken, or overflow in float32.")
         if not self._has_header:
             self._has_header = True
             np.lib.format.write_array_header_1_0(

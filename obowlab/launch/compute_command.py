@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from obowlab.config import Machine
+from obowlab.files import private_folder
 from obowlab.launch.system import count_gpus
 from obowlab.runs.locks import LOCK_TOKEN_VARIABLE
 from obowlab.runs.provenance import num_cores
@@ -50,6 +51,8 @@ def environment_of(machine: Machine, *, token: str, progress: bool) -> dict[str,
         LOCK_TOKEN_VARIABLE: token,
         "OMP_NUM_THREADS": str(threads_of(machine)),
     }
+    if machine.compile:  # what PyTorch compiles is loaded as code, and its own place in /tmp has a name that anybody may take
+        environment.setdefault("TORCHINDUCTOR_CACHE_DIR", str(private_folder("compiled")))
     if machine.deterministic:
         environment.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses deterministic work without it
     if machine.device != "cuda" and machine.procs > 1:  # gloo would warn of a setting that is intended

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from obowlab.config import Loaded, Machine
+from obowlab.errors import UserError
 from obowlab.launch.compute_command import PATIENCE_VARIABLE, CommandFactory, compute_command, environment_of, threads_of
 from obowlab.launch.cost import Cost, write_actual_cost, write_quote
 from obowlab.launch.gpu_leases import check_gpus, leased
@@ -204,13 +205,16 @@ def put_aside(folder: RunFolder) -> Path:
     """Move a run folder into RUNS_ROOT/.trash and return where it lies; nothing is deleted.
 
     Raises:
-        UserError: another process trains this run.
+        UserError: another process trains this run, or the disk refuses.
     """
     trash = folder.path.parent / TRASH
-    trash.mkdir(exist_ok=True)
     with folder.lock():
         target = trash / f"{folder.run_id}-{time.strftime('%Y%m%dT%H%M%S')}-{time.time_ns() % 10**6:06d}"
-        folder.path.rename(target)
+        try:
+            trash.mkdir(exist_ok=True)
+            folder.path.rename(target)
+        except OSError as error:
+            raise UserError(f"Cannot put {folder.path} aside (into {trash}: {error.strerror}); it is left as it is.") from None
     return target
 
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from obowlab.config import Machine, Slurm
 from obowlab.errors import UserError
-from obowlab.files import write_atomic
+from obowlab.files import only_we_write, private_folder, write_atomic
 from obowlab.launch.compute_command import PATIENCE_VARIABLE
 from obowlab.launch.nodes import RENDEZVOUS_VARIABLE, Rendezvous
 from obowlab.launch.processes import shell_code, start
@@ -146,27 +146,42 @@ def submit(
 
     folder = machine.runs_root / JOBS / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
     folder.mkdir(parents=True)
-    executor = submitit.SlurmExecutor(folder=folder, python=_python(machine.slurm), max_num_timeout=0)
+    place = _place_of_code(folder)
+    executor = submitit.SlurmExecutor(folder=place, python=_python(machine.slurm), max_num_timeout=0)
     executor.update_parameters(
         **_parameters(machine.slurm, resources=resources),
         job_name=name,
         array_parallelism=at_a_time or len(requests),
         **({"dependency": f"afterany:{':'.join(dict.fromkeys(job.id.partition('_')[0] for job in after))}"} if after else {}),
     )
-    tasks = [NodeTask(request.arguments, folder=folder, cwd=Path.cwd(), nodes=resources.nodes) for request in requests]
+    tasks = [NodeTask(request.arguments, folder=place, cwd=Path.cwd(), nodes=resources.nodes) for request in requests]
     try:
         submitted = [executor.submit(tasks[0])] if len(tasks) == 1 else executor.map_array(NodeTask.__call__, tasks)
     except (FailedJobError, UncompletedJobError, subprocess.CalledProcessError) as error:
-        shutil.rmtree(folder, ignore_errors=True)
+        for made in {folder, place}:
+            shutil.rmtree(made, ignore_errors=True)
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         errors = [line for line in lines if "error:" in line or "fatal:" in line]
         reason = (errors or lines or [type(error).__name__])[-1]
         raise UserError(f"Slurm refuses the job: {reason.removeprefix('sbatch: ')}; see [slurm] of the machine file.") from None
     now = round(time.time(), 3)
-    jobs = [SlurmJob(job.job_id, folder, request, now) for job, request in zip(submitted, requests, strict=True)]
-    submission = {"submitted_at": now, "jobs": [{"id": job.id, **asdict(job.request)} for job in jobs]}
+    jobs = [SlurmJob(job.job_id, place, request, now) for job, request in zip(submitted, requests, strict=True)]
+    where = {} if place == folder else {"place": str(place)}
+    submission = {"submitted_at": now, **where, "jobs": [{"id": job.id, **asdict(job.request)} for job in jobs]}
     write_atomic(folder / SUBMISSION, json.dumps(submission, indent=1))
     return jobs
+
+
+def _place_of_code(folder: Path) -> Path:
+    """Return where submitit keeps what a job runs: beside the submission, or in the home of a store that others may write to.
+
+    submitit stores calls as pickles. Whoever could replace one would run code as the user who submitted it.
+    """
+    if only_we_write(folder):
+        return folder
+    place = private_folder("jobs") / folder.name
+    place.mkdir(mode=0o700)
+    return place
 
 
 def _python(slurm: Slurm) -> str:
@@ -218,10 +233,11 @@ def submitted_jobs(runs_root: Path) -> list[SlurmJob]:
     jobs = []
     for file in sorted((runs_root / JOBS).glob(f"*/{SUBMISSION}"), reverse=True):
         submission = json.loads(file.read_bytes())
+        place = Path(submission.get("place", file.parent))
         for job in submission["jobs"]:
             arguments = job["arguments"] if "arguments" in job else job["words"]  # "words": written before 0.2
             request = JobRequest(arguments=tuple(arguments), runs=tuple(job["runs"]), what=job["what"])
-            jobs.append(SlurmJob(id=job["id"], folder=file.parent, request=request, submitted_at=submission["submitted_at"]))
+            jobs.append(SlurmJob(id=job["id"], folder=place, request=request, submitted_at=submission["submitted_at"]))
     return jobs
 
 

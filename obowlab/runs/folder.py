@@ -320,10 +320,9 @@ def list_runs(runs_root: Path) -> list[RunSummary]:
     for run_id in _run_ids(runs_root):
         path = runs_root / run_id
         try:
-            info = read_info(path)
+            runs.append(_summary(path))
         except UserError:
             continue  # `damaged_runs` reports it
-        runs.append(RunSummary(path=path, info=info, state=_believable(read_state(path), path)))
     return sorted(runs, key=lambda run: run.info.created_at, reverse=True)
 
 
@@ -332,7 +331,7 @@ def damaged_runs(runs_root: Path) -> list[str]:
     errors = []
     for run_id in _run_ids(runs_root):
         try:
-            read_info(runs_root / run_id)
+            _summary(runs_root / run_id)
         except UserError as error:
             errors.append(str(error))
     return errors
@@ -344,9 +343,27 @@ def damaged_runs(runs_root: Path) -> list[str]:
 def _run_ids(runs_root: Path) -> list[str]:
     if not runs_root.is_dir():
         return []
-    return sorted(
-        entry.name for entry in runs_root.iterdir() if not entry.name.startswith(".") and (entry / "run.json").is_file()
-    )
+    return sorted(entry.name for entry in runs_root.iterdir() if not entry.name.startswith(".") and _is_run(entry))
+
+
+def _is_run(entry: Path) -> bool:
+    try:
+        return (entry / "run.json").is_file()
+    except PermissionError:
+        return True  # nobody but its owner can tell; reading it says so
+
+
+def _summary(path: Path) -> RunSummary:
+    """Read what `list_runs` shows of a run.
+
+    Raises:
+        UserError: a file is damaged, or not for us to read.
+    """
+    info = read_info(path)
+    try:
+        return RunSummary(path=path, info=info, state=_believable(read_state(path), path))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): ask its owner for the right to.") from None
 
 
 def _believable(state: State, path: Path) -> State:

@@ -75,7 +75,9 @@ def read_info(path: Path) -> RunInfo:
         return RunInfo.model_validate(read_checked(file))
     except FileNotFoundError:
         raise UserError(f"{path} is not a run folder: it has no run.json.") from None
-    except (ValueError, OSError):
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}): ask the owner of the folder for the right to.") from None
+    except ValueError:
         raise UserError(f"{file} is damaged; move the folder away and start the run again.") from None
 
 
@@ -89,6 +91,8 @@ def read_state(path: Path) -> State:
         return State.model_validate_json((path / "state.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         return State()
+    except OSError as error:
+        raise UserError(f"{path / 'state.json'} cannot be read ({error.strerror}): ask its owner for the right to.") from None
     except ValueError:
         raise UserError(f"{path / 'state.json'} is damaged; remove it; the run then continues from its checkpoint.") from None
 

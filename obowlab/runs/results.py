@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from obowlab.errors import UserError
 from obowlab.runs.metrics import unit_of
 
 ENDS = ("value", "interval", "low", "high")
@@ -86,5 +87,6 @@ def unpack(samples: Mapping[str, Any]) -> npt.NDArray[np.float64]:
         correct = np.unpackbits(bits, count=count)
     else:
         correct = np.asarray(packed, dtype=np.uint8 if of < 256 else np.int64)
-    assert len(correct) == count
+    if len(correct) != count:
+        raise UserError(f"A result holds {len(correct)} observations where it says {count}: measure again with `obowlab eval`.")
     return 100.0 * correct.astype(np.float64) / of

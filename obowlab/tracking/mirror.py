@@ -111,7 +111,7 @@ class Mirror:
                 self._turn.release()
         try:
             pending = self.pending()
-        except UserError as damage:  # of the run folder: what follows it cannot be counted
+        except (UserError, OSError) as damage:  # of the run folder: what follows it cannot be counted
             pending, error = 0, error or str(damage)
         return SyncReport(sent=self._sent - before, pending=pending, error=error)
 

@@ -20,7 +20,7 @@ from typing import NoReturn, TypeVar
 import torch
 
 from obowlab.config import Machine
-from obowlab.errors import UserError
+from obowlab.errors import UserError, memory_sentence, refusal_of
 from obowlab.launch.gpu_leases import hold_as_worker
 from obowlab.launch.processes import PR_SET_PDEATHSIG
 from obowlab.log import show_anything
@@ -101,10 +101,19 @@ def carry_out(part: Callable[[RunContext], T], *, run: RunContext) -> tuple[int,
             run.reporter.say(f"Error: {message}")
         record(run, status="failed", message=message)
         return 2, None
-    except Exception:
+    except Exception as error:
         with suppress(OSError):
             run.reporter.log(traceback.format_exc())
-        raise
+        shortage = memory_sentence(error)
+        if shortage is None:
+            raise
+        with suppress(UserError, OSError):  # by whatever rank it is: the others wait for it in a collective, and cannot say why
+            run.folder.set_state(status="failed", message=shortage)
+        if run.world.world_size > 1:
+            raise
+        with suppress(OSError):
+            run.reporter.say(f"Error: {shortage}")
+        return 2, None
 
 
 def record(run: RunContext, *, status: Status, message: str) -> int:
@@ -141,7 +150,10 @@ def end_at_once(error: Exception) -> NoReturn:
 
     The ordinary end would wait in turn, for the collectives that the others do not take part in.
     """
-    if not isinstance(error, OtherRankCrashed):
+    message = memory_sentence(error)
+    if message is not None:
+        print(f"Error: {message}", file=sys.stderr)
+    elif not isinstance(error, OtherRankCrashed):
         traceback.print_exception(error)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -154,7 +166,7 @@ def describe(error: UserError | OSError, *, folder: Path) -> str:
         return str(error)
     named = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else folder
     place = named.parent if named.name.startswith(".") else named  # a temporary file beside the one that was to be replaced
-    return f"Cannot use {place} ({error.strerror or error}): fix that and run the command again."
+    return refusal_of(error, file=place)
 
 
 def stop_with_parent() -> None:

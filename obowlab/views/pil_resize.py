@@ -12,11 +12,14 @@ The functions are compiled without Python objects and hold no lock; numba keeps 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numba
 import numpy as np
 import numpy.typing as npt
+
+from obowlab.files import only_we_write
 
 Pixels = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int64]
@@ -25,6 +28,11 @@ PRECISION_BITS = 22
 TILE = 32
 """Columns that the transposition fills at a time: as many cache lines as stay in the first-level cache."""
 ONE, TWO = np.uint64(1), np.uint64(2)
+
+
+if numba.config.CACHE_DIR and not only_we_write(Path(numba.config.CACHE_DIR)):  # type: ignore[attr-defined]
+    # Machine code that somebody else may have put there is not loaded: numba's other places belong to the code or to the user.
+    numba.config.CACHE_DIR = ""  # type: ignore[attr-defined]
 
 
 def _compiled(function: Any) -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from obowlab.config import Level, Machine, Views
 from obowlab.data.datasets import Split
+from obowlab.errors import UserError
 from obowlab.evaluation.features import BATCH_SIZE, REPORT_EVERY_S, frozen
 from obowlab.methods import LevelWords, VisualWords, bow
 from obowlab.randomness import Ints
@@ -153,7 +154,8 @@ def find_patches(
             for level, top in tops.items():
                 sizes[level] = (maps[level].shape[2], maps[level].shape[3])
                 local_BUC = bow.crop_border(maps[level], border=words.levels[level].border).flatten(2).transpose(1, 2)
-                assert torch.isfinite(local_BUC).all(), "the teacher's features must be finite"
+                if not torch.isfinite(local_BUC).all():
+                    raise UserError("The teacher gives features that are not finite: its weights are broken.")
                 top.update(local_BUC, words=words.levels[level], images=positions)
             done += len(positions)
             if time.monotonic() - last > REPORT_EVERY_S:

@@ -1,0 +1,160 @@
+"""What the machine refuses: memory, files of somebody else, a store that is gone. Each is one sentence and a true state."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from obowlab.config import Loaded, Recipe
+from obowlab.errors import UserError, memory_sentence, refusal_of
+from obowlab.launch.local import put_aside
+from obowlab.runs.folder import RunFolder, damaged_runs, list_runs
+from obowlab.training import __main__ as compute
+from tests.command_line import Obowlab
+
+
+def made(root: Path, *, seed: int = 0) -> RunFolder:
+    return RunFolder.create(Loaded(name="demo", recipe=Recipe(title="A demo"), sources={}), seed=seed, runs_root=root)
+
+
+OUT_OF_MEMORY = [
+    MemoryError(),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+    ),
+    OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
+def test_memory_that_runs_out_in_training_is_a_failed_run_and_one_sentence(tmp_path: Path, error: Exception) -> None:
+    said: list[str] = []
+    folder = made(tmp_path)
+    folder.set_state(status="running", step=3)
+    run: Any = SimpleNamespace(
+        folder=folder,
+        world=SimpleNamespace(is_main=True, world_size=1),
+        reporter=SimpleNamespace(say=said.append, log=lambda text: None),
+    )
+
+    def part(run: Any) -> None:
+        raise error
+
+    assert compute.carry_out(part, run=run) == (2, None)
+    (line,) = said
+    assert folder.state.status == "failed"
+    assert folder.state.step == 3
+    if not isinstance(error, OSError):
+        assert "training.batch_size" in line
+        assert ("GPU" in line) == isinstance(error, torch.OutOfMemoryError)
+        run.world.world_size = 2  # the other ranks wait for this one: it has to end at once, after saying why
+        folder.set_state(status="running")
+        with pytest.raises(type(error)):
+            compute.carry_out(part, run=run)
+        assert folder.state.status == "failed"
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
+def test_memory_that_runs_out_in_a_command(
+    tmp_path: Path, error: Exception, obowlab: Obowlab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def list_runs(root: Path) -> list[Any]:
+        raise error
+
+    monkeypatch.setattr("obowlab.runs.folder.list_runs", list_runs)
+    code, _, err = obowlab("runs", "list", "--runs-root", str(tmp_path))
+    assert (code, err.count("\n")) == (2, 1)
+    assert "memory" in err
+
+
+def test_other_errors_are_not_taken_for_memory() -> None:
+    for error in (RuntimeError("shapes differ"), ValueError("out of memory"), KeyError("memory"), OSError(5, "I/O error")):
+        assert memory_sentence(error) is None
+
+
+def test_a_disk_without_room_for_files_says_how_to_see_it() -> None:
+    assert "`df -i`" in refusal_of(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/x"))
+
+
+def forbid(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
+    """Refuse all that is below a folder, as its mode 700 does to others; the superuser of a test would be let in."""
+
+    def refusing(real: Any) -> Any:
+        def call(path: Path, *args: Any, **options: Any) -> Any:
+            if place in path.parents:
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return real(path, *args, **options)
+
+        return call
+
+    for name in ("stat", "open", "read_bytes", "read_text"):
+        monkeypatch.setattr(Path, name, refusing(getattr(Path, name)))
+
+
+def test_the_run_of_somebody_else_is_one_line_and_the_others_are_shown(
+    tmp_path: Path, obowlab: Obowlab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs, ours = made(tmp_path), made(tmp_path, seed=1)
+    forbid(monkeypatch, theirs.path)
+    assert [run.info.run_id for run in list_runs(tmp_path)] == [ours.run_id]
+    (line,) = damaged_runs(tmp_path)
+    assert line == f"{theirs.path / 'run.json'} cannot be read (Permission denied): ask the owner of the folder for the right to."
+    code, out, err = obowlab("runs", "list", "--runs-root", str(tmp_path))
+    assert (code, err) == (0, f"Warning: {line}\n")
+    assert ours.run_id in out
+    assert obowlab("runs", "show", theirs.run_id, "--runs-root", str(tmp_path))[0] == 2
+
+
+def test_a_damaged_state_hides_no_other_run(tmp_path: Path) -> None:
+    broken, ours = made(tmp_path), made(tmp_path, seed=1)
+    (broken.path / "state.json").write_text("{")
+    assert [run.info.run_id for run in list_runs(tmp_path)] == [ours.run_id]
+    assert "state.json is damaged" in damaged_runs(tmp_path)[0]
+
+
+def test_fresh_without_the_right_to_write_leaves_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = made(tmp_path)
+
+    def refusing(real: Any, place: Path) -> Any:
+        def call(path: Path, *args: Any, **options: Any) -> Any:
+            if path == place:
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return real(path, *args, **options)
+
+        return call
+
+    for name, place in (("mkdir", tmp_path / ".trash"), ("rename", folder.path)):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, name, refusing(getattr(Path, name), place))
+            with pytest.raises(UserError, match="it is left as it is"):
+                put_aside(folder)
+        assert folder.state.status == "created"
+
+
+def test_eval_without_the_right_to_write_is_refused_before_measuring(
+    tmp_path: Path, obowlab: Obowlab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = made(tmp_path)
+    monkeypatch.setattr(os, "access", lambda place, mode: Path(place) != folder.path)
+    code, _, err = obowlab("eval", folder.run_id, "--runs-root", str(tmp_path), "--device", "cpu")
+    assert code == 2
+    assert f"you may not write to {folder.path}" in err
+    assert f"`obowlab eval {folder.path / 'encoder.safetensors'}`" in err
+
+
+def test_a_store_that_is_gone_for_a_while_is_a_sentence(
+    tmp_path: Path, obowlab: Obowlab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def list_runs(root: Path) -> list[Any]:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(root))
+
+    monkeypatch.setattr("obowlab.runs.folder.list_runs", list_runs)
+    code, _, err = obowlab("runs", "list", "--runs-root", str(tmp_path))
+    assert (code, err) == (2, f"Error: Cannot use {tmp_path} (Stale file handle): fix that and run the command again.\n")
