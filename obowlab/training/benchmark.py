@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from statistics import median
@@ -24,6 +24,7 @@ from torch import nn
 
 from obowlab.config import Loaded, Machine, Recipe
 from obowlab.errors import UserError
+from obowlab.methods import Batch
 from obowlab.precision import autocast
 from obowlab.runs.folder import RunFolder
 from obowlab.training.__main__ import end_at_once, stop_with_parent
@@ -32,6 +33,7 @@ from obowlab.training.context import RunContext
 from obowlab.training.distributed import OtherRankFailed, World, join
 from obowlab.training.loop import Trainer
 from obowlab.training.memory import forget_peak, peak_mib
+from obowlab.training.render_ahead import rendered
 from obowlab.training.reporter import Reporter
 from obowlab.training.signals import StopRequest
 from obowlab.training.sync_batchnorm import SyncBatchNorm2d
@@ -113,7 +115,7 @@ def _measure(trainer: Trainer) -> dict[str, float]:
     forget_peak(device)
     run.world.on_main(lambda: trainer.open_metric_log(None))
     trainer.start()
-    stream = iter(trainer.timer.waiting_for(_endless(trainer)))
+    stream = rendered(trainer.timer.waiting_for(_endless(trainer)), trainer.render, device=device)
     window = 5 if device.type == "cuda" else 1  # on a GPU a single step could not be told from the wait for it
     first_s = _step_s(trainer, stream, steps=1, logged=True)
     warm_s = _step_s(trainer, stream, steps=WARM_UP, logged=True)
@@ -123,8 +125,9 @@ def _measure(trainer: Trainer) -> dict[str, float]:
         plain.append(_step_s(trainer, stream, steps=window, logged=False))
         logged.append(_step_s(trainer, stream, steps=window, logged=True))
     began = time.perf_counter()
-    trainer.save()
+    trainer.save(wait=False)  # as one in the middle of training
     save_s = time.perf_counter() - began
+    trainer.save()
     step_s = median(plain)
     learnt = [parameter for parameter in method.parameters() if parameter.requires_grad]
     return {
@@ -143,17 +146,16 @@ def _measure(trainer: Trainer) -> dict[str, float]:
 
 def _endless(trainer: Trainer) -> Iterator[PixelBatch]:
     for epoch in itertools.count():
-        yield from trainer.run.world.each(trainer.loader.batches(epoch=epoch))
+        yield from trainer.run.world.each(trainer.load(epoch, 0))
 
 
-def _step_s(trainer: Trainer, stream: Iterator[PixelBatch], *, steps: int, logged: bool) -> float:
+def _step_s(trainer: Trainer, stream: Iterator[tuple[PixelBatch, Batch]], *, steps: int, logged: bool) -> float:
     """Return the mean seconds of the next steps of the loop, all of them logged or none."""
     trainer.log_every = 1 if logged else sys.maxsize
     _wait_for(trainer.run.world.device)
     began = time.perf_counter()
     for _ in range(steps):
-        pixels = next(stream)
-        batch = trainer.render(pixels)
+        pixels, batch = next(stream)
         trainer.train_step(batch, pixels=pixels)
         if batch.wants_metrics:
             trainer.log_step()
@@ -163,7 +165,7 @@ def _step_s(trainer: Trainer, stream: Iterator[PixelBatch], *, steps: int, logge
 
 def _load_s(trainer: Trainer) -> float:
     """Return the seconds that the loader takes for a batch by itself: beside a few fast steps it would not fall behind yet."""
-    batches = trainer.run.world.each(trainer.loader.batches(epoch=0))
+    batches = trainer.run.world.each(trainer.load(0, 0))
     workers = trainer.run.machine.workers or torch.get_num_threads()
     with closing(batches):  # type: ignore[type-var]
         next(batches)
@@ -189,6 +191,11 @@ def _wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def _answer(request: Path, answer: Mapping[str, object]) -> None:
+    with (request.parent / ANSWERS).open("a") as answers:
+        answers.write(json.dumps(answer) + "\n")
+
+
 def main(argv: list[str]) -> int:
     """Measure the recipes of a request."""
     stop_with_parent()
@@ -206,9 +213,9 @@ def main(argv: list[str]) -> int:
                 except (UserError, OtherRankFailed) as error:
                     answer = {"key": key, "error": str(error)}
                 if world.is_main:
-                    with (path.parent / ANSWERS).open("a") as answers:
-                        answers.write(json.dumps(answer) + "\n")
+                    _answer(path, answer)
     except Exception as error:
+        _answer(path, {"key": "", "error": f"{type(error).__name__}: {error}"})  # torchrun's own last line says nothing
         if os.environ.get("WORLD_SIZE", "1") == "1":
             raise
         end_at_once(error)
