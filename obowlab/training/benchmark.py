@@ -14,7 +14,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from statistics import median
@@ -125,8 +125,9 @@ def _measure(trainer: Trainer) -> dict[str, float]:
         plain.append(_step_s(trainer, stream, steps=window, logged=False))
         logged.append(_step_s(trainer, stream, steps=window, logged=True))
     began = time.perf_counter()
-    trainer.save()
+    trainer.save(wait=False)  # as one in the middle of training
     save_s = time.perf_counter() - began
+    trainer.save()
     step_s = median(plain)
     learnt = [parameter for parameter in method.parameters() if parameter.requires_grad]
     return {
@@ -190,6 +191,11 @@ def _wait_for(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def _answer(request: Path, answer: Mapping[str, object]) -> None:
+    with (request.parent / ANSWERS).open("a") as answers:
+        answers.write(json.dumps(answer) + "\n")
+
+
 def main(argv: list[str]) -> int:
     """Measure the recipes of a request."""
     stop_with_parent()
@@ -207,9 +213,9 @@ def main(argv: list[str]) -> int:
                 except (UserError, OtherRankFailed) as error:
                     answer = {"key": key, "error": str(error)}
                 if world.is_main:
-                    with (path.parent / ANSWERS).open("a") as answers:
-                        answers.write(json.dumps(answer) + "\n")
+                    _answer(path, answer)
     except Exception as error:
+        _answer(path, {"key": "", "error": f"{type(error).__name__}: {error}"})  # torchrun's own last line says nothing
         if os.environ.get("WORLD_SIZE", "1") == "1":
             raise
         end_at_once(error)
