@@ -50,9 +50,11 @@ LONG_S = 10.0
 WARM_UP = 2
 """Steps that are not counted after the first: libraries look for their fastest kernels."""
 
-TIMED_S = 4.0
+TIMED_S = 3.0
 MAX_WINDOWS = 12
-"""Steps are timed for about so long, in at most so many windows of each kind; their median counts."""
+SHARE = 20
+"""Steps are timed for about so long, in at most so many windows of each kind and one for so many steps of the training; their
+median counts."""
 
 
 def measure(recipe: Recipe, *, machine: Machine, world: World, scratch: Path) -> dict[str, float]:
@@ -73,9 +75,10 @@ def measure(recipe: Recipe, *, machine: Machine, world: World, scratch: Path) ->
     """
     share = recipe.training.batch_size // machine.procs
     trainer = _trainer(recipe, images=share, machine=machine, world=world, scratch=scratch)
+    most = max(1, recipe.training.epochs * trainer.loader.steps_per_epoch // SHARE)
     if world.device.type == "cuda" or share <= FEW[1] or _guess_s(trainer, images=share) <= LONG_S:
-        return _measure(trainer)
-    few, more = (_measure(_trainer(recipe, images=n, machine=machine, world=world, scratch=scratch)) for n in FEW)
+        return _measure(trainer, most=most)
+    few, more = (_measure(_trainer(recipe, images=n, machine=machine, world=world, scratch=scratch), most=most) for n in FEW)
     return {name: through(few[name], more[name], images=share) for name in few}
 
 
@@ -109,7 +112,8 @@ def _guess_s(trainer: Trainer, *, images: int) -> float:
     return float(run.world.all_reduce_mean(forward_s)) / len(few) * images * 10.0
 
 
-def _measure(trainer: Trainer) -> dict[str, float]:
+def _measure(trainer: Trainer, *, most: int) -> dict[str, float]:
+    """Return the numbers of one share of the batch, from at most so many windows."""
     run, method = trainer.run, trainer.method
     device = run.world.device
     forget_peak(device)
@@ -121,7 +125,7 @@ def _measure(trainer: Trainer) -> dict[str, float]:
     warm_s = _step_s(trainer, stream, steps=WARM_UP, logged=True)
     agreed_s = run.world.all_reduce_mean(torch.tensor([warm_s], device=device)).item()
     plain, logged = [], []
-    for _ in range(min(MAX_WINDOWS, max(1, int(TIMED_S / (2 * window * agreed_s))))):
+    for _ in range(min(MAX_WINDOWS, most, max(1, int(TIMED_S / (2 * window * agreed_s))))):
         plain.append(_step_s(trainer, stream, steps=window, logged=False))
         logged.append(_step_s(trainer, stream, steps=window, logged=True))
     began = time.perf_counter()
