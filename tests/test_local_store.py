@@ -1,6 +1,5 @@
 """The SQLite store of a run store: moved, copied, damaged, of another MLflow, put aside."""
 
-import logging
 import shutil
 import sqlite3
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 from obowlab.config import Loaded, Machine, Recipe
 from obowlab.errors import UserError
 from obowlab.runs import RunFolder
+from obowlab.tracking import local_store
 from obowlab.tracking.local_store import make_usable, problem_of
 from obowlab.tracking.mirror import Mirror
 from obowlab.tracking.publish import publish
@@ -54,21 +54,19 @@ def every_text(root: Path) -> str:
 
 
 @pytest.mark.parametrize("is_copy", [True, False])
-def test_a_store_writes_to_where_it_is(
-    filled: Path, tmp_path: Path, is_copy: bool, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(logging.getLogger("obowlab"), "propagate", True)
+def test_a_store_writes_to_where_it_is(filled: Path, tmp_path: Path, is_copy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(local_store.logger, "info", lambda text, *values: said.append(text % values))
     first, second = tmp_path / "A", tmp_path / "B x"
     shutil.copytree(filled, first)
     make_usable(uri_of(first))
     shutil.copytree(first, second) if is_copy else first.rename(second)
     before = {path: path.stat().st_mtime_ns for path in first.rglob("*")} if is_copy else {}
-    caplog.clear()
-    with caplog.at_level("INFO", "obowlab"):
-        report = Mirror(the_folder(second)).sync(timeout_s=60)
-        assert Mirror(the_folder(second)).sync(timeout_s=60).sent == 0
+    said.clear()
+    report = Mirror(the_folder(second)).sync(timeout_s=60)
+    assert Mirror(the_folder(second)).sync(timeout_s=60).sent == 0
     assert report.error is None
-    (line,) = [record.getMessage() for record in caplog.records if "moved or copied" in record.getMessage()]
+    (line,) = said
     assert f"in {second / 'mlartifacts'} instead of {first / 'mlartifacts'}" in line
     assert f"{first.as_uri()}/" not in every_text(second)
     for run in runs_of(second):
