@@ -9,7 +9,7 @@ from PIL import Image, ImageFilter
 from obowlab.config import Views
 from obowlab.views.draws import box_weights, draw, recolourings
 from obowlab.views.loaders import PixelBatch
-from obowlab.views.parcel import pack
+from obowlab.views.packed import pack
 from obowlab.views.photometric import MEAN, STD, blur, coloured, jitter, luma, normalise, render
 from obowlab.views.views import Colour, colour, flips, patch_positions
 

@@ -1,7 +1,7 @@
 """What is random about a training batch after its views are cut, drawn on the host as tensors for the device.
 
 `views` says how it follows from seed, epoch and image. Here it becomes what `photometric` works with: positions of the images
-that an operation changes, and its factors. A loader draws in the thread that cuts the views, and all of it is one `Parcel`.
+that an operation changes, and its factors. A loader draws in the thread that cuts the views, and all of it is one `Packed`.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from obowlab.config import Views
 from obowlab.errors import UserError
 from obowlab.randomness import Ints
 from obowlab.views.draws import PIECE_PIXELS, Draws, draw
-from obowlab.views.parcel import Parcel, pack
+from obowlab.views.packed import Packed, pack
 from obowlab.views.views import Geometry, centre_geometry, geometry
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 Pixels = npt.NDArray[np.uint8]
 
-Numbers: TypeAlias = Parcel[tuple[Draws, Tensor]]
+Numbers: TypeAlias = Packed[tuple[Draws, Tensor]]
 """What is random about a batch, and the classes of its images, int64 [B]."""
 
 

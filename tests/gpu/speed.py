@@ -36,7 +36,7 @@ from obowlab.training.flops import count_flops, peak_tflops
 from obowlab.training.work import Work
 from obowlab.views.draws import draw
 from obowlab.views.loaders import PixelBatch, train_loader
-from obowlab.views.parcel import pack
+from obowlab.views.packed import pack
 from obowlab.views.photometric import render as render_views
 from tests.benchmarks import run as benchmarks
 

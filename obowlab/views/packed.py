@@ -29,13 +29,13 @@ class _Place(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Parcel(Generic[T]):
+class Packed(Generic[T]):
     """A structure of dataclasses and tuples whose tensors lie in one buffer; made by `pack`."""
 
     _content: T
     _buffer: Tensor
 
-    def pin_memory(self) -> Parcel[T]:
+    def pin_memory(self) -> Packed[T]:
         """Return it in pinned memory, from which a GPU copies while it computes."""
         return replace(self, _buffer=self._buffer.pin_memory())
 
@@ -45,7 +45,7 @@ class Parcel(Generic[T]):
         return _rebuilt(self._content, lambda leaf: leaf.cut(buffer) if isinstance(leaf, _Place) else leaf)
 
 
-def pack(content: T) -> Parcel[T]:
+def pack(content: T) -> Packed[T]:
     """Copy the tensors of a structure of dataclasses and tuples into one buffer of the host."""
     tensors: list[tuple[_Place, Tensor]] = []
     size = 0
@@ -63,7 +63,7 @@ def pack(content: T) -> Parcel[T]:
     buffer = torch.zeros(size, dtype=torch.uint8)
     for found, tensor in tensors:
         found.cut(buffer).copy_(tensor)
-    return Parcel(layout, buffer)
+    return Packed(layout, buffer)
 
 
 def _rebuilt(value: T, change: Callable[[object], object]) -> T:
