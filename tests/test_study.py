@@ -17,6 +17,7 @@ import numpy as np
 import optuna
 import pytest
 from optuna.exceptions import StorageInternalError
+from optuna.importance import FanovaImportanceEvaluator
 from optuna.trial import TrialState, create_trial
 
 from obowlab.errors import UserError
@@ -26,6 +27,7 @@ from obowlab.runs.results import unpack
 from obowlab.studies import storage as storages
 from obowlab.studies import trial as trials
 from obowlab.studies import worker as workers
+from obowlab.studies.schema import STUDY_FILE, StudyReport, read_study
 from obowlab.studies.storage import open_storage, quiet, storage_url
 from obowlab.studies.trial_locks import TrialLocks
 from obowlab.studies.worker import distributions
@@ -74,6 +76,45 @@ def test_a_study_is_worked_to_its_budget_and_says_who_is_who(tmp_path: Path) -> 
     assert search.work(budget=4).signum == 0
     assert len(search.open().trials) == 4
     assert set(attempts(tmp_path).values()) == {1}
+
+
+def test_importances_are_computed_once_a_report_and_again_when_a_study_has_grown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluated: list[int] = []
+    evaluate = FanovaImportanceEvaluator.evaluate
+
+    def counted(self: FanovaImportanceEvaluator, study: optuna.Study, **options: Any) -> dict[str, float]:
+        evaluated.append(len(study.get_trials(deepcopy=False)))
+        return evaluate(self, study, **options)
+
+    monkeypatch.setattr(FanovaImportanceEvaluator, "evaluate", counted)
+    search = Search(tmp_path)
+    search.open()
+
+    def grow(*values: float) -> StudyReport:
+        for kappa in values:
+            point = {"method.kappa": kappa}
+            search.open().add_trial(create_trial(params=point, distributions=distributions(search.tuning), value=kappa**0.5))
+        written = search.report(budget=30)
+        assert read_study(search.locks.folder / STUDY_FILE) == written
+        return written
+
+    first = grow(*range(2, 22))
+    assert len(evaluated) == 1
+    assert first.analysed == 20
+    assert first.figures["importance"].data[0]["x"] == [first.parameters[0].importance] == [1.0]
+    second = grow(22)
+    assert len(evaluated) == 1
+    assert (second.counts["completed"], second.analysed, second.best) == (21, 20, second.trials[-1].number)
+    assert (second.figures, second.parameters) == (first.figures, first.parameters)
+    third = grow(23)
+    assert len(evaluated) == 2
+    assert third.analysed == 22
+    assert third.figures != first.figures
+    (search.locks.folder / STUDY_FILE).write_text("{")
+    assert grow().analysed == 22
+    assert len(evaluated) == 3
 
 
 def test_the_same_study_chooses_the_same_points_however_often_it_is_stopped(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -47,7 +48,7 @@ class ContentHash:
 
     def add(self, label: int, jpeg: bytes | memoryview) -> None:
         """Take the next image in."""
-        self._hash.update(np.array([label, len(jpeg)], "<i8").tobytes())
+        self._hash.update(struct.pack("<qq", label, len(jpeg)))
         self._hash.update(jpeg)
 
     def hexdigest(self) -> str:
