@@ -317,6 +317,9 @@ def _content(split: SourceSplit, *, source: str, workers: int) -> Content:
 
 def _decoded(images: Sequence[SourceImage], *, page_size: int, workers: int) -> Iterator[Record | Skipped]:
     """Yield images in order, decoded by a pool of threads that is a few chunks ahead."""
+    if workers == 1:  # a thread of its own would only take turns with this one
+        yield from (_decode(image, page_size=page_size) for image in images)
+        return
     waiting: deque[Future[list[Record | Skipped]]] = deque()
     with ThreadPoolExecutor(workers) as pool:
         try:
