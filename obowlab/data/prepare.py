@@ -21,6 +21,7 @@ import obowlab
 from obowlab import text
 from obowlab.data import synthetic
 from obowlab.data.beton import MAX_PAGE_SIZE, MAX_SIDE, MIN_PAGE_SIZE, BetonWriter, Record, page_size_for, read_index
+from obowlab.data.catalogue import check_spelling, missing
 from obowlab.data.identity import note_written
 from obowlab.data.manifest import (
     Manifest,
@@ -58,6 +59,7 @@ class Plan:
         free_bytes: where they are written.
         estimated_s: seconds that decoding takes.
         num_ignored: other files of the source, which are left out.
+        notes: what a person should look at before it starts, a sentence each.
     """
 
     dataset: str
@@ -68,6 +70,7 @@ class Plan:
     free_bytes: int
     estimated_s: float
     num_ignored: int
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -227,7 +230,7 @@ def prepare(
         manifests = [build(content, dataset=name, folder=working, progress=progress) for content in contents]
         publish(working, data_root, name)
         note_written(manifests, data_root=data_root)
-    notes = _notes(found, manifests) if found is not None else []
+    notes = [*_notes(name, found), *_losses(found, manifests)] if found is not None else []
     return PrepareReport(tuple(manifests), already_prepared=False, elapsed_s=time.monotonic() - start, notes=tuple(notes))
 
 
@@ -357,6 +360,7 @@ def _is_jpeg(image: SourceImage) -> bool:
 def _read_source(name: str, source: Path | None) -> Source:
     if check_name(name) == synthetic.NAME:
         raise UserError(f"'{name}' is drawn on first use and has no --source.")
+    check_spelling(name)
     if source is None:
         raise UserError(f"Give --source DIR, the folder or .tar that holds the images of '{name}'.")
     return read_source(source)
@@ -380,6 +384,7 @@ def _plan(name: str, source: Source, *, data_root: Path, workers: int) -> Plan:
         free_bytes=shutil.disk_usage(existing).free,
         estimated_s=per_byte * num_bytes,
         num_ignored=source.num_ignored,
+        notes=tuple(_notes(name, source)),
     )
 
 
@@ -401,9 +406,20 @@ def _is_complete(contents: Sequence[Content], *, present: Sequence[Manifest], da
     return all(path.is_file() and path.stat().st_size == num_bytes for path, num_bytes in files)
 
 
-def _notes(source: Source, manifests: Sequence[Manifest]) -> list[str]:
-    """Say what was left out, and which classes lost more than half of their images or have none in a split."""
+def _notes(name: str, source: Source) -> list[str]:
+    """Say what is left out of a source, and what it lacks."""
     notes = [f"left out, as no image of train/ or val/: {source.num_ignored} files"] if source.num_ignored else []
+    if source.num_hidden:
+        notes.append(f"left out, as hidden or a thumbnail: {source.num_hidden} files")
+    if source.empty_classes:
+        some = ", ".join(source.empty_classes[:5]) + (", ..." if len(source.empty_classes) > 5 else "")
+        notes.append(f"class folders without an image: {len(source.empty_classes)} ({some})")
+    return notes + list(missing(name, source))
+
+
+def _losses(source: Source, manifests: Sequence[Manifest]) -> list[str]:
+    """Say which classes lost more than half of their images or have none in a split."""
+    notes: list[str] = []
     for split, manifest in zip(source.splits, manifests, strict=True):
         lost = Counter(image.name.split("/", 1)[0] for image in manifest.skipped)
         given = Counter(split.class_names[image.label] for image in split.images)
