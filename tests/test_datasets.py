@@ -62,9 +62,9 @@ def test_split_holds_the_images_of_the_folder_in_sorted_order(data_root: Path, i
         assert split.labels.tolist() == [label for label in range(5) for _ in range(per_class)]
         for index, file in enumerate(files):
             with Image.open(file) as original, Image.open(io.BytesIO(split.jpeg(index))) as stored:
-                assert (stored.format, stored.mode) == ("JPEG", "RGB")
+                assert stored.format == "JPEG"
                 assert stored.size == original.size == (split.widths[index], split.heights[index])
-                if original.format == "JPEG" and original.mode == "RGB":
+                if original.format == "JPEG":
                     assert bytes(split.jpeg(index)) == file.read_bytes()
                 else:
                     difference = np.asarray(stored, np.int16) - np.asarray(original.convert("RGB"), np.int16)
@@ -433,12 +433,61 @@ def test_no_readable_image_is_an_error_and_leaves_nothing(tmp_path: Path) -> Non
 
 def test_other_modes_become_rgb() -> None:
     photo = draw_photo(1, height=20, width=30)
-    for mode, kind in (("CMYK", "JPEG"), ("L", "JPEG"), ("P", "PNG"), ("RGBA", "PNG"), ("RGB", "BMP"), ("RGB", "WEBP")):
+    for mode, kind in (("CMYK", "JPEG"), ("L", "PNG"), ("P", "PNG"), ("RGBA", "PNG"), ("RGB", "BMP"), ("RGB", "WEBP")):
         buffer = io.BytesIO()
         photo.convert(mode).save(buffer, kind)
-        record = preparation.to_rgb_jpeg(buffer.getvalue())
+        record = preparation.to_jpeg(buffer.getvalue())
         with Image.open(io.BytesIO(record.jpeg)) as image:
             assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (30, 20))
+
+
+def test_a_grayscale_jpeg_is_kept_as_it_is() -> None:
+    buffer = io.BytesIO()
+    draw_photo(1, height=20, width=30).convert("L").save(buffer, "JPEG", quality=60)
+    kept = preparation.to_jpeg(buffer.getvalue())
+    assert kept == preparation.DecodedImage(jpeg=buffer.getvalue(), height=20, width=30)
+
+
+def encoded(values: np.ndarray, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, kind)
+    return buffer.getvalue()
+
+
+RAMP = np.linspace(0, 1, 64 * 48).reshape(48, 64)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        encoded((RAMP * 65535).astype(np.uint16), "PNG"),
+        encoded((RAMP * 65535).astype(np.uint16), "TIFF"),
+        b"P5 64 48 65535\n" + (RAMP * 65535).astype(">u2").tobytes(),
+        b"P5 64 48 4095\n" + (RAMP * 4095).astype(">u2").tobytes(),
+        encoded(RAMP.astype(np.float32), "TIFF"),
+    ],
+    ids=["png16", "tiff16", "pgm16", "pgm12", "float"],
+)
+def test_images_of_more_than_8_bits_are_scaled_by_their_range(data: bytes) -> None:
+    with Image.open(io.BytesIO(preparation.to_jpeg(data).jpeg)) as image:
+        assert image.mode == "RGB"
+        assert np.abs(np.asarray(image)[..., 1] - RAMP * 255).max() < 3
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (encoded((RAMP * 4095).astype(np.uint16), "PNG"), "integers of 16 bits from 0 to 4095"),
+        (encoded((RAMP * 65535).astype(np.int32), "TIFF"), "integers from 0 to 65535"),
+        (encoded((RAMP * 255).astype(np.float32), "TIFF"), "floats from 0 to 255"),
+        (encoded((RAMP - 0.5).astype(np.float32), "TIFF"), "floats from -0.5 to 0.5"),
+        (encoded((RAMP * np.nan).astype(np.float32), "TIFF"), "floats from nan to nan"),
+    ],
+    ids=["12bit", "int32", "float255", "signed", "nan"],
+)
+def test_images_of_no_known_range_are_skipped_with_the_reason(data: bytes, reason: str) -> None:
+    with pytest.raises(preparation.UnreadableImageError, match=f"^{reason}, whose range is not known: convert it to 8 bits$"):
+        preparation.to_jpeg(data)
 
 
 def test_the_same_files_give_the_same_bytes_as_ever(tmp_path: Path) -> None:
