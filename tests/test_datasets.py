@@ -20,6 +20,7 @@ from PIL import Image
 
 from obowlab.data import prepare as preparation
 from obowlab.data.beton import BetonWriter, ContentHash, Record, page_size_for, read_index
+from obowlab.data.catalogue import check_spelling
 from obowlab.data.datasets import DATASETS, list_datasets, open_split, plan_prepare, prepare, subset, verify
 from obowlab.data.identity import NOTES
 from obowlab.data.sources import read_source
@@ -61,9 +62,9 @@ def test_split_holds_the_images_of_the_folder_in_sorted_order(data_root: Path, i
         assert split.labels.tolist() == [label for label in range(5) for _ in range(per_class)]
         for index, file in enumerate(files):
             with Image.open(file) as original, Image.open(io.BytesIO(split.jpeg(index))) as stored:
-                assert (stored.format, stored.mode) == ("JPEG", "RGB")
+                assert stored.format == "JPEG"
                 assert stored.size == original.size == (split.widths[index], split.heights[index])
-                if original.format == "JPEG" and original.mode == "RGB":
+                if original.format == "JPEG":
                     assert bytes(split.jpeg(index)) == file.read_bytes()
                 else:
                     difference = np.asarray(stored, np.int16) - np.asarray(original.convert("RGB"), np.int16)
@@ -195,6 +196,185 @@ def test_other_layouts_are_refused_with_the_layout_expected(tmp_path: Path, name
         read_source(make_folder(tmp_path / "in", names=names))
 
 
+def empty_files(root: Path, names: str) -> Path:
+    """Make files of one byte at paths that spaces separate."""
+    for name in names.split():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(b"x")
+    return root
+
+
+def with_classes(*splits: str) -> str:
+    return " ".join(f"{split}/{name}/1.jpg" for split in splits for name in "ab")
+
+
+@pytest.mark.parametrize(
+    ("splits", "train", "val"),
+    [
+        (("Train", "Val"), "Train", "Val"),
+        (("TRAIN", "TEST"), "TRAIN", "TEST"),
+        (("training", "validation"), "training", "validation"),
+        (("train", "valid", "test"), "train", "valid"),
+        (("train", "val", "validation"), "train", "val"),
+        (("train", "val", "train_extra"), "train", "val"),
+        (("train", "eval"), "train", "eval"),
+        (("train2017", "val2017"), "train2017", "val2017"),
+        (("imagenet-train", "imagenet-val"), "imagenet-train", "imagenet-val"),
+        (("ILSVRC2012_img_train", "ILSVRC2012_img_val", "devkit"), "ILSVRC2012_img_train", "ILSVRC2012_img_val"),
+        (("TrainImages", "ValImages"), "TrainImages", "ValImages"),
+        (("mytrain", "myval"), "mytrain", "myval"),
+        (("trainset", "test-set"), "trainset", "test-set"),
+        (("train2017",), "train2017", None),
+        (("Training", "more"), "Training", None),
+    ],
+)
+@pytest.mark.parametrize("outer", ["", "x/y/"])
+def test_split_folders_of_other_names_are_understood(
+    tmp_path: Path, splits: tuple[str, ...], train: str, val: str | None, outer: str
+) -> None:
+    source = read_source(empty_files(tmp_path, with_classes(*(outer + split for split in splits))))
+    folders = {split.name: {Path(image.path).parents[1].name for image in split.images} for split in source.splits}
+    assert folders == {"train": {train}} | ({"val": {val}} if val else {})
+    assert all(split.class_names == ("a", "b") and len(split.images) == 2 for split in source.splits)
+    assert source.num_ignored == 2 * (len(splits) - len(folders))
+
+
+@pytest.mark.parametrize(
+    ("names", "complaint"),
+    [
+        (with_classes("train", "valid", "validation"), r"not clear which .* `cd \S+ && mv valid val`"),
+        (with_classes("train", "val2017"), r"train/ and val2017/, which look like splits.* mv val2017 val`"),
+        (with_classes("train_128", "train_256", "val"), "mv train_128 train`"),
+        (with_classes("trainA", "testA", "trainB", "testB"), "mv testA val`"),
+        (with_classes("Validation"), "has Validation/ but no train/"),
+        (with_classes("x/set/train", "x/set/val", "y"), r"splits further inside.*`--source \S+/x/set`"),
+        ("daisy/train/1.jpg daisy/val/1.jpg rose/train/1.jpg", "splits further inside, such as daisy/train"),
+        ("a/b/1.jpg c/1.jpg d/e/f/1.jpg", "is no ImageFolder: its folders hold images at different depths"),
+    ],
+)
+def test_what_is_no_image_folder_is_refused_with_what_to_type(tmp_path: Path, names: str, complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        read_source(empty_files(tmp_path, names))
+
+
+@pytest.mark.parametrize("names", ["training-shoes hats", "constraints values", "vehicles/train pets/cat"])
+def test_classes_that_sound_like_splits_are_classes(tmp_path: Path, names: str) -> None:
+    source = read_source(empty_files(tmp_path, " ".join(f"{name}/1.jpg" for name in names.split())))
+    assert [split.name for split in source.splits] == ["train"]
+    assert source.splits[0].class_names == tuple(sorted(name.split("/")[0] for name in names.split()))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_hidden_files_are_left_out_and_counted_and_empty_classes_are_said(tmp_path: Path, packed: bool) -> None:
+    source = make_folder(tmp_path / "in", names={"train/a/1.jpg": 1, "train/b/2.jpg": 2, "val/b/3.jpg": 3})
+    hidden = (
+        "train/.ipynb_checkpoints/1-checkpoint.jpg train/a/.ipynb_checkpoints/1-checkpoint.jpg val/.cache/x/1.jpg .git/config "
+        "train/@eaDir/a/thumb.jpg train/a/@eaDir/1.jpg/thumb.jpg __MACOSX/train/a/._1.jpg train/a/._1.jpg train/.DS_Store "
+        "val/b/Thumbs.db train/lost+found/1.jpg"
+    )
+    empty_files(source, hidden)
+    (source / "train/a/.gone.jpg").symlink_to("nowhere")
+    for folder in ("train/c", "val/c"):
+        (source / folder).mkdir()
+    if packed:
+        (source / "train/a/.gone.jpg").unlink()
+        with tarfile.open(tmp_path / "in.tar", "w") as tar:
+            tar.add(source, "./outer")
+        source = tmp_path / "in.tar"
+    report = prepare("set", source=source, data_root=tmp_path / "root")
+    assert [(manifest.num_images, manifest.class_names) for manifest in report.manifests] == [(2, ("a", "b")), (1, ("a", "b"))]
+    assert report.skipped == ()
+    assert report.notes == (
+        f"left out, as hidden or a thumbnail: {len(hidden.split())} files",
+        "class folders without an image: 2 (train/c, val/c)",
+        "val has no image of class a",
+    )
+
+
+def test_links_in_an_archive_are_the_files_they_point_to(tmp_path: Path) -> None:
+    source = make_folder(tmp_path / "in", names={"train/a/1.jpg": 1, "train/b/2.jpg": 2})
+    os.link(source / "train/a/1.jpg", source / "train/a/hard.jpg")
+    (source / "train/b/soft.jpg").symlink_to("../a/1.jpg")
+    (source / "train/b/chain.jpg").symlink_to("soft.jpg")
+    with tarfile.open(tmp_path / "in.tar", "w") as tar:
+        tar.add(source, "in")
+    for name, given in (("folder", source), ("archive", tmp_path / "in.tar")):
+        prepare(name, source=given, data_root=tmp_path / "root")
+    first, second = (open_split(name, "train", data_root=tmp_path / "root") for name in ("folder", "archive"))
+    assert first.num_images == 5
+    assert first.content_hash == second.content_hash
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "complaint"),
+    [
+        (tarfile.SYMTYPE, "gone.jpg", r"'train/a/x.jpg', a link to 'gone.jpg', which is no file of it"),
+        (tarfile.SYMTYPE, "/etc/passwd", "which is no file of it"),
+        (tarfile.SYMTYPE, "../../../x.jpg", "which is no file of it"),
+        (tarfile.SYMTYPE, "x.jpg", "which is no file of it"),
+        (tarfile.LNKTYPE, "train/gone.jpg", "which is no file of it"),
+        (tarfile.SYMTYPE, "../a", "a link to the folder '../a'"),
+    ],
+)
+def test_links_of_an_archive_that_lead_nowhere_are_refused_by_name(
+    tmp_path: Path, kind: bytes, target: str, complaint: str
+) -> None:
+    source = make_folder(tmp_path / "in", names={"train/a/1.jpg": 1})
+    with tarfile.open(tmp_path / "in.tar", "w") as tar:
+        tar.add(source / "train", "train")
+        info = tarfile.TarInfo("train/a/x.jpg")
+        info.type, info.linkname = kind, target
+        tar.addfile(info)
+    with pytest.raises(UserError, match=complaint):
+        read_source(tmp_path / "in.tar")
+
+
+def test_an_archive_that_ends_early_or_goes_on_is_refused(tmp_path: Path) -> None:
+    source = make_folder(tmp_path / "in", names={"train/a/1.jpg": 1, "train/b/2.jpg": 2})
+    whole = tmp_path / "whole.tar"
+    with tarfile.open(whole, "w") as tar:
+        tar.add(source / "train", "train")
+        end = tar.offset
+    content = whole.read_bytes()
+    assert len(read_source(whole).splits[0].images) == 2
+    damaged = bytearray(content)
+    damaged[content.index(b"train/b/2.jpg") + 150] ^= 1  # in the check sum of its header
+    for name, changed, complaint in (
+        ("cut", content[:end], "has no end marker"),
+        ("cut_within", content[: end - 700], "unexpected end of data"),
+        ("joined", content + content, "goes on behind its end marker.*--ignore-zeros"),
+        ("joined_closely", content[: end + 512] + content, "goes on behind its end marker"),
+        ("damaged", bytes(damaged), "is damaged at byte|bad checksum"),
+    ):
+        path = tmp_path / f"{name}.tar"
+        path.write_bytes(changed)
+        with pytest.raises(UserError, match=complaint):
+            read_source(path)
+    (tmp_path / "short.tar").write_bytes(content[: end + 512])  # one block of zeros
+    assert len(read_source(tmp_path / "short.tar").splits[0].images) == 2
+
+
+@pytest.mark.parametrize("name", ["imagenett", "imagnet", "tinyimagenet-100s", "syntetic"])
+def test_a_misspelt_name_of_the_catalogue_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match=r"Did you mean '(imagenet|tinyimagenet100|synthetic)'.* choose a name that differs more"):
+        plan_prepare(name, source=tmp_path, data_root=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["imagenet", "imagenet100", "imagenette", "imagewoof", "tinyimagenet", "my-imagenett", "photos"])
+def test_names_that_only_resemble_the_catalogue_are_taken(name: str) -> None:
+    check_spelling(name)
+
+
+def test_an_incomplete_data_set_of_the_catalogue_is_said(tmp_path: Path) -> None:
+    source = make_folder(tmp_path / "in", names={"train/a/1.jpg": 1, "train/b/1.jpg": 2, "val/a/1.jpg": 3, "val/b/1.jpg": 4})
+    plan = plan_prepare("tinyimagenet100", source=source, data_root=tmp_path)
+    assert plan.notes == (
+        "tinyimagenet100 is incomplete: train has 2 of 20000 images and 2 of 100 classes",
+        "tinyimagenet100 is incomplete: val has 2 of 5000 images and 2 of 100 classes",
+    )
+    assert plan_prepare("own", source=source, data_root=tmp_path).notes == ()
+
+
 def test_archive_members_cannot_point_outside(tmp_path: Path) -> None:
     archive = tmp_path / "evil.tar"
     with tarfile.open(archive, "w") as tar:
@@ -253,12 +433,61 @@ def test_no_readable_image_is_an_error_and_leaves_nothing(tmp_path: Path) -> Non
 
 def test_other_modes_become_rgb() -> None:
     photo = draw_photo(1, height=20, width=30)
-    for mode, kind in (("CMYK", "JPEG"), ("L", "JPEG"), ("P", "PNG"), ("RGBA", "PNG"), ("RGB", "BMP"), ("RGB", "WEBP")):
+    for mode, kind in (("CMYK", "JPEG"), ("L", "PNG"), ("P", "PNG"), ("RGBA", "PNG"), ("RGB", "BMP"), ("RGB", "WEBP")):
         buffer = io.BytesIO()
         photo.convert(mode).save(buffer, kind)
-        record = preparation.to_rgb_jpeg(buffer.getvalue())
+        record = preparation.to_jpeg(buffer.getvalue())
         with Image.open(io.BytesIO(record.jpeg)) as image:
             assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (30, 20))
+
+
+def test_a_grayscale_jpeg_is_kept_as_it_is() -> None:
+    buffer = io.BytesIO()
+    draw_photo(1, height=20, width=30).convert("L").save(buffer, "JPEG", quality=60)
+    kept = preparation.to_jpeg(buffer.getvalue())
+    assert kept == preparation.DecodedImage(jpeg=buffer.getvalue(), height=20, width=30)
+
+
+def encoded(values: np.ndarray, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(values).save(buffer, kind)
+    return buffer.getvalue()
+
+
+RAMP = np.linspace(0, 1, 64 * 48).reshape(48, 64)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        encoded((RAMP * 65535).astype(np.uint16), "PNG"),
+        encoded((RAMP * 65535).astype(np.uint16), "TIFF"),
+        b"P5 64 48 65535\n" + (RAMP * 65535).astype(">u2").tobytes(),
+        b"P5 64 48 4095\n" + (RAMP * 4095).astype(">u2").tobytes(),
+        encoded(RAMP.astype(np.float32), "TIFF"),
+    ],
+    ids=["png16", "tiff16", "pgm16", "pgm12", "float"],
+)
+def test_images_of_more_than_8_bits_are_scaled_by_their_range(data: bytes) -> None:
+    with Image.open(io.BytesIO(preparation.to_jpeg(data).jpeg)) as image:
+        assert image.mode == "RGB"
+        assert np.abs(np.asarray(image)[..., 1] - RAMP * 255).max() < 3
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (encoded((RAMP * 4095).astype(np.uint16), "PNG"), "integers of 16 bits from 0 to 4095"),
+        (encoded((RAMP * 65535).astype(np.int32), "TIFF"), "integers from 0 to 65535"),
+        (encoded((RAMP * 255).astype(np.float32), "TIFF"), "floats from 0 to 255"),
+        (encoded((RAMP - 0.5).astype(np.float32), "TIFF"), "floats from -0.5 to 0.5"),
+        (encoded((RAMP * np.nan).astype(np.float32), "TIFF"), "floats from nan to nan"),
+    ],
+    ids=["12bit", "int32", "float255", "signed", "nan"],
+)
+def test_images_of_no_known_range_are_skipped_with_the_reason(data: bytes, reason: str) -> None:
+    with pytest.raises(preparation.UnreadableImageError, match=f"^{reason}, whose range is not known: convert it to 8 bits$"):
+        preparation.to_jpeg(data)
 
 
 def test_the_same_files_give_the_same_bytes_as_ever(tmp_path: Path) -> None:

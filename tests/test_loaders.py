@@ -38,6 +38,8 @@ CROPS_ONLY = Views(original_size=24, original_resize=24, num_crops=1, crop_size=
 SIZES = [(60, 80), (80, 60), (50, 50), (33, 97), (120, 41), (24, 24), (40, 90), (64, 48), (20, 30), (100, 75), (61, 59)]
 STRAY = 5
 """This image's JPEG has stray bytes before its end: libturbojpeg warns of them, PIL reads it."""
+GRAY = 6
+"""This image's JPEG has one channel."""
 
 
 def jpeg(height, width, *, seed):
@@ -46,6 +48,7 @@ def jpeg(height, width, *, seed):
     image = Image.fromarray(
         (np.asarray(coarse).astype(int) + rng.integers(-20, 21, (height, width, 3))).clip(0, 255).astype(np.uint8)
     )
+    image = image.convert("L") if seed == GRAY else image
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=int(rng.integers(60, 98)), subsampling=seed % 3, progressive=seed % 4 == 0)
     data = buffer.getvalue()

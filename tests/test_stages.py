@@ -47,7 +47,17 @@ def test_a_chain_killed_in_its_second_stage_goes_on_there(
     chain_recipe(tmp_path, dataset="small")
     runs_root = tmp_path / "runs"
     command = [sys.executable, "-m", "obowlab.cli", "run", str(tmp_path / "chain.toml"), "--seed", str(SEED), "--no-progress"]
-    command += ["--data-root", str(data_root), "--runs-root", str(runs_root), "--device", "cpu", "--loader", "torch"]
+    command += [
+        "--no-quote",
+        "--data-root",
+        str(data_root),
+        "--runs-root",
+        str(runs_root),
+        "--device",
+        "cpu",
+        "--loader",
+        "torch",
+    ]
     (tmp_path / "machine.toml").write_text("checkpoint_every_s = 0.05\nworkers = 0\n")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HOME": str(tmp_path), "OBOWLAB_MACHINE": str(tmp_path / "machine.toml")}
     environment.pop("MLFLOW_TRACKING_URI", None)

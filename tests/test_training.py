@@ -167,5 +167,5 @@ def test_full_disk_in_the_middle_is_one_sentence(
     monkeypatch.setattr(MetricLog, "append", full)
     code, run = run_here(tmp_path, data_root=data_root)
     assert code == 2
-    assert "Error: Cannot use metrics.jsonl (No space left on device): fix that" in capfd.readouterr().err
+    assert "Error: Cannot use metrics.jsonl (No space left on device; `df -h` and `df -i` show" in capfd.readouterr().err
     assert run.state.status == "failed"

@@ -50,7 +50,10 @@ def prepare(name: str, source: Path | None, force: bool, workers: int | None, op
                 raise UserError(f"Give --source DIR, the folder or .tar that holds the images of '{name}'.")
             return would(f"draw the synthetic data set into {root / name}")
         plan = plan_prepare(name, source=source, data_root=root, workers=workers)
-        return would(f"write {root / name}: {_plan_line(plan)}")
+        would(f"write {root / name}: {_plan_line(plan)}")
+        for note in plan.notes:
+            click.echo(f"  note: {note}")
+        return None
     report = prepare_dataset(
         name,
         source=source,

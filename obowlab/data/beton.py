@@ -58,7 +58,7 @@ class ContentHash:
 
 @dataclass(frozen=True)
 class Record:
-    """One image to write: its class, its RGB JPEG bytes and its size in pixels."""
+    """One image to write: its class, its RGB or grayscale JPEG bytes and its size in pixels."""
 
     label: int
     jpeg: bytes

@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 
 from obowlab.data import synthetic
 from obowlab.data.beton import damaged, fix_for, read_index
+from obowlab.data.catalogue import DATASETS, DatasetInfo
 from obowlab.data.identity import FileIdentity, identify, is_written_file
 from obowlab.data.manifest import Manifest, Skipped, beton_path, check_name, read_manifest
 from obowlab.data.prepare import Plan, PrepareReport, Progress, plan_prepare, prepare, synthetic_is_drawn
-from obowlab.data.sources import LAYOUT, SPLITS
+from obowlab.data.sources import SPLITS
 from obowlab.data.verification import Problem, VerifyReport, verify
 from obowlab.errors import AbsentError, UserError
 
@@ -39,57 +40,6 @@ __all__ = [
     "subset",
     "verify",
 ]
-
-
-@dataclass(frozen=True)
-class DatasetInfo:
-    """A data set the recipes know: what it is and how to come by it."""
-
-    name: str
-    title: str
-    num_classes: int
-    num_images: dict[str, int]
-    """Images of each split when nothing is missing."""
-    layout: str
-    obtain: str
-    """What to do to have it, in one or two sentences."""
-
-
-DATASETS: dict[str, DatasetInfo] = {
-    info.name: info
-    for info in (
-        DatasetInfo(
-            name="imagenet",
-            title="ImageNet, ILSVRC 2012: photographs of 1000 classes",
-            num_classes=1000,
-            num_images={"train": 1_281_167, "val": 50_000},
-            layout=LAYOUT,
-            obtain=(
-                "Register at image-net.org and accept its terms, unpack the training and validation archives into train/CLASS "
-                "and val/CLASS (val has one folder per class too), then `obowlab data prepare imagenet --source DIR`."
-            ),
-        ),
-        DatasetInfo(
-            name="tinyimagenet100",
-            title="100 classes of Tiny ImageNet: photographs of 64x64 pixels",
-            num_classes=100,
-            num_images={"train": 20_000, "val": 5_000},
-            layout=LAYOUT,
-            obtain=(
-                "From Tiny ImageNet's training images, take 100 classes, 200 images of each for train/CLASS and 50 for "
-                "val/CLASS, as a folder or a .tar, then `obowlab data prepare tinyimagenet100 --source DIR`."
-            ),
-        ),
-        DatasetInfo(
-            name=synthetic.NAME,
-            title="Drawn scenes of recurring parts; a class is a combination of parts, never a colour",
-            num_classes=len(synthetic.CLASS_NAMES),
-            num_images={split: synthetic.num_images(split) for split in SPLITS},
-            layout="drawn by obowlab",
-            obtain="Nothing to do: it is drawn on first use.",
-        ),
-    )
-}
 
 
 @dataclass(frozen=True, eq=False)

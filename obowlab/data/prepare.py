@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 import obowlab
 from obowlab import text
 from obowlab.data import synthetic
 from obowlab.data.beton import MAX_PAGE_SIZE, MAX_SIDE, MIN_PAGE_SIZE, BetonWriter, Record, page_size_for, read_index
+from obowlab.data.catalogue import check_spelling, missing
 from obowlab.data.identity import note_written
 from obowlab.data.manifest import (
     Manifest,
@@ -38,7 +40,7 @@ from obowlab.errors import UserError
 from obowlab.runs.provenance import num_cores
 
 JPEG_QUALITY = 95
-"""Of images that are not RGB JPEG files already."""
+"""Of images that are not RGB or grayscale JPEG files already."""
 
 REPORT_EVERY_S = 0.5
 _PROBE_IMAGES = 64
@@ -58,6 +60,7 @@ class Plan:
         free_bytes: where they are written.
         estimated_s: seconds that decoding takes.
         num_ignored: other files of the source, which are left out.
+        notes: what a person should look at before it starts, a sentence each.
     """
 
     dataset: str
@@ -68,6 +71,7 @@ class Plan:
     free_bytes: int
     estimated_s: float
     num_ignored: int
+    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -135,30 +139,51 @@ class UnreadableImageError(Exception):
     """An image file cannot become a record; the text says why."""
 
 
-def to_rgb_jpeg(data: bytes) -> DecodedImage:
-    """Decode an image file and return RGB JPEG bytes: its own if it is one, else encoded anew with quality 95.
+def to_jpeg(data: bytes) -> DecodedImage:
+    """Decode an image file and return JPEG bytes: its own if it is an RGB or grayscale JPEG, else encoded anew with quality 95.
 
-    Orientation tags are ignored, as torchvision's ImageFolder and the authors' code do.
+    Both loaders decode either to the RGB pixels that torchvision's ImageFolder gives. Orientation tags are ignored, as there and
+    in the authors' code.
 
     Raises:
-        UnreadableImageError: it cannot be decoded, or is too large for the format.
+        UnreadableImageError: it cannot be decoded, is too large for the format, or has values of no known range.
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.load()
             width, height = image.size
             jpeg = data
-            if image.format not in ("JPEG", "MPO") or image.mode != "RGB":
+            if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):
                 buffer = io.BytesIO()
-                image.convert("RGB").save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+                shown = _eight_bits(image) if image.mode[0] in "IF" else image
+                shown.convert("RGB").save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
                 jpeg = buffer.getvalue()
     except UnidentifiedImageError:  # its own text holds a memory address
         raise UnreadableImageError("not an image in a format Pillow knows") from None
+    except UnreadableImageError:
+        raise
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files; every one is reported
         raise UnreadableImageError(f"{type(error).__name__}: {error}") from error
     if max(width, height) > MAX_SIDE:
         raise UnreadableImageError(f"{width}x{height} pixels: sides of at most {MAX_SIDE} fit")
     return DecodedImage(jpeg=jpeg, height=height, width=width)
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Scale an image of 16-bit values by 1/257 and one of floats in [0, 1] by 255; Pillow would cut values at 255.
+
+    Raises:
+        UnreadableImageError: its range is not known: other integers and floats, and values in the lowest sixteenth of the range,
+            which are dark, or of fewer bits than their container.
+    """
+    values = np.asarray(image, np.float64)
+    low, high = float(values.min()), float(values.max())
+    sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PPM", "PNG"))
+    limit = 65535.0 if sixteen else 1.0
+    if not (sixteen or image.mode == "F") or not (0 <= low <= high <= limit) or 0 < high < limit / 16:
+        kind = "floats" if image.mode == "F" else "integers of 16 bits" if sixteen else "integers"
+        raise UnreadableImageError(f"{kind} from {low:g} to {high:g}, whose range is not known: convert it to 8 bits")
+    return Image.fromarray(np.rint(values * (255.0 / limit)).astype(np.uint8))
 
 
 def plan_prepare(name: str, *, source: Path, data_root: Path, workers: int | None = None) -> Plan:
@@ -227,7 +252,7 @@ def prepare(
         manifests = [build(content, dataset=name, folder=working, progress=progress) for content in contents]
         publish(working, data_root, name)
         note_written(manifests, data_root=data_root)
-    notes = _notes(found, manifests) if found is not None else []
+    notes = [*_notes(name, found), *_losses(found, manifests)] if found is not None else []
     return PrepareReport(tuple(manifests), already_prepared=False, elapsed_s=time.monotonic() - start, notes=tuple(notes))
 
 
@@ -337,7 +362,7 @@ def _decoded(images: Sequence[SourceImage], *, page_size: int, workers: int) -> 
 
 def _decode(image: SourceImage, *, page_size: int) -> Record | Skipped:
     try:
-        decoded = to_rgb_jpeg(image.read())
+        decoded = to_jpeg(image.read())
     except UnreadableImageError as error:
         return Skipped(name=image.name, reason=str(error))
     except OSError as error:
@@ -357,6 +382,7 @@ def _is_jpeg(image: SourceImage) -> bool:
 def _read_source(name: str, source: Path | None) -> Source:
     if check_name(name) == synthetic.NAME:
         raise UserError(f"'{name}' is drawn on first use and has no --source.")
+    check_spelling(name)
     if source is None:
         raise UserError(f"Give --source DIR, the folder or .tar that holds the images of '{name}'.")
     return read_source(source)
@@ -380,6 +406,7 @@ def _plan(name: str, source: Source, *, data_root: Path, workers: int) -> Plan:
         free_bytes=shutil.disk_usage(existing).free,
         estimated_s=per_byte * num_bytes,
         num_ignored=source.num_ignored,
+        notes=tuple(_notes(name, source)),
     )
 
 
@@ -401,9 +428,20 @@ def _is_complete(contents: Sequence[Content], *, present: Sequence[Manifest], da
     return all(path.is_file() and path.stat().st_size == num_bytes for path, num_bytes in files)
 
 
-def _notes(source: Source, manifests: Sequence[Manifest]) -> list[str]:
-    """Say what was left out, and which classes lost more than half of their images or have none in a split."""
+def _notes(name: str, source: Source) -> list[str]:
+    """Say what is left out of a source, and what it lacks."""
     notes = [f"left out, as no image of train/ or val/: {source.num_ignored} files"] if source.num_ignored else []
+    if source.num_hidden:
+        notes.append(f"left out, as hidden or a thumbnail: {source.num_hidden} files")
+    if source.empty_classes:
+        some = ", ".join(source.empty_classes[:5]) + (", ..." if len(source.empty_classes) > 5 else "")
+        notes.append(f"class folders without an image: {len(source.empty_classes)} ({some})")
+    return notes + list(missing(name, source))
+
+
+def _losses(source: Source, manifests: Sequence[Manifest]) -> list[str]:
+    """Say which classes lost more than half of their images or have none in a split."""
+    notes: list[str] = []
     for split, manifest in zip(source.splits, manifests, strict=True):
         lost = Counter(image.name.split("/", 1)[0] for image in manifest.skipped)
         given = Counter(split.class_names[image.label] for image in split.images)

@@ -8,16 +8,25 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+import shlex
 import stat
-import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
+from typing import NamedTuple
 
+from obowlab.data.archive import list_members
 from obowlab.errors import UserError
 
 SPLITS = ("train", "val")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+_HIDDEN = ("@eadir", "__macosx", "thumbs.db", "desktop.ini", "lost+found", "$recycle.bin", "#recycle", "#snapshot")
+"""Besides names that begin with a dot: what NAS, desktops and file systems put into folders; in lower case."""
+_SPLIT_WORD = re.compile(
+    r"(?:(?P<train>train(?:ing)?)|(?P<val>val(?:id(?:ation)?)?|eval(?:uation)?)|(?P<test>test(?:ing)?))(?:[-_]?set)?",
+    re.IGNORECASE,
+)
 LAYOUT = "train/CLASS/*.JPEG and val/CLASS/*.JPEG (or CLASS/*.JPEG alone, which becomes train)"
 
 
@@ -63,11 +72,21 @@ class SourceSplit:
 
 @dataclass(frozen=True)
 class Source:
-    """The splits found, and how many files are neither image nor in train or val, and left out."""
+    """The splits found, and what was left out.
+
+    Attributes:
+        path: folder or archive.
+        splits: train, and val if there is one.
+        num_ignored: files that are neither image nor in a split.
+        num_hidden: hidden files and thumbnails, and all files in hidden folders.
+        empty_classes: class folders without an image, as `train/CLASS`.
+    """
 
     path: Path
     splits: tuple[SourceSplit, ...]
     num_ignored: int
+    num_hidden: int
+    empty_classes: tuple[str, ...]
 
     def split(self, name: str) -> SourceSplit | None:
         """Return the split of that name, if the source has it."""
@@ -77,75 +96,226 @@ class Source:
 def read_source(path: Path) -> Source:
     """List the images of a folder or a .tar; no image is read.
 
+    Split folders may be named `Train` and `validation`, `train2017` and `val2017` and the like, if it is clear which is which.
+
     Raises:
         UserError: there is nothing at `path`, it is not in ImageFolder layout, or val has classes that train has not.
     """
     path = path.expanduser().absolute()
+    folders: list[str] = []
     if path.is_dir():
-        files = list(_walk(path))
+        files = list(_walk(path, folders=folders))
     elif path.is_file():
-        files = list(_members(path))
+        files = list(_members(path, folders=folders))
     else:
         raise UserError(f"--source {path} is neither a folder nor a .tar file.")
-    images = [file for file in files if file.name.lower().endswith(IMAGE_SUFFIXES)]
-    splits = _splits(path, images)
-    return Source(path=path, splits=splits, num_ignored=len(files) - sum(len(split.images) for split in splits))
+    shown = [file for file in files if not _is_hidden(file.name)]
+    images = [file for file in shown if file.name.lower().endswith(IMAGE_SUFFIXES)]
+    if not images:
+        raise UserError(f"--source {path} holds no image; expected {LAYOUT}.")
+    layout = _layout(path, [tuple(image.name.split("/")) for image in images])
+    splits = _splits(path, layout, images)
+    return Source(
+        path=path,
+        splits=splits,
+        num_ignored=len(shown) - sum(len(split.images) for split in splits),
+        num_hidden=len(files) - len(shown),
+        empty_classes=_empty_classes(layout, splits=splits, folders=[name for name in folders if not _is_hidden(name)]),
+    )
 
 
-def _walk(folder: Path) -> Iterator[SourceImage]:
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") or part.lower() in _HIDDEN for part in name.split("/"))
+
+
+def _walk(root: Path, *, folders: list[str]) -> Iterator[SourceImage]:
+    """Yield the files below a folder, and add its folders to `folders`."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(
+            f"--source holds {error.filename}, which cannot be read ({error.strerror}): remove it or make it readable."
+        ) from None
+
     # Links are followed, as ImageFolder does: on clusters data sets are often folders of links.
-    for parent, _, names in os.walk(folder, followlinks=True):
-        below = Path(parent).relative_to(folder).as_posix()
+    for parent, _, names in os.walk(root, followlinks=True, onerror=refuse):
+        below = Path(parent).relative_to(root).as_posix()
         prefix = "" if below == "." else f"{below}/"
+        folders.append(below)
         for name in names:
             file = f"{parent}/{name}"
             try:
                 status = os.stat(file)  # noqa: PTH116
             except OSError as error:
-                raise UserError(
-                    f"--source holds {file}, which cannot be read ({error.strerror}): remove it or make it readable."
-                ) from None
+                if not _is_hidden(prefix + name):
+                    refuse(error)
+                continue
             if stat.S_ISREG(status.st_mode):
                 yield SourceImage(label=-1, name=prefix + name, path=file, offset=0, size=status.st_size)
 
 
-def _members(archive: Path) -> Iterator[SourceImage]:
-    try:
-        with tarfile.open(archive, "r:") as tar:
-            members = {member.name: member for member in tar if member.isreg() and not member.sparse}  # the last of a name counts
-    except (tarfile.TarError, EOFError) as error:
-        raise UserError(f"--source {archive} is not a plain .tar ({error}): unpack it and give the folder.") from None
-    for name, member in members.items():
-        if name.startswith("/") or ".." in PurePosixPath(name).parts:
-            raise UserError(
-                f"--source {archive} holds '{name}', which points outside of the archive: unpack it and give the folder."
-            )
-        clean = PurePosixPath(name).as_posix()
-        yield SourceImage(label=-1, name=clean, path=str(archive), offset=member.offset_data, size=member.size)
+def _members(archive: Path, *, folders: list[str]) -> Iterator[SourceImage]:
+    for member in list_members(archive):
+        if member.is_folder:
+            folders.append(member.name)
+        else:
+            yield SourceImage(label=-1, name=member.name, path=str(archive), offset=member.offset, size=member.size)
 
 
-def _splits(path: Path, images: Iterable[SourceImage]) -> tuple[SourceSplit, ...]:
-    """Sort images into splits and classes, looking through single outer folders."""
-    parts = [(tuple(image.name.split("/")), image) for image in images]
-    if not parts:
-        raise UserError(f"--source {path} holds no image; expected {LAYOUT}.")
+# ---------------------------------------------------------------------------------------------------------------- layout
+
+
+class _Layout(NamedTuple):
+    """Where the splits are: outer folders that all images share, then the folder of each split.
+
+    Without split folders `names` is empty, and class folders follow the outer ones.
+    """
+
+    depth: int
+    names: dict[str, str]
+    """Of a folder, its split."""
+
+    def place(self, parts: Sequence[str]) -> tuple[str, Sequence[str]] | None:
+        """Return the split of a path and what follows below it; None outside of all splits."""
+        inner = parts[self.depth :]
+        if not self.names:
+            return "train", inner
+        return (self.names[inner[0]], inner[1:]) if inner and inner[0] in self.names else None
+
+
+def _layout(path: Path, parts: Sequence[Sequence[str]]) -> _Layout:
+    """Find the split folders, looking through single outer folders.
+
+    Raises:
+        UserError: it is not clear what the folders are.
+    """
+    depth = 0
     while True:
-        tops = {names[0] for names, _ in parts}
-        if tops & set(SPLITS) or len(tops) > 1 or min(len(names) for names, _ in parts) < 3:
+        tops = {names[depth] for names in parts}
+        if len(tops) > 1 or min(map(len, parts)) - depth < 3 or _is_bare_split(next(iter(tops))):
             break
-        parts = [(names[1:], image) for names, image in parts]
-    if not tops & set(SPLITS):
-        parts = [(("train", *names), image) for names, image in parts]
+        depth += 1
+    with_classes = {names[depth] for names in parts if len(names) - depth >= 3}
+    names = _split_folders(path, tops, with_classes=with_classes, outer="/".join(parts[0][:depth]))
+    if not names:
+        _check_classes(path, [names[depth:] for names in parts], outer=parts[0][:depth])
+    return _Layout(depth, names)
+
+
+def _split_folders(path: Path, tops: set[str], *, with_classes: set[str], outer: str) -> dict[str, str]:
+    """Return which folder is which split; nothing where folders are classes.
+
+    The folders of a pair are named alike but for the word: `train2017` goes with `val2017`. Exact names come first, and `test` is
+    the validation split only where nothing else can be. A folder without class folders counts by its exact name alone.
+    """
+    readings = {name: _readings(name) for name in sorted(tops) if name in with_classes or name in SPLITS}
+    kinds: dict[tuple[str, str], dict[str, list[str]]] = {}
+    for name, found in readings.items():
+        for reading in found:
+            kinds.setdefault((reading.before, reading.after), {}).setdefault(reading.kind, []).append(name)
+    pairs: list[dict[str, str]] = []
+    for alike in kinds.values():
+        train, val = _preferred(alike.get("train", [])), _preferred(alike.get("val") or alike.get("test") or [])
+        if len(train) == 1 and len(val) == 1:
+            pairs.append({train[0]: "train", val[0]: "val"})
+    pairs = [pair for pair in pairs if set(pair) & set(SPLITS)] or pairs
+    if len(pairs) == 1:
+        return pairs[0]
+    like = [name for name, found in readings.items() if any(reading.is_word for reading in found)]
+    like = like or sorted({name for pair in pairs for name in pair})
+    bare = [name for name in like if _is_bare_split(name)]
+    is_train = [any(reading.kind == "train" for reading in readings[name]) for name in like]
+    if len(like) == 1 and bare and is_train[0]:
+        return {bare[0]: "train"}
+    if bare and not any(is_train):
+        raise UserError(f"--source {path} has {bare[0]}/ but no train/; expected {LAYOUT}.")
+    if bare or len(like) > 1:
+        odd = next(name for name in like if name not in SPLITS)
+        word = "train" if readings[odd][0].kind == "train" else "val"
+        folder = path / outer if path.is_dir() else outer or "."
+        listed = " and ".join(f"{name}/" for name in like[:4])
+        raise UserError(
+            f"--source {path} holds {listed}, which look like splits, and it is not clear which is train and which is val: "
+            f"rename one, as in `cd {shlex.quote(str(folder))} && mv {shlex.quote(odd)} {word}`; expected {LAYOUT}."
+        )
+    return {}
+
+
+class _Reading(NamedTuple):
+    """A split that a folder may be named after, and what stands around the word, in lower case."""
+
+    kind: str
+    before: str
+    after: str
+
+    @property
+    def is_word(self) -> bool:
+        """Whether the word stands alone, not within another one as in `constraints`."""
+        return not (self.before[-1:].isalpha() or self.after[:1].isalpha())
+
+
+def _readings(name: str) -> list[_Reading]:
+    """Return every split that a folder may be named after."""
+    return [
+        _Reading(str(found.lastgroup), name[: found.start()].lower(), name[found.end() :].lower())
+        for found in _SPLIT_WORD.finditer(name)
+    ]
+
+
+def _preferred(names: Sequence[str]) -> Sequence[str]:
+    """Return the one of several names that is a split's own, if there is one."""
+    return [name for name in names if name in SPLITS] or names
+
+
+def _is_bare_split(name: str) -> bool:
+    """Return whether a folder is named after a split and nothing else, but for digits and signs."""
+    return any(not any(map(str.isalpha, reading.before + reading.after)) for reading in _readings(name))
+
+
+def _check_classes(path: Path, parts: Sequence[Sequence[str]], *, outer: Sequence[str]) -> None:
+    """Refuse folders that hold data sets or anything else, rather than classes.
+
+    Raises:
+        UserError: splits lie within the folders, or images of different folders lie at different depths.
+    """
+    depths: dict[str, set[int]] = {}
+    inner: dict[str, str] = {}
+    for names in parts:
+        depths.setdefault(names[0], set()).add(len(names))
+        for number, name in enumerate(names[1:-1], start=1):
+            if name.isalpha() and _is_bare_split(name):
+                inner.setdefault(_readings(name)[0].kind, "/".join((*outer, *names[: number + 1])))
+    if "train" in inner and len(inner) > 1:
+        within, above = inner["train"], shlex.quote(str((path / inner["train"]).parent))
+        raise UserError(
+            f"--source {path} holds splits further inside, such as {within}: give the folder of one data set, such as "
+            f"`--source {above}`, in which there is {LAYOUT}."
+        )
+    if len(depths) > 1 and not set.intersection(*depths.values()):
+        raise UserError(
+            f"--source {path} is no ImageFolder: its folders hold images at different depths, such as {'/'.join(parts[0])}; "
+            f"give the folder that holds the data set, with {LAYOUT}."
+        )
+
+
+def _empty_classes(layout: _Layout, *, splits: Sequence[SourceSplit], folders: Iterable[str]) -> tuple[str, ...]:
+    """Return the class folders without an image: torchvision's ImageFolder would complain, and a reader might count them."""
+    full = {(split.name, image.name.split("/", 1)[0]) for split in splits for image in split.images}
+    found = {(place[0], place[1][0]) for name in folders if (place := layout.place(name.split("/"))) and len(place[1]) == 1}
+    return tuple(sorted(f"{split}/{name}" for split, name in found - full if name != "."))
+
+
+def _splits(path: Path, layout: _Layout, images: Iterable[SourceImage]) -> tuple[SourceSplit, ...]:
+    """Sort images into splits and classes."""
     groups: dict[str, dict[str, list[tuple[str, str, SourceImage]]]] = {}
-    for names, image in parts:
-        if names[0] not in SPLITS:
+    for image in images:
+        place = layout.place(image.name.split("/"))
+        if place is None:
             continue
-        if len(names) < 3:
-            where = f"{names[0]}/" if tops & set(SPLITS) else ""
+        split, names = place
+        if len(names) < 2:
+            where = f"{split}/" if layout.names else ""
             raise UserError(f"--source {path} has images without a class folder, such as {where}{names[-1]}; expected {LAYOUT}.")
-        groups.setdefault(names[0], {}).setdefault(names[1], []).append(("/".join(names[1:-1]), names[-1], image))
-    if "train" not in groups:
-        raise UserError(f"--source {path} has val/ but no train/; expected {LAYOUT}.")
+        groups.setdefault(split, {}).setdefault(names[0], []).append(("/".join(names[:-1]), names[-1], image))
     class_names = tuple(sorted(groups["train"]))
     unknown = sorted(set(groups.get("val", {})) - set(class_names))
     if unknown:

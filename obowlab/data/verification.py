@@ -13,7 +13,7 @@ from PIL import Image
 from obowlab.data import synthetic
 from obowlab.data.beton import BetonIndex, ContentHash, fix_for, read_index
 from obowlab.data.manifest import Manifest, beton_path, check_name, file_sha256, read_manifest
-from obowlab.data.prepare import UnreadableImageError, to_rgb_jpeg
+from obowlab.data.prepare import UnreadableImageError, to_jpeg
 from obowlab.data.sources import SPLITS, Source, read_source
 from obowlab.errors import UserError
 
@@ -151,12 +151,12 @@ def _check_decoding(images: _Images) -> list[str]:
     problems = []
     for number, jpeg in images:
         try:
-            image = to_rgb_jpeg(jpeg)
+            image = to_jpeg(jpeg)
         except UnreadableImageError as error:
             problems.append(f"image {number} cannot be decoded ({error})")
             continue
         if image.jpeg != jpeg:
-            problems.append(f"image {number} is no RGB JPEG")
+            problems.append(f"image {number} is no RGB or grayscale JPEG")
         if (image.height, image.width) != (images.index.heights[number], images.index.widths[number]):
             problems.append(f"image {number} is {image.height}x{image.width}, its record says otherwise")
     return problems
@@ -183,7 +183,7 @@ def _compare(images: _Images, manifest: Manifest, source: Source) -> list[str]:
     problems = []
     for number, jpeg in images:
         try:
-            expected = to_rgb_jpeg(originals[number].read()).jpeg
+            expected = to_jpeg(originals[number].read()).jpeg
             same = jpeg == expected or _pixel_difference(jpeg, expected) <= SAME_PIXELS
         except (OSError, UnreadableImageError) as error:
             problems.append(f"image {number} cannot be compared with {originals[number].name} ({error})")
@@ -195,5 +195,5 @@ def _compare(images: _Images, manifest: Manifest, source: Source) -> list[str]:
 
 def _pixel_difference(first: bytes, second: bytes) -> float:
     """Return the mean absolute difference of two JPEG images, infinite if their sizes differ."""
-    one, two = (np.asarray(Image.open(io.BytesIO(data)), np.int16) for data in (first, second))
+    one, two = (np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), np.int16) for data in (first, second))
     return float(np.abs(one - two).mean()) if one.shape == two.shape else float("inf")

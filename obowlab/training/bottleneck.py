@@ -118,7 +118,7 @@ def measure(
             overrides += [f"data.dataset={DRAWN}", "data.images_per_class=all"]
         machine = machine.model_copy(update={"runs_root": scratch / "runs"})
         loaded = load_recipe(name, overrides=overrides)
-        split = open_split(loaded.recipe.data.dataset, "train", data_root=machine.data_root)
+        split = open_split(loaded.recipe.data.dataset, "train", data_root=machine.data_root, runs_root=machine.runs_root)
         run = make_run(loaded, machine=machine, world=world)
 
         say("Loader.")
