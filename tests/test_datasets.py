@@ -116,12 +116,15 @@ def test_split_travels_to_other_processes_without_its_images(data_root: Path) ->
 
 @pytest.mark.ffcv
 @pytest.mark.parametrize("os_cache", [True, False])
-def test_ffcv_reads_our_files(data_root: Path, os_cache: bool) -> None:
+def test_ffcv_reads_our_files(data_root: Path, os_cache: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("ffcv", reason="ffcv is not installed")
+    import ffcv.loader.loader
     from ffcv.fields.decoders import IntDecoder
     from ffcv.loader import Loader, OrderOption
+    from ffcv.memory_managers.os_cache import OSCacheManager
     from ffcv.reader import Reader
 
+    monkeypatch.setattr(ffcv.loader.loader, "OSCacheManager", OSCacheManager)  # our backend puts another one there
     split = open_split("small", "train", data_root=data_root)
     reader = Reader(str(split.path))
     assert reader.num_samples == split.num_images
