@@ -68,7 +68,8 @@ def run(
     """Pretrain a recipe, then evaluate the encoder; the same command again continues.
 
     NAME is a recipe (`obowlab config list`) or a TOML file. The run is identified by the resolved recipe and the seed: typed
-    again, the command continues an unfinished run, and prints the results of a finished one.
+    again, the command continues an unfinished run, measures what a finished one lacks of the evaluation as it is now, and prints
+    its results.
 
     A recipe with a [teacher] has several stages, each a run of its own; those before the last are trained first where they are
     missing. --fresh starts the last one again.
@@ -133,14 +134,14 @@ def _print_finished(folder: RunFolder, loaded: Loaded, *, machine: Machine, last
         click.echo(f"Run {folder.run_id} is finished.")
         return
     click.echo(f"Run {folder.run_id} is finished; --fresh would train it again.")
-    _warn_if_evaluation_differs(folder, loaded)
+    _say_what_is_missing(folder, loaded, machine=machine)
     print_results(folder)
     _warn_if_pending(folder, machine)
 
 
 def _print_plan(loaded: Loaded, *, plan: Plan, machine: Machine, cost: Cost | None) -> None:
     recipe = loaded.recipe
-    verbs = {"new": "train", "resume": "continue", "fresh": "put aside and train again"}
+    verbs = {"new": "train", "resume": "continue", "measure": "measure anew", "fresh": "put aside and train again"}
     would(f"{verbs[plan.action]} run {plan.run_id}")
     facts = [
         *plan.lines(),
@@ -169,13 +170,22 @@ def _warn_if_pending(folder: RunFolder, machine: Machine) -> None:
         click.echo(f"MLflow lacks {pending} values, files or facts of it; `obowlab runs sync {folder.run_id}` sends them.")
 
 
-def _warn_if_evaluation_differs(folder: RunFolder, loaded: Loaded) -> None:
+def _say_what_is_missing(folder: RunFolder, loaded: Loaded, *, machine: Machine) -> None:
+    """Print what a finished run was not measured with, and why this command does not do it."""
     from obowlab.config import flatten
+    from obowlab.data.protocol_needs import left_out_lines
+    from obowlab.launch.preflight import left_out
+    from obowlab.runs.results import not_measured
 
+    missing = dict.fromkeys(protocol for _, protocol in not_measured(loaded.recipe, results=folder.results()))
+    if not missing:
+        return
     before, now = flatten(folder.info.recipe.evaluation), flatten(loaded.recipe.evaluation)
     changed = [f"evaluation.{key}" for key in now if before.get(key) != now[key] and key != "every_epochs"]
-    if changed:
-        click.echo(
-            f"Measured with other settings than the recipe has now ({', '.join(changed)}); "
-            f"`obowlab eval {folder.run_id} --set KEY=VALUE` measures again."
-        )
+    because = f" ({', '.join(changed)} changed)" if changed else ""
+    click.echo(f"Not measured as the recipe says now{because}: {', '.join(missing)}.")
+    unmet = left_out(loaded.recipe, machine=machine)
+    if unmet is None:
+        click.echo(f"With '{loaded.recipe.data.dataset}' in {machine.data_root} (--data-root), this command measures it.")
+    for line in left_out_lines({name: why for name, why in (unmet or {}).items() if name in missing}):
+        click.echo(line)

@@ -123,7 +123,7 @@ def _list(*, as_json: bool) -> int:
 
 
 def _work(tuning: Tuning, *, machine: Machine, storage: str | None, budget: int, slots: int) -> int:
-    from obowlab.launch.preflight import check_data
+    from obowlab.launch.preflight import data_checks
     from obowlab.studies.overview import expected_time
     from obowlab.studies.storage import open_storage, quiet, storage_url
     from obowlab.studies.summary import Reporter
@@ -131,10 +131,8 @@ def _work(tuning: Tuning, *, machine: Machine, storage: str | None, budget: int,
     from obowlab.studies.worker import MAX_FAILURES, Worker, open_study, study_folder
 
     url = storage_url(storage, runs_root=machine.runs_root)
-    stages = tuning.base.stages()
-    for number, stage in enumerate(stages):
-        if stage.recipe.data not in [before.recipe.data for before in stages[:number]]:
-            check_data(stage, machine=machine, dry_run=False, say=click.echo)
+    for check in data_checks(tuning.base.stages(), machine=machine, dry_run=False, say=click.echo, required=tuning.protocol):
+        check()
     with quiet():
         locks = TrialLocks(study_folder(tuning, machine=machine))
         with locks.alone():  # two workers must not make the tables at once
@@ -215,7 +213,7 @@ def _dry_run(tuning: Tuning, *, machine: Machine, storage: str | None, budget: i
     for line in plan_lines(tuning, machine=machine, url=url, report=report):
         click.echo(f"  {line}")
     due = tuning.base.stages()
-    return print_obstacles(find_obstacles(due, machine=machine, say=click.echo, at_a_time=gpus or 1))
+    return print_obstacles(find_obstacles(due, machine=machine, say=click.echo, at_a_time=gpus or 1, required=tuning.protocol))
 
 
 def print_study(report: StudyReport, *, problem: str | None = None) -> None:

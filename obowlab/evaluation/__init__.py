@@ -18,6 +18,7 @@ from torch import nn
 from obowlab import text
 from obowlab.config import Evaluation, Machine, Recipe, canonical_hash, nearest
 from obowlab.data.class_lists import class_list
+from obowlab.data.protocol_needs import refuse_unmet, same_classes_need
 from obowlab.errors import UserError
 from obowlab.evaluation.features import FeatureStore, View
 from obowlab.evaluation.fewshot import few_shot
@@ -117,10 +118,7 @@ def _knn(store: FeatureStore, evaluation: Evaluation, report: Callable[[str], No
 def _labelled(store: FeatureStore) -> tuple[int, dict[str, Any]]:
     """Return the number of classes that both splits share, and which training images are used."""
     train, val = store.split("train"), store.split("val")
-    if train.class_names != val.class_names:
-        raise UserError(
-            f"The train and val splits of '{store.dataset}' do not have the same classes; prepare the data set again."
-        )
+    refuse_unmet(same_classes_need(train, val))
     facts = {"training_images": len(store.indices("train")), "images_per_class": store.images_per_class}
     return train.num_classes, facts
 

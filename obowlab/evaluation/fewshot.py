@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from obowlab.config import FewShot
 from obowlab.data.class_lists import ClassList
-from obowlab.errors import UserError
+from obowlab.data.protocol_needs import few_shot_need, refuse_unmet
 from obowlab.evaluation.result import Measurement, mean_with_interval
 from obowlab.randomness import Stream, uniforms
 
@@ -159,18 +159,8 @@ def few_shot(
     Raises:
         UserError: fewer classes than ways, or a class with too few images for shots and queries.
     """
-    if len(classes.indices) < config.num_ways:
-        raise UserError(
-            f"evaluation.fewshot.num_ways = {config.num_ways} exceeds the {len(classes.indices)} classes of '{classes.name}'."
-        )
+    refuse_unmet(few_shot_need(labels, classes=classes, class_names=class_names, config=config))
     images_of = {index: np.flatnonzero(labels == index).tolist() for index in classes.indices}
-    needed = max(config.shots) + config.num_queries
-    poorest = min(classes.indices, key=lambda index: len(images_of[index]))
-    if len(images_of[poorest]) < needed:
-        raise UserError(
-            f"evaluation.fewshot.shots and num_queries need {needed} validation images per class, "
-            f"but '{class_names[poorest]}' has {len(images_of[poorest])}."
-        )
     measurements = []
     for num_shots in config.shots:
         if config.sampler == "authors":

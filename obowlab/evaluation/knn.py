@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from obowlab.config import Knn
-from obowlab.errors import UserError
+from obowlab.data.protocol_needs import knn_need, refuse_unmet
 from obowlab.evaluation.result import Measurement, proportion_with_interval
 
 
@@ -112,8 +112,7 @@ def neighbour_votes(
     Raises:
         UserError: more neighbours than training images.
     """
-    if config.num_neighbours > len(bank):
-        raise UserError(f"evaluation.knn.num_neighbours = {config.num_neighbours} exceeds the {len(bank)} training images.")
+    refuse_unmet(knn_need(len(bank), config=config))
     cosines, positions = neighbours(queries, bank=bank, num_neighbours=config.num_neighbours)
     winners = []
     for cosine, position in zip(torch.split(cosines, VOTERS), torch.split(positions, VOTERS), strict=True):

@@ -19,13 +19,21 @@ from pathlib import Path
 from obowlab.errors import UserError
 from obowlab.launch.slurm import SlurmJob, SlurmState, cancel, log_files, states, submitted_jobs
 from obowlab.runs.folder import RunFolder, RunSummary, list_runs
+from obowlab.runs.info import Status
 from obowlab.runs.locks import holder_of, is_locked
 
 RECENT_S = 24 * 3600.0
 POLL_S = 3.0
 LOG_EVERY_S = 60.0
 SILENCE_S = 1800.0
-STATUSES = {"created": "queued", "running": "running", "interrupted": "interrupted", "failed": "failed", "finished": "done"}
+STATUSES: dict[Status, str] = {
+    "created": "queued",
+    "running": "running",
+    "interrupted": "interrupted",
+    "failed": "failed",
+    "unevaluated": "unevaluated",
+    "finished": "done",
+}
 LOGS = ("terminal.txt", "log.txt")
 logger = logging.getLogger(__name__)
 
@@ -38,7 +46,7 @@ class Job:
         what: the run id, or the command of a job that is not one run.
         launcher: `local` or `slurm`.
         job: Slurm's number, or the process id of the launcher; empty when nothing runs.
-        status: `queued`, `running`, `done`, `interrupted`, `failed` or `over` (of a command that is not one run).
+        status: `queued`, `running`, `done`, `interrupted`, `failed`, `unevaluated` or `over` (of a command that is not one run).
         where: host or nodes.
         step: how far it is, in steps.
         total_steps: how far it goes; None while unknown.

@@ -25,10 +25,11 @@ from obowlab.launch.compute_command import PATIENCE_VARIABLE, CommandFactory, co
 from obowlab.launch.cost import Cost, write_actual_cost, write_quote
 from obowlab.launch.gpu_leases import check_gpus, leased
 from obowlab.launch.nodes import POLL_S, RENDEZVOUS_VARIABLE, Rendezvous, Round
+from obowlab.launch.preflight import to_measure
 from obowlab.launch.processes import StopSignals, kill_family, shell_code, start
 from obowlab.launch.system import SystemSampler, count_gpus
 from obowlab.runs.folder import RunFolder, run_id_of
-from obowlab.runs.info import Status
+from obowlab.runs.info import ENCODER_FILE, TRAINED, Status
 from obowlab.runs.locks import Lock, RunTakenError
 from obowlab.runs.metric_log import MetricLog
 from obowlab.signals import STOPPING
@@ -62,7 +63,8 @@ class Plan:
     Attributes:
         run_id: the run's name.
         path: its folder.
-        action: `new`, `resume`, `fresh` (the present folder is put aside) or `finished` (nothing to train).
+        action: `new`, `resume`, `fresh` (the present folder is put aside), `measure` (trained, and evaluated otherwise) or
+            `finished` (nothing to do).
         status: the state of the present folder; None for a new run.
         step: optimiser updates done.
         total_steps: of the whole training, once known.
@@ -108,7 +110,8 @@ def plan(loaded: Loaded, *, seed: int, machine: Machine, fresh: bool, command: C
     elif fresh:
         action = "fresh"
     else:
-        action = "finished" if state.status == "finished" else "resume"
+        missing = state.status == "finished" and to_measure(loaded.recipe, folder=RunFolder.open(path), machine=machine)
+        action = "resume" if state.status != "finished" else "measure" if missing else "finished"
     return Plan(
         run_id=run_id,
         path=path,
@@ -135,7 +138,9 @@ def launch(
     quiet: bool = False,
     cost: Cost | None = None,
 ) -> int:
-    """Train a run to its end, from its last checkpoint if it has one, and return the exit code.
+    """Train a run to its end, from its last checkpoint if it has one, evaluate it, and return the exit code.
+
+    It is measured as the recipe says now, whatever it said when the run began; of a finished run only what is missing.
 
     The first SIGINT or SIGTERM is passed on, and the run saves itself and stops; a second one kills it. A compute process that is
     killed otherwise, or a group of which one dies, is started again from the last checkpoint.
@@ -172,7 +177,7 @@ def launch(
     mirror = Mirror(folder, tracking_uri=machine.tracking_uri)
     code = 0
     signals = signals or StopSignals()
-    if folder.state.status != "finished":
+    if folder.state.status != "finished" or to_measure(loaded.recipe, folder=folder, machine=machine):
         with (
             signals.listening(),
             _held(folder, signals=signals) as lock,
@@ -188,6 +193,7 @@ def launch(
 
             folder.metric_log("system").close()  # refuses a damaged file here, not in the thread that writes to it
             folder.write_machine(machine)
+            folder.set_evaluation(loaded.recipe.evaluation)
             returncode = _train(folder, machine=machine, mirror=mirror, start_compute=start_compute, lock=lock, signals=signals)
             code = _conclude(
                 folder, returncode=returncode, signals=signals, place=f"in {output}" if output else "on the terminal"
@@ -280,7 +286,7 @@ def _wait(child: subprocess.Popen[bytes], *, rendezvous: Rendezvous | None, curr
 
 def _was_killed(folder: RunFolder, *, returncode: int, alone: bool) -> bool:
     """Return whether the compute process, or one of its group, was killed rather than ended by itself."""
-    if returncode == 0 or -returncode in STOPPING or folder.state.status in ("finished", "failed"):
+    if returncode == 0 or -returncode in STOPPING or folder.state.status in (*TRAINED, "failed"):
         return False
     if alone:  # with an exit code of its own it met an error, which would come again
         return returncode < 0
@@ -352,7 +358,7 @@ def _settle(folder: RunFolder, *, returncode: int, asked: list[int], place: str)
         if asked or returncode == 0:
             return 128 + (asked[0] if asked else signal.SIGTERM)
         return shell_code(returncode)
-    if state.status == "failed":
+    if state.status in ("failed", "unevaluated"):
         return shell_code(returncode) if returncode != 0 else 2  # a group of processes ends with 0
     resumes = "the same command resumes from the last checkpoint"
     if asked:
@@ -367,6 +373,7 @@ def _settle(folder: RunFolder, *, returncode: int, asked: list[int], place: str)
         message = f"the training process was killed by {name}{hint}; {resumes}"
     else:
         message = f"the training process ended with exit code {returncode} before it was done; its last output is {place}"
-    folder.set_state(status="failed", message=message)
-    logger.error("Run %s failed: %s.", folder.run_id, message)
+    trained = (folder.path / ENCODER_FILE).is_file()
+    folder.set_state(status="unevaluated" if trained else "failed", message=message)
+    logger.error("Run %s %s: %s.", folder.run_id, "is trained, but not evaluated" if trained else "failed", message)
     return shell_code(returncode) or 2  # a group whose state could not be written has said why

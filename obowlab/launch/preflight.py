@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
-from obowlab.config import Loaded, Machine, Recipe
-from obowlab.data.class_lists import class_list
+from obowlab.config import Data, Evaluation, Loaded, Machine, Recipe
 from obowlab.data.datasets import num_training_images, open_split
+from obowlab.data.protocol_needs import left_out_lines, refuse_unmet, unmet_needs
 from obowlab.errors import AbsentError, UserError
 from obowlab.launch.nodes import RENDEZVOUS_VARIABLE
+from obowlab.runs.folder import RunFolder
+from obowlab.runs.results import not_measured
 
 
 def check_nodes(machine: Machine) -> None:
@@ -33,31 +36,92 @@ def check_compiler(machine: Machine) -> None:
         raise AbsentError("compile = true needs a C++ compiler, and there is none: install g++, or set compile = false.")
 
 
-def check_data(loaded: Loaded, *, machine: Machine, dry_run: bool, say: Callable[[str], None]) -> None:
+def check_data(
+    loaded: Loaded, *, machine: Machine, dry_run: bool, say: Callable[[str], None], required: str | None = None
+) -> None:
     """Refuse a run whose images or class lists are missing, which would fail hours later; draw the synthetic images on first use.
+
+    A protocol that the images cannot carry is left out of the evaluation, which is said.
 
     Args:
         loaded: the recipe of the run.
         machine: where its data are.
         dry_run: draw nothing, print what would be drawn.
         say: prints one line.
+        required: a protocol that may not be left out.
 
     Raises:
-        UserError: a split is not prepared or damaged, or a class list is absent.
+        UserError: a split is not prepared or damaged, a class list is absent, or the images cannot carry what is required.
     """
     recipe = loaded.recipe
-    folder = machine.data_root / recipe.data.dataset
-    if recipe.data.dataset == "synthetic" and not (folder / "train.json").is_file():
+    if not _is_drawn(recipe, machine=machine):
+        folder = machine.data_root / recipe.data.dataset
         if dry_run:
             return say(f"Would draw the synthetic images into {folder}")
         say(f"Drawing the synthetic images into {folder}, this once.")
     open_split(recipe.data.dataset, "train", data_root=machine.data_root, runs_root=machine.runs_root)
-    measured = {*recipe.evaluation.protocols, *(("fewshot",) if recipe.evaluation.every_epochs else ())}
-    if measured:
-        split = open_split(recipe.data.dataset, "val", data_root=machine.data_root, runs_root=machine.runs_root)
-        if "fewshot" in measured and recipe.evaluation.fewshot.classes != "all":
-            class_list(recipe.evaluation.fewshot.classes, class_names=split.class_names, folder=folder)
+    unmet = unmet_needs(recipe, data_root=machine.data_root, runs_root=machine.runs_root)
+    refuse_unmet(unmet.get(required or ""))
+    for line in left_out_lines(unmet):
+        say(line)
     return None
+
+
+def data_checks(
+    due: Sequence[Loaded], *, machine: Machine, dry_run: bool, say: Callable[[str], None], required: str | None = None
+) -> Iterator[Callable[[], None]]:
+    """Yield `check_data` for several recipes, once for all that measure the same images alike; each sentence is said once.
+
+    Args:
+        due: the recipes.
+        machine: where their data are.
+        dry_run: draw nothing.
+        say: prints one line.
+        required: a protocol that may not be left out of the last recipe's evaluation.
+    """
+    said: set[str] = set()
+
+    def say_once(line: str) -> None:
+        if line not in said:
+            say(line)
+        said.add(line)
+
+    last = _needs(due[-1]) if due else None
+    for position, loaded in enumerate(due):
+        needs = _needs(loaded)
+        if needs not in map(_needs, due[:position]):
+            needed = required if needs == last else None
+            yield partial(check_data, loaded, machine=machine, dry_run=dry_run, say=say_once, required=needed)
+
+
+def _needs(loaded: Loaded) -> tuple[Data, Evaluation]:
+    return loaded.recipe.data, loaded.recipe.evaluation
+
+
+def to_measure(recipe: Recipe, *, folder: RunFolder, machine: Machine) -> tuple[str, ...]:
+    """Return the protocols that a recipe asks for, a trained run lacks, and the images on this machine can carry.
+
+    Raises:
+        UserError: the images or a result are damaged, or a class list is absent.
+    """
+    missing = {protocol: None for _, protocol in not_measured(recipe, results=folder.results())}
+    unmet = left_out(recipe, machine=machine) if missing else None
+    return () if unmet is None else tuple(protocol for protocol in missing if protocol not in unmet)
+
+
+def left_out(recipe: Recipe, *, machine: Machine) -> dict[str, str] | None:
+    """Return what the images on this machine cannot carry, see `unmet_needs`; None when they are not there."""
+    if not _is_drawn(recipe, machine=machine):
+        return None
+    try:
+        return unmet_needs(recipe, data_root=machine.data_root, runs_root=machine.runs_root)
+    except AbsentError:
+        return None
+
+
+def _is_drawn(recipe: Recipe, *, machine: Machine) -> bool:
+    """Return whether the images are there, as far as they are drawn by obowlab itself."""
+    return recipe.data.dataset != "synthetic" or (machine.data_root / "synthetic" / "train.json").is_file()
 
 
 def check_batch(recipe: Recipe, *, machine: Machine) -> None:

@@ -10,7 +10,7 @@ from obowlab.config import Loaded, Machine
 from obowlab.errors import AbsentError, UserError
 from obowlab.launch.cost import Cost, quoted
 from obowlab.launch.gpu_leases import check_gpus
-from obowlab.launch.preflight import check_batch, check_compiler, check_data, check_nodes
+from obowlab.launch.preflight import check_batch, check_compiler, check_nodes, data_checks, to_measure
 from obowlab.runs.folder import RunFolder, run_id_of
 from obowlab.runs.lineage import stages_of
 
@@ -24,7 +24,7 @@ class Stage:
         number: from 1.
         is_last: whether it is the last one that was asked for.
         folder: its run; None when it never began.
-        is_due: whether it is to be trained.
+        is_due: whether it is to be trained, or at least measured.
         fresh: whether its present folder is put aside first.
     """
 
@@ -63,8 +63,10 @@ def open_stages(loaded: Loaded, *, seed: int, machine: Machine, last: int | None
         folder = RunFolder.open(path) if (path / "run.json").is_file() else None
         is_last = number == (last or len(stages))
         fresh = is_last and resume is False
-        is_finished = folder is not None and folder.current_state().status == "finished"
-        found.append(Stage(each, number, is_last, folder, is_due=fresh or not is_finished, fresh=fresh))
+        is_due = fresh or folder is None or folder.current_state().status != "finished"
+        if is_last and not is_due and folder is not None:
+            is_due = bool(to_measure(each.recipe, folder=folder, machine=machine))
+        found.append(Stage(each, number, is_last, folder, is_due=is_due, fresh=fresh))
     if resume and all(stage.folder is None for stage in found):
         run_id = run_id_of(found[-1].loaded, seed=seed)
         raise UserError(f"There is no run '{run_id}' in {machine.runs_root} to resume; `obowlab runs list` shows what is there.")
@@ -100,7 +102,14 @@ class Obstacles:
     refused: tuple[str, ...]
 
 
-def find_obstacles(due: Sequence[Loaded], *, machine: Machine, say: Callable[[str], None], at_a_time: int = 1) -> Obstacles:
+def find_obstacles(
+    due: Sequence[Loaded],
+    *,
+    machine: Machine,
+    say: Callable[[str], None],
+    at_a_time: int = 1,
+    required: str | None = None,
+) -> Obstacles:
     """Return everything for which trainings would be refused; changes nothing.
 
     Args:
@@ -108,10 +117,11 @@ def find_obstacles(due: Sequence[Loaded], *, machine: Machine, say: Callable[[st
         machine: where each of them would be trained.
         say: prints one line.
         at_a_time: how many share its GPUs out.
+        required: a protocol of the last of them that may not be left out.
     """
     absent: list[str] = []
     refused: list[str] = []
-    for check in _checks(due, machine=machine, at_a_time=at_a_time, dry_run=True, say=say):
+    for check in _checks(due, machine=machine, at_a_time=at_a_time, dry_run=True, say=say, required=required):
         try:
             check()
         except AbsentError as error:
@@ -122,16 +132,19 @@ def find_obstacles(due: Sequence[Loaded], *, machine: Machine, say: Callable[[st
 
 
 def _checks(
-    due: Sequence[Loaded], *, machine: Machine, at_a_time: int, dry_run: bool, say: Callable[[str], None]
+    due: Sequence[Loaded],
+    *,
+    machine: Machine,
+    at_a_time: int,
+    dry_run: bool,
+    say: Callable[[str], None],
+    required: str | None = None,
 ) -> Iterator[Callable[[], None]]:
     if machine.launcher == "local":
         yield partial(check_nodes, machine)
         yield partial(check_compiler, machine)
         yield partial(check_gpus, machine.model_copy(update={"procs": machine.procs * at_a_time}))
-    checked = []
+    yield from data_checks(due, machine=machine, dry_run=dry_run, say=say, required=required)
     for loaded in due:
         yield partial(loaded.recipe.check_procs, machine.procs)
-        if loaded.recipe.data not in checked:
-            yield partial(check_data, loaded, machine=machine, dry_run=dry_run, say=say)
-        checked.append(loaded.recipe.data)
         yield partial(check_batch, loaded.recipe, machine=machine)

@@ -17,6 +17,7 @@ from obowlab import text
 from obowlab.report.curves import Curve, over_seeds
 from obowlab.report.labels import LABEL_LENGTH, csv_text, plain, run_names, shortened
 from obowlab.report.model import Figure, Run, Site
+from obowlab.runs.info import TRAINED
 from obowlab.runs.metrics import unit_of
 from obowlab.tables.model import Row, Table
 
@@ -191,7 +192,7 @@ def base_name(metric: str) -> str:
 
 def counts(runs: Iterable[Run]) -> Mapping[str, int]:
     """Return how many runs are in each state, most informative states first; absent states are left out."""
-    order = ("finished", "running", "interrupted", "failed", "created")
+    order = ("finished", "unevaluated", "running", "interrupted", "failed", "created")
     states = [run.status for run in runs]
     return {state: states.count(state) for state in order if state in states}
 
@@ -206,7 +207,7 @@ def _group(row: Row, *, site: Site) -> Group | None:
 
 def _line(group: Group, *, metric: str) -> Line | None:
     """Return a group's line: its finished seeds, or all of them while none is finished."""
-    finished = [run for run in group.runs if run.status == "finished"]
+    finished = [run for run in group.runs if run.status in TRAINED]
     runs = [run for run in finished or group.runs if metric in run.curves]
     curve = over_seeds([run.curves[metric] for run in runs]) if runs else None
     if curve is None or not curve.epoch:

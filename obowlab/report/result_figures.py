@@ -7,6 +7,7 @@ from typing import Any
 from obowlab import text
 from obowlab.report.labels import LABEL_LENGTH, csv_text, plain, run_names, shortened
 from obowlab.report.model import Figure
+from obowlab.runs.info import TRAINED
 from obowlab.studies.schema import StudyReport
 from obowlab.tables.model import Table
 
@@ -35,7 +36,7 @@ def table_figure(table: Table) -> Figure | None:
         cell = row.cells[column]
         if not row.is_base and cell.against_base is not None:
             known = table.comparable and cell.paper is not None and base is not None
-            runs = [run.run_id for run in row.runs if run.status == "finished"]
+            runs = [run.run_id for run in row.runs if run.status in TRAINED]
             found.append((row.label, cell.against_base, cell.paper - base if known else None, runs))  # type: ignore[operator]
     if len(found) < 2:
         return None

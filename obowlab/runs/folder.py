@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from obowlab import __version__
-from obowlab.config import Loaded, Machine, canonical_hash
+from obowlab.config import Evaluation, Loaded, Machine, canonical_hash
 from obowlab.errors import UserError
 from obowlab.files import append_whole, cut_torn_tail, file_lock, read_all, read_checked, read_lines, with_checksum, write_atomic
 from obowlab.runs.info import RunInfo, State, read_info, read_result, read_state
@@ -160,6 +160,18 @@ class RunFolder:
         return hold(self.path)
 
     # ------------------------------------------------------------------------------------------------ records
+
+    def set_evaluation(self, evaluation: Evaluation) -> None:
+        """Measure the run with other settings from now on; its identity and the results that are there stay.
+
+        The caller holds the run.
+        """
+        if self.info.recipe.evaluation == evaluation:
+            return
+        values = {**self.info.recipe_values, "evaluation": evaluation.model_dump(mode="json")}
+        info = RunInfo.model_validate({**self.info.model_dump(by_alias=True), "recipe": values})
+        write_atomic(self.path / "run.json", with_checksum(info.model_dump_json(indent=1, by_alias=True)))
+        self.info = info
 
     @property
     def machine(self) -> Machine:

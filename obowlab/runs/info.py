@@ -14,11 +14,16 @@ from obowlab.config import Recipe
 from obowlab.errors import UserError
 from obowlab.files import read_checked
 
-Status = Literal["created", "running", "interrupted", "failed", "finished"]
+Status = Literal["created", "running", "interrupted", "failed", "unevaluated", "finished"]
+"""`unevaluated`: the training is done, and its evaluation could not be made."""
+TRAINED: tuple[Status, ...] = ("unevaluated", "finished")
+"""The states of a run that nothing trains any more, and whose results count."""
+ENCODER_FILE = "encoder.safetensors"
+"""The encoder of a run; it is there as soon as the training is done."""
 
 
 class RunInfo(BaseModel):
-    """What a run is (`run.json`); written once."""
+    """What a run is (`run.json`); written once, but for the evaluation of its recipe (`RunFolder.set_evaluation`)."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True)
 

@@ -8,13 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import product
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from obowlab.errors import UserError
 from obowlab.runs.metrics import unit_of
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from obowlab.config import Recipe
 
 ENDS = ("value", "interval", "low", "high")
 """What is shown of a measurement; results of earlier versions have no ends of the interval."""
@@ -63,6 +69,35 @@ def tabulate(results: Iterable[Mapping[str, Any]], *, dataset: str | None = None
         for (metric, where, protocol), entry in found.items()
     ]
     return tuple(rows if dataset is None else sorted(rows, key=lambda row: (row.dataset != dataset, row.dataset)))
+
+
+def is_measured(recipe: Recipe, *, subject: str, protocol: str, results: Iterable[Mapping[str, Any]]) -> bool:
+    """Return whether a protocol was run with the settings of a recipe, on its own data set."""
+    return any(
+        (result["subject"], result["protocol"]) == (subject, protocol) and is_alike(result, recipe=recipe) for result in results
+    )
+
+
+def is_alike(result: Mapping[str, Any], *, recipe: Recipe) -> bool:
+    """Return whether a result was measured with the settings of a recipe, on its own data set.
+
+    A setting that an earlier version did not file had its default.
+    """
+    details = result.get("details", {})
+    settings: BaseModel = getattr(recipe.evaluation, result["protocol"])
+    filed = {key: details.get(key, value) for key, value in type(settings)().model_dump(mode="json").items()}
+    return details.get("dataset") == recipe.data.dataset and filed == settings.model_dump(mode="json")
+
+
+def not_measured(recipe: Recipe, *, results: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, str], ...]:
+    """Return what a recipe's evaluation asks for and was not measured yet, as pairs of subject and protocol."""
+    evaluation = recipe.evaluation
+    wanted = product(("student", "random") if evaluation.random_baseline else ("student",), evaluation.protocols)
+    return tuple(
+        (subject, protocol)
+        for subject, protocol in wanted
+        if not is_measured(recipe, subject=subject, protocol=protocol, results=results)
+    )
 
 
 def pack(correct: Sequence[int], *, of: int) -> dict[str, Any]:

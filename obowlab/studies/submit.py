@@ -33,7 +33,7 @@ def submit_workers(words: Sequence[str], *, tuning: Tuning, url: str, count: int
     check_slurm()
     if url.startswith("sqlite"):
         raise UserError("SQLite is no storage for several nodes: use postgresql:// or, on a file system with locks, journal://.")
-    check_data(tuning.base, machine=machine, dry_run=False, say=submitter.say)
+    check_data(tuning.base, machine=machine, dry_run=False, say=submitter.say, required=tuning.protocol)
     what = f"tune {tuning.name}"
     mine = [job for job in submitted_jobs(machine.runs_root) if job.request.what == what]
     alive = states(mine)

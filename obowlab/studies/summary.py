@@ -16,6 +16,7 @@ from obowlab.config import Machine
 from obowlab.errors import UserError
 from obowlab.files import write_atomic
 from obowlab.runs.folder import RunFolder
+from obowlab.runs.info import TRAINED
 from obowlab.runs.metrics import lookup
 from obowlab.runs.results import unpack
 from obowlab.studies.schema import (
@@ -163,7 +164,7 @@ def _measurements(folders: Mapping[int, RunFolder | None], *, tuning: Tuning) ->
     """Return the objective's measurement on every finished run of a trial that is here, by seed."""
     found = {}
     for seed, folder in folders.items():
-        if folder is not None and folder.state.status == "finished":
+        if folder is not None and folder.state.status in TRAINED:
             try:
                 found[seed] = objective_of(folder, tuning=tuning)
             except UserError:

@@ -25,6 +25,7 @@ from obowlab.launch.processes import StopSignals
 from obowlab.runs.folder import RunFolder
 from obowlab.runs.lineage import find_run, stages_of
 from obowlab.runs.locks import RunTakenError
+from obowlab.runs.results import is_alike
 from obowlab.studies.spec import Tuning
 from obowlab.studies.trial_locks import TrialLocks
 
@@ -283,13 +284,9 @@ def objective_of(folder: RunFolder, *, tuning: Tuning) -> dict[str, Any]:
     Raises:
         UserError: the run was not measured so; names the command that does it.
     """
-    evaluation = tuning.base.recipe.evaluation
-    settings = getattr(evaluation, tuning.protocol).model_dump(mode="json")
     for result in reversed(folder.results()):
-        details = result.get("details", {})
-        own = details.get("dataset") == tuning.base.recipe.data.dataset
-        alike = all(details.get(key) == value for key, value in settings.items())
-        if result["subject"] == "student" and result["protocol"] == tuning.protocol and own and alike:
+        asked = result["subject"] == "student" and result["protocol"] == tuning.protocol
+        if asked and is_alike(result, recipe=tuning.base.recipe):
             for measurement in result["measurements"]:
                 if measurement["name"] == tuning.spec.objective:
                     return {**measurement, "protocol_hash": result["protocol_hash"]}

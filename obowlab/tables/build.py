@@ -12,6 +12,7 @@ from typing import Any
 
 from obowlab.errors import UserError
 from obowlab.runs.folder import run_id_of
+from obowlab.runs.info import TRAINED
 from obowlab.runs.metrics import lookup
 from obowlab.runs.records import Record, Records, store_records, store_runs
 from obowlab.runs.results import unpack
@@ -63,7 +64,7 @@ def build_table(planned: PlannedTable, *, seeds: Sequence[int], records: Records
         if at_paper is not None and not comparable:
             also = also_differs(row, base=planned.base, paper_row=at_paper.rows[number], paper_base=at_paper.base)
             own += [also] if also else []
-        if sum(run is not None and run.status == "finished" for run in runs.values()) == 1:
+        if sum(run is not None and run.status in TRAINED for run in runs.values()) == 1:
             own.append(ONE_SEED)
         for text in own:
             if text not in footnotes:
@@ -207,10 +208,10 @@ def _cell(
 
 
 def _measured(runs: Mapping[int, Record | None], *, metric: str, subject: str) -> tuple[dict[int, _Measured], str]:
-    """Return the newest measurement of every finished seed, and a sentence when they were not measured alike."""
+    """Return the newest measurement of every trained seed, and a sentence when they were not measured alike."""
     found: dict[int, _Measured] = {}
     for seed, record in runs.items():
-        if record is None or record.status != "finished":
+        if record is None or record.status not in TRAINED:
             continue
         for result in record.results:
             if result["subject"] != subject or result.get("details", {}).get("dataset") != record.recipe["data"]["dataset"]:

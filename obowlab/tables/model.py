@@ -12,7 +12,7 @@ from typing import Any, Literal
 Verdict = Literal["agrees", "disagrees", "indistinguishable"]
 """Whether the direction of a row against the base row is the paper's; by a paired test on identical episodes and seeds."""
 
-Status = Literal["missing", "created", "running", "interrupted", "failed", "finished"]
+Status = Literal["missing", "created", "running", "interrupted", "failed", "unevaluated", "finished"]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from obowlab import text
 from obowlab.config import Loaded, Machine, nearest
 from obowlab.errors import UserError
 from obowlab.launch.cost import CostBook
-from obowlab.launch.preflight import check_data
+from obowlab.launch.preflight import data_checks
 from obowlab.runs.folder import RunSummary, run_id_of
 from obowlab.tables.spec import PlannedRow, PlannedTable
 
@@ -141,8 +141,8 @@ def check_images(jobs: Iterable[Job], *, machine: Machine, say: Callable[[str], 
     Raises:
         UserError: a data set is not prepared.
     """
-    for loaded in {job.loaded.recipe.data.dataset: job.loaded for job in jobs}.values():
-        check_data(loaded, machine=machine, dry_run=False, say=say)
+    for check in data_checks([job.loaded for job in jobs], machine=machine, dry_run=False, say=say):
+        check()
 
 
 # ------------------------------------------------------------------------------------------------------------ what is left

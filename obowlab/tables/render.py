@@ -10,6 +10,7 @@ from typing import Literal
 
 from obowlab import text
 from obowlab.config import project_root
+from obowlab.runs.info import TRAINED
 from obowlab.tables.model import Cell, Estimate, Row, RunRef, Table
 
 Format = Literal["rich", "md", "json", "csv", "html"]
@@ -60,7 +61,11 @@ def problems(table: Table) -> list[str]:
     """Return a line for every run that failed and every cell whose results cannot be compared."""
     lines = []
     for row in table.rows:
-        lines += [f"{row.key}, seed {run.seed}: {run.status}: {run.message}" for run in row.runs if run.status == "failed"]
+        lines += [
+            f"{row.key}, seed {run.seed}: {run.status}: {run.message}"
+            for run in row.runs
+            if run.status in ("failed", "unevaluated")
+        ]
         lines += [f"{row.key}, {cell.metric}: {cell.problem}" for cell in row.cells if cell.problem]
     return lines
 
@@ -133,7 +138,7 @@ def as_csv(tables: Sequence[Table]) -> str:
     writer.writerow(CSV_COLUMNS)
     for table in tables:
         for row in table.rows:
-            done = [run for run in row.runs if run.status == "finished"]
+            done = [run for run in row.runs if run.status in TRAINED]
             origin = [
                 " ".join(run.run_id for run in done),
                 " ".join(run.fingerprint for run in done),

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from obowlab.files import damaged_line, parse_checked, read_checked, read_lines, with_checksum, write_atomic
 from obowlab.runs.folder import RunFolder
-from obowlab.runs.info import Status
+from obowlab.runs.info import TRAINED, Status
 from obowlab.runs.metric_log import Point, parse_point
 from obowlab.runs.metrics import METRIC_FILES, METRICS
 
@@ -20,6 +20,7 @@ STATUSES: dict[Status, str] = {
     "running": "RUNNING",
     "interrupted": "KILLED",
     "failed": "FAILED",
+    "unevaluated": "FINISHED",  # the tag obowlab.status says what it lacks
     "finished": "FINISHED",
 }
 ENDED = ("KILLED", "FAILED", "FINISHED")
@@ -158,7 +159,7 @@ class Outbox:
 
     def model_is_new(self, sent: Sent) -> bool:
         """Return whether there is a finished encoder that the store has no version of."""
-        finished = self.folder.state.status == "finished" and (self.folder.path / MODEL_FOLDER / "MLmodel").exists()
+        finished = self.folder.state.status in TRAINED and (self.folder.path / MODEL_FOLDER / "MLmodel").exists()
         return finished and sent.model_version is None
 
     def is_new(self, path: Path, *, sent: Sent) -> bool:

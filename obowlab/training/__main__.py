@@ -15,7 +15,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import Literal, NoReturn, TypeVar
 
 import torch
 
@@ -29,8 +29,7 @@ from obowlab.runs.info import Status
 from obowlab.runs.locks import RunTakenError
 from obowlab.training.context import RunContext
 from obowlab.training.distributed import OtherRankCrashed, OtherRankFailed, join
-from obowlab.training.final_evaluation import finish
-from obowlab.training.loop import train
+from obowlab.training.final_evaluation import encoder_of, keep, measure
 from obowlab.training.reporter import Reporter
 from obowlab.training.signals import Interrupted, StopRequest
 
@@ -74,16 +73,26 @@ def work(folder: RunFolder, *, machine: Machine) -> int:
             world.on_main(lambda: held.enter_context(folder.lock()))
             reporter = world.together(lambda: Reporter(folder.path / "log.txt" if world.is_main else None))
             run = RunContext(folder, machine=machine, world=world, reporter=reporter, stop=stop)
-            code, method = carry_out(train, run=run)
-        if method is None or not world.is_main:  # the others end here, and their GPUs are free while rank 0 measures
+            code, encoder = carry_out(encoder_of, run=run)
+        if encoder is None or not world.is_main:  # the others end here, and their GPUs are free while rank 0 measures
             return code
         run = replace(run, world=world.alone())
-        code, _ = carry_out(lambda run: finish(run, method=method), run=run)
+        code, _ = carry_out(lambda run: keep(run, encoder=encoder), run=run)
+        if not code:
+            code, _ = carry_out(lambda run: measure(run, encoder=encoder), run=run, failure="unevaluated")
         return code if code else record(run, status="finished", message="")
 
 
-def carry_out(part: Callable[[RunContext], T], *, run: RunContext) -> tuple[int, T | None]:
-    """Do a part of the run; return the exit code and what it returned. If it cannot be done, how it ended is recorded."""
+def carry_out(
+    part: Callable[[RunContext], T], *, run: RunContext, failure: Literal["failed", "unevaluated"] = "failed"
+) -> tuple[int, T | None]:
+    """Do a part of the run; return the exit code and what it returned. If it cannot be done, how it ended is recorded.
+
+    Args:
+        part: of the run.
+        run: folder, ranks, reporter.
+        failure: the state of the run when the part cannot be done.
+    """
     try:
         return 0, part(run)
     except Interrupted as interruption:
@@ -99,7 +108,7 @@ def carry_out(part: Callable[[RunContext], T], *, run: RunContext) -> tuple[int,
         message = describe(error, folder=run.folder.path)
         with suppress(OSError):  # it is on the terminal, and the log may be on the disk that is full
             run.reporter.say(f"Error: {message}")
-        record(run, status="failed", message=message)
+        record(run, status=failure, message=message)
         return 2, None
     except Exception as error:
         with suppress(OSError):
@@ -108,7 +117,7 @@ def carry_out(part: Callable[[RunContext], T], *, run: RunContext) -> tuple[int,
         if shortage is None:
             raise
         with suppress(UserError, OSError):  # by whatever rank it is: the others wait for it in a collective, and cannot say why
-            run.folder.set_state(status="failed", message=shortage)
+            run.folder.set_state(status=failure, message=shortage)
         if run.world.world_size > 1:
             raise
         with suppress(OSError):
@@ -124,7 +133,7 @@ def record(run: RunContext, *, status: Status, message: str) -> int:
         run.folder.set_state(status=status, message=message)
     # The disk that ended the run may refuse this as well, or the state be damaged; the launcher sees the exit code.
     except (UserError, OSError) as error:
-        if status != "failed":  # one message is enough
+        if status not in ("failed", "unevaluated"):  # one message is enough
             print(f"Error: {describe(error, folder=run.folder.path)}", file=sys.stderr)
         return 2
     return 0

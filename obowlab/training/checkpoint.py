@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 FORMAT = 1
-ADDED_LATER = ("logged_step", "window", "scaler")
+ADDED_LATER = ("logged_step", "measured_step", "window", "scaler")
 """Fields that checkpoints of earlier versions do not have."""
 
 CURRENT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
@@ -43,6 +43,7 @@ class Checkpoint:
         method: state of the method.
         optimizer: state of the optimiser.
         logged_step: of the last point in the metric file by then; None in checkpoints of earlier versions.
+        measured_step: of the last result during training by then, -1 before the first; None in checkpoints of earlier versions.
         window: metrics of the steps since that point, `MetricWindow.state`; None in checkpoints of earlier versions.
         scaler: state of the loss scaler; None for precisions other than float16.
     """
@@ -53,6 +54,7 @@ class Checkpoint:
     method: dict[str, Any]
     optimizer: dict[str, Any]
     logged_step: int | None = None
+    measured_step: int | None = None
     window: dict[str, Any] | None = None
     scaler: dict[str, Any] | None = None
 

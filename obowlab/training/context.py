@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from obowlab.config import Machine, Recipe
+from obowlab.data.protocol_needs import unmet_needs
 from obowlab.runs.folder import RunFolder
 from obowlab.training.distributed import World
 from obowlab.training.reporter import Reporter
@@ -30,3 +32,8 @@ class RunContext:
     def seed(self) -> int:
         """The run's seed."""
         return self.folder.info.seed
+
+    @cached_property
+    def left_out(self) -> dict[str, str]:
+        """The protocols that these images cannot carry, with the reasons; see `unmet_needs`."""
+        return unmet_needs(self.recipe, data_root=self.machine.data_root, runs_root=self.machine.runs_root)

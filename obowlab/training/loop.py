@@ -87,7 +87,7 @@ class Trainer:
 
     def __init__(self, run: RunContext) -> None:
         recipe, machine = run.recipe, run.machine
-        _set_up_device(run)
+        set_up_device(run)
         self.run = run
         self.split = open_split(recipe.data.dataset, "train", data_root=machine.data_root, runs_root=machine.runs_root)
         self.loader = open_loader(run, split=self.split)
@@ -107,6 +107,7 @@ class Trainer:
         self._window = MetricWindow()
         self._writer = checkpoints.Writer(run.folder.path, device=run.world.device)
         self._metric_log: MetricLog | None = None  # rank 0 alone writes it
+        self._measured_step = -1
 
     # ----------------------------------------------------------------------------------------------- before the first step
 
@@ -136,8 +137,9 @@ class Trainer:
     def open_metric_log(self, found: checkpoints.Checkpoint | None) -> None:
         """Open the metric file on rank 0, as the checkpoint left it."""
         if found is not None:
-            check_logs(self.run, found=found, steps_per_epoch=self.loader.steps_per_epoch)
+            check_logs(self.run, found=found)
         self._metric_log = self.run.folder.metric_log()
+        self._measured_step = online.last_step(self.run)
 
     def _restore(self, found: checkpoints.Checkpoint) -> None:
         self.step = checkpoints.restore(found, method=self.method, optimizer=self.optimizer)
@@ -279,8 +281,11 @@ class Trainer:
         if self.step % self.loader.steps_per_epoch or not online.is_due(run, epoch=epoch):
             return
         self.save()
-        seconds = run.world.on_main(lambda: online.measure(run, method=self.method, step=self.step, epoch=epoch))
-        self.timer.leave_out(seconds or 0.0)
+        run.world.on_main(lambda: self._measure(epoch))
+
+    def _measure(self, epoch: int) -> None:
+        self.timer.leave_out(online.measure(self.run, method=self.method, step=self.step, epoch=epoch))
+        self._measured_step = online.last_step(self.run)
 
     def save(self, *, wait: bool = True) -> None:
         """Write a checkpoint, of steps whose loss was finite.
@@ -307,6 +312,7 @@ class Trainer:
             method=self.method.state_dict(),
             optimizer=self.optimizer.state_dict(),
             logged_step=self._metric_log.last_step,
+            measured_step=self._measured_step,
             window=window,
             scaler=self._scaler.state_dict() or None,
         )
@@ -318,7 +324,7 @@ class Trainer:
 # ------------------------------------------------------------------------------------------------------------- its parts
 
 
-def _set_up_device(run: RunContext) -> None:
+def set_up_device(run: RunContext) -> None:
     """Choose the number format of a GPU's float32, and whether its libraries look for the fastest kernels or for equal bits."""
     if run.world.device.type == "cuda":
         set_float32_mode(run.recipe.training.precision)
@@ -393,16 +399,15 @@ def check_same(run: RunContext, *, found: checkpoints.Checkpoint | None) -> None
         )
 
 
-def check_logs(run: RunContext, *, found: checkpoints.Checkpoint, steps_per_epoch: int) -> None:
+def check_logs(run: RunContext, *, found: checkpoints.Checkpoint) -> None:
     """Refuse to resume when metrics logged before the checkpoint are missing: they would never be logged again.
 
     Raises:
         UserError: names the file and the step at which it ends.
     """
-    measured = [epoch * steps_per_epoch for epoch in range(run.recipe.training.epochs) if online.is_due(run, epoch=epoch)]
     expected = {
         "metrics": found.logged_step if found.logged_step is not None else -1,
-        online.ONLINE: max((step for step in measured if step < found.step), default=-1),
+        online.ONLINE: found.measured_step if found.measured_step is not None else -1,
     }
     for name, step in expected.items():
         last = max((point.step for point in run.folder.metrics(name)), default=-1)

@@ -30,8 +30,8 @@ def is_due(run: RunContext, *, epoch: int) -> bool:
 def measure(run: RunContext, *, method: Method[Any], step: int, epoch: int) -> float:
     """Measure the student, append the result to `online.jsonl` and return the seconds it took; on rank 0 alone.
 
-    A step that is in the file already is not measured again: a resumed run has the same weights there. A signal ends the
-    measurement at once, so write a checkpoint of this step first.
+    A step that is in the file already is not measured again: a resumed run has the same weights there. Nor is one of images that
+    cannot carry the protocol. A signal ends the measurement at once, so write a checkpoint of this step first.
 
     Args:
         run: its recipe has the number of shots and episodes.
@@ -45,11 +45,16 @@ def measure(run: RunContext, *, method: Method[Any], step: int, epoch: int) -> f
     """
     started = time.monotonic()
     with run.folder.metric_log(ONLINE) as log:
-        if step > log.last_step:
+        if step > log.last_step and "fewshot" not in run.left_out:
             values = few_shot(run, method=method)
             log.append(step, {"epoch": epoch, **values})
             run.reporter.say(f"Epoch {epoch}: " + ", ".join(f"{name} {value:.2f} %" for name, value in values.items()))
     return time.monotonic() - started
+
+
+def last_step(run: RunContext) -> int:
+    """Return the step of the last result in `online.jsonl`; -1 when there is none."""
+    return max((point.step for point in run.folder.metrics(ONLINE)), default=-1)
 
 
 def few_shot(run: RunContext, *, method: Method[Any]) -> dict[str, float]:

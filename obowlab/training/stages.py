@@ -14,11 +14,12 @@ from obowlab.data.datasets import Split, subset
 from obowlab.errors import UserError
 from obowlab.methods import Method, Preparation, ResNet
 from obowlab.randomness import Stream, uniforms
+from obowlab.runs.info import ENCODER_FILE
 from obowlab.runs.lineage import find_run
 from obowlab.training.context import RunContext
 from obowlab.views.loaders import centre_loader
 from obowlab.views.photometric import normalise
-from obowlab.weights.encoder_file import ENCODER_FILE, read_encoder
+from obowlab.weights.encoder_file import read_encoder
 
 BATCH_SIZE = 128
 

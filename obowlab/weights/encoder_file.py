@@ -25,13 +25,13 @@ from obowlab.evaluation.features import frozen, weights_hash
 from obowlab.files import write_atomic
 from obowlab.methods import OBoW, ResNet
 from obowlab.runs.folder import RunFolder
+from obowlab.runs.info import ENCODER_FILE
 from obowlab.views.photometric import MEAN, STD
 from obowlab.weights import WEIGHTS_SUFFIXES
 from obowlab.weights.reading import WeightsFile, read_weights
 from obowlab.weights.released import Kind, authors_name, build_encoder, build_model, infer_backbone, kind_of, torchvision_names
 
 METADATA_KEY = "obowlab"
-ENCODER_FILE = "encoder.safetensors"
 ROUND_TRIP_TOLERANCE = 1e-5
 """Largest difference of a feature after export, on inputs of unit variance."""
 

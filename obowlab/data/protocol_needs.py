@@ -1,0 +1,115 @@
+"""What the protocols of an evaluation need of the prepared images; told before anything is trained. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from obowlab.config import FewShot, Knn, Recipe
+from obowlab.data.class_lists import ClassList, class_list
+from obowlab.data.datasets import Split, open_split, subset
+from obowlab.data.manifest import read_manifest
+from obowlab.errors import UserError
+
+
+def unmet_needs(recipe: Recipe, *, data_root: Path, runs_root: Path) -> dict[str, str]:
+    """Return the protocols of a recipe that its images cannot carry, each with the reason and the setting that would do.
+
+    Args:
+        recipe: its evaluation names the protocols; few-shot is one of them when it is run during training.
+        data_root: folder of the prepared data sets.
+        runs_root: the run store; see `open_split`.
+
+    Raises:
+        UserError: a split is not prepared or damaged, or a class list is absent.
+    """
+    evaluation, dataset = recipe.evaluation, recipe.data.dataset
+    wanted = tuple(dict.fromkeys((*evaluation.protocols, *(("fewshot",) if evaluation.every_epochs else ()))))
+    if not wanted:
+        return {}
+    train = open_split(dataset, "train", data_root=data_root, runs_root=runs_root)
+    if read_manifest(data_root, dataset, "val") is None:
+        reason = f"'{dataset}' has no val images: prepare a source with train/ and val/ under another name"
+        return dict.fromkeys(wanted, reason)
+    val = open_split(dataset, "val", data_root=data_root, runs_root=runs_root)
+    unmet: dict[str, str | None] = {}
+    for protocol in wanted:
+        if protocol == "fewshot":
+            classes = class_list(evaluation.fewshot.classes, class_names=val.class_names, folder=data_root / dataset)
+            unmet[protocol] = few_shot_need(val.labels, classes=classes, class_names=val.class_names, config=evaluation.fewshot)
+            continue
+        unmet[protocol] = same_classes_need(train, val)
+        if protocol == "knn":
+            num_images = len(subset(train, images_per_class=recipe.data.images_per_class))
+            unmet[protocol] = unmet[protocol] or knn_need(num_images, config=evaluation.knn)
+    return {protocol: reason for protocol, reason in unmet.items() if reason is not None}
+
+
+def left_out_lines(unmet: dict[str, str]) -> Iterator[str]:
+    """Yield a sentence for every reason of `unmet_needs`, with the protocols that are left out for it."""
+    for reason in dict.fromkeys(unmet.values()):
+        names = [protocol for protocol, each in unmet.items() if each == reason]
+        yield f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} left out: {reason}."
+
+
+def few_shot_need(labels: NDArray[np.int64], *, classes: ClassList, class_names: Sequence[str], config: FewShot) -> str | None:
+    """Return why episodes cannot be drawn, and what would do; None when they can.
+
+    Args:
+        labels: int64 [N], of the validation images.
+        classes: what episodes draw from.
+        class_names: for the message.
+        config: ways, shots and queries.
+    """
+    count = len(classes.indices)
+    if count < 2:
+        return f"evaluation.fewshot.classes = '{classes.name}' has {count} class, and episodes need two"
+    problems, fixes = [], []
+    if count < config.num_ways:
+        problems.append(f"evaluation.fewshot.num_ways = {config.num_ways} exceeds the {count} classes of '{classes.name}'")
+        fixes.append(f"--set evaluation.fewshot.num_ways={count}")
+    images = np.bincount(labels, minlength=len(class_names))[list(classes.indices)]
+    poorest = int(images.argmin())
+    needed, there = max(config.shots) + config.num_queries, int(images[poorest])
+    if there < needed:
+        name = class_names[classes.indices[poorest]]
+        problems.append(
+            f"evaluation.fewshot.shots and num_queries need {needed} validation images per class, but '{name}' has {there}"
+        )
+        if there < 2:
+            return f"{' and '.join(problems)}; name classes that have them in a file for evaluation.fewshot.classes"
+        queries = min(config.num_queries, there - 1)
+        shots = [each for each in config.shots if each + queries <= there] or [there - queries]
+        fixes += [f"--set 'evaluation.fewshot.shots={shots}'"]
+        fixes += [f"--set evaluation.fewshot.num_queries={queries}"] if queries < config.num_queries else []
+    return f"{' and '.join(problems)}; {' '.join(fixes)} measures it" if problems else None
+
+
+def knn_need(num_images: int, *, config: Knn) -> str | None:
+    """Return why so many training images are too few neighbours, and what would do; None when they are not."""
+    if config.num_neighbours <= num_images:
+        return None
+    return (
+        f"evaluation.knn.num_neighbours = {config.num_neighbours} exceeds the {num_images} training images; "
+        f"--set evaluation.knn.num_neighbours={num_images} measures it"
+    )
+
+
+def same_classes_need(train: Split, val: Split) -> str | None:
+    """Return that a classifier of training images cannot be tested on validation images of other classes; None when it can."""
+    if train.class_names == val.class_names:
+        return None
+    return f"'{train.dataset}' does not have the same classes in train and val; prepare the data set again"
+
+
+def refuse_unmet(reason: str | None) -> None:
+    """Raise a need that is not met.
+
+    Raises:
+        UserError: there is a reason.
+    """
+    if reason is not None:
+        raise UserError(f"{reason}.")
