@@ -144,7 +144,6 @@ def _checks(
         yield partial(check_nodes, machine)
         yield partial(check_compiler, machine)
         yield partial(check_gpus, machine.model_copy(update={"procs": machine.procs * at_a_time}))
+    yield from (partial(loaded.recipe.check_procs, machine.procs) for loaded in due)
     yield from data_checks(due, machine=machine, dry_run=dry_run, say=say, required=required)
-    for loaded in due:
-        yield partial(loaded.recipe.check_procs, machine.procs)
-        yield partial(check_batch, loaded.recipe, machine=machine)
+    yield from (partial(check_batch, loaded.recipe, machine=machine) for loaded in due)
