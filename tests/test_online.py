@@ -17,7 +17,7 @@ from obowlab.training.distributed import join
 from obowlab.training.loop import train
 from obowlab.training.reporter import Reporter
 from obowlab.training.signals import Interrupted, StopRequest
-from tests.runs import points, small_recipe, weights
+from tests.runs import ask_to_stop_at, points, small_recipe, weights
 
 EPOCHS = 5
 EVERY = "evaluation.every_epochs=2"
@@ -110,4 +110,18 @@ def test_a_run_that_is_stopped_around_a_point_has_it_once(
     monkeypatch.setattr(online, "few_shot", few_shot)
     folder, _ = train_here(tmp_path, data_root=data_root)
     assert [(p.step, p.values) for p in folder.metrics("online")] == [(p.step, p.values) for p in measured.metrics("online")]
+    assert_same_training(folder, measured)
+
+
+def test_a_run_may_be_measured_otherwise_from_its_middle_on(
+    tmp_path: Path, data_root: Path, measured: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        ask_to_stop_at(3 * STEPS, patch)
+        with pytest.raises(Interrupted):
+            train_here(tmp_path, data_root=data_root, overrides=())
+    (folder,) = (RunFolder.open(path) for path in (tmp_path / "runs").iterdir() if path.name.startswith("small"))
+    folder.set_evaluation(measured.info.recipe.evaluation)
+    folder, _ = train_here(tmp_path, data_root=data_root)
+    assert [point.step for point in folder.metrics("online")] == [4 * STEPS], "epoch 2 is over"
     assert_same_training(folder, measured)

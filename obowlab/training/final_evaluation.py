@@ -91,10 +91,10 @@ def measure(run: RunContext, *, encoder: ResNet) -> None:
             try:
                 measure_one(run, encoder=measured, subject=subject, protocol=protocol)
             except UserError as error:
-                run.reporter.say(f"Error: {error}")
                 problems.append(f"{protocol} of the {subject}: {error}")
     if problems:
-        raise UserError(" ".join(problems))
+        rest = "The run is trained: the same command measures what is missing, also with other evaluation settings."
+        raise UserError(" ".join([*problems, rest]))
 
 
 def measure_one(run: RunContext, *, encoder: ResNet, subject: str, protocol: str) -> None:
