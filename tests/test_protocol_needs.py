@@ -205,7 +205,7 @@ def test_a_trained_run_never_fails_for_its_evaluation(tmp_path: Path, data_root:
         path.unlink()
     assert code_of(Fork(breaks, str(folder.path), environment=quiet())) == 2
     assert folder.state.status == "unevaluated"
-    assert folder.state.message.startswith("linear of the student: The linear probe diverged. The run is trained:")
+    assert folder.state.message.startswith("student, linear: The linear probe diverged. The run is trained:")
     assert names_of(folder) == ["knn"], "the others are measured"
     assert STATUSES[folder.state.status] == "FINISHED"
     assert code_of(Fork(main, [str(folder.path)], environment=quiet())) == 0

@@ -141,7 +141,7 @@ def _print_finished(folder: RunFolder, loaded: Loaded, *, machine: Machine, last
 
 def _print_plan(loaded: Loaded, *, plan: Plan, machine: Machine, cost: Cost | None) -> None:
     recipe = loaded.recipe
-    verbs = {"new": "train", "resume": "continue", "measure": "measure anew", "fresh": "put aside and train again"}
+    verbs = {"new": "train", "resume": "continue", "measure": "measure what is missing of", "fresh": "put aside and train again"}
     would(f"{verbs[plan.action]} run {plan.run_id}")
     facts = [
         *plan.lines(),

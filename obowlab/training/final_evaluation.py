@@ -91,7 +91,7 @@ def measure(run: RunContext, *, encoder: ResNet) -> None:
             try:
                 measure_one(run, encoder=measured, subject=subject, protocol=protocol)
             except UserError as error:
-                problems.append(f"{protocol} of the {subject}: {error}")
+                problems.append(f"{subject}, {protocol}: {error}")
     if problems:
         rest = "The run is trained: the same command measures what is missing, also with other evaluation settings."
         raise UserError(" ".join([*problems, rest]))
