@@ -10,13 +10,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from obowlab.weights.embedding import embed
     from obowlab.weights.encoder_file import Encoder, load
 
 __version__ = "0.1.0"
-__all__ = ["Encoder", "load"]
+__all__ = ["Encoder", "embed", "load"]
 
 _PLACES = {
     "Encoder": "obowlab.weights.encoder_file",
+    "embed": "obowlab.weights.embedding",
     "load": "obowlab.weights.encoder_file",
 }
 

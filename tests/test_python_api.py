@@ -13,14 +13,14 @@ import pytest
 import torch
 from PIL import Image
 
-import obowlab
+import obowlab as lab
 from obowlab.config import Backbone, Data, Recipe, Views
 from obowlab.data.datasets import open_split
 from obowlab.errors import UserError
 from obowlab.evaluation.features import FeatureStore
 from obowlab.methods import build_backbone
 from obowlab.weights.encoder_file import save_encoder
-from tests.command_line import finished_run
+from tests.command_line import Obowlab, finished_run
 
 VIEWS = Views(original_size=24, original_resize=28, num_crops=1, crop_size=16)
 RECIPE = Recipe(data=Data(dataset="small"), views=VIEWS, backbone=Backbone(stem="small", width=4))
@@ -65,12 +65,12 @@ def test_importing_obowlab_imports_nothing_heavy() -> None:
 
 
 def test_public_names_are_there_and_documented() -> None:
-    for name in obowlab.__all__:
-        assert getattr(obowlab, name).__doc__
-        assert name in dir(obowlab)
-    assert set(obowlab.__all__) == set(obowlab._PLACES)
+    for name in lab.__all__:
+        assert getattr(lab, name).__doc__
+        assert name in dir(lab)
+    assert set(lab.__all__) == set(lab._PLACES)
     with pytest.raises(AttributeError, match="no attribute 'laod'"):
-        _ = obowlab.laod
+        _ = lab.laod
 
 
 # --------------------------------------------------------------------------------------------------------------- encoder
@@ -80,16 +80,16 @@ def test_runs_and_files_load(weights_file: Path, workplace: Path) -> None:
     run = finished_run(workplace / "runs")
     (run.path / "encoder.safetensors").write_bytes(weights_file.read_bytes())
     images = torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(0))
-    expected = obowlab.load(weights_file)(images)
+    expected = lab.load(weights_file)(images)
     for ref in (run.run_id, "demo", f"runs/{run.run_id}", run.path):
-        assert torch.equal(obowlab.load(ref)(images), expected)
-    assert torch.equal(obowlab.load("demo", runs_root="runs")(images), expected)
+        assert torch.equal(lab.load(ref)(images), expected)
+    assert torch.equal(lab.load("demo", runs_root="runs")(images), expected)
     with pytest.raises(UserError, match="no run 'demo'"):
-        obowlab.load("demo", runs_root="elsewhere")
+        lab.load("demo", runs_root="elsewhere")
 
 
 def test_transform_gives_the_features_of_evaluation(weights_file: Path, data_root: Path, tmp_path: Path) -> None:
-    encoder = obowlab.load(weights_file)
+    encoder = lab.load(weights_file)
     split = open_split("small", "val", data_root=data_root)
     images = [Image.open(io.BytesIO(bytes(split.jpeg(index)))) for index in range(split.num_images)]
     shown = torch.stack([encoder.transform(image) for image in images]).contiguous(memory_format=torch.channels_last)
@@ -99,7 +99,7 @@ def test_transform_gives_the_features_of_evaluation(weights_file: Path, data_roo
 
 
 def test_transform_takes_images_of_any_mode(weights_file: Path) -> None:
-    transform = obowlab.load(weights_file).transform
+    transform = lab.load(weights_file).transform
     grey = np.random.default_rng(0).integers(0, 256, (30, 40), dtype=np.uint8)
     expected = transform(Image.fromarray(grey))
     assert torch.equal(transform(Image.fromarray(np.stack([grey] * 3, axis=-1))), expected)
@@ -109,7 +109,7 @@ def test_transform_takes_images_of_any_mode(weights_file: Path) -> None:
 
 
 def test_maps_average_to_the_features(weights_file: Path) -> None:
-    encoder = obowlab.load(weights_file)
+    encoder = lab.load(weights_file)
     images = torch.randn(2, 3, 32, 24, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         assert encoder.maps(images, "conv5").shape == (2, 32, 4, 3)
@@ -121,7 +121,7 @@ def test_maps_average_to_the_features(weights_file: Path) -> None:
 
 
 def test_an_encoder_can_be_trained_further(weights_file: Path) -> None:
-    encoder = obowlab.load(weights_file)
+    encoder = lab.load(weights_file)
     assert not any(part.training for part in encoder.modules())
     before = copy.deepcopy(encoder.state_dict())
     classifier = torch.nn.Sequential(encoder, torch.nn.Linear(encoder.num_features, 3)).train()
@@ -138,14 +138,14 @@ def test_a_model_version_is_the_encoder_of_its_run(weights_file: Path, workplace
     from obowlab.runs.folder import RunFolder
     from obowlab.tracking.mirror import Mirror, save_encoder_model
 
-    encoder = obowlab.load(weights_file)
+    encoder = lab.load(weights_file)
     run = RunFolder.create(Loaded("mine", RECIPE, {}), seed=0, runs_root=workplace / "runs")
     with pytest.raises(UserError, match=r"mlflow\.db"):
-        obowlab.load("models:/obowlab-mine/1")
+        lab.load("models:/obowlab-mine/1")
     save_encoder_model(encoder.model, path=run.path / "model", example=torch.zeros(2, 3, 24, 24))
     run.set_state(status="finished")
     assert Mirror(run).sync(timeout_s=60).error is None
-    found = obowlab.load("models:/obowlab-mine/1")
+    found = lab.load("models:/obowlab-mine/1")
     assert not found.training
     assert (found.info.source, found.info.weights_hash) == (run.run_id, encoder.info.weights_hash)
     assert found.transform == encoder.transform
@@ -153,6 +153,96 @@ def test_a_model_version_is_the_encoder_of_its_run(weights_file: Path, workplace
     assert torch.equal(found(images), encoder(images))
     found.train()(images).sum().backward()
     with pytest.raises(UserError, match="Cannot load models:/obowlab-mine/7"):
-        obowlab.load("models:/obowlab-mine/7")
+        lab.load("models:/obowlab-mine/7")
     with pytest.raises(UserError, match="write models:/NAME/VERSION"):
-        obowlab.load("models:/obowlab-mine")
+        lab.load("models:/obowlab-mine")
+
+
+# -------------------------------------------------------------------------------------------------- features of a folder
+
+
+def test_features_of_a_folder_are_those_of_evaluation(
+    weights_file: Path, image_folder: Path, data_root: Path, tmp_path: Path
+) -> None:
+    encoder = lab.load(weights_file).train()
+    features, paths = lab.embed(encoder, image_folder / "val", workers=2)
+    assert encoder.training
+    assert features.dtype == np.float32
+    assert paths == sorted((image_folder / "val").rglob("*.jpg"))
+    expected = evaluated(encoder.model, data_root=data_root, cache_dir=tmp_path / "f")
+    assert np.array_equal(features, expected.numpy())
+    by_seven, again = lab.embed(encoder, str(image_folder / "val"), batch_size=7)
+    assert again == paths
+    np.testing.assert_allclose(by_seven, features, rtol=1e-5, atol=1e-6)
+
+
+def test_images_that_cannot_be_read_are_left_out_and_named(
+    weights_file: Path, image_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    encoder = lab.load(weights_file)
+    folder = tmp_path / "mixed"
+    (folder / "b" / "inner").mkdir(parents=True)
+    good = (image_folder / "val" / "class_0" / "image_00.jpg").read_bytes()
+    (folder / "b" / "inner" / "deep.JPG").write_bytes(good)
+    (folder / "a.jpg").write_bytes(good)
+    (folder / ".hidden.jpg").write_bytes(good)
+    (folder / "notes.txt").write_text("no image")
+    (folder / "cut.jpg").write_bytes(good[: len(good) // 2])
+    (folder / "b" / "text.png").write_text("no image")
+    with caplog.at_level("WARNING", logger="obowlab"):
+        features, paths = lab.embed(encoder, folder)
+    assert [path.relative_to(folder).as_posix() for path in paths] == ["a.jpg", "b/inner/deep.JPG"]
+    assert np.array_equal(features[0], features[1])
+    (message,) = caplog.messages
+    assert "2 of 4 images" in message
+    assert "b/text.png (not an image in a format Pillow knows)" in message
+    assert "cut.jpg (" in message
+    for path in paths:
+        path.unlink()
+    with pytest.raises(UserError, match="None of the 2 images"):
+        lab.embed(encoder, folder)
+
+
+def test_features_that_overflow_and_impossible_requests_are_refused(
+    weights_file: Path, image_folder: Path, tmp_path: Path
+) -> None:
+    encoder = lab.load(weights_file)
+    with pytest.raises(UserError, match="There is no folder"):
+        lab.embed(encoder, tmp_path / "nowhere")
+    with pytest.raises(UserError, match="batch_size must be at least 1"):
+        lab.embed(encoder, image_folder, batch_size=0)
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="no GPU"):
+            lab.embed(encoder, image_folder, device="cuda")
+    with torch.no_grad():
+        encoder.model.bn1.weight.fill_(torch.inf)
+    with pytest.raises(UserError, match="not finite"):
+        lab.embed(encoder, image_folder / "val")
+
+
+def test_the_command_writes_what_the_function_returns(
+    weights_file: Path, image_folder: Path, obowlab: Obowlab, workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = finished_run(workplace / "runs")
+    (run.path / "encoder.safetensors").write_bytes(weights_file.read_bytes())
+    encoder = lab.load(run.path)
+    expected, paths = lab.embed(encoder, image_folder)
+    names = [path.relative_to(image_folder).as_posix() for path in paths]
+    for out in ("x.npz", "x.parquet"):
+        code, said, err = obowlab("embed", "demo", str(image_folder), "--out", out, "--device", "cpu")
+        assert (code, err) == (0, "")
+        assert f"Wrote {out}: 90 images, 32 features each, by {run.run_id}." in said
+        code, _, err = obowlab("embed", "demo", str(image_folder), "--out", out, "--device", "cpu")
+        assert (code, "is there already" in err) == (2, True)
+    with np.load("x.npz") as file:
+        assert np.array_equal(file["features"], expected)
+        assert file["paths"].tolist() == names
+        assert str(file["weights_hash"]) == encoder.info.weights_hash
+    table = pytest.importorskip("pyarrow.parquet").read_table("x.parquet")
+    assert table["path"].to_pylist() == names
+    assert np.array_equal(np.array(table["features"].to_pylist(), np.float32), expected)
+    assert table.schema.metadata[b"weights_hash"].decode() == encoder.info.weights_hash
+    assert sorted(path.name for path in workplace.iterdir()) == ["runs", "x.npz", "x.parquet"]
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    code, _, err = obowlab("embed", "demo", str(image_folder), "--out", "y.parquet")
+    assert (code, "needs pyarrow" in err) == (2, True)
