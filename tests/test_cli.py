@@ -103,7 +103,7 @@ def test_every_command_has_a_dry_run_and_help_for_every_option() -> None:
         return 1
 
     commands = [cli.get_command(click.Context(cli), name) for name in COMMANDS]
-    assert sum(check(command) for command in commands if command is not None) == 25
+    assert sum(check(command) for command in commands if command is not None) == 26
 
 
 def test_choices_are_those_of_the_code_they_stand_for() -> None:
@@ -165,6 +165,13 @@ BAD = {
     "eval nothing": "no run 'nothing'",
     "eval nothing.safetensors": "no weights file 'nothing.safetensors'",
     "eval nothing --protocol fewshots": "'fewshots' is not one of",
+    "embed": "Missing argument 'RUN|FILE'",
+    "embed nothing .": "Missing option '--out'",
+    "embed nothing . --out x.csv": "--out x.csv must end in .npz or .parquet",
+    "embed nothing . --out nowhere/x.npz": "The folder of --out nowhere/x.npz does not exist",
+    "embed nothing nowhere --out x.npz": "There is no folder 'nowhere'",
+    "embed nothing . --out x.npz": "holds no image",
+    "embed nothing . --out x.npz --batch-size 0": "--batch-size",
     "data prepare": "Missing argument 'NAME'",
     "data prepare photos": "Give --source DIR",
     "data prepare photos --source nowhere": "nowhere is neither a folder nor a .tar file",
@@ -262,6 +269,7 @@ DRY = {
     ],
     "eval RUN": ["Would measure fewshot, linear, knn of demo-s0-", "random initialisation"],
     "eval RUN --protocol knn --no-random --dataset other": ["Would measure knn of demo-s0-", " on other"],
+    "embed RUN SOURCE --out x.npz": ["Would write the features of 90 images", "by demo-s0-", "to x.npz"],
     "data prepare photos --source SOURCE": ["Would write", "60 train, 30 val images of 5 classes"],
     "data prepare synthetic": ["Would draw"],
     "data verify photos": ["Would hash"],

@@ -232,12 +232,13 @@ def test_python_examples_run(workplace: Path, data_root: Path, image_folder: Pat
     )
     (workplace / "data").symlink_to(data_root)
     shutil.copy(next(image_folder.glob("val/*/*.jpg")), workplace / "photo.jpg")
+    (workplace / "photos").symlink_to(image_folder / "val")
     examples = [block for block in blocks("docs/python.md") if block.marker == "python"]
     names: dict[str, Any] = {}
     for block in examples:
         exec(compile(block.text, f"docs/python.md:{block.line}", "exec"), names)
     assert len(names["results"][0].measurements) == 1
-    assert names["features"].shape == (1, names["model"].num_features)
+    assert names["features"].shape == (30, names["encoder"].num_features)
     assert names["losses"] == [(10, 3.5)]
 
 

@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("obowlab.cli.run:run", "Pretrain a recipe, then evaluate the encoder; the same command again continues."),
     "tune": ("obowlab.cli.tune:tune", "Search the settings of a recipe with Optuna; the same command again continues."),
     "eval": ("obowlab.cli.eval:evaluate", "Measure the encoder of a run or of a weights file."),
+    "embed": ("obowlab.cli.embed:embed", "Write the features of a folder of images as a file of numpy or Parquet."),
     "ablate": ("obowlab.cli.ablate:ablate", "Train what the rows of tables need and lack, then show the tables."),
     "table": ("obowlab.cli.ablate:table", "Show tables of the paper beside what the run store has; trains nothing."),
     "words": ("obowlab.cli.words:words", "Show the visual words of a run: the patches that each of them stands for."),

@@ -155,8 +155,7 @@ def to_jpeg(data: bytes) -> DecodedImage:
             jpeg = data
             if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):
                 buffer = io.BytesIO()
-                shown = _eight_bits(image) if image.mode[0] in "IF" else image
-                shown.convert("RGB").save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+                to_rgb(image).save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
                 jpeg = buffer.getvalue()
     except UnidentifiedImageError:  # its own text holds a memory address
         raise UnreadableImageError("not an image in a format Pillow knows") from None
@@ -167,6 +166,15 @@ def to_jpeg(data: bytes) -> DecodedImage:
     if max(width, height) > MAX_SIDE:
         raise UnreadableImageError(f"{width}x{height} pixels: sides of at most {MAX_SIDE} fit")
     return DecodedImage(jpeg=jpeg, height=height, width=width)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return an image as RGB of 8 bits; values of more bits are scaled.
+
+    Raises:
+        UnreadableImageError: their range is not known.
+    """
+    return (_eight_bits(image) if image.mode[0] in "IF" else image).convert("RGB")
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

@@ -124,16 +124,31 @@ def read_source(path: Path) -> Source:
     )
 
 
+def list_images(folder: Path) -> list[str]:
+    """Return the names of all images below a folder, relative to it, sorted; hidden files are left out and links followed.
+
+    Raises:
+        UserError: it is no folder, holds no image, or something in it cannot be read.
+    """
+    if not folder.is_dir():
+        raise UserError(f"There is no folder '{folder}'.")
+    files = (file.name for file in _walk(folder, folders=[], what=str(folder)))
+    names = sorted(name for name in files if name.lower().endswith(IMAGE_SUFFIXES) and not _is_hidden(name))
+    if not names:
+        raise UserError(f"{folder} holds no image; names of images end in {', '.join(IMAGE_SUFFIXES)}.")
+    return names
+
+
 def _is_hidden(name: str) -> bool:
     return any(part.startswith(".") or part.lower() in _HIDDEN for part in name.split("/"))
 
 
-def _walk(root: Path, *, folders: list[str]) -> Iterator[SourceImage]:
-    """Yield the files below a folder, and add its folders to `folders`."""
+def _walk(root: Path, *, folders: list[str], what: str = "--source") -> Iterator[SourceImage]:
+    """Yield the files below a folder, and add its folders to `folders`; `what` names it in an error."""
 
     def refuse(error: OSError) -> None:
         raise UserError(
-            f"--source holds {error.filename}, which cannot be read ({error.strerror}): remove it or make it readable."
+            f"{what} holds {error.filename}, which cannot be read ({error.strerror}): remove it or make it readable."
         ) from None
 
     # Links are followed, as ImageFolder does: on clusters data sets are often folders of links.

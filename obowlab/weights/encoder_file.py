@@ -6,6 +6,7 @@ An encoder file is safetensors: the state dict of the student's `ResNet` (torchv
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,15 +18,18 @@ import safetensors.torch
 import torch
 import torchvision.models
 from pydantic import ValidationError
-from torch import nn
+from torch import Tensor, nn
 
-from obowlab.config import Backbone, Recipe, Section, Views
+from obowlab.config import Backbone, Level, Recipe, Section, Views, load_machine
 from obowlab.errors import UserError
 from obowlab.evaluation.features import frozen, weights_hash
 from obowlab.files import write_atomic
 from obowlab.methods import OBoW, ResNet
+from obowlab.methods.backbones import LEVELS
 from obowlab.runs.folder import RunFolder
 from obowlab.runs.info import ENCODER_FILE
+from obowlab.tracking.model import is_model_version, read_model_version
+from obowlab.views.centre import CentreView
 from obowlab.views.photometric import MEAN, STD
 from obowlab.weights import WEIGHTS_SUFFIXES
 from obowlab.weights.reading import WeightsFile, read_weights
@@ -51,19 +55,64 @@ class EncoderInfo(Section):
     weights_hash: str
 
 
-@dataclass(frozen=True)
-class Encoder:
-    """An encoder from a file.
+class Encoder(nn.Module):
+    """A trained encoder: a torch module with all that is needed to use it or to train it further.
+
+    It comes on the CPU and in evaluation mode. Calling it gives the features. Gradients flow through everything.
 
     Attributes:
-        model: the student's ResNet, on the CPU, in evaluation mode.
+        model: the student's ResNet, with torchvision's names.
         info: what the file says about it; sizes are the paper's where a foreign file has none.
-        path: the file.
+        path: the file, or the address of the model version.
+        transform: what evaluation does to an image: PIL image to float32 [3, S, S], resized, cut and normalised. It is small
+            and can be sent to the workers of a DataLoader.
     """
 
     model: ResNet
-    info: EncoderInfo
-    path: Path
+
+    def __init__(self, *, model: ResNet, info: EncoderInfo, path: Path) -> None:
+        super().__init__()
+        self.model = model
+        self.info = info
+        self.path = path
+        self.transform = CentreView(resize=info.original_resize, size=info.original_size)
+        self.train(model.training)
+
+    @property
+    def num_features(self) -> int:
+        """Length D of a feature."""
+        return int(self.model.num_features)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.conv1.weight.device
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the features; see `features`."""
+        return self.features(images)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Return the globally averaged last map, float32 [B, D].
+
+        Args:
+            images: as `transform` gives them, [B, 3, H, W] on the encoder's device; any size will do.
+        """
+        return self.model(images)  # type: ignore[no-any-return]
+
+    def maps(self, images: Tensor, level: Level = "conv5") -> Tensor:
+        """Return the feature map of a level, float32 [B, C, H', W'].
+
+        Args:
+            images: as for `features`.
+            level: `conv4` or `conv5`, the paper's names of the last two stages.
+
+        Raises:
+            UserError: there is no such level.
+        """
+        if level not in LEVELS:
+            raise UserError(f"There is no level '{level}' of an encoder; choose {' or '.join(LEVELS)}.")
+        return self.model.levels(images, (level,))[0][level]
 
 
 # ------------------------------------------------------------------------------------------------------- our own files
@@ -97,14 +146,35 @@ def write_encoder(encoder: nn.Module, *, path: Path, info: EncoderInfo) -> None:
     _write(path, safetensors.torch.save(state, metadata={METADATA_KEY: info.model_dump_json()}))
 
 
-def load_encoder(ref: str, *, runs_root: Path) -> Encoder:
-    """Load the encoder of a run (id, beginning of an id, or folder) or of a weights file.
+def load(ref: str | Path, *, runs_root: str | Path | None = None) -> Encoder:
+    """Load an encoder, on the CPU and in evaluation mode.
 
-    Files may be ours, or torch files in torchvision's or the authors' naming.
+    Args:
+        ref: a run (its id, the beginning of one, or its folder), a weights file (obowlab's own, torchvision's or the authors'),
+            or a model version of a run in MLflow, `models:/NAME/VERSION`.
+        runs_root: the run store. By default that of the command line: `runs`, or what the machine file and
+            `$OBOWLAB_RUNS_ROOT` say. The MLflow store is found in the same way.
 
     Raises:
-        UserError: there is no such run or file, the run has no encoder yet, or the file does not fit strictly.
+        UserError: there is no such run, file or version, the run has no encoder yet, or the weights do not fit strictly.
     """
+    machine = load_machine(overrides={"runs_root": None if runs_root is None else Path(runs_root)})
+    return load_encoder(str(ref), runs_root=machine.runs_root, tracking_uri=machine.tracking_uri)
+
+
+def load_encoder(ref: str, *, runs_root: Path, tracking_uri: str | None = None) -> Encoder:
+    """Load the encoder of a run, a weights file or a model version; as `load`, without defaults.
+
+    Args:
+        ref: as for `load`.
+        runs_root: the run store.
+        tracking_uri: the MLflow store; that of the run store if absent.
+
+    Raises:
+        UserError: as `load`.
+    """
+    if is_model_version(ref):
+        return _model_version(ref, runs_root=runs_root, tracking_uri=tracking_uri)
     path = Path(ref)
     if path.is_file():
         return read_encoder(path)
@@ -134,6 +204,22 @@ def read_encoder(path: Path) -> Encoder:
     if weights_hash(model) != info.weights_hash:
         raise UserError(f"The weights in {path} are not those it was written with (hash differs); copy the file again.")
     return Encoder(model=model, info=info, path=path)
+
+
+def _model_version(ref: str, *, runs_root: Path, tracking_uri: str | None) -> Encoder:
+    """Load a model version: the weights of its graph in a ResNet that can be trained further."""
+    version = read_model_version(ref, tracking_uri=tracking_uri, runs_root=runs_root)
+    recipe, origin = Recipe.model_validate_json(json.dumps(version.recipe_values)), Path(ref)
+    model = build_encoder(version.state, backbone=recipe.backbone, origin=origin)
+    info = EncoderInfo(
+        backbone=recipe.backbone,
+        original_resize=recipe.views.original_resize,
+        original_size=recipe.views.original_size,
+        source=version.run_id,
+        fingerprint=version.fingerprint,
+        weights_hash=weights_hash(model),
+    )
+    return Encoder(model=model, info=info, path=origin)
 
 
 def _foreign_info(model: ResNet, *, backbone: Backbone, source: str) -> EncoderInfo:
