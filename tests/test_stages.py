@@ -108,6 +108,7 @@ def interrupted_copy(folder: Path, trained: tuple[Loaded, Machine, list[RunFolde
     for original in trained[2]:
         shutil.copytree(original.path, folder / original.run_id)
         copies.append(RunFolder.open(folder / original.run_id))
+    (copies[1].path / "encoder.safetensors").unlink()  # with it, the stage would be trained
     copies[1].set_state(status="interrupted")
     return copies
 
