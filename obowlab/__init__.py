@@ -10,16 +10,21 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from obowlab.config.loading import recipe
+    from obowlab.training.stepwise import Steps, trainer
     from obowlab.weights.embedding import embed
     from obowlab.weights.encoder_file import Encoder, load
 
 __version__ = "0.1.0"
-__all__ = ["Encoder", "embed", "load"]
+__all__ = ["Encoder", "Steps", "embed", "load", "recipe", "trainer"]
 
 _PLACES = {
     "Encoder": "obowlab.weights.encoder_file",
+    "Steps": "obowlab.training.stepwise",
     "embed": "obowlab.weights.embedding",
     "load": "obowlab.weights.encoder_file",
+    "recipe": "obowlab.config.loading",
+    "trainer": "obowlab.training.stepwise",
 }
 
 

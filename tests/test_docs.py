@@ -239,6 +239,7 @@ def test_python_examples_run(workplace: Path, data_root: Path, image_folder: Pat
         exec(compile(block.text, f"docs/python.md:{block.line}", "exec"), names)
     assert len(names["results"][0].measurements) == 1
     assert names["features"].shape == (30, names["encoder"].num_features)
+    assert names["output"].metrics["feature_norm"] > 0
     assert names["losses"] == [(10, 3.5)]
 
 

@@ -7,6 +7,7 @@ import io
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,13 +15,15 @@ import torch
 from PIL import Image
 
 import obowlab as lab
-from obowlab.config import Backbone, Data, Recipe, Views
+from obowlab import Steps
+from obowlab.config import Backbone, Data, Loaded, Machine, Recipe, Views, load_recipe
 from obowlab.data.datasets import open_split
 from obowlab.errors import UserError
 from obowlab.evaluation.features import FeatureStore
-from obowlab.methods import build_backbone
+from obowlab.methods import Batch, OBoW, StepOutput, build_backbone
 from obowlab.weights.encoder_file import save_encoder
-from tests.command_line import Obowlab, finished_run
+from tests.command_line import Obowlab, contents, finished_run
+from tests.runs import chain_recipe, complete, small_recipe, weights
 
 VIEWS = Views(original_size=24, original_resize=28, num_crops=1, crop_size=16)
 RECIPE = Recipe(data=Data(dataset="small"), views=VIEWS, backbone=Backbone(stem="small", width=4))
@@ -134,7 +137,6 @@ def test_an_encoder_can_be_trained_further(weights_file: Path) -> None:
 
 
 def test_a_model_version_is_the_encoder_of_its_run(weights_file: Path, workplace: Path) -> None:
-    from obowlab.config import Loaded
     from obowlab.runs.folder import RunFolder
     from obowlab.tracking.mirror import Mirror, save_encoder_model
 
@@ -246,3 +248,90 @@ def test_the_command_writes_what_the_function_returns(
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     code, _, err = obowlab("embed", "demo", str(image_folder), "--out", "y.parquet")
     assert (code, "needs pyarrow" in err) == (2, True)
+
+
+# ------------------------------------------------------------------------------------------------- recipes and trainings
+
+
+def test_recipes_take_changes_as_texts_or_values() -> None:
+    assert lab.recipe("demo") == load_recipe("demo").recipe
+    changed = load_recipe("demo", overrides=["method.kappa=9", "views.crop_scale=[0.1, 0.5]"]).recipe
+    assert lab.recipe("demo", overrides=["method.kappa=9", "views.crop_scale=[0.1, 0.5]"]) == changed
+    assert lab.recipe("demo", overrides={"method.kappa": 9, "views.crop_scale": [0.1, 0.5]}) == changed
+    assert lab.recipe("demo", overrides="method.kappa=1").method.kappa == 1
+    with pytest.raises(UserError, match=r"Did you mean 'method\.kappa'"):
+        lab.recipe("demo", overrides={"method.kapa": 9})
+
+
+def steps_of(loaded: Loaded, *, data_root: Path, runs_root: Path, **options: Any) -> Steps:
+    return lab.trainer(loaded.recipe, seed=3, data_root=data_root, runs_root=runs_root, device="cpu", workers=0, **options)
+
+
+@pytest.mark.parametrize("chain", [False, True])
+def test_steps_are_those_of_a_run_to_the_bit(chain: bool, workplace: Path, data_root: Path) -> None:
+    machine = Machine(data_root=data_root, runs_root=workplace / "runs", device="cpu", loader="torch", workers=0)
+    overrides = ("evaluation.protocols=[]", "teacher.evaluation.protocols=[]") if chain else ("evaluation.protocols=[]",)
+    loaded = (chain_recipe if chain else small_recipe)(workplace, dataset="small", epochs=2, overrides=overrides)
+    runs = [complete(stage, machine=machine, seed=3) for stage in loaded.stages()]
+    before = contents(workplace)
+    steps = steps_of(loaded, data_root=data_root, runs_root=machine.runs_root)
+    logged = {point.step: point.values["loss"] for point in runs[-1].metrics()}
+    for batch in steps.batches():
+        assert batch.step == steps.num_done
+        output = steps.step(batch)
+        assert not output.loss.requires_grad
+        assert float(output.metrics["loss"].double()) == logged[steps.num_done]
+    assert steps.num_done == steps.total_steps == 2 * steps.steps_per_epoch == 14
+    expected = weights(runs[-1])
+    ours = steps.method.state_dict()
+    assert ours.keys() == expected.keys()
+    assert [name for name in ours if not torch.equal(ours[name], expected[name])] == []
+    assert list(steps.batches()) == []
+    assert contents(workplace) == before, "nothing is written"
+
+
+def test_a_loop_can_stop_and_go_on(workplace: Path, data_root: Path) -> None:
+    loaded = small_recipe(workplace, dataset="small", epochs=2)
+    whole, halves = (steps_of(loaded, data_root=data_root, runs_root=workplace) for _ in range(2))
+    for batch in whole.batches():
+        whole.step(batch)
+    for count in (3, 6, 14):
+        for batch in halves.batches():
+            halves.step(batch)
+            if halves.num_done == count:
+                break
+    ours, theirs = halves.method.state_dict(), whole.method.state_dict()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def test_a_loss_and_a_method_of_ones_own(workplace: Path, data_root: Path) -> None:
+    class Halved(OBoW):
+        def forward(self, batch: Batch) -> StepOutput:
+            output = super().forward(batch)
+            return StepOutput(loss=output.loss / 2, metrics=output.metrics)
+
+    loaded = small_recipe(workplace, dataset="small", overrides=("training.monitor=false",))
+    gradients, losses = [], []
+    plain, own = ({}, {"method": Halved})
+    for options, loss in ((plain, None), (own, None), (plain, lambda output: output.loss / 2)):
+        steps = steps_of(loaded, data_root=data_root, runs_root=workplace, **options)
+        losses.append(steps.step(next(steps.batches()), loss=loss).loss)
+        gradients.append(steps.method.encoder.conv1.weight.grad)
+    assert losses[1] == losses[2] == losses[0] / 2
+    assert torch.equal(gradients[1], gradients[2])
+    torch.testing.assert_close(gradients[1], gradients[0] / 2)
+
+
+def test_steps_refuse_what_a_run_refuses(workplace: Path, data_root: Path) -> None:
+    with pytest.raises(UserError, match="obowlab data prepare tinyimagenet100"):
+        lab.trainer(lab.recipe("tiny-vanilla"), data_root=data_root)
+    loaded = chain_recipe(workplace, dataset="small")
+    with pytest.raises(UserError, match="learns from the stage before it"):
+        steps_of(loaded, data_root=data_root, runs_root=workplace)
+    steps = steps_of(small_recipe(workplace, dataset="small"), data_root=data_root, runs_root=workplace)
+    before = copy.deepcopy(steps.method.encoder.state_dict())
+    with pytest.raises(UserError, match="not finite at step 0"):
+        steps.step(next(steps.batches()), loss=lambda output: output.loss * torch.nan)
+    assert steps.num_done == 0
+    weight = steps.method.encoder.conv1.weight
+    assert torch.equal(weight, before["conv1.weight"])

@@ -114,6 +114,21 @@ def load_recipe(name: str, *, changes: Mapping[str, Any] | None = None, override
     return Loaded(name=path.stem, recipe=recipe_from_values(values, sources=sources), sources=sources)
 
 
+def recipe(name: str | Path, *, overrides: Mapping[str, Any] | Sequence[str] = ()) -> Recipe:
+    """Return a recipe with everything that changes a result: of a shipped name or a TOML file, with changes.
+
+    Args:
+        name: of a shipped recipe (`obowlab config list`), or a path ending in `.toml`.
+        overrides: dotted keys to values, `{"method.kappa": 8}`, or texts as `--set` takes them, `["method.kappa=8"]`.
+
+    Raises:
+        UserError: as `load_recipe`.
+    """
+    if isinstance(overrides, Mapping):
+        return load_recipe(str(name), changes=overrides).recipe
+    return load_recipe(str(name), overrides=[overrides] if isinstance(overrides, str) else overrides).recipe
+
+
 def layer(values: Mapping[str, Any], changes: Mapping[str, Any], *, method: str = DEFAULT_METHOD) -> dict[str, Any]:
     """Return flat settings with changes laid over them.
 

@@ -166,7 +166,7 @@ def join(machine: Machine) -> Iterator[World]:
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
-    device = _device(machine, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
+    device = device_of(machine, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
     if world_size == 1:
         yield World(rank=rank, world_size=world_size, device=device)
         return
@@ -197,7 +197,12 @@ def _leave(votes: dist.ProcessGroup) -> None:
     dist.destroy_process_group()
 
 
-def _device(machine: Machine, *, local_rank: int) -> torch.device:
+def device_of(machine: Machine, *, local_rank: int) -> torch.device:
+    """Return where a process of this node computes; a GPU becomes the current one.
+
+    Raises:
+        UserError: a GPU was asked for and there is none for it.
+    """
     wanted = machine.device
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from obowlab.data.datasets import Split, open_split, subset
 from obowlab.errors import UserError
-from obowlab.methods import METHODS, Batch, Method, compile_encoders
+from obowlab.methods import METHODS, Batch, Method, StepOutput, compile_encoders
 from obowlab.methods.schedules import learning_rate
 from obowlab.precision import autocast, loss_scaler, set_float32_mode
 from obowlab.randomness import Ints
@@ -85,7 +86,16 @@ class Trainer:
         timer: how long the steps take.
     """
 
-    def __init__(self, run: RunContext) -> None:
+    def __init__(self, run: RunContext, *, kind: type[Method[Any]] | None = None) -> None:
+        """Open the images and build the method.
+
+        Args:
+            run: folder, machine, ranks.
+            kind: another class for the recipe's method, with the same settings.
+
+        Raises:
+            UserError: the images are not prepared, or the recipe does not fit them or the number of processes.
+        """
         recipe, machine = run.recipe, run.machine
         set_up_device(run)
         self.run = run
@@ -93,7 +103,7 @@ class Trainer:
         self.loader = open_loader(run, split=self.split)
         self.total_steps = recipe.training.epochs * self.loader.steps_per_epoch
         self.log_every = max(1, math.ceil(self.total_steps / machine.log_points))
-        self.method = build(run, split=self.split, total_steps=self.total_steps)
+        self.method = build(run, split=self.split, total_steps=self.total_steps, kind=kind)
         synchronise_batchnorm(self.method, world=run.world)
         if machine.channels_last:
             self.method.to(memory_format=torch.channels_last)
@@ -118,7 +128,7 @@ class Trainer:
             UserError: the checkpoint is of other images, or points logged before it are lost.
         """
         run = self.run
-        teacher = run.world.together(lambda: find_teacher(run))
+        teacher = run.world.together(lambda: find_teacher(run, runs_root=run.folder.path.parent))
         found = run.world.together(lambda: newest_checkpoint(run, data_hash=self.split.content_hash))
         check_same(run, found=found)
         run.world.on_main(lambda: self.open_metric_log(found))
@@ -213,18 +223,9 @@ class Trainer:
         Raises:
             UserError: the loss is not finite: on a CPU that of this step, and nothing was updated; see `Votes`.
         """
-        run, recipe = self.run, self.run.recipe
-        rate = learning_rate(
-            self.step,
-            optimizer=recipe.optimizer,
-            epochs=recipe.training.epochs,
-            steps_per_epoch=self.loader.steps_per_epoch,
-        )
-        set_learning_rate(self.optimizer, rate)
-        with autocast(recipe.training.precision, device=run.world.device):
-            output = self.parallel(batch)
-        self.optimizer.zero_grad(set_to_none=True)
-        self._scaler.scale(output.loss).backward()
+        run = self.run
+        output = self.forward(batch)
+        self.backward(output.loss)
         # All ranks update, save and stop together.
         save_due = self.timer.since_save_s > run.machine.checkpoint_every_s
         stopping = run.stop.signum != 0
@@ -232,12 +233,35 @@ class Trainer:
             output.loss, save_due=save_due, stopping=stopping, place=_Place(self.step, pixels.epoch, pixels.indices)
         )
         self._refuse_broken(decision)
+        self.update()
+        self._window.add(output.metrics)
+        return decision.save_due, decision.stopping
+
+    def forward(self, batch: Batch) -> StepOutput:
+        """Set the learning rate of this step, and do the step up to its loss."""
+        recipe = self.run.recipe
+        rate = learning_rate(
+            self.step,
+            optimizer=recipe.optimizer,
+            epochs=recipe.training.epochs,
+            steps_per_epoch=self.loader.steps_per_epoch,
+        )
+        set_learning_rate(self.optimizer, rate)
+        with autocast(recipe.training.precision, device=self.run.world.device):
+            output: StepOutput = self.parallel(batch)
+        return output
+
+    def backward(self, loss: Tensor) -> None:
+        """Replace the gradients by those of a loss, 0-dim, times the loss scale of float16."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+
+    def update(self) -> None:
+        """Move the weights along the gradients."""
         self._scaler.unscale_(self.optimizer)
         self._scaler.step(self.optimizer)
         self._scaler.update()
         self.step += 1
-        self._window.add(output.metrics)
-        return decision.save_due, decision.stopping
 
     def _refuse_broken(self, decision: Decision[_Place]) -> None:
         if decision.broken and decision.place is not None:
@@ -349,10 +373,10 @@ def open_loader(run: RunContext, *, split: Split) -> TrainLoader:
     )
 
 
-def build(run: RunContext, *, split: Split, total_steps: int) -> Method[Any]:
-    """Build the recipe's method with the initial weights of the run's seed, on this process's device."""
+def build(run: RunContext, *, split: Split, total_steps: int, kind: type[Method[Any]] | None = None) -> Method[Any]:
+    """Build the recipe's method, or another class, with the initial weights of the run's seed, on this process's device."""
     recipe = run.recipe
-    kind = METHODS[recipe.method.name]
+    kind = METHODS[recipe.method.name] if kind is None else kind
     kind.check_views(recipe.method, backbone=recipe.backbone, views=recipe.views)
     kind.check_batch(recipe.method, batch_size=recipe.training.batch_size, world_size=run.world.world_size)
     method = kind(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,8 +40,8 @@ class Teacher:
     weights_hash: str
 
 
-def find_teacher(run: RunContext) -> Teacher | None:
-    """Load the encoder of the stage before, from the run beside this one that has its fingerprint; None for a first stage.
+def find_teacher(run: RunContext, *, runs_root: Path) -> Teacher | None:
+    """Load the encoder of the stage before, from the run with its fingerprint in a run store; None for a first stage.
 
     Raises:
         UserError: there is no such run, it has no encoder yet, or not the one that this run began with.
@@ -48,7 +49,7 @@ def find_teacher(run: RunContext) -> Teacher | None:
     recipe, folder = run.recipe.teacher, run.folder
     if recipe is None:
         return None
-    runs_root, fingerprint = folder.path.parent, recipe.fingerprint(seed=run.seed)
+    fingerprint = recipe.fingerprint(seed=run.seed)
     found = find_run(fingerprint, runs_root=runs_root)
     if found is None or not (found.path / ENCODER_FILE).is_file():
         lack = "is not there" if found is None else f"({found.run_id}) has no encoder yet"
