@@ -1,6 +1,6 @@
 """obowlab: self-supervised learning by predicting online bags of visual words (Gidaris et al., CVPR 2021).
 
-`load` and `embed` are what other code needs (docs/python.md). They are imported when they are first used:
+`load`, `embed`, `recipe` and `trainer` are what other code needs (docs/python.md). They are imported when they are first used:
 `import obowlab` imports neither torch nor anything else.
 """
 
