@@ -137,7 +137,7 @@ def hurry() -> None:
 
 
 def machine_of(root: Path) -> Machine:
-    return Machine(runs_root=root / "runs", device="cpu")
+    return Machine(data_root=root / "data", runs_root=root / "runs", device="cpu")
 
 
 def tuning_of(root: Path, *, text: str = STUDY, pruner: str = "none", seeds: Sequence[int] = (0,), **options: Any) -> Tuning:

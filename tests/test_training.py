@@ -18,6 +18,7 @@ from obowlab.config import Machine
 from obowlab.data.datasets import prepare
 from obowlab.errors import UserError
 from obowlab.runs.folder import RunFolder
+from obowlab.runs.info import ENCODER_FILE
 from obowlab.runs.metric_log import MetricLog
 from obowlab.training import checkpoint as checkpoints
 from obowlab.training.__main__ import main
@@ -63,6 +64,7 @@ def test_other_images_are_refused_and_nothing_is_lost(tmp_path: Path, data_root:
             )
     prepare("small", source=tmp_path / "images", data_root=tmp_path / "other", workers=1)
     run.set_state(status="interrupted")
+    (run.path / ENCODER_FILE).unlink()  # a run that has it is trained
     code, run = run_here(tmp_path, data_root=tmp_path / "other")
     assert code == 2
     assert "not those that" in run.state.message
