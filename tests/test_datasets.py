@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from obowlab.data import decoding
 from obowlab.data import prepare as preparation
 from obowlab.data.beton import BetonWriter, ContentHash, Record, page_size_for, read_index
 from obowlab.data.catalogue import check_spelling
@@ -439,7 +440,7 @@ def test_other_modes_become_rgb() -> None:
     for mode, kind in (("CMYK", "JPEG"), ("L", "PNG"), ("P", "PNG"), ("RGBA", "PNG"), ("RGB", "BMP"), ("RGB", "WEBP")):
         buffer = io.BytesIO()
         photo.convert(mode).save(buffer, kind)
-        record = preparation.to_jpeg(buffer.getvalue())
+        record = decoding.to_jpeg(buffer.getvalue())
         with Image.open(io.BytesIO(record.jpeg)) as image:
             assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (30, 20))
 
@@ -447,8 +448,8 @@ def test_other_modes_become_rgb() -> None:
 def test_a_grayscale_jpeg_is_kept_as_it_is() -> None:
     buffer = io.BytesIO()
     draw_photo(1, height=20, width=30).convert("L").save(buffer, "JPEG", quality=60)
-    kept = preparation.to_jpeg(buffer.getvalue())
-    assert kept == preparation.DecodedImage(jpeg=buffer.getvalue(), height=20, width=30)
+    kept = decoding.to_jpeg(buffer.getvalue())
+    assert kept == decoding.DecodedImage(jpeg=buffer.getvalue(), height=20, width=30)
 
 
 def encoded(values: np.ndarray, kind: str) -> bytes:
@@ -472,7 +473,7 @@ RAMP = np.linspace(0, 1, 64 * 48).reshape(48, 64)
     ids=["png16", "tiff16", "pgm16", "pgm12", "float"],
 )
 def test_images_of_more_than_8_bits_are_scaled_by_their_range(data: bytes) -> None:
-    with Image.open(io.BytesIO(preparation.to_jpeg(data).jpeg)) as image:
+    with Image.open(io.BytesIO(decoding.to_jpeg(data).jpeg)) as image:
         assert image.mode == "RGB"
         assert np.abs(np.asarray(image)[..., 1] - RAMP * 255).max() < 3
 
@@ -489,8 +490,8 @@ def test_images_of_more_than_8_bits_are_scaled_by_their_range(data: bytes) -> No
     ids=["12bit", "int32", "float255", "signed", "nan"],
 )
 def test_images_of_no_known_range_are_skipped_with_the_reason(data: bytes, reason: str) -> None:
-    with pytest.raises(preparation.UnreadableImageError, match=f"^{reason}, whose range is not known: convert it to 8 bits$"):
-        preparation.to_jpeg(data)
+    with pytest.raises(decoding.UnreadableImageError, match=f"^{reason}, whose range is not known: convert it to 8 bits$"):
+        decoding.to_jpeg(data)
 
 
 def test_the_same_files_give_the_same_bytes_as_ever(tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ def _alone(places: Sequence[Path]) -> Iterator[None]:
                 place.parent.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(file_lock(place.with_suffix(".lock")))
                 break
-            except (OSError, NotImplementedError):
+            except (OSError, NotImplementedError):  # the latter is how filelock says that a file system has no locks
                 continue
         yield
 

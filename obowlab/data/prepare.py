@@ -5,7 +5,6 @@ Both give a `Content` per split, a stream of records, and `build` writes it: one
 
 from __future__ import annotations
 
-import io
 import shutil
 import time
 from collections import Counter, deque
@@ -15,14 +14,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, UnidentifiedImageError
-
 import obowlab
 from obowlab import text
 from obowlab.data import synthetic
-from obowlab.data.beton import MAX_PAGE_SIZE, MAX_SIDE, MIN_PAGE_SIZE, BetonWriter, Record, page_size_for, read_index
+from obowlab.data.beton import MAX_PAGE_SIZE, MIN_PAGE_SIZE, BetonWriter, Record, page_size_for, read_index
 from obowlab.data.catalogue import check_spelling, missing
+from obowlab.data.decoding import UnreadableImageError, to_jpeg
 from obowlab.data.identity import note_written
 from obowlab.data.manifest import (
     Manifest,
@@ -38,9 +35,6 @@ from obowlab.data.manifest import (
 from obowlab.data.sources import SPLITS, Source, SourceImage, SourceSplit, read_source
 from obowlab.errors import UserError
 from obowlab.runs.provenance import num_cores
-
-JPEG_QUALITY = 95
-"""Of images that are not RGB or grayscale JPEG files already."""
 
 REPORT_EVERY_S = 0.5
 _PROBE_IMAGES = 64
@@ -104,15 +98,6 @@ class PrepareReport:
 
 
 @dataclass(frozen=True)
-class DecodedImage:
-    """An image that was decoded once completely: the JPEG bytes to keep and its size in pixels."""
-
-    jpeg: bytes
-    height: int
-    width: int
-
-
-@dataclass(frozen=True)
 class Content:
     """What a split is made of.
 
@@ -133,65 +118,6 @@ class Content:
     source: str
     source_hash: str
     records: Callable[[], Iterator[Record | Skipped]]
-
-
-class UnreadableImageError(Exception):
-    """An image file cannot become a record; the text says why."""
-
-
-def to_jpeg(data: bytes) -> DecodedImage:
-    """Decode an image file and return JPEG bytes: its own if it is an RGB or grayscale JPEG, else encoded anew with quality 95.
-
-    Both loaders decode either to the RGB pixels that torchvision's ImageFolder gives. Orientation tags are ignored, as there and
-    in the authors' code.
-
-    Raises:
-        UnreadableImageError: it cannot be decoded, is too large for the format, or has values of no known range.
-    """
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            image.load()
-            width, height = image.size
-            jpeg = data
-            if image.format not in ("JPEG", "MPO") or image.mode not in ("RGB", "L"):
-                buffer = io.BytesIO()
-                to_rgb(image).save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
-                jpeg = buffer.getvalue()
-    except UnidentifiedImageError:  # its own text holds a memory address
-        raise UnreadableImageError("not an image in a format Pillow knows") from None
-    except UnreadableImageError:
-        raise
-    except Exception as error:  # Pillow's decoders raise nearly anything on damaged files; every one is reported
-        raise UnreadableImageError(f"{type(error).__name__}: {error}") from error
-    if max(width, height) > MAX_SIDE:
-        raise UnreadableImageError(f"{width}x{height} pixels: sides of at most {MAX_SIDE} fit")
-    return DecodedImage(jpeg=jpeg, height=height, width=width)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Return an image as RGB of 8 bits; values of more bits are scaled.
-
-    Raises:
-        UnreadableImageError: their range is not known.
-    """
-    return (_eight_bits(image) if image.mode[0] in "IF" else image).convert("RGB")
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Scale an image of 16-bit values by 1/257 and one of floats in [0, 1] by 255; Pillow would cut values at 255.
-
-    Raises:
-        UnreadableImageError: its range is not known: other integers and floats, and values in the lowest sixteenth of the range,
-            which are dark, or of fewer bits than their container.
-    """
-    values = np.asarray(image, np.float64)
-    low, high = float(values.min()), float(values.max())
-    sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PPM", "PNG"))
-    limit = 65535.0 if sixteen else 1.0
-    if not (sixteen or image.mode == "F") or not (0 <= low <= high <= limit) or 0 < high < limit / 16:
-        kind = "floats" if image.mode == "F" else "integers of 16 bits" if sixteen else "integers"
-        raise UnreadableImageError(f"{kind} from {low:g} to {high:g}, whose range is not known: convert it to 8 bits")
-    return Image.fromarray(np.rint(values * (255.0 / limit)).astype(np.uint8))
 
 
 def plan_prepare(name: str, *, source: Path, data_root: Path, workers: int | None = None) -> Plan:

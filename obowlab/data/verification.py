@@ -12,8 +12,8 @@ from PIL import Image
 
 from obowlab.data import synthetic
 from obowlab.data.beton import BetonIndex, ContentHash, fix_for, read_index
+from obowlab.data.decoding import UnreadableImageError, to_jpeg
 from obowlab.data.manifest import Manifest, beton_path, check_name, file_sha256, read_manifest
-from obowlab.data.prepare import UnreadableImageError, to_jpeg
 from obowlab.data.sources import SPLITS, Source, read_source
 from obowlab.errors import UserError
 

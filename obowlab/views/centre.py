@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from obowlab.config import Views
-from obowlab.data.prepare import UnreadableImageError, to_rgb
+from obowlab.data.decoding import UnreadableImageError, to_rgb
 from obowlab.errors import UserError
 from obowlab.views.photometric import normalise
 from obowlab.views.pil_views import Pixels, cut_view

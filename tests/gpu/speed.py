@@ -31,8 +31,8 @@ from obowlab.data.prepare import prepare
 from obowlab.evaluation.fewshot import authors_episodes, episode_answers
 from obowlab.evaluation.linear import linear_probe
 from obowlab.runs.folder import RunFolder
-from obowlab.training.bottleneck import rate
 from obowlab.training.flops import count_flops, peak_tflops
+from obowlab.training.timing import rate
 from obowlab.training.work import Work
 from obowlab.views.draws import draw
 from obowlab.views.loaders import PixelBatch, train_loader
