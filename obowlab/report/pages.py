@@ -20,7 +20,7 @@ from obowlab.config import project_root
 from obowlab.errors import UserError
 from obowlab.files import folder_written
 from obowlab.report import figures, result_figures
-from obowlab.report.model import Figure, Gallery, Run, Site
+from obowlab.report.model import Figure, Run, Site
 from obowlab.report.vocabulary_health import RULES
 from obowlab.report.words_page import FACTS, SCRIPT, read_sheet, read_words, render_words
 from obowlab.studies.schema import StudyReport
@@ -113,16 +113,16 @@ def _with_galleries(site: Site, *, folder: Path) -> Site:
     runs: list[Run] = []
     problems: list[str] = []
     for run in site.runs:
-        if run.gallery is not None:
+        if (gallery := run.gallery) is not None:
             try:
-                facts, sheets = _read_gallery(run.gallery.folder)
+                facts, sheets = _read_gallery(gallery.folder)
             except (OSError, UserError) as error:
                 problems.append(f"The visual words of run {run.run_id} cannot be shown: {error}")
                 run = replace(run, gallery=None)
             else:
                 _write_gallery(facts, sheets=sheets, folder=folder / gallery_of(run))
                 first = tuple(level["sheets"][0] for level in facts["levels"].values() if level["sheets"])
-                run = replace(run, gallery=Gallery(run.gallery.folder, preview=first))
+                run = replace(run, gallery=replace(gallery, preview=first))
         runs.append(run)
     return replace(site, runs=tuple(runs), problems=(*site.problems, *problems))
 
