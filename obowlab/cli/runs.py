@@ -22,10 +22,11 @@ from obowlab.cli.options import (
     json_flag,
     machine_options,
     nearest_of,
+    when_interrupted,
     would,
     yes_option,
 )
-from obowlab.cli.output import print_facts, print_json, print_results, print_table, send_to_mlflow
+from obowlab.cli.output import print_facts, print_json, print_results, print_table, send_to_mlflow, show_progress
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
@@ -118,6 +119,7 @@ def list_all(
         lines,
         right=("steps", *named, *HEADLINES),
         names=("run",),
+        prose=("tags",),
         hide=("created", *[name for name in reversed(HEADLINES) if name not in named], "tags", "steps"),
     )
 
@@ -239,7 +241,7 @@ def compare(first: str, second: str, as_json: bool, options: MachineOptions, dry
     print_table(("setting", "A", "B"), comparison.settings, names=("setting",), prose=("A", "B"))
     _print_heading("Results", comparison.results)
     columns = ("metric", "of", "data set", "A", "B", "B - A")
-    print_table(columns, comparison.result_rows(), right=columns[3:], names=columns[:3:2], hide=("data set", "of"))
+    print_table(columns, comparison.result_rows(), right=columns[3:], names=columns[:3:2], prose=(), hide=("data set", "of"))
     for note in comparison.notes:
         click.echo(note)
     _print_heading("Last metrics", comparison.metrics)
@@ -396,7 +398,7 @@ def trash(names: tuple[str, ...], empty: bool, yes: bool, as_json: bool, options
         (run.run_id, text.timestamp(run.since), "deleted" if run.was_deleted else "by --fresh", text.size(num_bytes))
         for run, num_bytes in zip(there, sizes, strict=True)
     ]
-    print_table(("run", "since", "how", "size"), rows, right=("size",), names=("run",), hide=("how",))
+    print_table(("run", "since", "how", "size"), rows, right=("size",), names=("run",), prose=(), hide=("how",))
     return 0
 
 
@@ -438,13 +440,17 @@ def sync(run: tuple[str, ...], timeout_s: float, rebuild: bool, options: Machine
     if not folders:
         click.echo(f"There are no runs in {machine.runs_root}.")
     failed = False
-    for folder in folders:
+    when_interrupted("what was sent is kept, and the same command sends the rest.")
+    for number, folder in enumerate(folders, start=1):
+        if not dry_run:
+            show_progress(f"{number} of {len(folders)}: {folder.run_id}")
         mirror = Mirror(folder, tracking_uri=machine.tracking_uri)
         if dry_run:
             would(f"send {mirror.pending()} values, results, files and facts of run '{folder.run_id}' to {shown_uri(mirror.uri)}")
             continue
         report = mirror.sync(timeout_s=timeout_s)
         failed = failed or report.error is not None
+        show_progress("")
         problem = f", {report.pending} pending: {report.error}" if report.error is not None else ""
         click.echo(f"{folder.run_id}: {report.sent} sent{problem}")
     return int(failed)
@@ -472,6 +478,7 @@ def export(run: str, out: Path | None, checkpoint: bool, options: MachineOptions
         raise UserError(f"The folder {target.absolute().parent} of --out does not exist.")
     if dry_run:
         return would(f"write {', '.join(names)} of run '{folder.run_id}' to {target}")
+    when_interrupted(f"{target} was not written.")
     write_bundle(folder, names=names, target=target)
     click.echo(f"Wrote {target} ({text.size(target.stat().st_size)}): {', '.join(names)}.")
     return None
