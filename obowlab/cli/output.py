@@ -72,7 +72,8 @@ def print_table(
     if on_terminal:
         widths = _fitted(widths, room=terminal_width(), kinds=kinds, columns=columns, lines=lines)
     if title:
-        click.echo(click.style(title, italic=True) if on_terminal else title)
+        for words in text.wrap(title, terminal_width()) if on_terminal else [title]:
+            click.echo(click.style(words, italic=True) if on_terminal else words)
     for number, line in enumerate([columns, *lines]):
         cells = []
         for i, space in widths.items():
@@ -82,7 +83,7 @@ def print_table(
             padded = (_pad(cell, widths[i], right=kinds[i].is_number) for i, cell in zip(widths, part, strict=True))
             whole = "  ".join(padded).rstrip()
             click.echo(click.style(whole, bold=True) if on_terminal and number == 0 else whole)
-    hidden = [column for i, column in enumerate(columns) if i not in widths]
+    hidden = [column for i, column in enumerate(columns) if i not in widths and any(line[i] for line in lines)]
     if hidden:
         click.echo(f"Not shown in {terminal_width()} columns: {', '.join(hidden)}.")
 
@@ -117,13 +118,15 @@ def _fitted(
         return sum(width + GAP for width in widths.values()) - GAP - room
 
     widths, least = dict(natural), {i: least_of(i) for i in natural}
-    hideable = sorted((kind.rank, i) for i, kind in enumerate(kinds) if kind.rank is not None)
-    for _, i in hideable:
+    hideable = [(any(line[i] for line in lines), kind.rank, i) for i, kind in enumerate(kinds) if kind.rank is not None]
+    for _, _, i in sorted(hideable):  # those without any text first
         if sum(least[shown] + GAP for shown in widths) - GAP <= room:
             break
         del widths[i]
-    for i in sorted(widths, key=lambda i: (kinds[i].is_name, kinds[i].is_prose)):
-        widths[i] -= min(max(0, excess()), widths[i] - least[i])
+    for kind in ((False, False), (False, True), (True, False)):  # headings of numbers, prose, names
+        group = [i for i in widths if (kinds[i].is_name, kinds[i].is_prose) == kind]
+        while excess() > 0 and (above := [i for i in group if widths[i] > least[i]]):
+            widths[max(above, key=widths.__getitem__)] -= 1
     return widths
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import sys
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ from obowlab.cli.options import (
     would,
     yes_option,
 )
-from obowlab.cli.output import print_facts, print_json, print_results, print_table, send_to_mlflow, show_progress
+from obowlab.cli.output import print_facts, print_json, print_results, print_table, send_to_mlflow, show_progress, terminal_width
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
@@ -53,6 +54,9 @@ BUNDLED = (
 CHECKPOINT = "checkpoint.pt"
 TAG = "obowlab.tag."
 """How the labels begin that `runs tag` gives; as in `runs.folder`, which is imported late."""
+
+WIDE = 120
+"""Columns of a terminal from which `runs list` shows intervals; `runs show` always does."""
 
 HEADLINES = ("fewshot_5shot", "linear_top1", "knn_top1")
 """The student's results that fit into a row of `runs list`."""
@@ -110,7 +114,8 @@ def list_all(
         return None
     columns = ["run", "status", "steps", "created", *HEADLINES]
     named = [name for name in dict.fromkeys(_names_in(where, sort)) if name not in (*columns, "step")]
-    lines = [_line(entry, named=named) for entry in entries]
+    short = sys.stdout.isatty() and terminal_width() < WIDE
+    lines = [_line(entry, named=named, short=short) for entry in entries]
     if any(entry.tags for entry in entries):
         columns.append("tags")
         lines = [[*line, ", ".join(entry.tags)] for line, entry in zip(lines, entries, strict=True)]
@@ -120,7 +125,7 @@ def list_all(
         right=("steps", *named, *HEADLINES),
         names=("run",),
         prose=("tags",),
-        hide=("created", *[name for name in reversed(HEADLINES) if name not in named], "tags", "steps"),
+        hide=("created", "tags", "steps", *[name for name in reversed(HEADLINES) if name not in named]),
     )
 
 
@@ -131,22 +136,23 @@ def _names_in(where: tuple[str, ...], sort: str) -> list[str]:
     return [*(Comparison.parse(typed).name for typed in where), sort.removeprefix("-")]
 
 
-def _line(entry: Entry, *, named: list[str]) -> list[str]:
+def _line(entry: Entry, *, named: list[str], short: bool) -> list[str]:
     info, state = entry.summary.info, entry.summary.state
-    headlines = [text.measurement(entry.measured[name], digits=1) if name in entry.measured else "" for name in HEADLINES]
+    headlines = [_shown(entry, name, short=short) for name in HEADLINES]
     return [
         info.run_id,
         state.status,
         _progress(state),
         text.timestamp(info.created_at),
-        *(_shown(entry, name) for name in named),
+        *(_shown(entry, name, short=short) for name in named),
         *headlines,
     ]
 
 
-def _shown(entry: Entry, name: str) -> str:
+def _shown(entry: Entry, name: str, *, short: bool) -> str:
     if name in entry.measured:
-        return text.measurement(entry.measured[name], digits=1)
+        measured = entry.measured[name]
+        return text.estimate(measured["value"], digits=1) if short else text.measurement(measured, digits=1)
     return text.override(entry.values[name]) if name in entry.values else ""
 
 

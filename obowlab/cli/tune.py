@@ -117,7 +117,8 @@ def _list(*, as_json: bool) -> int:
         (name, spec.base, spec.objective, str(spec.trials), ", ".join(spec.parameters), spec.title)
         for name, spec in studies.items()
     ]
-    print_table(("study", "base", "objective", "trials", "parameters", "title"), rows, right=("trials",))
+    columns = ("study", "base", "objective", "trials", "parameters", "title")
+    print_table(columns, rows, right=("trials",), prose=("parameters", "title"), hide=("base",))
     return 0
 
 
