@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,9 +18,10 @@ from obowlab.cli.options import (
     dry_run_option,
     machine_options,
     submitter_of,
+    when_interrupted,
     would,
 )
-from obowlab.cli.output import print_measurements, send_to_mlflow
+from obowlab.cli.output import json_line, print_measurements, send_to_mlflow
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
@@ -88,6 +88,7 @@ def evaluate(
         return _submit(words, name=chosen.name, machine=machine, options=options)
     if chosen.folder is not None:
         _check_writable(chosen.folder.path)
+    when_interrupted("no result was added; the same command measures again, with the features that are kept.")
     from obowlab.launch.gpu_leases import using_gpus
 
     with using_gpus(machine.model_copy(update={"procs": 1, "nodes": 1})):
@@ -100,7 +101,7 @@ def evaluate(
         from obowlab.files import write_atomic
 
         try:
-            write_atomic(json_file, json.dumps(values, indent=1))
+            write_atomic(json_file, json_line(values) + "\n")
         except OSError as error:
             raise UserError(f"Cannot write --json {json_file}: {error.strerror}.") from None
     if chosen.folder is not None:
