@@ -343,6 +343,7 @@ ALSO_DRY = (
     "ablate table3 --scale demo",
     "bench demo",
     "table table3 --scale demo",
+    "runs restore RUN",
     "jobs",
     "jobs logs 1",
     "jobs cancel 1",
