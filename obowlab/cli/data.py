@@ -11,7 +11,7 @@ import click
 
 from obowlab import text
 from obowlab.cli import Family
-from obowlab.cli.options import PATH, MachineOptions, dry_run_option, json_flag, machine_options, when_interrupted, would
+from obowlab.cli.options import MachineOptions, dry_run_option, json_flag, machine_options, when_interrupted, would
 from obowlab.cli.output import print_json, print_table, show_progress
 
 if TYPE_CHECKING:
