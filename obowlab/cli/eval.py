@@ -16,6 +16,7 @@ from obowlab.cli.options import (
     ROOTS,
     MachineOptions,
     absolute,
+    absolute_recipe,
     dry_run_option,
     machine_options,
     submitter_of,
@@ -95,7 +96,7 @@ def evaluate(
         words += [word for protocol in protocols for word in ("--protocol", protocol)]
         words += [word for text in overrides for word in ("--set", text)]
         words += ["--dataset", dataset] if dataset is not None else []
-        words += ["--recipe", absolute(recipe_name)] if recipe_name is not None else []
+        words += ["--recipe", absolute_recipe(recipe_name)] if recipe_name is not None else []
         words += [] if untrained is None else ["--random" if untrained else "--no-random"]
         words += ["--json", str(json_file.absolute())] if json_file is not None else []
         return _submit(words, name=chosen.name, machine=machine, options=options)
