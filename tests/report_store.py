@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from obowlab.config import canonical_hash, load_recipe
+from obowlab.report.words_page import render_words
 from obowlab.runs.folder import RunFolder
 from obowlab.runs.results import pack
 from obowlab.tables.model import Cell, Column, Estimate, Row, RunRef, Table
@@ -134,13 +135,25 @@ def add_row_runs(table: PlannedTable, *, runs_root: Path, means: dict[str, int],
             folder.set_state(status="finished", step=10, total_steps=10, trained_s=61.0)
 
 
-def add_gallery(folder: RunFolder, *, text: str = "words") -> None:
+def add_gallery(folder: RunFolder) -> None:
     """Put a gallery of visual words into a run, as `obowlab words` would."""
     place = folder.path / "words"
     place.mkdir()
-    (place / "index.html").write_text(
-        f"<!doctype html><html lang='en'><title>words</title><link rel='icon' href='data:,'><p>{text}</p></html>"
-    )
+    level = {
+        **{"num_words": 2, "used": 2, "delta": 0.1, "distance": 8.0, "patch_side": 4, "words_per_sheet": 1},
+        **{"coherence": 0.5, "coherence_of_others": 0.25, "sheets": ["conv5-0.png", "conv5-1.png"]},
+        "words": [
+            {"number": i, "use": 50.0, "coherence": 0.5, "score": 0.5, "age": 3, "places": 2, "sheet": i, "row": 0}
+            for i in range(2)
+        ],
+    }
+    facts = {
+        **{"format": 1, "run_id": folder.run_id, "title": "", "version": "0.1.0", "step": 1500, "network": "teacher"},
+        **{"dataset": "demo", "split": "train", "num_images": 90, "view": {"resize": 28, "size": 24}, "patches_per_word": 2},
+        "levels": {"conv5": level},
+    }
+    (place / "words.json").write_text(json.dumps(facts))
+    (place / "index.html").write_text(render_words(facts))
     for i in range(2):
         Image.new("RGB", (16, 8), (80 * i, 120, 90)).save(place / f"conv5-{i}.png")
 

@@ -103,7 +103,7 @@ def test_every_command_has_a_dry_run_and_help_for_every_option() -> None:
         return 1
 
     commands = [cli.get_command(click.Context(cli), name) for name in COMMANDS]
-    assert sum(check(command) for command in commands if command is not None) == 26
+    assert sum(check(command) for command in commands if command is not None) == 31
 
 
 def test_choices_are_those_of_the_code_they_stand_for() -> None:
@@ -187,6 +187,16 @@ BAD = {
     "config show full --set method.kapa=3": "Did you mean 'method.kappa'?",
     "runs show nothing": "no run 'nothing'",
     "runs sync nothing": "no run 'nothing'",
+    "runs compare nothing": "Missing argument 'SECOND'",
+    "runs compare nothing nothing": "no run 'nothing'",
+    "runs tag nothing": "Missing argument 'NAME...'",
+    "runs tag nothing x": "no run 'nothing'",
+    "runs delete": "Missing argument 'RUN...'",
+    "runs delete nothing": "no run 'nothing'",
+    "runs restore nothing": "no run 'nothing' in the trash",
+    "runs trash nothing": "no run 'nothing' in the trash",
+    "runs list --status don": "There is no status 'don'",
+    "runs list --where loss": "--where loss is no comparison",
     "runs sync --timeout 0": "--timeout",
     "runs export nothing": "no run 'nothing'",
     "weights import nothing.pth": "no file 'nothing.pth'",
@@ -195,7 +205,7 @@ BAD = {
     "weights export nothing --out x --format onnx": "'onnx' is not one of",
     "tune": "Name a study",
     "tune kappa-dleta": "Did you mean 'kappa-delta'?",
-    "tune kappa-delta --scale dem": "'dem' is not one of",
+    "tune kappa-delta --scale dem": "'dem' is not one of 'paper', 'tiny', 'demo'. Did you mean 'demo'?",
     "tune kappa-delta --trials 0": "--trials",
     "ui --port 0": "--port",
     "ui": "There are no runs",
@@ -279,6 +289,10 @@ DRY = {
     "config diff full demo": ["Would compare"],
     "runs list": ["Would list"],
     "runs show RUN": ["Would show run 'demo-s0-"],
+    "runs compare RUN RUN": ["Would compare 'demo-s0-"],
+    "runs tag RUN keep": ["Would give run 'demo-s0-", "the tags keep"],
+    "runs delete RUN": ["Would move run 'demo-s0-", "to the trash of"],
+    "runs trash --empty": ["Would remove 0 run(s)"],
     "runs sync": ["Would send", "of run 'demo-s0-"],
     "runs export RUN": ["Would write run.json, state.json", "demo-s0-"],
     "weights import FILE": ["Would read weights.pth and write its encoder to weights.safetensors"],

@@ -6,8 +6,10 @@ for, and whatever is heavy (numpy, pydantic, torch, mlflow) only when it does so
 
 from __future__ import annotations
 
+import difflib
 import errno
 import importlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +29,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "words": ("obowlab.cli.words:words", "Show the visual words of a run: the patches that each of them stands for."),
     "data": ("obowlab.cli.data:data", "Prepare, verify and list data sets."),
     "config": ("obowlab.cli.config:config", "List, show and compare recipes."),
-    "runs": ("obowlab.cli.runs:runs", "List, show, sync and export runs."),
+    "runs": ("obowlab.cli.runs:runs", "List, show, compare, tag, delete, sync and export runs."),
     "jobs": ("obowlab.cli.jobs:jobs", "Show what is queued, running and over, where, how far and how long it will take."),
     "weights": ("obowlab.cli.weights:weights", "Import and export encoder weights."),
     "report": (
@@ -139,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         click.echo(error.format_message())
         return 0
     except click.ClickException as error:
-        return _complain(error.format_message())
+        return _complain(f"{error.format_message()}{_nearest_choice(error)}")
     except OSError as error:
         if error.errno in NO_LOCKS:
             return _complain(f"The disk has no file locks ({error.strerror}): choose another --runs-root and --data-root.")
@@ -151,6 +153,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except click.Abort:  # Ctrl-C before the command began
         return INTERRUPTED
     return result if isinstance(result, int) else 0
+
+
+def _nearest_choice(error: click.ClickException) -> str:
+    """Return which choice of an option was probably meant; nothing where none is near."""
+    kind = error.param.type if isinstance(error, click.BadParameter) and error.param is not None else None
+    typed = re.match(r"'(.*)' is not one of", error.message)
+    if not isinstance(kind, click.Choice) or typed is None:
+        return ""
+    close = difflib.get_close_matches(typed[1], [str(choice) for choice in kind.choices], n=1, cutoff=0.5)
+    return f" Did you mean '{close[0]}'?" if close else ""
 
 
 def _memory(error: Exception) -> str:

@@ -19,6 +19,7 @@ from obowlab.errors import UserError
 from obowlab.report.curves import Curve, cached_curves, with_point
 from obowlab.report.model import Gallery, Run, Setting, Site
 from obowlab.report.vocabulary_health import judge
+from obowlab.report.words_page import FACTS
 from obowlab.runs.folder import RunFolder, RunSummary, list_runs
 from obowlab.runs.info import RunInfo
 from obowlab.runs.records import Record, Records, by_fingerprint
@@ -45,8 +46,6 @@ MACHINE_FACTS = {
     "platform": "system",
 }
 """Fact of an attempt -> its name in a report."""
-
-PICTURES = (".jpg", ".png", ".webp")
 
 
 @dataclass(frozen=True)
@@ -276,13 +275,8 @@ def settings_of(recipe: str) -> dict[str, Any]:
 
 
 def find_gallery(folder: Path) -> Gallery | None:
-    """Return a run's gallery of visual words, with the first sheet of each level (`conv5-000.jpg`); None when there is none."""
-    if not (folder / "index.html").is_file():
-        return None
-    first: dict[str, str] = {}
-    for path in sorted(path for path in folder.iterdir() if path.suffix in PICTURES):
-        first.setdefault(path.stem.rpartition("-")[0], path.name)
-    return Gallery(folder=folder, preview=tuple(first.values()))
+    """Return a run's gallery of visual words, unread; None when there is none."""
+    return Gallery(folder) if (folder / FACTS).is_file() or (folder / "index.html").is_file() else None
 
 
 def brief(value: str) -> str:
