@@ -142,6 +142,7 @@ def test_eval_without_the_right_to_write_is_refused_before_measuring(
     tmp_path: Path, obowlab: Obowlab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = made(tmp_path)
+    (folder.path / "encoder.safetensors").touch()
     monkeypatch.setattr(os, "access", lambda place, mode: Path(place) != folder.path)
     code, _, err = obowlab("eval", folder.run_id, "--runs-root", str(tmp_path), "--device", "cpu")
     assert code == 2
