@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ import click
 
 from obowlab import text
 from obowlab.cli import Family
-from obowlab.cli.options import PATH, MachineOptions, dry_run_option, json_flag, machine_options, when_interrupted, would
+from obowlab.cli.options import MachineOptions, dry_run_option, json_flag, machine_options, when_interrupted, would
 from obowlab.cli.output import print_json, print_table, show_progress
 
 if TYPE_CHECKING:
@@ -27,13 +28,37 @@ def data() -> None:
 
 @data.command("prepare")
 @click.argument("name")
-@click.option("--source", type=PATH, help="Folder or .tar with train/CLASS/*.JPEG and val/CLASS/*.JPEG.")
+@click.option(
+    "--source",
+    metavar="SOURCE",
+    help="Folder or .tar of class folders or images, list (.csv), Parquet files, WebDataset, or torchvision:NAME:ROOT.",
+)
+@click.option(
+    "--val-fraction",
+    type=click.FloatRange(min=0, max=1, max_open=True),
+    metavar="F",
+    help="Share of every class that becomes val where the source has none. [default: 0.1 with labels, else 0]",
+)
+@click.option("--no-labels", is_flag=True, help="Take all images without labels, whatever the folders or labels are.")
 @click.option("--force", is_flag=True, help="Replace what was prepared under this name from another source.")
 @click.option("--workers", type=click.IntRange(min=1), metavar="N", help="Decoding threads. [default: one per core]")
 @machine_options("data_root", "machine_file")
 @dry_run_option
-def prepare(name: str, source: Path | None, force: bool, workers: int | None, options: MachineOptions, dry_run: bool) -> None:
+def prepare(
+    name: str,
+    source: str | None,
+    val_fraction: float | None,
+    no_labels: bool,
+    force: bool,
+    workers: int | None,
+    options: MachineOptions,
+    dry_run: bool,
+) -> None:
     """Write a data set's images into .beton files, once and for all recipes.
+
+    SOURCE is a folder or a plain .tar of train/CLASS/*.JPEG and val/CLASS/*.JPEG, of CLASS/*.JPEG or of images without labels; a
+    list with a path and a label a line (.csv, .tsv, .txt); Parquet files or a folder saved by Hugging Face's datasets; the tars
+    of a WebDataset; or a data set of torchvision on this disk, torchvision:NAME:ROOT.
 
     Every image is decoded once; those that cannot be read are skipped and listed. Nothing is visible before everything is
     written, so an interrupted call is simply typed again.
@@ -46,9 +71,17 @@ def prepare(name: str, source: Path | None, force: bool, workers: int | None, op
     if dry_run:
         if source is None:
             if name != "synthetic":
-                raise UserError(f"Give --source DIR, the folder or .tar that holds the images of '{name}'.")
+                raise UserError(f"Give --source DIR, the folder, .tar, list or table that holds the images of '{name}'.")
             return would(f"draw the synthetic data set into {root / name}")
-        plan = plan_prepare(name, source=source, data_root=root, workers=workers)
+        plan = plan_prepare(
+            name,
+            source=source,
+            data_root=root,
+            labelled=not no_labels,
+            val_fraction=val_fraction,
+            force=force,
+            workers=workers,
+        )
         would(f"write {root / name}: {_plan_line(plan)}")
         for note in plan.notes:
             click.echo(f"  note: {note}")
@@ -58,6 +91,8 @@ def prepare(name: str, source: Path | None, force: bool, workers: int | None, op
         name,
         source=source,
         data_root=root,
+        labelled=not no_labels,
+        val_fraction=val_fraction,
         force=force,
         workers=workers,
         announce=lambda plan: click.echo(f"Preparing {plan.dataset} from {plan.source}: {_plan_line(plan)}."),
@@ -68,13 +103,13 @@ def prepare(name: str, source: Path | None, force: bool, workers: int | None, op
 
 @data.command("verify")
 @click.argument("name")
-@click.option("--source", type=PATH, help="Compare images with this source. [default: the one it was prepared from]")
+@click.option("--source", metavar="SOURCE", help="Compare images with this source. [default: the one it was prepared from]")
 @click.option(
     "--sample", type=click.IntRange(min=1), default=256, show_default=True, metavar="N", help="Images compared with the source."
 )
 @machine_options("data_root", "machine_file")
 @dry_run_option
-def verify(name: str, source: Path | None, sample: int, options: MachineOptions, dry_run: bool) -> int:
+def verify(name: str, source: str | None, sample: int, options: MachineOptions, dry_run: bool) -> int:
     """Read a prepared data set again: hashes of everything, and a sample against its source."""
     from obowlab.data.datasets import verify as verify_dataset
 
@@ -141,9 +176,15 @@ def _plan_line(plan: Plan) -> str:
     images = ", ".join(f"{count} {split}" for split, count in plan.num_images.items())
     ignored = f", {plan.num_ignored} other files left out" if plan.num_ignored else ""
     return (
-        f"{images} images of {plan.num_classes} classes{ignored}, about {text.size(plan.num_bytes)} "
+        f"{images} images {_classes(plan.class_names)}{ignored}, about {text.size(plan.num_bytes)} "
         f"({text.size(plan.free_bytes)} free) and {text.duration(plan.estimated_s)}"
     )
+
+
+def _classes(names: Sequence[str]) -> str:
+    from obowlab.data.sources import UNLABELLED
+
+    return "without labels" if tuple(names) == (UNLABELLED,) else f"of {len(names)} class{'es' if len(names) > 1 else ''}"
 
 
 def _show_progress(progress: Progress) -> None:
@@ -160,7 +201,7 @@ def _print_report(name: str, folder: Path, report: PrepareReport) -> None:
         click.echo(f"Prepared {name} in {folder} within {text.duration(report.elapsed_s)}.")
     for manifest in report.manifests:
         click.echo(
-            f"  {manifest.split}: {manifest.num_images} images of {len(manifest.class_names)} classes, "
+            f"  {manifest.split}: {manifest.num_images} images {_classes(manifest.class_names)}, "
             f"{text.size(manifest.file_bytes)}, content {manifest.content_hash}"
         )
     for note in report.notes:

@@ -97,9 +97,9 @@ def _show(
 
     from obowlab.data.datasets import open_split
     from obowlab.evaluation.words.gallery import show_words
-    from obowlab.evaluation.words.page import render_words
     from obowlab.files import folder_written
     from obowlab.launch.gpu_leases import using_gpus
+    from obowlab.report.words_page import render_words
     from obowlab.training.checkpoint import open_method
     from obowlab.training.distributed import join
 

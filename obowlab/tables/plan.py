@@ -15,7 +15,7 @@ from obowlab.errors import UserError
 from obowlab.launch.cost import CostBook
 from obowlab.launch.preflight import data_checks
 from obowlab.runs.folder import RunSummary, run_id_of
-from obowlab.tables.spec import PlannedRow, PlannedTable
+from obowlab.tables.spec import PlannedRow, PlannedTable, override_texts
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def make_plan(tables: Sequence[PlannedTable], *, seeds: Sequence[int], rows: Map
 
 def _jobs_of(row: PlannedRow, *, table: PlannedTable, seed: int) -> list[Job]:
     """Return the jobs of one row, earlier stages first."""
-    changes = [word for key, value in row.overrides.items() for word in ("--set", f"{key}={text.override(value)}")]
+    changes = [word for change in override_texts({**row.overrides, **table.changes}) for word in ("--set", change)]
     command = ("run", row.base_recipe, *changes, "--seed", str(seed))
     jobs: list[Job] = []
     stages = row.loaded.stages()
@@ -129,9 +129,10 @@ def select_rows(words: Iterable[str], *, tables: Sequence[PlannedTable]) -> dict
 
 
 def labels_of(job: Job, *, plan: Plan) -> dict[str, str]:
-    """Return the labels of a run: the rows it serves, and at which scale."""
+    """Return the labels of a run: the rows it serves, with what all rows of their table change, and at which scale."""
     places = [place.split("/", maxsplit=1) for place in job.places]
-    rows = {f"obowlab.{table}": f"{row} (stage)" if job.is_stage else row for table, row in places}
+    changed = {table.name: f" (--set {', '.join(table.changed)})" if table.changes else "" for table in plan.tables}
+    rows = {f"obowlab.{table}": f"{row}{changed[table]}{' (stage)' if job.is_stage else ''}" for table, row in places}
     return {**rows, "obowlab.scale": plan.tables[0].scale}
 
 
