@@ -241,6 +241,17 @@ def test_deleting_takes_all_or_nothing_of_what_is_named(obowlab: Obowlab) -> Non
     assert contents(ROOT) == before
 
 
+def test_deleting_a_teacher_names_the_run_that_needs_it(obowlab: Obowlab) -> None:
+    *earlier, last = load_recipe("demo-bownet").stages()
+    teacher, other = (RunFolder.create(stage, seed=0, runs_root=ROOT) for stage in reversed(earlier))
+    student = RunFolder.create(last, seed=0, runs_root=ROOT)
+    other.set_state(status="finished")
+    _, _, err = obowlab("runs", "delete", teacher.run_id, "--yes")
+    assert err == f"Note: {student.run_id} is not finished and reads {teacher.run_id}, its teacher, which it would train again.\n"
+    student.set_state(status="finished")
+    assert obowlab("runs", "delete", other.run_id, "--yes")[2] == ""
+
+
 def test_what_is_trained_or_lies_elsewhere_is_not_deleted(obowlab: Obowlab, tmp_path: Path) -> None:
     folder = run("demo")
     with folder.lock():

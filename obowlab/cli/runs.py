@@ -298,6 +298,7 @@ def delete(names: tuple[str, ...], yes: bool, options: MachineOptions, dry_run: 
     `obowlab runs restore RUN` brings one back; `obowlab runs trash --empty` removes them for good.
     """
     from obowlab.runs.folder import RunFolder
+    from obowlab.runs.lineage import waiting_students
     from obowlab.runs.trash import check_deletable, find_trashed, put_aside
 
     machine = options.machine()
@@ -320,6 +321,8 @@ def delete(names: tuple[str, ...], yes: bool, options: MachineOptions, dry_run: 
         return 0
     for run in gone:
         click.echo(f"{run.run_id} is in the trash already.")
+    for student, teacher in waiting_students(folders.values(), runs_root=machine.runs_root):
+        click.echo(f"Note: {student} is not finished and reads {teacher}, its teacher, which it would train again.", err=True)
     if folders and not confirm(f"Move {', '.join(folders)} to the trash?", yes=yes):
         click.echo("Nothing was deleted.")
         return 1
