@@ -7,12 +7,15 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
-from obowlab.config import load_recipe
+from obowlab.config import canonical_hash, load_recipe
 from obowlab.report.words_page import render_words
 from obowlab.runs.folder import RunFolder
+from obowlab.runs.results import pack
 from obowlab.tables.model import Cell, Column, Estimate, Row, RunRef, Table
+from obowlab.tables.spec import PlannedTable
 from tests.command_line import result
 
 STARTED = 1_795_000_000.0
@@ -64,6 +67,72 @@ def add_run(
             folder.add_result(result(protocol, "random", 6.0))
     folder.set_state(status=status, step=10 * points, total_steps=1500, message=message, trained_s=75.0)
     return folder
+
+
+def own_recipe(folder: Path) -> Path:
+    """Write a recipe of a user's own, on top of a shipped one."""
+    path = folder / "short.toml"
+    path.write_text('extends = "demo-vanilla"\ntitle = "Two epochs"\n\n[training]\nepochs = 2\n')
+    return path
+
+
+OWN_TABLE = """
+title = "Size of the queue"
+base = "short.toml"
+primary = "fewshot_5shot"
+footnotes = ["Images drawn by obowlab."]
+
+[columns]
+fewshot_5shot = "5-shot"
+linear_top1 = "linear"
+
+[[row]]
+key = "base"
+label = "as in the recipe"
+
+[[row]]
+key = "small"
+group = "Other sizes"
+label = "64 words"
+set = { "method.num_words" = 64 }
+
+[[row]]
+key = "large"
+group = "Other sizes"
+label = "1024 words"
+set = { "method.num_words" = 1024 }
+"""
+
+
+def own_table(folder: Path, *, name: str = "queue") -> Path:
+    """Write a table of a user's own, without values of the paper, and the recipe that it starts from."""
+    own_recipe(folder)
+    path = folder / f"{name}.toml"
+    path.write_text(OWN_TABLE)
+    return path
+
+
+def observed(mean: int, *, seed: int = 0, count: int = 200) -> list[int]:
+    """Return the right answers of some episodes of four questions, a share of about `mean` percent; the same noise for all."""
+    noise = np.random.default_rng(seed).integers(0, 100, (count, 4))
+    return [int(each) for each in (noise < mean).sum(axis=1)]
+
+
+def add_row_runs(table: PlannedTable, *, runs_root: Path, means: dict[str, int], seeds: tuple[int, ...] = (0,)) -> None:
+    """Make finished runs of the rows that have a mean, measured on the same episodes."""
+    for row in table.rows:
+        for seed in seeds if row.row.key in means else ():
+            folder = RunFolder.create(row.loaded, seed=seed, runs_root=runs_root)
+            for protocol in row.loaded.recipe.evaluation.protocols:
+                correct = observed(means[row.row.key] + seed)
+                value = 25.0 * float(np.mean(correct))
+                measured = result(protocol, "student", value)
+                measured["measurements"][0]["samples"] = pack(correct, of=4)
+                settings = getattr(row.loaded.recipe.evaluation, protocol).model_dump(mode="json")
+                measured["details"] = {**settings, "dataset": row.loaded.recipe.data.dataset}
+                measured["protocol_hash"] = canonical_hash(settings)
+                folder.add_result(measured)
+            folder.set_state(status="finished", step=10, total_steps=10, trained_s=61.0)
 
 
 def add_gallery(folder: RunFolder) -> None:

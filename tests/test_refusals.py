@@ -13,8 +13,8 @@ import torch
 
 from obowlab.config import Loaded, Recipe
 from obowlab.errors import UserError, memory_sentence, refusal_of
-from obowlab.launch.local import put_aside
 from obowlab.runs.folder import RunFolder, damaged_runs, list_runs
+from obowlab.runs.trash import put_aside
 from obowlab.training import __main__ as compute
 from tests.command_line import Obowlab
 
@@ -68,7 +68,7 @@ def test_memory_that_runs_out_in_a_command(
     def list_runs(root: Path) -> list[Any]:
         raise error
 
-    monkeypatch.setattr("obowlab.runs.folder.list_runs", list_runs)
+    monkeypatch.setattr("obowlab.runs.selection.list_runs", list_runs)
     code, _, err = obowlab("runs", "list", "--runs-root", str(tmp_path))
     assert (code, err.count("\n")) == (2, 1)
     assert "memory" in err
@@ -155,6 +155,6 @@ def test_a_store_that_is_gone_for_a_while_is_a_sentence(
     def list_runs(root: Path) -> list[Any]:
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(root))
 
-    monkeypatch.setattr("obowlab.runs.folder.list_runs", list_runs)
+    monkeypatch.setattr("obowlab.runs.selection.list_runs", list_runs)
     code, _, err = obowlab("runs", "list", "--runs-root", str(tmp_path))
     assert (code, err) == (2, f"Error: Cannot use {tmp_path} (Stale file handle): fix that and run the command again.\n")

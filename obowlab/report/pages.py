@@ -24,8 +24,9 @@ from obowlab.report.model import Figure, Run, Site
 from obowlab.report.vocabulary_health import RULES
 from obowlab.report.words_page import FACTS, SCRIPT, read_sheet, read_words, render_words
 from obowlab.studies.schema import StudyReport
+from obowlab.tables.kept import identity
 from obowlab.tables.model import Table
-from obowlab.tables.render import LEGEND, MARKS, estimate_text
+from obowlab.tables.render import MARKS, estimate_text, legend
 
 TEMPLATES = "dashboards/report"
 ASSETS = ("style.css", "page.js", "charts.js")
@@ -86,7 +87,7 @@ def _write(site: Site, *, folder: Path) -> int:
             "table_name": table_name,
         }
     )
-    environment.globals.update({"MARKS": MARKS, "LEGEND": LEGEND, "RULES": RULES, "site": site, "figures": figures})
+    environment.globals.update({"MARKS": MARKS, "legend": legend, "RULES": RULES, "site": site, "figures": figures})
     environment.globals["menu"] = _menu(pages)
     # Runs of one recipe share these hundred rows, which are most of what a page escapes.
     environment.globals["setting_rows"] = cache(environment.get_template("macros.html").module.setting_rows)  # type: ignore[attr-defined]
@@ -264,12 +265,13 @@ def _recipe_charts(recipes: Mapping[str, figures.Family], *, metrics: Sequence[s
 
 def table_path(table: Table) -> str:
     """Return the page of a table."""
-    return f"{anchor(table.name)}-{anchor(table.scale)}.html"
+    return f"{identity(table.name, scale=table.scale, changes=table.changes)}.html"
 
 
 def table_name(table: Table) -> str:
-    """Return `Table 3` for `table3`; other names as they are."""
-    return re.sub(r"^table(?=[0-9])", "Table ", table.name)
+    """Return `Table 3` for `table3`, other names as they are; with what all rows change."""
+    changes = f" with {', '.join(table.changes)}" if table.changes else ""
+    return re.sub(r"^table(?=[0-9])", "Table ", table.name) + changes
 
 
 def page_of_run(run_id: str) -> str:

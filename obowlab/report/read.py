@@ -26,6 +26,7 @@ from obowlab.runs.records import Record, Records, by_fingerprint
 from obowlab.runs.results import Measured, tabulate
 from obowlab.studies.schema import read_studies
 from obowlab.tables.build import COMPARABLE, build_table, seeds_with_runs
+from obowlab.tables.kept import kept_tables
 from obowlab.tables.model import Table
 from obowlab.tables.spec import PlannedTable, load_table, table_files
 
@@ -120,10 +121,11 @@ def gather(store: Store, *, tables: Tables) -> Site:
 
 
 def tables_at(scales: Iterable[str], *, store: Store) -> Tables:
-    """Return every shipped table at some scales, of the runs there are.
+    """Return every shipped table, and every one that the store remembers, at some scales, of the runs there are.
 
     Args:
-        scales: names; when there are none, every scale at which the store has a run of some table.
+        scales: names; when there are none, every scale at which the store has a run of some shipped table, and every table
+            that it remembers and has a run of.
         store: as `read_store` reads it.
     """
     asked, records = list(scales), store.records
@@ -140,7 +142,12 @@ def tables_at(scales: Iterable[str], *, store: Store) -> Tables:
                 for table in found
             ]
             problems += wrong
-    return Tables(tuple(tables), tuple(problems))
+    own, wrong = kept_tables(store.root)
+    for table in own:
+        found_seeds = seeds_with_runs(table, records=records)
+        if table.scale in asked or (not asked and found_seeds):
+            tables.append(build_table(table, seeds=found_seeds or (0,), records=records))
+    return Tables(tuple(tables), (*problems, *wrong))
 
 
 def read_run(summary: RunSummary, *, record: Record) -> Run:
