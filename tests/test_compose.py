@@ -109,8 +109,8 @@ def test_a_service_may_do_little_and_is_pinned(name: str) -> None:
 
 def test_database_objects_and_workers_are_on_an_inner_network_only() -> None:
     assert FILE["networks"]["inside"]["internal"] is True
-    assert {name for name, service in SERVICES.items() if "outside" in service["networks"]} == {"mlflow", "web"}
-    assert {name for name, service in SERVICES.items() if service.get("ports")} == {"mlflow", "web"}
+    assert {name for name, service in SERVICES.items() if "outside" in service["networks"]} == {"web"}
+    assert {name for name, service in SERVICES.items() if service.get("ports")} == {"web"}
     written = set(map(int, re.findall(r"(?<![\w.-])[589]\d{3}(?![\w.])", COMPOSE.read_text(encoding="utf-8"))))
     assert written == set(PORTS)
 
