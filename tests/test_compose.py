@@ -143,7 +143,7 @@ def test_images_install_what_is_locked_and_nothing_else() -> None:
     steps = [step for line in installs for step in line.split("&& pip install ")]
     assert len(steps) == 5
     assert all("--no-deps" in step and ("--require-hashes" in step or step.endswith("--no-build-isolation .")) for step in steps)
-    assert all((ROOT / name).is_file() for step in steps for name in re.findall(r"locks/\S+", step))
+    assert all((ROOT / ".ci" / name).is_file() for step in steps for name in re.findall(r"locks/\S+", step))
 
 
 def test_the_dockerfile_and_the_scripts_pass_their_linters() -> None:
