@@ -134,7 +134,8 @@ def test_columns_without_text_make_room_first_and_are_not_named(
     assert lines == [
         "name             n        n",
         "aaaaaaaaa  1234567  7654321",
-        "Not shown in 30 columns: often used.",
+        "Not shown in 30 columns: often",
+        "used.",
     ]
 
 
