@@ -136,6 +136,17 @@ def test_results_on_other_data_do_not_count(obowlab: Obowlab) -> None:
     assert "99" not in obowlab("runs", "list")[1]
 
 
+def test_a_damaged_result_hides_no_run(obowlab: Obowlab) -> None:
+    broken, whole = run("demo", linear=30.0), run("demo-full", linear=40.0)
+    next((broken.path / "results").iterdir()).write_text("{")
+    code, out, err = obowlab("runs", "list")
+    assert code == 0
+    assert err.startswith("Warning: ")
+    assert "is damaged" in err
+    assert "40.0" in out
+    assert {broken.run_id, whole.run_id} <= set(out.split())
+
+
 # --------------------------------------------------------------------------------------------------------------- compare
 
 
@@ -336,6 +347,19 @@ def test_what_is_no_run_in_the_trash_stays_there(obowlab: Obowlab) -> None:
     assert (code, "no run.json" in err) == (2, True)
     assert obowlab("runs", "trash", "--empty", "--yes")[0] == 0
     assert sorted(path.name for path in (ROOT / TRASH).iterdir()) == ["file.txt", "notes"]
+
+
+def test_sync_finishes_what_a_killed_delete_left(obowlab: Obowlab) -> None:
+    from obowlab.tracking.mirror import Mirror
+    from obowlab.tracking.outbox import Sent
+
+    folder = run("demo")
+    Mirror(folder).outbox.save(Sent(run_id="1234"))
+    path = put_aside(folder, deleted=True)  # killed here
+    assert f"Would send 1 values, results, files and facts of run '{folder.run_id}'" in obowlab("runs", "sync", "--dry-run")[1]
+    assert obowlab("runs", "sync")[:2] == (0, f"{folder.run_id}: 1 sent\n")  # there is no store: nothing to take away
+    assert Mirror(RunFolder.open(path)).pending() == 0
+    assert "Would send" not in obowlab("runs", "sync", "--dry-run")[1]
 
 
 def test_machine_of_a_deleted_run_names_the_store_it_came_from() -> None:

@@ -104,8 +104,12 @@ def list_all(
     if dry_run:
         return would(f"list the runs in {root}")
     _warn_of_damage(root)
+
+    def warn(problem: str) -> None:
+        click.echo(f"Warning: {problem}", err=True)
+
     statuses = tuple(status for words in statuses for status in words.split(","))
-    entries = select(root, recipes=recipes, statuses=statuses, tags=tags, where=where, sort=sort)
+    entries = select(root, recipes=recipes, statuses=statuses, tags=tags, where=where, sort=sort, warn=warn)
     if as_json:
         return print_json([_listed(entry) for entry in entries])
     if not entries:
