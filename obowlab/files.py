@@ -16,6 +16,7 @@ import re
 import secrets
 import shutil
 import stat
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -104,6 +105,16 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def archive_damage(path: Path) -> str | None:
+    """Return one sentence on the damage of a zip archive, as a checkpoint is; None when every record fits its checksum."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (OSError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError) as error:
+        return f"{path} is damaged ({str(error).splitlines()[0]})."
+    return None if damaged is None else f"{path} is damaged (record {damaged} does not match its checksum)."
 
 
 @contextmanager

@@ -198,6 +198,7 @@ def test_lists_of_paths_and_labels(tmp_path: Path, kind: str, encoding: str) -> 
     assert split.class_names == ("daisy", "rose")
     assert [Path(image.path).parent.name for image in split.images] == ["a", "b"]
     assert [image.label for image in split.images] == [0, 1]
+    assert [image.name for image in split.images] == ["daisy/a/1.jpg", "rose/b/1.jpg"], "the same for all ways to write a path"
 
 
 def test_a_list_gives_the_images_of_its_folder(tmp_path: Path) -> None:
@@ -358,6 +359,24 @@ def test_tables_and_tars_give_the_images_and_classes_they_hold(tmp_path: Path, m
     assert train.class_names == (("daisy", "rose") if make is plain_parquet else ("rose", "daisy"))
     assert prepare("own", source=source, data_root=tmp_path / "root").already_prepared
     assert not open_source(source, labelled=False).is_labelled
+
+
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [
+        ("data/train-0.parquet data/test-0.parquet data/unsupervised-0.parquet", {"train": 1, "val": 1}),
+        ("cifar10-train.parquet cifar10-test.parquet", {"train": 1, "val": 1}),
+        ("train/0.parquet train/1.parquet validation/0.parquet test/0.parquet", {"train": 2, "val": 1}),
+        ("0.parquet 1.parquet", {"train": 2}),
+    ],
+)
+def test_names_and_folders_of_shards_tell_the_split(tmp_path: Path, names: str, splits: dict[str, int]) -> None:
+    for name in names.split():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        pq.write_table(table(range(1)), tmp_path / name)
+    source = open_source(tmp_path, val_fraction=None if "val" in splits else 0.0)
+    assert {split.name: len(split.images) for split in source.splits} == splits
+    assert source.num_ignored == len(names.split()) - sum(splits.values())
 
 
 def test_one_file_of_a_table_is_enough(tmp_path: Path) -> None:

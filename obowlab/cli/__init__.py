@@ -34,6 +34,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "table": ("obowlab.cli.ablate:table", "Show tables of the paper beside what the run store has; trains nothing."),
     "words": ("obowlab.cli.words:words", "Show the visual words of a run: the patches that each of them stands for."),
     "data": ("obowlab.cli.data:data", "Prepare, verify and list data sets."),
+    "init": ("obowlab.cli.init:init", "Write a recipe fitted to your images, with the reason for every value."),
     "config": ("obowlab.cli.config:config", "List, show and compare recipes."),
     "runs": ("obowlab.cli.runs:runs", "List, show, compare, tag, delete, sync and export runs."),
     "jobs": ("obowlab.cli.jobs:jobs", "Show what is queued, running and over, where, how far and how long it will take."),

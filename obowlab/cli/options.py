@@ -123,8 +123,15 @@ def submitter_of(machine: Machine, *, options: MachineOptions) -> Submitter:
 
 
 def absolute(name: str) -> str:
-    """Return a recipe, study or table file by its whole path, and a plain name as it is."""
+    """Return a study, table or weights file by its whole path, and a plain name as it is."""
     return str(Path(name).absolute()) if Path(name).is_file() else name
+
+
+def absolute_recipe(name: str) -> str:
+    """Return a recipe of one's own by its whole path, and a shipped one by its name."""
+    from obowlab.config import find_recipe, recipe_files
+
+    return name if name in recipe_files() else str(find_recipe(name).absolute())
 
 
 def confirm(question: str, *, yes: bool) -> bool:

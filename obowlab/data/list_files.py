@@ -150,6 +150,8 @@ def _entry(path: Path, number: int, cells: Sequence[str], *, columns: _Columns, 
     if columns.split is not None and not split:
         raise UserError(f"--source {path}, line {number}: no split.")
     file, size = _file(path.parent, name)
+    below = os.path.relpath(file, path.parent)
+    name = name if below.startswith("..") else below
     return Entry(split, (label or None) if labelled else None, SourceImage(-1, name, file, offset=0, size=size))
 
 

@@ -38,6 +38,7 @@ def unmet_needs(recipe: Recipe, *, data_root: Path, runs_root: Path) -> dict[str
         return dict.fromkeys(wanted, f"'{dataset}' {kind}; {remedy}")
     if read_manifest(data_root, dataset, "val") is None:
         remedy = f"`obowlab data prepare {dataset} --source DIR --val-fraction 0.1 --force` sets some apart"
+        remedy = remedy if np.bincount(train.labels).max() > 1 else "no class has two images, of which one could be val"
         return dict.fromkeys(wanted, f"'{dataset}' has no val images; {remedy}")
     val = open_split(dataset, "val", data_root=data_root, runs_root=runs_root)
     unmet: dict[str, str | None] = {}

@@ -20,6 +20,8 @@ TRAINED: tuple[Status, ...] = ("unevaluated", "finished")
 """The states of a run that nothing trains any more, and whose results count."""
 ENCODER_FILE = "encoder.safetensors"
 """The encoder of a run; it is there as soon as the training is done."""
+CHECKPOINT_FILES = ("checkpoint.pt", "checkpoint.previous.pt")
+"""What a run resumes from: the newest, and the one before it."""
 
 
 class RunInfo(BaseModel):
@@ -100,6 +102,19 @@ def read_state(path: Path) -> State:
         raise UserError(f"{path / 'state.json'} cannot be read ({error.strerror}): ask its owner for the right to.") from None
     except ValueError:
         raise UserError(f"{path / 'state.json'} is damaged; remove it; the run then continues from its checkpoint.") from None
+
+
+def no_checkpoint(info: RunInfo, *, reason: str) -> UserError:
+    """Return the error for a run that can be looked into only with a checkpoint, and has none that is usable.
+
+    Args:
+        info: of the run.
+        reason: one or more sentences.
+    """
+    return UserError(
+        f"{reason} Run '{info.run_id}' can be looked into only with its checkpoint: train it with `obowlab run {info.name}`, or "
+        "bring it along with `obowlab runs export --checkpoint`."
+    )
 
 
 def read_result(path: Path) -> dict[str, Any]:
