@@ -14,6 +14,7 @@ import pytest
 
 from obowlab.config import Machine, load_recipe
 from obowlab.errors import UserError
+from obowlab.launch.slurm import JobRequest, SlurmJob
 from obowlab.runs import RunFolder, list_runs
 from obowlab.runs.records import store_records
 from obowlab.runs.results import pack
@@ -287,6 +288,16 @@ def test_what_is_trained_or_lies_elsewhere_is_not_deleted(obowlab: Obowlab, tmp_
     assert (code, "is a link to another place" in err) == (2, True)
     assert folder.state.status == "finished"
     assert not any((tmp_path / "place").iterdir())
+
+
+def test_what_a_job_of_the_cluster_waits_for_is_not_deleted(obowlab: Obowlab, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = run("demo", status="created")
+    job = SlurmJob(id="77", request=JobRequest(arguments=(), runs=(folder.run_id,), what=""), submitted_at=0.0, folder=ROOT)
+    monkeypatch.setattr("obowlab.launch.slurm.submitted_jobs", lambda root: [job])
+    monkeypatch.setattr("obowlab.launch.slurm.states", lambda jobs: {"77": None})
+    code, _, err = obowlab("runs", "delete", "demo", "--yes")
+    assert (code, "`obowlab jobs cancel 77` first" in err) == (2, True)
+    assert folder.path.is_dir()
 
 
 def test_emptying_removes_links_and_not_what_they_name(obowlab: Obowlab, tmp_path: Path) -> None:
