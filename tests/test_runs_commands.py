@@ -14,6 +14,7 @@ import pytest
 
 from obowlab.config import Machine, load_recipe
 from obowlab.errors import UserError
+from obowlab.launch.slurm import JobRequest, SlurmJob
 from obowlab.runs import RunFolder, list_runs
 from obowlab.runs.records import store_records
 from obowlab.runs.results import pack
@@ -134,6 +135,17 @@ def test_results_on_other_data_do_not_count(obowlab: Obowlab) -> None:
     (entry,) = select(ROOT, where=["linear_top1<40"])
     assert entry.measured["linear_top1"]["value"] == 30.0
     assert "99" not in obowlab("runs", "list")[1]
+
+
+def test_a_damaged_result_hides_no_run(obowlab: Obowlab) -> None:
+    broken, whole = run("demo", linear=30.0), run("demo-full", linear=40.0)
+    next((broken.path / "results").iterdir()).write_text("{")
+    code, out, err = obowlab("runs", "list")
+    assert code == 0
+    assert err.startswith("Warning: ")
+    assert "is damaged" in err
+    assert "40.0" in out
+    assert {broken.run_id, whole.run_id} <= set(out.split())
 
 
 # --------------------------------------------------------------------------------------------------------------- compare
@@ -278,6 +290,16 @@ def test_what_is_trained_or_lies_elsewhere_is_not_deleted(obowlab: Obowlab, tmp_
     assert not any((tmp_path / "place").iterdir())
 
 
+def test_what_a_job_of_the_cluster_waits_for_is_not_deleted(obowlab: Obowlab, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = run("demo", status="created")
+    job = SlurmJob(id="77", request=JobRequest(arguments=(), runs=(folder.run_id,), what=""), submitted_at=0.0, folder=ROOT)
+    monkeypatch.setattr("obowlab.launch.slurm.submitted_jobs", lambda root: [job])
+    monkeypatch.setattr("obowlab.launch.slurm.states", lambda jobs: {"77": None})
+    code, _, err = obowlab("runs", "delete", "demo", "--yes")
+    assert (code, "`obowlab jobs cancel 77` first" in err) == (2, True)
+    assert folder.path.is_dir()
+
+
 def test_emptying_removes_links_and_not_what_they_name(obowlab: Obowlab, tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "one.png").write_bytes(b"one")
@@ -336,6 +358,19 @@ def test_what_is_no_run_in_the_trash_stays_there(obowlab: Obowlab) -> None:
     assert (code, "no run.json" in err) == (2, True)
     assert obowlab("runs", "trash", "--empty", "--yes")[0] == 0
     assert sorted(path.name for path in (ROOT / TRASH).iterdir()) == ["file.txt", "notes"]
+
+
+def test_sync_finishes_what_a_killed_delete_left(obowlab: Obowlab) -> None:
+    from obowlab.tracking.mirror import Mirror
+    from obowlab.tracking.outbox import Sent
+
+    folder = run("demo")
+    Mirror(folder).outbox.save(Sent(run_id="1234"))
+    path = put_aside(folder, deleted=True)  # killed here
+    assert f"Would send 1 values, results, files and facts of run '{folder.run_id}'" in obowlab("runs", "sync", "--dry-run")[1]
+    assert obowlab("runs", "sync")[:2] == (0, f"{folder.run_id}: 1 sent\n")  # there is no store: nothing to take away
+    assert Mirror(RunFolder.open(path)).pending() == 0
+    assert "Would send" not in obowlab("runs", "sync", "--dry-run")[1]
 
 
 def test_machine_of_a_deleted_run_names_the_store_it_came_from() -> None:

@@ -104,8 +104,12 @@ def list_all(
     if dry_run:
         return would(f"list the runs in {root}")
     _warn_of_damage(root)
+
+    def warn(problem: str) -> None:
+        click.echo(f"Warning: {problem}", err=True)
+
     statuses = tuple(status for words in statuses for status in words.split(","))
-    entries = select(root, recipes=recipes, statuses=statuses, tags=tags, where=where, sort=sort)
+    entries = select(root, recipes=recipes, statuses=statuses, tags=tags, where=where, sort=sort, warn=warn)
     if as_json:
         return print_json([_listed(entry) for entry in entries])
     if not entries:
@@ -297,6 +301,7 @@ def delete(names: tuple[str, ...], yes: bool, options: MachineOptions, dry_run: 
 
     `obowlab runs restore RUN` brings one back; `obowlab runs trash --empty` removes them for good.
     """
+    from obowlab.launch.slurm import live_runs, submitted_jobs
     from obowlab.runs.folder import RunFolder
     from obowlab.runs.lineage import waiting_students
     from obowlab.runs.trash import check_deletable, find_trashed, put_aside
@@ -304,6 +309,7 @@ def delete(names: tuple[str, ...], yes: bool, options: MachineOptions, dry_run: 
     machine = options.machine()
     folders: dict[str, RunFolder] = {}
     gone = []
+    waiting = live_runs(machine.runs_root) if submitted_jobs(machine.runs_root) else {}
     for name in names:
         try:
             folder = RunFolder.find(name, runs_root=machine.runs_root)
@@ -314,6 +320,9 @@ def delete(names: tuple[str, ...], yes: bool, options: MachineOptions, dry_run: 
             gone += there
             continue
         check_deletable(folder, ref=name, runs_root=machine.runs_root)
+        if folder.run_id in waiting:
+            job = waiting[folder.run_id]
+            raise UserError(f"Job {job.id} of the cluster trains '{folder.run_id}': `obowlab jobs cancel {job.id}` first.")
         folders[folder.run_id] = folder
     if dry_run:
         for folder in folders.values():
