@@ -18,7 +18,7 @@ from plotly.offline import get_plotlyjs
 from obowlab import text
 from obowlab.config import project_root
 from obowlab.errors import UserError
-from obowlab.files import folder_written
+from obowlab.files import copy_tree, folder_written
 from obowlab.report import figures, result_figures
 from obowlab.report.model import Figure, Run, Site
 from obowlab.report.vocabulary_health import RULES
@@ -102,7 +102,8 @@ def _write(site: Site, *, folder: Path) -> int:
     (folder / PLOTLY).write_text(get_plotlyjs(), encoding="utf-8")
     for run in site.runs:
         if run.gallery is not None:
-            shutil.copytree(run.gallery.folder, folder / gallery_of(run), copy_function=shutil.copyfile)
+            source = run.gallery.folder
+            copy_tree(source, folder / gallery_of(run), owner=source.parent.stat().st_uid)
     (folder / MARKER).write_text("This folder is replaced by the next `obowlab report`.\n", encoding="utf-8")
     return len(pages)
 

@@ -16,11 +16,12 @@ from obowlab.config import Recipe, canonical_hash, flatten, load_recipe, recipe_
 from obowlab.config.scales import SCALES
 from obowlab.config.validation import flat_pairs
 from obowlab.errors import UserError
+from obowlab.files import files_in
 from obowlab.report.curves import Curve, cached_curves, with_point
 from obowlab.report.model import Gallery, Run, Setting, Site
 from obowlab.report.vocabulary_health import judge
-from obowlab.runs.folder import RunFolder, RunSummary, list_runs
-from obowlab.runs.info import RunInfo
+from obowlab.runs.folder import RunFolder, RunSummary, read_runs
+from obowlab.runs.info import DAMAGED, RunInfo
 from obowlab.runs.records import Record, Records, by_fingerprint
 from obowlab.runs.results import Measured, tabulate
 from obowlab.studies.schema import read_studies
@@ -79,14 +80,11 @@ class Store:
         return {key: record_of[run.info.run_id] for key, run in by_fingerprint(run for run, _ in self.runs).items()}
 
 
-DAMAGED = (UserError, OSError, ValueError, KeyError, TypeError)
-"""What reading a run of another version, or a damaged one, may raise."""
-
-
 def read_store(runs_root: Path) -> Store:
     """Read a run store, all but the metrics."""
-    runs, problems, newest = [], [], 0.0
-    for summary in list_runs(runs_root):
+    runs, newest = [], 0.0
+    summaries, problems = read_runs(runs_root)
+    for summary in summaries:
         newest = max(newest, summary.info.created_at, summary.state.updated_at)
         try:
             runs.append((summary, Record.of(summary)))
@@ -270,11 +268,13 @@ def settings_of(recipe: str) -> dict[str, Any]:
 
 def find_gallery(folder: Path) -> Gallery | None:
     """Return a run's gallery of visual words, with the first sheet of each level (`conv5-000.jpg`); None when there is none."""
-    if not (folder / "index.html").is_file():
+    files = files_in(folder, owner=folder.parent.stat().st_uid)
+    if "index.html" not in {path.name for path in files}:
         return None
     first: dict[str, str] = {}
-    for path in sorted(path for path in folder.iterdir() if path.suffix in PICTURES):
-        first.setdefault(path.stem.rpartition("-")[0], path.name)
+    for path in files:
+        if path.suffix in PICTURES:
+            first.setdefault(path.stem.rpartition("-")[0], path.name)
     return Gallery(folder=folder, preview=tuple(first.values()))
 
 
@@ -302,7 +302,8 @@ def _planned(scale: str) -> tuple[list[PlannedTable], list[str]]:
 
 
 def _cannot_be_shown(run: RunSummary, error: Exception) -> str:
-    return f"Run {run.info.run_id} cannot be shown: {type(error).__name__}: {error}"
+    what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    return f"Run {run.info.run_id} cannot be shown: {what}"
 
 
 @cache

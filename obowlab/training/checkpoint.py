@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from obowlab.errors import UserError
+from obowlab.files import open_file
 from obowlab.methods import METHODS, Method, OneProcess
 from obowlab.runs.folder import RunFolder
+from obowlab.weights.reading import inflated_record
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -85,7 +87,8 @@ def _write(path: Path, *, content: dict[str, Any]) -> None:
     Raises:
         OSError: the disk refused.
     """
-    with path.open("wb") as file:
+    path.unlink(missing_ok=True)  # of a start that was killed
+    with path.open("xb") as file:
         refusable = _Refusable(file)
         torch.save(content, cast(BinaryIO, refusable))
         if refusable.refusal is not None:
@@ -217,7 +220,10 @@ def newest(folder: Path, *, fingerprint: str, map_location: torch.device) -> tup
 def _read(path: Path, *, map_location: torch.device) -> Checkpoint | str:
     """Load one file; return a sentence when it is damaged. torch checks no sums itself, the zip archive holds them."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_file(path) as file, zipfile.ZipFile(file) as archive:
+            inflated = inflated_record(archive)
+            if inflated is not None:
+                return f"{path} is damaged ({inflated})."
             damaged = archive.testzip()
         if damaged is not None:
             return f"{path} is damaged (record {damaged} does not match its checksum)."

@@ -17,6 +17,7 @@ import safetensors
 import torch
 from torch import Tensor
 
+from obowlab import text
 from obowlab.errors import UserError
 from obowlab.weights import WEIGHTS_SUFFIXES
 
@@ -27,6 +28,9 @@ WRAPPERS = ("network", "state_dict", "model")
 
 COUNTERS = re.compile(r"(num_batches_tracked|_embedding_ptr|_track_num_batches|_iteration)$")
 """The names of what may be integers."""
+
+MOST_INFLATED = 20
+"""Weights are stored as they are, and shrink by a tenth where another program packs them."""
 
 LONGEST_HEADER = 100 * 2**20
 """No header of a safetensors file is longer, in bytes."""
@@ -67,11 +71,22 @@ def read_weights(path: Path) -> WeightsFile:
             if not zipfile.is_zipfile(path):
                 raise UserError(f"{path} is cut off: the end of a torch file or zip archive is missing; copy it again.")
             with zipfile.ZipFile(path) as archive:
+                if (inflated := inflated_record(archive)) is not None:
+                    raise UserError(f"{path} is no weights file: {inflated}.")
                 if not any(name.endswith("/data.pkl") for name in archive.namelist()):
                     return _read_member(archive, path=path)
         return _without_prefix(_read_torch(path), metadata={}, origin=path)
     except (OSError, zipfile.BadZipFile) as error:
         raise UserError(f"Cannot read {path}: {getattr(error, 'strerror', None) or error}.") from None
+
+
+def inflated_record(archive: zipfile.ZipFile) -> str | None:
+    """Return in words what an archive says of itself that no weights do: a record grows more than `MOST_INFLATED` times."""
+    for record in archive.infolist():
+        if record.file_size > MOST_INFLATED * (record.compress_size + 1024):
+            size, packed = text.size(record.file_size), text.size(record.compress_size)
+            return f"{packed} in it grow to {size} when they are unpacked ({record.filename[:100]})"
+    return None
 
 
 def _beginning(path: Path) -> bytes:
@@ -85,12 +100,12 @@ def _is_safetensors(start: bytes) -> bool:
 
 def _what_else(start: bytes) -> str | None:
     """Name what is often found in place of a weights file."""
-    text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    begun = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not start:
         return "it is empty"
-    if text.startswith(b"version https://git-lfs"):
+    if begun.startswith(b"version https://git-lfs"):
         return "it is the pointer of git LFS in place of the file; `git lfs pull` fetches it"
-    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+    if begun.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
         return "it is a web page (HTML), as a download link gives that needs a login or a click; download the file itself"
     if start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ")) or start[257:262] == b"ustar":
         return "it is a packed archive; unpack it and name the file in it"
@@ -181,6 +196,8 @@ def _checked(file: WeightsFile, *, origin: Path) -> WeightsFile:
             raise UserError(f"{origin} holds weights that are no floating-point numbers: {shown} is of type {kind}.")
         if tensor.layout != torch.strided or tensor.is_meta:
             raise UserError(f"{origin} holds weights that are not dense: {shown}.")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():  # strides of 0
+            raise UserError(f"{origin} holds fewer numbers than {shown} has: save the state dict with contiguous tensors.")
         if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
             wrong = int((~tensor.float().isfinite()).sum())
             raise UserError(
