@@ -21,6 +21,7 @@ import re
 import secrets
 import shutil
 import stat
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -49,6 +50,9 @@ LARGEST_LINES = 2**32
 
 DEEPEST = 100
 """JSON nested deeper is nobody's record."""
+
+MOST_INFLATED = 20
+"""Weights are stored as they are, and shrink by a tenth where another program packs them."""
 
 PATIENCE_S = 120.0
 """Longest time to wait for a lock that is held for moments."""
@@ -340,6 +344,28 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def inflated_record(archive: zipfile.ZipFile) -> str | None:
+    """Return in words what an archive says of itself that no weights do: a record grows more than `MOST_INFLATED` times."""
+    for record in archive.infolist():
+        if record.file_size > MOST_INFLATED * (record.compress_size + 1024):
+            packed, size = (f"{number / 1e6:.1f} MB" for number in (record.compress_size, record.file_size))
+            return f"{packed} in it grow to {size} when they are unpacked ({record.filename[:100]})"
+    return None
+
+
+def archive_damage(path: Path) -> str | None:
+    """Return one sentence on the damage of a zip archive, as a checkpoint is; None when every record fits its checksum."""
+    try:
+        with open_file(path) as file, zipfile.ZipFile(file) as archive:
+            inflated = inflated_record(archive)
+            damaged = archive.testzip() if inflated is None else None
+    except (OSError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError) as error:
+        return f"{path} is damaged ({str(error).splitlines()[0]})."
+    if inflated is not None:
+        return f"{path} is damaged ({inflated})."
+    return None if damaged is None else f"{path} is damaged (record {damaged} does not match its checksum)."
 
 
 @contextmanager

@@ -96,6 +96,17 @@ def test_a_table_is_trained_killed_and_continued(tmp_path: Path, data_root: Path
     assert labels["hard"]["obowlab.mine"] == "hard"
     assert labels["soft"] == {"obowlab.mine": "soft", "obowlab.scale": "paper"}
 
+    before_steps = {folder.run_id: steps(folder) for folder in done}
+    again = start(table, data_root=data_root, words=("--set", "evaluation.fewshot.num_episodes=10"))
+    out, said = again.communicate(timeout=240)
+    assert again.returncode == 0, said
+    assert "2 to be measured with other settings" in out
+    assert said.count("Measuring ") == 2
+    for folder in finished(table):
+        assert steps(folder) == before_steps[folder.run_id], "nothing is trained for a measurement"
+        episodes = {r["details"]["num_episodes"] for r in folder.results() if r["protocol"] == "fewshot"}
+        assert episodes == {10, 20}
+
 
 def test_a_failing_row_stops_no_other(tmp_path: Path, data_root: Path) -> None:
     table = write_table(tmp_path / "t", epochs=1, more=FAILING)

@@ -83,7 +83,7 @@ def test_a_bank_has_the_images_that_are_trained_on(tmp_path: Path, data_root: Pa
 
 
 def test_without_validation_images_all_is_left_out_and_training_goes_on(tmp_path: Path, image_folder: Path) -> None:
-    prepare("flat", source=image_folder / "train", data_root=tmp_path / "data", workers=1)
+    prepare("flat", source=image_folder / "train", data_root=tmp_path / "data", val_fraction=0.0, workers=1)
     machine = machine_of(tmp_path / "data", tmp_path)
     loaded = small_recipe(tmp_path, dataset="flat", overrides=QUICK)
     said: list[str] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import json
 import os
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -275,6 +276,90 @@ def test_no_name_becomes_markup(tmp_path: Path) -> None:
     assert HOSTILE.split('"')[0] in Page(tmp_path / "site" / "index.html").text
 
 
+ATTACK = "document.documentElement.dataset.attacked = 'yes'"
+
+
+def words_json(place: Path, change: Callable[[Any], Any]) -> None:
+    facts = json.loads((place / "words.json").read_text())
+    change(facts)
+    (place / "words.json").write_text(json.dumps(facts))
+
+
+def _linked(place: Path, name: str, *, secret: Path) -> None:
+    (place / name).unlink()
+    (place / name).symlink_to(secret)
+
+
+def test_nothing_in_a_run_folder_is_run_by_who_reads_the_report(tmp_path: Path) -> None:
+    folder = add_run(tmp_path / "runs")
+    add_gallery(folder)
+    place = folder.path / "words"
+    (place / "index.html").write_text(f"<script>{ATTACK}</script>")
+    (place / "more.html").write_text(f"<script>{ATTACK}</script>")
+    (place / "drawing.svg").write_text(f"<svg xmlns='http://www.w3.org/2000/svg'><script>{ATTACK}</script></svg>")
+    (place / "words.js").write_text(ATTACK)
+    words_json(place, lambda facts: facts.update(title=HOSTILE, dataset=HOSTILE, version=HOSTILE, network=HOSTILE))
+    site = tmp_path / "site"
+    build_site(gather(read_store(tmp_path / "runs"), tables=Tables()), out=site)
+    gallery = site / "words" / folder.run_id
+    assert sorted(path.name for path in gallery.iterdir()) == ["conv5-0.png", "conv5-1.png", "index.html", "words.json"]
+    assert not [path for path in site.rglob("*") if path.is_file() and ATTACK.encode() in path.read_bytes()]
+    page = Page(gallery / "index.html")
+    assert [script.get("src") or script.get("type") for script in page.scripts] == ["application/json", "../../words.js"]
+    assert "img" not in page.tags
+    assert HOSTILE.split('"')[0] in page.text
+
+
+@pytest.mark.parametrize(
+    ("attack", "said"),
+    [
+        (lambda place, secret: _linked(place, "conv5-1.png", secret=secret), "Too many levels of symbolic links"),
+        (lambda place, secret: _linked(place, "words.json", secret=secret), "Too many levels of symbolic links"),
+        (lambda place, secret: (place / "conv5-1.png").write_text("<html>"), "is not a picture of the kind"),
+        (lambda place, secret: ((place / "conv5-1.png").unlink(), os.mkfifo(place / "conv5-1.png")), "is no file"),
+        (lambda place, secret: (place / "conv5-1.png").unlink(), "No such file"),
+        (lambda place, secret: (place / "words.json").write_text("[" * 100_000), "(no JSON)"),
+        (lambda place, secret: (place / "words.json").unlink(), "No such file"),
+        (lambda place, secret: words_json(place, lambda f: f.update(patches_per_word="8);x")), "(patches_per_word)"),
+        (lambda place, secret: words_json(place, lambda f: f["view"].update(size="`+alert(1)+`")), "(view.size)"),
+        (lambda place, secret: words_json(place, lambda f: f["levels"].update({"<b>": {}})), "(levels.<b>"),
+        (lambda place, secret: words_json(place, lambda f: f.update(format=2)), "(format)"),
+        *(
+            (lambda place, secret, n=name: words_json(place, lambda f: f["levels"]["conv5"].update(sheets=[n])), "conv5.sheets")
+            for name in ("../../run.json", "x.svg", "x.html", "/etc/passwd.png", "a.png\n", ".png", "conv5-0.png")
+        ),
+    ],
+)
+def test_a_gallery_that_is_none_is_left_out_and_named(tmp_path: Path, attack: Callable[[Path, Path], object], said: str) -> None:
+    (secret := tmp_path / "secret").write_text("of somebody else")
+    folder = add_run(tmp_path / "runs")
+    add_gallery(folder)
+    attack(folder.path / "words", secret)
+    site = tmp_path / "site"
+    build_site(gather(read_store(tmp_path / "runs"), tables=Tables()), out=site)
+    text = Page(site / "index.html").text
+    assert f"The visual words of run {folder.run_id} cannot be shown: " in text
+    assert said in text
+    assert not (site / "words").exists()
+    assert (site / "runs" / f"{folder.run_id}.html").is_file()
+    assert not [path for path in site.rglob("*") if path.is_file() and path.read_bytes() == secret.read_bytes()]
+
+
+def test_a_page_runs_no_script_but_its_own(browser: Any, site: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(site, tmp_path / "site"))
+    (gallery,) = copy.glob("words/*/index.html")
+    for path in (*pages(copy), gallery):
+        whole = path.read_text()
+        assert "default-src 'none'; script-src 'self' file:; style-src " in html.unescape(whole), path
+        attack = f'<script>{ATTACK}</script><img src=x onerror="{ATTACK}"><a id=lure href="javascript:{ATTACK}">x</a>'
+        path.write_text(whole.replace("</main>", attack + "</main>"))
+    for path in (copy / "index.html", copy / "curves.html", gallery):
+        open_page(browser, path)
+        browser.execute_script("document.getElementById('lure').click()")
+        assert browser.execute_script("return document.documentElement.dataset.attacked") is None, path
+        assert sum("violates the following" in said for said in complaints(browser)) >= 3, path
+
+
 # -------------------------------------------------------------------------------------------------------------- the folder
 
 
@@ -457,6 +542,10 @@ def test_pages_work_in_a_browser_from_the_disk(browser: Any, site: Path) -> None
         assert all(address.startswith("file://") for address in asked), path.name
         pictures = "Promise.all([...document.images].map(image => { image.loading = 'eager'; return image.decode(); }))"
         assert browser.execute_async_script(f"const done = arguments[0]; {pictures}.then(() => done(true), () => done(false))")
+    (gallery,) = site.glob("words/*/index.html")
+    open_page(browser, gallery)
+    assert browser.execute_script("return document.querySelectorAll('#words li').length") == 2
+    assert complaints(browser) == []
 
 
 def test_theme_follows_the_system_and_a_choice_is_remembered(browser: Any, site: Path) -> None:

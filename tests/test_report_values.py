@@ -21,6 +21,7 @@ from obowlab.files import read_checked
 from obowlab.report import curves
 from obowlab.report import read as gather
 from obowlab.report.curves import CACHE, Curve, cached_curves, over_seeds, read_curves, reduce, with_point
+from obowlab.report.model import Gallery
 from obowlab.report.vocabulary_health import RULES, Finding, judge
 from obowlab.runs.folder import RunFolder, RunSummary
 from obowlab.runs.records import Record, store_records
@@ -323,8 +324,7 @@ def test_run_is_read_with_its_provenance(tmp_path: Path) -> None:
     assert run.machine["host"] == "elsewhere"
     assert run.versions == {"obowlab": folder.info.version, "torch": "2.14.1"}
     assert run.measurement("fewshot_5shot") == {"value": 13.5, "interval": 0.5}
-    assert run.gallery is not None
-    assert run.gallery.preview == ("conv5-0.png",)
+    assert run.gallery == Gallery(folder.path / "words")
     online = run.curves["fewshot_5shot"]
     assert (online.epoch[-1], online.mean) == (float(run.epochs), (7.0, 8.0, 9.0, 13.5))
     assert run.warnings == ()

@@ -16,7 +16,6 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -42,7 +41,6 @@ from obowlab.files import (
     read_file,
     share,
     shared_folder,
-    with_checksum,
 )
 from obowlab.launch.jobs import reap, stop
 from obowlab.launch.processes import start
@@ -58,6 +56,7 @@ from obowlab.tracking.outbox import Outbox
 from obowlab.training import checkpoint
 from obowlab.training.reporter import Reporter
 from obowlab.weights.reading import read_weights
+from tests.chaos.kinds.shared import HARMS
 from tests.command_line import Obowlab, finished_run
 from tests.fork_server import Fork
 
@@ -219,62 +218,6 @@ def test_the_bundle_of_a_run_holds_no_link(folder: RunFolder, secret: Path, tmp_
 
 
 # ------------------------------------------------------------------------------------------------- one bad run among good ones
-
-
-def _state(path: Path, **changes: Any) -> None:
-    values = {**json.loads((path / "state.json").read_bytes()), **changes}
-    (path / "state.json").write_text(json.dumps(values))
-
-
-def _info(path: Path, **changes: Any) -> None:
-    values = {**parse_checked((path / "run.json").read_bytes()), **changes}
-    (path / "run.json").write_text(with_checksum(json.dumps(values)))
-
-
-def _instead(name: str, make: Callable[[Path], object]) -> Callable[[Path], None]:
-    def harm(path: Path) -> None:
-        (path / name).unlink()
-        make(path / name)
-
-    return harm
-
-
-def _listen(path: Path) -> None:
-    here = Path.cwd()
-    os.chdir(path.parent)  # the address of a socket is short
-    with socket.socket(socket.AF_UNIX) as server:
-        server.bind(path.name)
-    os.chdir(here)
-
-
-def _huge(path: Path) -> None:
-    with path.open("wb") as file:
-        file.truncate(3 * 2**30)
-
-
-HARMS: dict[str, Callable[[Path], object]] = {
-    "torn-state": lambda path: (path / "state.json").write_text('{"status": "fin'),
-    "newer-status": lambda path: _state(path, status="paused"),
-    "state-is-folder": _instead("state.json", lambda path: path.mkdir()),
-    "state-is-pipe": _instead("state.json", os.mkfifo),
-    "state-is-socket": _instead("state.json", _listen),
-    "state-is-device": _instead("state.json", lambda path: path.symlink_to("/dev/zero")),
-    "info-is-pipe": _instead("run.json", os.mkfifo),
-    "info-is-folder": _instead("run.json", lambda path: path.mkdir()),
-    "info-is-deep": lambda path: (path / "run.json").write_text('{"a": ' + "[" * 99_000 + "]" * 99_000 + "}"),
-    "info-is-huge": _instead("run.json", _huge),
-    "info-is-newer": lambda path: _info(path, version="99.1.0", seed={"of": "weights"}),
-    "info-not-utf8": lambda path: (path / "run.json").write_bytes(b'{"name": "\xff\xfe"}'),
-    "time-without-end": lambda path: _info(path, created_at=1e300),
-    "name-is-path": lambda path: _info(path, run_id="../../escape"),
-    "state-of-2300": lambda path: _state(path, updated_at=1e10),
-    "result-is-pipe": lambda path: os.mkfifo(path / "results" / "a.json"),
-    "result-is-list": lambda path: (path / "results" / "a.json").write_text("[1]"),
-    "result-of-texts": lambda path: (path / "results" / "a.json").write_text(
-        '{"subject": "student", "protocol": "knn", "protocol_hash": "a", "measurements": [{"name": "knn_top1", "value": "x"}]}'
-    ),
-}
-"""What one run of a store may look like; `result...` harms those only who read results."""
 
 
 @pytest.fixture
@@ -636,10 +579,10 @@ def test_a_folder_of_mode_700_is_one_line_for_others(shared_root: Path) -> None:
     finished_run(shared_root)
     closed = RunFolder.create(load_recipe("demo"), seed=1, runs_root=shared_root)
     closed.path.chmod(0o700)
-    line = f"Warning: {closed.path / 'run.json'} cannot be read (Permission denied): ask its owner for the right to.\n"
+    line = f"{closed.path / 'run.json'} cannot be read (Permission denied): ask the owner of the folder for the right to."
     for words in (["runs", "list"], ["jobs", "--all"]):
         code, said = outcome(Fork(look, shared_root, BOB, words))
-        assert said == line
+        assert said == f"Warning: {line}\n"
         assert code == 0
 
 

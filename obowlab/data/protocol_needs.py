@@ -12,6 +12,7 @@ from obowlab.config import FewShot, Knn, Recipe
 from obowlab.data.class_lists import ClassList, class_list
 from obowlab.data.datasets import Split, open_split, subset
 from obowlab.data.manifest import read_manifest
+from obowlab.data.sources import UNLABELLED
 from obowlab.errors import UserError
 
 
@@ -31,9 +32,13 @@ def unmet_needs(recipe: Recipe, *, data_root: Path, runs_root: Path) -> dict[str
     if not wanted:
         return {}
     train = open_split(dataset, "train", data_root=data_root, runs_root=runs_root)
+    if train.num_classes < 2:
+        kind = "has images without labels" if train.class_names == (UNLABELLED,) else "has one class only"
+        remedy = "`obowlab eval RUN --dataset OTHER` measures the encoder on a data set with labels"
+        return dict.fromkeys(wanted, f"'{dataset}' {kind}; {remedy}")
     if read_manifest(data_root, dataset, "val") is None:
-        reason = f"'{dataset}' has no val images: prepare a source with train/ and val/ under another name"
-        return dict.fromkeys(wanted, reason)
+        remedy = f"`obowlab data prepare {dataset} --source DIR --val-fraction 0.1 --force` sets some apart"
+        return dict.fromkeys(wanted, f"'{dataset}' has no val images; {remedy}")
     val = open_split(dataset, "val", data_root=data_root, runs_root=runs_root)
     unmet: dict[str, str | None] = {}
     for protocol in wanted:

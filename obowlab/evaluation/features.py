@@ -30,7 +30,8 @@ from obowlab.data.datasets import Split, open_split, subset
 from obowlab.errors import UserError
 from obowlab.files import UnusableFileError, open_file, read_file, shared_folder
 from obowlab.views.loaders import centre_loader
-from obowlab.views.photometric import MEAN, STD, normalise
+from obowlab.views.photometric import normalise
+from obowlab.views.views import MEAN, STD
 
 FEATURES_VERSION = 1
 """Raise it when the same weights and images would give other features."""

@@ -142,6 +142,28 @@ def left_out(recipe: Recipe, *, machine: Machine) -> dict[str, str] | None:
         return None
 
 
+def check_protocols(recipe: Recipe, *, protocols: Sequence[str], dataset: str | None, machine: Machine) -> None:
+    """Refuse what the images cannot carry of what `obowlab eval` is asked for; synthetic ones are drawn later.
+
+    Args:
+        recipe: whose evaluation settings apply.
+        protocols: to measure.
+        dataset: another prepared data set than the recipe's, then with all its training images.
+        machine: where the images are.
+
+    Raises:
+        UserError: says which setting would do; or as `unmet_needs`.
+    """
+    data = recipe.data
+    if dataset not in (None, data.dataset):
+        data = data.model_copy(update={"dataset": dataset, "images_per_class": None})
+    evaluation = recipe.evaluation.model_copy(update={"protocols": tuple(protocols), "every_epochs": 0})
+    measured = recipe.model_copy(update={"data": data, "evaluation": evaluation})
+    if _is_drawn(measured, machine=machine):
+        unmet = unmet_needs(measured, data_root=machine.data_root, runs_root=machine.runs_root)
+        refuse_unmet("; ".join(dict.fromkeys(unmet.values())) or None)
+
+
 def _is_drawn(recipe: Recipe, *, machine: Machine) -> bool:
     """Return whether the images are there, as far as they are drawn by obowlab itself."""
     return recipe.data.dataset != "synthetic" or (machine.data_root / "synthetic" / "train.json").is_file()

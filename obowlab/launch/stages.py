@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -121,9 +121,14 @@ def find_obstacles(
         at_a_time: how many share its GPUs out.
         required: a protocol of the last of them that may not be left out.
     """
+    return obstacles_of(_checks(due, machine=machine, at_a_time=at_a_time, dry_run=True, say=say, required=required))
+
+
+def obstacles_of(checks: Iterable[Callable[[], object]]) -> Obstacles:
+    """Return what checks refuse."""
     absent: list[str] = []
     refused: list[str] = []
-    for check in _checks(due, machine=machine, at_a_time=at_a_time, dry_run=True, say=say, required=required):
+    for check in checks:
         try:
             check()
         except AbsentError as error:

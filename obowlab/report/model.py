@@ -65,12 +65,12 @@ class Gallery:
     """The visual words of one run.
 
     Attributes:
-        folder: holds `index.html` and its pictures; copied into the site.
-        preview: names of a few of its pictures.
+        folder: holds `words.json` and its pictures.
+        preview: names of a few of its pictures, known once they are in the site.
     """
 
     folder: Path
-    preview: tuple[str, ...]
+    preview: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,14 @@ from obowlab.files import files_in
 from obowlab.report.curves import Curve, cached_curves, with_point
 from obowlab.report.model import Gallery, Run, Setting, Site
 from obowlab.report.vocabulary_health import judge
+from obowlab.report.words_page import FACTS
 from obowlab.runs.folder import RunFolder, RunSummary, read_runs
 from obowlab.runs.info import DAMAGED, RunInfo
 from obowlab.runs.records import Record, Records, by_fingerprint
 from obowlab.runs.results import Measured, tabulate
 from obowlab.studies.schema import read_studies
 from obowlab.tables.build import COMPARABLE, build_table, seeds_with_runs
+from obowlab.tables.kept import kept_tables
 from obowlab.tables.model import Table
 from obowlab.tables.spec import PlannedTable, load_table, table_files
 
@@ -45,8 +47,6 @@ MACHINE_FACTS = {
     "platform": "system",
 }
 """Fact of an attempt -> its name in a report."""
-
-PICTURES = (".jpg", ".png", ".webp")
 
 
 @dataclass(frozen=True)
@@ -119,10 +119,11 @@ def gather(store: Store, *, tables: Tables) -> Site:
 
 
 def tables_at(scales: Iterable[str], *, store: Store) -> Tables:
-    """Return every shipped table at some scales, of the runs there are.
+    """Return every shipped table, and every one that the store remembers, at some scales, of the runs there are.
 
     Args:
-        scales: names; when there are none, every scale at which the store has a run of some table.
+        scales: names; when there are none, every scale at which the store has a run of some shipped table, and every table
+            that it remembers and has a run of.
         store: as `read_store` reads it.
     """
     asked, records = list(scales), store.records
@@ -139,7 +140,12 @@ def tables_at(scales: Iterable[str], *, store: Store) -> Tables:
                 for table in found
             ]
             problems += wrong
-    return Tables(tuple(tables), tuple(problems))
+    own, wrong = kept_tables(store.root)
+    for table in own:
+        found_seeds = seeds_with_runs(table, records=records)
+        if table.scale in asked or (not asked and found_seeds):
+            tables.append(build_table(table, seeds=found_seeds or (0,), records=records))
+    return Tables(tuple(tables), (*problems, *wrong))
 
 
 def read_run(summary: RunSummary, *, record: Record) -> Run:
@@ -267,15 +273,9 @@ def settings_of(recipe: str) -> dict[str, Any]:
 
 
 def find_gallery(folder: Path) -> Gallery | None:
-    """Return a run's gallery of visual words, with the first sheet of each level (`conv5-000.jpg`); None when there is none."""
-    files = files_in(folder, owner=folder.parent.stat().st_uid)
-    if "index.html" not in {path.name for path in files}:
-        return None
-    first: dict[str, str] = {}
-    for path in files:
-        if path.suffix in PICTURES:
-            first.setdefault(path.stem.rpartition("-")[0], path.name)
-    return Gallery(folder=folder, preview=tuple(first.values()))
+    """Return a run's gallery of visual words, unread; None when there is none."""
+    owner = folder.parent.stat().st_uid
+    return Gallery(folder) if {FACTS, "index.html"} & {path.name for path in files_in(folder, owner=owner)} else None
 
 
 def brief(value: str) -> str:

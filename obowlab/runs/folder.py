@@ -15,14 +15,14 @@ import os
 import re
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from obowlab import __version__
-from obowlab.config import Evaluation, Loaded, Machine, canonical_hash
+from obowlab.config import Evaluation, Loaded, Machine, canonical_hash, recipe_files
 from obowlab.errors import UserError
 from obowlab.files import (
     UnusableFileError,
@@ -45,6 +45,9 @@ from obowlab.runs.locks import Lock, hold, is_locked
 from obowlab.runs.metric_log import MetricLog, Point, parse_point, read_points
 
 COST_FILE = "cost.json"
+TAG = "obowlab.tag."
+"""How the labels begin that a user gave a run."""
+
 STALE_AFTER_S = 3600.0
 """A `running` state of another host counts for so long after its last update, once no process holds the lock."""
 
@@ -119,25 +122,27 @@ class RunFolder:
 
     @classmethod
     def find(cls, ref: str, *, runs_root: Path) -> RunFolder:
-        """Open the run with this id, unique prefix of an id, or path.
+        """Open the run that a path or a name stands for.
+
+        A name is, in this order, an id, a recipe (`demo`), a recipe and seed (`demo-s0`), the 8 digits at an id's end, or the
+        beginning of an id. The first of these that any run has counts, and the name of a shipped recipe is no beginning, so
+        `demo` never means a run of `demo-full`.
 
         Raises:
-            UserError: none or several match; names the nearest.
+            UserError: none or several match; names them, or the nearest.
         """
         given = Path(ref)
         if (given / "run.json").is_file():
             return cls.open(given.absolute())
         known = _run_ids(runs_root)
-        if ref in known:
-            return cls.open(runs_root / ref)
-        matches = [run_id for run_id in known if ref and run_id.startswith(ref)]
+        meaning, matches = meaning_of(ref, known=known)
         if len(matches) == 1:
             return cls.open(runs_root / matches[0])
         if matches:
-            raise UserError(
-                f"'{ref}' is a prefix of {len(matches)} runs: {', '.join(matches[:5])}{', ...' * (len(matches) > 5)}."
-            )
-        close = difflib.get_close_matches(ref, known, n=1, cutoff=0.4)
+            listed = f"{', '.join(matches[:8])}{', ...' * (len(matches) > 8)}"
+            raise UserError(f"'{ref}' is {meaning} of {len(matches)} runs: {listed}. Name one of them.")
+        names = [split_run_id(run_id)[0] for run_id in known]
+        close = difflib.get_close_matches(ref, [*known, *dict.fromkeys(names)], n=1, cutoff=0.5)
         hint = f"Did you mean '{close[0]}'?" if close else "'obowlab runs list' shows what is there."
         raise UserError(f"There is no run '{ref}' in {runs_root}. {hint}")
 
@@ -301,7 +306,7 @@ class RunFolder:
         return {kind: numbers for kind, numbers in cost.items() if isinstance(numbers, dict)}
 
     def labels(self) -> dict[str, str]:
-        """Return the labels that studies and tables gave this run: MLflow tag name to text."""
+        """Return the labels that studies, tables and users gave this run: MLflow tag name to text."""
         try:
             labels = read_checked(self.path / "labels.json")
             if not all(isinstance(text, str) for text in labels.values()):
@@ -312,26 +317,36 @@ class RunFolder:
         except (UnusableFileError, ValueError):
             raise UserError(f"{self.path / 'labels.json'} is damaged; remove it; only labels are lost.") from None
 
-    def add_labels(self, labels: Mapping[str, str]) -> bool:
+    def add_labels(self, labels: Mapping[str, str], *, remove: Collection[str] = ()) -> bool:
         """Label this run with the study or table it belongs to; the mirror makes tags of it, also when the run is finished.
 
         Other labels stay, a label of the same name is replaced; several processes may add at once.
 
         Args:
             labels: MLflow tag name, `obowlab.WORD...`, to text.
+            remove: names of labels to take away.
 
         Returns:
-            Whether anything was new; of somebody else's run never, whose labels are theirs.
+            Whether anything changed; of somebody else's run never, whose labels are theirs.
         """
         assert all(name.startswith("obowlab.") for name in labels), f"labels are called obowlab.NAME, not {list(labels)}"
         if is_others(self.path):
             return False
+        file = self.path / "labels.json"
         with locked(self.path / "labels.lock"):
             before = self.labels()
-            if before | dict(labels) == before:
+            after = {name: text for name, text in (before | dict(labels)).items() if name not in remove}
+            if after == before:
                 return False
-            write_atomic(self.path / "labels.json", with_checksum(json.dumps(before | dict(labels), indent=1)))
+            if after:
+                write_atomic(file, with_checksum(json.dumps(after, indent=1)))
+            else:
+                file.unlink()
         return True
+
+    def tags(self) -> list[str]:
+        """Return the names that a user gave this run with `obowlab runs tag`, sorted; they change nothing of its identity."""
+        return sorted(name.removeprefix(TAG) for name in self.labels() if name.startswith(TAG))
 
     @property
     def mirror_path(self) -> Path:
@@ -353,6 +368,25 @@ def run_id_of(loaded: Loaded, *, seed: int) -> str:
             f"Rename the recipe file '{loaded.name}.toml': runs are named after it and may have letters, digits and '._-' only."
         )
     return f"{loaded.name}-s{seed}-{loaded.recipe.fingerprint(seed=seed)[:8]}"
+
+
+def split_run_id(run_id: str) -> tuple[str, str, str]:
+    """Return the recipe, `sSEED` and the digits of an id, the reverse of `run_id_of`; a folder of another name is all recipe."""
+    found = re.fullmatch(r"(.+)-(s\d+)-([0-9a-f]{8})", run_id)
+    return (found[1], found[2], found[3]) if found is not None else (run_id, "", "")
+
+
+def meaning_of(ref: str, *, known: Collection[str]) -> tuple[str, list[str]]:
+    """Return what a name stands for among the ids of runs, in words, and the ids that it fits; see `RunFolder.find`."""
+    parts = {run_id: split_run_id(run_id) for run_id in known}
+    meanings = {
+        "the name": [run_id for run_id in known if run_id == ref],
+        "the recipe": [run_id for run_id, (recipe, _, _) in parts.items() if recipe == ref],
+        "recipe and seed": [run_id for run_id, (recipe, seed, _) in parts.items() if f"{recipe}-{seed}" == ref],
+        "the end": [run_id for run_id, (_, _, digits) in parts.items() if digits and digits == ref],
+        "a prefix": [run_id for run_id in known if ref and run_id.startswith(ref) and ref not in recipe_files()],
+    }
+    return next((item for item in meanings.items() if item[1]), ("", []))
 
 
 def read_runs(runs_root: Path) -> tuple[list[RunSummary], list[str]]:
@@ -382,7 +416,7 @@ def damage_of(path: Path, error: Exception) -> str:
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError):
-        return f"{error.filename or path} cannot be read ({error.strerror}): ask its owner for the right to."
+        return f"{error.filename or path} cannot be read ({error.strerror}): ask the owner of the folder for the right to."
     return f"{path} cannot be read ({type(error).__name__}: {error}): it is damaged, or of another version of obowlab."
 
 

@@ -22,6 +22,8 @@ TRAINED: tuple[Status, ...] = ("unevaluated", "finished")
 """The states of a run that nothing trains any more, and whose results count."""
 ENCODER_FILE = "encoder.safetensors"
 """The encoder of a run; it is there as soon as the training is done."""
+CHECKPOINT_FILES = ("checkpoint.pt", "checkpoint.previous.pt")
+"""What a run resumes from: the newest, and the one before it."""
 
 DAMAGED = (UserError, OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 """What reading a run of another version, or a damaged one, may raise: whoever reads many tells it and shows the others."""
@@ -122,6 +124,19 @@ def read_state(path: Path) -> State:
         raise UserError(f"{file} is damaged; remove it; the run then continues from its checkpoint.") from None
 
 
+def no_checkpoint(info: RunInfo, *, reason: str) -> UserError:
+    """Return the error for a run that can be looked into only with a checkpoint, and has none that is usable.
+
+    Args:
+        info: of the run.
+        reason: one or more sentences.
+    """
+    return UserError(
+        f"{reason} Run '{info.run_id}' can be looked into only with its checkpoint: train it with `obowlab run {info.name}`, or "
+        "bring it along with `obowlab runs export --checkpoint`."
+    )
+
+
 def read_result(path: Path) -> dict[str, Any]:
     """Read one evaluation result.
 
@@ -163,4 +178,4 @@ def _newer(file: Path, made_by: str) -> str:
 def _cannot_be_read(file: Path, error: OSError) -> str:
     if isinstance(error, UnusableFileError):
         return f"{file} is not used, for {error.strerror}: let its owner move it away."
-    return f"{file} cannot be read ({error.strerror}): ask its owner for the right to."
+    return f"{file} cannot be read ({error.strerror}): ask the owner of the folder for the right to."

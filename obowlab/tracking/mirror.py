@@ -26,6 +26,8 @@ from obowlab.files import copy_file, copy_tree, file_lock, holder_name
 from obowlab.runs.folder import RunFolder
 from obowlab.runs.info import read_result
 from obowlab.runs.metrics import METRIC_FILES, mlflow_name
+from obowlab.runs.trash import store_of
+from obowlab.tracking.local_store import database_path
 from obowlab.tracking.model import save_encoder_model
 from obowlab.tracking.outbox import ENDED, MODEL_FOLDER, Outbox, Sent
 from obowlab.tracking.server import (
@@ -83,7 +85,7 @@ class Mirror:
             UserError: MLflow cannot write to such an address.
         """
         self.folder = folder
-        self.runs_root = folder.path.absolute().parent
+        self.runs_root = store_of(folder.path)
         self.uri = store_uri(tracking_uri, runs_root=self.runs_root)
         self.outbox = Outbox(folder, store=shown_uri(self.uri))
         self._turn = threading.Lock()
@@ -159,6 +161,9 @@ class Mirror:
 
     def _send_all(self, end: float) -> None:
         outbox, sent = self.outbox, self.outbox.load()
+        if outbox.is_deleted:
+            self._delete_run(sent)
+            return
         if self._client is None or sent.run_id is None:
             prepare_store(self.uri)
             client = connect(self.uri)
@@ -197,13 +202,36 @@ class Mirror:
             copy_file(path, Path(place) / path.name, owner=owner)
             client.log_artifact(_id(sent), str(Path(place) / path.name), folder)
 
+    def _delete_run(self, sent: Sent) -> None:
+        """Mark the run as deleted, as its user did; its registered model versions stay, and `_find_run` brings it back."""
+        path = database_path(self.uri)
+        if sent.run_id is None or sent.deleted:
+            return
+        if path is None or path.exists():
+            from mlflow.exceptions import MlflowException
+
+            prepare_store(self.uri)
+            try:
+                connect(self.uri).delete_run(sent.run_id)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+        sent.deleted = True
+        self._done(sent)
+
     def _find_run(self, client: MlflowClient, sent: Sent) -> None:
         """Find this run in the store by the remembered id, else by its tags, else create it."""
         from mlflow.exceptions import MlflowException
 
         if sent.run_id is not None:
             try:
-                if client.get_run(sent.run_id).info.lifecycle_stage == "active":
+                is_active = client.get_run(sent.run_id).info.lifecycle_stage == "active"
+                if sent.deleted:  # with `obowlab runs delete`, and restored since
+                    if not is_active:
+                        client.restore_run(sent.run_id)
+                    is_active, sent.deleted = True, False
+                    self._done(sent)
+                if is_active:
                     self._forget_lost(client, sent)
                     return
             except MlflowException as error:
@@ -295,6 +323,10 @@ class Mirror:
         if changed:
             client.log_batch(_id(sent), tags=[RunTag(key, value) for key, value in changed.items()])
             sent.tags = {**sent.tags, **changed}
+            self._done(sent)
+        for name in self.outbox.dropped_tags(sent):
+            client.delete_tag(_id(sent), name)
+            del sent.tags[name]
             self._done(sent)
 
     def _send_dataset(self, client: MlflowClient, sent: Sent) -> None:

@@ -24,10 +24,11 @@ from obowlab.files import (
     with_checksum,
     write_atomic,
 )
-from obowlab.runs.folder import RunFolder
+from obowlab.runs.folder import TAG, RunFolder
 from obowlab.runs.info import TRAINED, Status
 from obowlab.runs.metric_log import Point, parse_point
 from obowlab.runs.metrics import METRIC_FILES, METRICS
+from obowlab.runs.trash import is_deleted
 
 STATUSES: dict[Status, str] = {
     "created": "SCHEDULED",
@@ -65,6 +66,7 @@ class Sent(BaseModel):
     files: dict[str, str] = {}
     model_version: str | None = None
     status: str | None = None
+    deleted: bool = False
 
     def forget(self) -> None:
         """Begin anew: the store has nothing."""
@@ -105,11 +107,23 @@ class Outbox:
     def pending(self) -> int:
         """Return how many metric values, files and facts the store does not have."""
         sent = self.load()
+        if self.is_deleted:
+            return int(sent.run_id is not None and not sent.deleted)
         points = sum(len(point.values) for name in METRIC_FILES for _, point in self.points(name, sent=sent))
         files = sum(self.is_new(path, sent=sent) for path in (*self.results(), *self.artifacts()))
         files += sum(name not in sent.files for name in self.documents())
-        files += sum(sent.tags.get(name) != text for name, text in self._labels().items())
+        files += sum(sent.tags.get(name) != text for name, text in self._labels().items()) + len(self.dropped_tags(sent))
         return points + files + (not sent.params) + (sent.status != self.status()) + self.model_is_new(sent)
+
+    @property
+    def is_deleted(self) -> bool:
+        """Whether the user deleted the run, so that its folder is in the trash."""
+        return is_deleted(self.folder.path)
+
+    def dropped_tags(self, sent: Sent) -> list[str]:
+        """Return the names of tags that a user took off the run and the store still has."""
+        labels = self._labels()
+        return [name for name in sent.tags if name.startswith(TAG) and name not in labels]
 
     def status(self) -> str:
         """Return MLflow's word for the run's state."""
