@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from obowlab.cli import INTERRUPTION
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
@@ -144,6 +145,11 @@ def confirm(question: str, *, yes: bool) -> bool:
     if not sys.stdin.isatty():
         raise UserError(f"{question} Add --yes: there is no terminal to ask on.")
     return click.confirm(question, err=True)
+
+
+def when_interrupted(consequence: str) -> None:
+    """Set what the line after a first Ctrl-C says from now on, behind `Interrupted: `."""
+    click.get_current_context().meta[INTERRUPTION] = f": {consequence}"
 
 
 def nearest_of(word: str, known: list[str]) -> str:

@@ -17,6 +17,7 @@ from obowlab.cli.options import (
     machine_options,
     set_option,
     submitter_of,
+    when_interrupted,
     would,
 )
 from obowlab.cli.output import print_obstacles, print_results
@@ -85,6 +86,7 @@ def run(
         if options.device not in (None, "cuda") or procs not in (None, gpus):
             raise UserError("--gpus N stands for --device cuda --procs N; leave those out.")
         options, procs = replace(options, device="cuda"), gpus
+    when_interrupted("what was trained is saved, and the same command continues.")
     loaded = load_recipe(name, overrides=overrides)
     machine = options.machine(procs=procs, nodes=nodes)
     if machine.launcher == "slurm":

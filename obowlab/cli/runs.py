@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import sys
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,16 +23,18 @@ from obowlab.cli.options import (
     json_flag,
     machine_options,
     nearest_of,
+    when_interrupted,
     would,
     yes_option,
 )
-from obowlab.cli.output import print_facts, print_json, print_results, print_table, send_to_mlflow
+from obowlab.cli.output import print_facts, print_json, print_results, print_table, send_to_mlflow, show_progress, terminal_width
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
     from obowlab.runs.folder import RunFolder
     from obowlab.runs.info import State
     from obowlab.runs.selection import Entry
+    from obowlab.tracking.mirror import Mirror
 
 BUNDLED = (
     "run.json",
@@ -52,6 +55,9 @@ BUNDLED = (
 CHECKPOINT = "checkpoint.pt"
 TAG = "obowlab.tag."
 """How the labels begin that `runs tag` gives; as in `runs.folder`, which is imported late."""
+
+WIDE = 120
+"""Columns of a terminal from which `runs list` shows intervals; `runs show` always does."""
 
 HEADLINES = ("fewshot_5shot", "linear_top1", "knn_top1")
 """The student's results that fit into a row of `runs list`."""
@@ -98,9 +104,12 @@ def list_all(
     root = options.machine().runs_root
     if dry_run:
         return would(f"list the runs in {root}")
-    _warn_of_damage(root)
+
+    def warn(problem: str) -> None:
+        _warn([problem])
+
     statuses = tuple(status for words in statuses for status in words.split(","))
-    entries = select(root, recipes=recipes, statuses=statuses, tags=tags, where=where, sort=sort)
+    entries = select(root, recipes=recipes, statuses=statuses, tags=tags, where=where, sort=sort, warn=warn)
     if as_json:
         return print_json([_listed(entry) for entry in entries])
     if not entries:
@@ -109,7 +118,8 @@ def list_all(
         return None
     columns = ["run", "status", "steps", "created", *HEADLINES]
     named = [name for name in dict.fromkeys(_names_in(where, sort)) if name not in (*columns, "step")]
-    lines = [_line(entry, named=named) for entry in entries]
+    short = sys.stdout.isatty() and terminal_width() < WIDE
+    lines = [_line(entry, named=named, short=short) for entry in entries]
     if any(entry.tags for entry in entries):
         columns.append("tags")
         lines = [[*line, ", ".join(entry.tags)] for line, entry in zip(lines, entries, strict=True)]
@@ -118,7 +128,8 @@ def list_all(
         lines,
         right=("steps", *named, *HEADLINES),
         names=("run",),
-        hide=("created", *[name for name in reversed(HEADLINES) if name not in named], "tags", "steps"),
+        prose=("tags",),
+        hide=("created", "tags", "steps", *[name for name in reversed(HEADLINES) if name not in named]),
     )
 
 
@@ -129,22 +140,23 @@ def _names_in(where: tuple[str, ...], sort: str) -> list[str]:
     return [*(Comparison.parse(typed).name for typed in where), sort.removeprefix("-")]
 
 
-def _line(entry: Entry, *, named: list[str]) -> list[str]:
+def _line(entry: Entry, *, named: list[str], short: bool) -> list[str]:
     info, state = entry.summary.info, entry.summary.state
-    headlines = [text.measurement(entry.measured[name], digits=1) if name in entry.measured else "" for name in HEADLINES]
+    headlines = [_shown(entry, name, short=short) for name in HEADLINES]
     return [
         info.run_id,
         state.status,
         _progress(state),
         text.timestamp(info.created_at),
-        *(_shown(entry, name) for name in named),
+        *(_shown(entry, name, short=short) for name in named),
         *headlines,
     ]
 
 
-def _shown(entry: Entry, name: str) -> str:
+def _shown(entry: Entry, name: str, *, short: bool) -> str:
     if name in entry.measured:
-        return text.measurement(entry.measured[name], digits=1)
+        measured = entry.measured[name]
+        return text.estimate(measured["value"], digits=1) if short else text.measurement(measured, digits=1)
     return text.override(entry.values[name]) if name in entry.values else ""
 
 
@@ -239,7 +251,7 @@ def compare(first: str, second: str, as_json: bool, options: MachineOptions, dry
     print_table(("setting", "A", "B"), comparison.settings, names=("setting",), prose=("A", "B"))
     _print_heading("Results", comparison.results)
     columns = ("metric", "of", "data set", "A", "B", "B - A")
-    print_table(columns, comparison.result_rows(), right=columns[3:], names=columns[:3:2], hide=("data set", "of"))
+    print_table(columns, comparison.result_rows(), right=columns[3:], names=columns[:3:2], prose=(), hide=("data set", "of"))
     for note in comparison.notes:
         click.echo(note)
     _print_heading("Last metrics", comparison.metrics)
@@ -289,12 +301,15 @@ def delete(names: tuple[str, ...], yes: bool, options: MachineOptions, dry_run: 
 
     `obowlab runs restore RUN` brings one back; `obowlab runs trash --empty` removes them for good.
     """
+    from obowlab.launch.slurm import live_runs, submitted_jobs
     from obowlab.runs.folder import RunFolder
+    from obowlab.runs.lineage import waiting_students
     from obowlab.runs.trash import check_deletable, find_trashed, put_aside
 
     machine = options.machine()
     folders: dict[str, RunFolder] = {}
     gone = []
+    waiting = live_runs(machine.runs_root) if submitted_jobs(machine.runs_root) else {}
     for name in names:
         try:
             folder = RunFolder.find(name, runs_root=machine.runs_root)
@@ -305,6 +320,9 @@ def delete(names: tuple[str, ...], yes: bool, options: MachineOptions, dry_run: 
             gone += there
             continue
         check_deletable(folder, ref=name, runs_root=machine.runs_root)
+        if folder.run_id in waiting:
+            job = waiting[folder.run_id]
+            raise UserError(f"Job {job.id} of the cluster trains '{folder.run_id}': `obowlab jobs cancel {job.id}` first.")
         folders[folder.run_id] = folder
     if dry_run:
         for folder in folders.values():
@@ -312,6 +330,8 @@ def delete(names: tuple[str, ...], yes: bool, options: MachineOptions, dry_run: 
         return 0
     for run in gone:
         click.echo(f"{run.run_id} is in the trash already.")
+    for student, teacher in waiting_students(folders.values(), runs_root=machine.runs_root):
+        click.echo(f"Note: {student} is not finished and reads {teacher}, its teacher, which it would train again.", err=True)
     if folders and not confirm(f"Move {', '.join(folders)} to the trash?", yes=yes):
         click.echo("Nothing was deleted.")
         return 1
@@ -396,7 +416,7 @@ def trash(names: tuple[str, ...], empty: bool, yes: bool, as_json: bool, options
         (run.run_id, text.timestamp(run.since), "deleted" if run.was_deleted else "by --fresh", text.size(num_bytes))
         for run, num_bytes in zip(there, sizes, strict=True)
     ]
-    print_table(("run", "since", "how", "size"), rows, right=("size",), names=("run",), hide=("how",))
+    print_table(("run", "since", "how", "size"), rows, right=("size",), names=("run",), prose=(), hide=("how",))
     return 0
 
 
@@ -409,11 +429,12 @@ def trash(names: tuple[str, ...], empty: bool, yes: bool, as_json: bool, options
 @machine_options("runs_root", "machine_file")
 @dry_run_option
 def sync(run: tuple[str, ...], timeout_s: float, rebuild: bool, options: MachineOptions, dry_run: bool) -> int:
-    """Send to MLflow what is not there yet, of all runs or of those named.
+    """Send to MLflow what is not there yet, of all runs of yours or of those named.
 
     Nothing is sent twice, so it may be repeated at will. The exit code is 1 when something could not be sent.
     """
-    from obowlab.runs.folder import RunFolder, list_runs
+    from obowlab.files import is_others
+    from obowlab.runs.folder import RunFolder, read_runs
     from obowlab.runs.trash import trashed_runs
     from obowlab.tracking.local_store import put_aside
     from obowlab.tracking.mirror import Mirror
@@ -422,7 +443,7 @@ def sync(run: tuple[str, ...], timeout_s: float, rebuild: bool, options: Machine
     machine = options.machine()
     if rebuild:
         if run:
-            raise UserError("--rebuild sends all runs: name none.")
+            raise UserError("--rebuild sends all runs of yours: name none.")
         store = store_uri(machine.tracking_uri, runs_root=machine.runs_root)
         if dry_run:
             would(f"put {shown_uri(store)} and its files aside")
@@ -431,23 +452,43 @@ def sync(run: tuple[str, ...], timeout_s: float, rebuild: bool, options: Machine
     if run:
         folders = [RunFolder.find(ref, runs_root=machine.runs_root) for ref in run]
     else:
-        _warn_of_damage(machine.runs_root)
-        folders = [RunFolder(summary.path, summary.info) for summary in list_runs(machine.runs_root)]
+        found, damaged = read_runs(machine.runs_root)
+        _warn(damaged)
+        folders = [RunFolder(summary.path, summary.info) for summary in found if not is_others(summary.path)]
+        if len(folders) < len(found):
+            others = len(found) - len(folders)
+            what = "1 run of another user is" if others == 1 else f"{others} runs of other users are"
+            click.echo(f"{what} left to them: each types `obowlab runs sync`.")
         deleted = [run.folder() for run in trashed_runs(machine.runs_root) if run.was_deleted and run.is_intact()]
         folders += [each for each in deleted if Mirror(each, tracking_uri=machine.tracking_uri).pending()]
     if not folders:
         click.echo(f"There are no runs in {machine.runs_root}.")
     failed = False
-    for folder in folders:
+    when_interrupted("what was sent is kept, and the same command sends the rest.")
+    for number, folder in enumerate(folders, start=1):
+        if not dry_run:
+            show_progress(f"{number} of {len(folders)}: {folder.run_id}")
         mirror = Mirror(folder, tracking_uri=machine.tracking_uri)
         if dry_run:
-            would(f"send {mirror.pending()} values, results, files and facts of run '{folder.run_id}' to {shown_uri(mirror.uri)}")
+            would(f"send {_pending(mirror)} values, results, files and facts of run '{folder.run_id}' to {shown_uri(mirror.uri)}")
             continue
         report = mirror.sync(timeout_s=timeout_s)
         failed = failed or report.error is not None
+        show_progress("")
         problem = f", {report.pending} pending: {report.error}" if report.error is not None else ""
         click.echo(f"{folder.run_id}: {report.sent} sent{problem}")
+        if report.left_out:
+            _warn([f"{folder.path} has what is never sent: {', '.join(report.left_out)}."])
     return int(failed)
+
+
+def _pending(mirror: Mirror) -> str:
+    from obowlab.runs.info import DAMAGED
+
+    try:
+        return str(mirror.pending())
+    except DAMAGED as error:
+        return f"what can be read ({error}) of the"
 
 
 @runs.command("export")
@@ -463,7 +504,7 @@ def export(run: str, out: Path | None, checkpoint: bool, options: MachineOptions
     """
     folder = _find(run, options=options)
     target = out or Path(f"{folder.run_id}.tar.gz")
-    names = [name for name in (*BUNDLED, *([CHECKPOINT] if checkpoint else [])) if (folder.path / name).exists()]
+    names = [name for name in (*BUNDLED, *([CHECKPOINT] if checkpoint else [])) if is_kept(folder.path / name)]
     if checkpoint and CHECKPOINT not in names:
         raise UserError(f"Run '{folder.run_id}' has no checkpoint to take along; leave --checkpoint out.")
     if target.exists():
@@ -472,9 +513,19 @@ def export(run: str, out: Path | None, checkpoint: bool, options: MachineOptions
         raise UserError(f"The folder {target.absolute().parent} of --out does not exist.")
     if dry_run:
         return would(f"write {', '.join(names)} of run '{folder.run_id}' to {target}")
+    when_interrupted(f"{target} was not written.")
     write_bundle(folder, names=names, target=target)
     click.echo(f"Wrote {target} ({text.size(target.stat().st_size)}): {', '.join(names)}.")
     return None
+
+
+def is_kept(path: Path) -> bool:
+    """Return whether a file or folder of a run goes along: links stay, whatever they lead to."""
+    return path.exists() and not path.is_symlink()
+
+
+def _kept(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+    return member if member.isreg() or member.isdir() else None
 
 
 def write_bundle(folder: RunFolder, *, names: list[str], target: Path) -> None:
@@ -485,9 +536,9 @@ def write_bundle(folder: RunFolder, *, names: list[str], target: Path) -> None:
     """
     beside = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        with tarfile.open(beside, "w:gz") as bundle:
+        with tarfile.open(beside, "x:gz") as bundle:
             for name in names:
-                bundle.add(folder.path / name, arcname=f"{folder.run_id}/{name}")
+                bundle.add(folder.path / name, arcname=f"{folder.run_id}/{name}", filter=_kept)
         beside.replace(target)
     except OSError as error:
         raise UserError(f"Cannot write {target} (--out): {error.strerror or error}.") from None
@@ -501,11 +552,9 @@ def _find(run: str, *, options: MachineOptions) -> RunFolder:
     return RunFolder.find(run, runs_root=options.machine().runs_root)
 
 
-def _warn_of_damage(runs_root: Path) -> None:
-    from obowlab.runs.folder import damaged_runs
-
-    for error in damaged_runs(runs_root):
-        click.echo(f"Warning: {error}", err=True)
+def _warn(sentences: Sequence[str]) -> None:
+    for sentence in sentences:
+        click.echo(f"Warning: {sentence}", err=True)
 
 
 def _progress(state: State) -> str:
