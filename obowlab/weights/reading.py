@@ -29,6 +29,7 @@ from obowlab.weights.info import (
     only_member,
     open_archive,
     refuse_other_kinds,
+    refuse_part,
     unreadable,
     unreadable_safetensors,
 )
@@ -67,6 +68,7 @@ def read_weights(path: Path) -> WeightsFile:
     """
     try:
         start = beginning(path)
+        refuse_part(path)
         if is_safetensors(start):
             state, metadata = _read_safetensors(path)
             return _without_prefix(state, metadata=metadata, origin=path)
