@@ -100,39 +100,41 @@ def printable(text: str) -> str:
     return line if line.isprintable() else "".join(o if o.isprintable() else o.encode("unicode_escape").decode() for o in line)
 
 
-def shorten(name: str, columns: int) -> str:
-    """Return a name in at most so many columns, with `…` for its middle; a run's keeps seed and digits, and no number is cut."""
+def shorten(name: str, columns: int, *, mark: str = "…") -> str:
+    """Return a name in at most so many columns, a mark for its middle; a run keeps seed and digits, and no number is cut."""
     if width(name) <= columns:
         return name
     found = re.search(r"-s\d+-[0-9a-f]{8}$", name)
-    tail = len(found[0]) if found is not None and len(found[0]) < columns - 2 else (columns - 1) // 3
-    head = columns - 1 - tail
+    room = columns - len(mark)
+    tail = len(found[0]) if found is not None and len(found[0]) < room else room // 3
+    head = room - tail
     while head > 1 and name[head - 1 : head + 1].isdigit():
         head -= 1
     while tail > 1 and name[-tail - 1 : len(name) - tail + 1].isdigit():
         tail -= 1
-    return f"{name[:head]}…{name[-tail:]}"
+    return f"{name[:head]}{mark}{name[-tail:]}"
 
 
 def wrap(text: str, columns: int) -> list[str]:
     """Return a text as lines of at most so many columns, broken at spaces, else behind a sign, else between letters.
 
-    A number is never broken; one that is longer than a line has a line of its own.
+    A number is never broken (`162 480`, `20 %`, `8.8 ± 0.5`, `1e-5`, a hash); one that is longer than a line has its own.
     """
     lines, rest = [], text
     while width(rest) > columns:
         fits = max(1, next(i for i in range(len(rest)) if width(rest[: i + 1]) > columns))
-        cut = rest.rfind(" ", 1, fits + 1)
-        if cut < 0:
-            allowed = [i for i in range(1, len(rest)) if not _is_number_at(rest, i)]
-            behind_signs = [i for i in allowed if i <= fits and rest[i - 1] in "/_-=,:;"]
-            within = [i for i in allowed if i <= fits]
-            cut = (behind_signs or within or [0])[-1] or next((i for i in allowed if i > fits), len(rest))
+        numbers = [found.span() for found in _NUMBER.finditer(rest)]
+        allowed = [i for i in range(1, len(rest)) if not any(start < i < end for start, end in numbers)]
+        spaces = [i for i in allowed if i <= fits and rest[i] == " "]
+        signs = [i for i in allowed if i <= fits and rest[i - 1] in "/_-=,:;"]
+        within = [i for i in allowed if i <= fits]
+        cut = (spaces or signs or within or [0])[-1] or next((i for i in allowed if i > fits), len(rest))
         lines.append(rest[:cut].rstrip())
         rest = rest[cut:].lstrip()
     return [*lines, rest] if rest or not lines else lines
 
 
-def _is_number_at(text: str, i: int) -> bool:
-    """Return whether a number has a character on both sides of position i: digits, and signs, points and exponents among them."""
-    return any(found.start() < i < found.end() for found in re.finditer(r"[-+−]?\d[\d.,:]*(?:[eE][-+−]?\d+)?|[0-9a-f]{8,}", text))
+_NUMBER = re.compile(
+    r"[-+−]?\d[\d.,:]*(?:[eE][-+−]?\d+)?(?: \d{3}\b)*(?: ± [\d.]+)?(?: (?:%|[kMGT]?B|min|ms|s|h|days)(?!\w))?|[0-9a-f]{8,}"
+)
+"""A number with what belongs to it, or a hash."""

@@ -123,7 +123,7 @@ def add_row_runs(table: PlannedTable, *, runs_root: Path, means: dict[str, int],
     for row in table.rows:
         for seed in seeds if row.row.key in means else ():
             folder = RunFolder.create(row.loaded, seed=seed, runs_root=runs_root)
-            for protocol in ("fewshot", "linear"):
+            for protocol in row.loaded.recipe.evaluation.protocols:
                 correct = observed(means[row.row.key] + seed)
                 value = 25.0 * float(np.mean(correct))
                 measured = result(protocol, "student", value)

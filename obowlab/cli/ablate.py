@@ -20,11 +20,12 @@ from obowlab.cli.options import (
     submitter_of,
     would,
 )
-from obowlab.cli.output import print_obstacles, print_table, send_to_mlflow
+from obowlab.cli.output import print_lines, print_obstacles, print_table, send_to_mlflow
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
     from obowlab.config import Machine
+    from obowlab.tables.execute import Execution
     from obowlab.tables.model import Table
     from obowlab.tables.plan import Plan
     from obowlab.tables.render import Format
@@ -73,8 +74,9 @@ def ablate(
     from obowlab.launch.stages import find_obstacles
     from obowlab.runs.provenance import num_cores
     from obowlab.runs.records import store_runs
+    from obowlab.tables.execute import Execution
     from obowlab.tables.kept import keep_table
-    from obowlab.tables.plan import OVERVIEW_COLUMNS, check_images, make_plan, overview, select_rows
+    from obowlab.tables.plan import OVERVIEW_COLUMNS, check_images, due_jobs, make_plan, overview, select_rows, unmeasured
     from obowlab.tables.spec import load_tables
     from obowlab.tables.submit import submit_plan
 
@@ -88,6 +90,7 @@ def ablate(
     plan = make_plan(tables, seeds=range(seeds), rows=select_rows(row_words, tables=tables))
     slots = gpus or jobs or (len(plan.jobs) if on_cluster else max(1, num_cores() // (machine.threads or 1)))
     runs = store_runs(machine.runs_root)
+    again = unmeasured(plan, runs=runs, machine=machine)
     book = CostBook(machine.model_copy(update={"procs": 1}), runs=runs.values())
     if not dry_run and not on_cluster and any(job.fingerprint not in runs for job in plan.jobs):
         check_images(plan.jobs, machine=machine, say=click.echo)  # it is timed on them
@@ -95,21 +98,22 @@ def ablate(
         problem = book.measure([job.loaded.recipe for job in plan.jobs])
         if problem:
             _warn(f"not every recipe could be timed ({problem}).")
-    trainings, lines = overview(plan, runs=runs, book=book, slots=slots, on_cluster=on_cluster)
-    print_table(OVERVIEW_COLUMNS, trainings, right=("steps",))
-    click.echo("\n".join(lines))
+    trainings, lines = overview(plan, runs=runs, book=book, slots=slots, on_cluster=on_cluster, again=again)
+    print_table(OVERVIEW_COLUMNS, trainings, right=("steps",), names=("run", "rows"), hide=("steps", "rows", "training"))
+    print_lines(lines)
     machine = machine.model_copy(update={"procs": 1})
     if not dry_run:
         for planned in tables:
             _warn(keep_table(planned, runs_root=machine.runs_root))
     if dry_run:
-        done = {key for key, run in runs.items() if run.state.status == "finished"}
-        due = [job.loaded for job in plan.jobs if job.fingerprint not in done]
+        due = [job.loaded for job in due_jobs(plan, runs=runs, again=again)]
         return print_obstacles(find_obstacles(due, machine=machine, say=click.echo, at_a_time=gpus or 1))
     if on_cluster:
-        left = submit_plan(plan, submitter=submitter_of(machine, options=options), at_a_time=slots)
+        left = submit_plan(plan, submitter=submitter_of(machine, options=options), at_a_time=slots, again=again)
         return left if left is not None else _present(plan, machine=machine, records=records)
-    return _execute(plan, machine=machine, machine_file=options.machine_file, slots=slots, records=records)
+    check_images(due_jobs(plan, runs=runs, again=again), machine=machine, say=click.echo)
+    execution = Execution(plan, machine=machine, slots=slots, say=_say, machine_file=options.machine_file, again=again)
+    return _execute(execution, records=records)
 
 
 @click.command()
@@ -177,27 +181,24 @@ def show(table: Table, *, with_runs: bool = False) -> None:
 
     columns, rows = render.overview(table)
     numbers = [column for column in columns if column not in ("row", "direction")]
-    print_table(columns, rows, title=render.heading(table), right=numbers)
-    for line in (render.legend(table), *render.remarks(table)):
-        click.echo(line)
+    print_table(columns, rows, title=render.heading(table), right=numbers, names=("row",), hide=render.expendable(table))
+    print_lines((render.legend(table), *render.remarks(table)))
     if with_runs:
         click.echo()
-        print_table(*render.runs_overview(table))
+        runs, lines = render.runs_overview(table)
+        values = [column.label for column in table.columns]
+        origins = ("data hash", "MLflow run", "commit", "recipe hash", *reversed(values[1:]))
+        print_table(runs, lines, right=("seed", *values), names=("row", "run"), prose=("status",), hide=origins)
     click.echo()
 
 
 # -------------------------------------------------------------------------------------------------------------- helpers
 
 
-def _execute(plan: Plan, *, machine: Machine, machine_file: Path | None, slots: int, records: Path | None) -> int:
-    from obowlab.tables.execute import Execution
-    from obowlab.tables.plan import check_images
-
-    check_images(plan.jobs, machine=machine, say=click.echo)
-    execution = Execution(plan, machine=machine, slots=slots, say=_say, machine_file=machine_file)
+def _execute(execution: Execution, *, records: Path | None) -> int:
     outcomes = execution.run()
-    send_to_mlflow(execution.labelled, machine=machine)
-    code = _present(plan, machine=machine, records=records)
+    send_to_mlflow(execution.labelled, machine=execution.machine)
+    code = _present(execution.plan, machine=execution.machine, records=records)
     for outcome in outcomes:
         if outcome.status == "failed":
             _say(f"{outcome.job.run_id} failed: {outcome.message}")

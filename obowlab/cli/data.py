@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,8 +11,8 @@ import click
 
 from obowlab import text
 from obowlab.cli import Family
-from obowlab.cli.options import MachineOptions, dry_run_option, json_flag, machine_options, would
-from obowlab.cli.output import print_table
+from obowlab.cli.options import MachineOptions, dry_run_option, json_flag, machine_options, when_interrupted, would
+from obowlab.cli.output import print_json, print_table, show_progress
 
 if TYPE_CHECKING:
     from obowlab.data.datasets import Plan, PrepareReport, Progress
@@ -87,6 +86,7 @@ def prepare(
         for note in plan.notes:
             click.echo(f"  note: {note}")
         return None
+    when_interrupted(f"'{name}' is as it was before; the same command begins again.")
     report = prepare_dataset(
         name,
         source=source,
@@ -117,7 +117,9 @@ def verify(name: str, source: str | None, sample: int, options: MachineOptions, 
     if dry_run:
         would(f"hash {root / name}, decode {sample} images of each split and compare them with their source")
         return 0
-    report = verify_dataset(name, data_root=root, source=source, sample=sample, progress=lambda text: click.echo(text, err=True))
+    when_interrupted("nothing was changed.")
+    report = verify_dataset(name, data_root=root, source=source, sample=sample, progress=show_progress)
+    show_progress("")
     for problem in report.problems:
         click.echo(f"{problem.split}: {problem.what}\n  {problem.fix}")
     images = ", ".join(f"{manifest.num_images} {manifest.split}" for manifest in report.manifests)
@@ -152,8 +154,7 @@ def list_all(as_json: bool, options: MachineOptions, dry_run: bool) -> None:
             }
             for listing in listings
         ]
-        click.echo(json.dumps(rows, indent=1))
-        return None
+        return print_json(rows)
     lines = []
     for listing in listings:
         images = ", ".join(f"{manifest.num_images} {manifest.split}" for manifest in listing.manifests)
@@ -166,7 +167,9 @@ def list_all(as_json: bool, options: MachineOptions, dry_run: bool) -> None:
         else:
             state = listing.info.obtain if listing.info is not None else "not prepared"
         lines.append((listing.name, images, total, hashes, state))
-    return print_table(("data set", "images", "size", "content", f"state in {root}"), lines, right=("size",))
+    columns = ("data set", "images", "size", "content", "state")
+    title = f"Data sets in {root}:"
+    return print_table(columns, lines, title=title, right=("size",), names=("data set",), hide=("content", "size"))
 
 
 def _plan_line(plan: Plan) -> str:
@@ -185,9 +188,10 @@ def _classes(names: Sequence[str]) -> str:
 
 
 def _show_progress(progress: Progress) -> None:
-    left = f", {text.duration(progress.remaining_s)} left" if progress.done < progress.total else ""
-    end = "\n" if progress.done == progress.total else ""
-    click.echo(f"\r\033[K{progress.split}: {progress.done} of {progress.total} images{left}{end}", err=True, nl=False)
+    left = f"{text.duration(progress.remaining_s)} left · " if progress.done < progress.total else ""
+    show_progress(f"{left}{progress.split}: {progress.done} of {progress.total} images")
+    if progress.done == progress.total:
+        click.echo(err=True)
 
 
 def _print_report(name: str, folder: Path, report: PrepareReport) -> None:

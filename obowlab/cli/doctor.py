@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,7 +20,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from obowlab import text
-from obowlab.cli.options import ROOTS, MachineOptions, dry_run_option, json_flag, machine_options, would
+from obowlab.cli.options import ROOTS, MachineOptions, dry_run_option, json_flag, machine_options, when_interrupted, would
+from obowlab.cli.output import MIN_PROSE, coloured, print_json, show_progress, terminal_width
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
@@ -80,19 +82,27 @@ def doctor(as_json: bool, options: MachineOptions, dry_run: bool) -> int:
     if dry_run:
         would("import torch, mlflow and ffcv in processes of their own and look at disk, memory, data and the tracking server")
         return 0
-    checks = examine(machine)
+    when_interrupted("nothing was changed.")
+    checks = examine(machine, progress=(lambda line: None) if as_json else show_progress)
     if as_json:
-        click.echo(json.dumps([asdict(check) for check in checks], indent=1))
+        print_json([asdict(check) for check in checks])
     else:
         _print(checks)
     return int(any(check.status == "fail" for check in checks))
 
 
-def examine(machine: Machine) -> list[Check]:
-    """Check everything a run needs on this machine; nothing is changed."""
+def examine(machine: Machine, *, progress: Callable[[str], None]) -> list[Check]:
+    """Check everything a run needs on this machine; nothing is changed.
+
+    Args:
+        machine: where runs and data are.
+        progress: called with what is being checked, and with nothing at the end.
+    """
+    progress("Loading torch, mlflow and ffcv, in processes of their own ...")
     with ThreadPoolExecutor(3) as pool:  # they wait for processes
         torch, mlflow, ffcv = pool.map(probe, (_TORCH, _MLFLOW, _FFCV))
-    return [
+    progress("Looking at the disk, the tracking store and the data ...")
+    checks = [
         *_python(),
         *_torch_and_cuda(torch),
         *_mlflow(mlflow),
@@ -103,14 +113,20 @@ def examine(machine: Machine) -> list[Check]:
         *_tracking(machine),
         *_data(machine),
     ]
+    progress("")
+    return checks
 
 
 def _print(checks: list[Check]) -> None:
     width = max(len(check.name) for check in checks)
     for check in checks:
-        status = click.style(f"{check.status:<4}", fg={"ok": "green", "warn": "yellow", "fail": "red"}[check.status])
-        click.echo(f"{status}  {check.name:<{width}}  {check.text}")
-        if check.fix:
+        status = coloured(f"{check.status:<4}", {"ok": "green", "warn": "yellow", "fail": "red"}[check.status])
+        room = max(MIN_PROSE, terminal_width() - width - 8)
+        first, *more = text.wrap(check.text, room) if sys.stdout.isatty() else [check.text]
+        click.echo(f"{status}  {check.name:<{width}}  {first}")
+        for line in more:
+            click.echo(f"{'':<4}  {'':<{width}}  {line}")
+        if check.fix:  # in one line, to be copied
             click.echo(f"{'':<4}  {'':<{width}}  {check.fix}")
 
 

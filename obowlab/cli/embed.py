@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from obowlab.cli.options import PATH, MachineOptions, dry_run_option, machine_options, would
+from obowlab.cli.options import PATH, MachineOptions, dry_run_option, machine_options, when_interrupted, would
 from obowlab.errors import UserError
 
 FORMATS = (".npz", ".parquet")
@@ -40,6 +40,7 @@ def embed(subject: str, folder: Path, out: Path, force: bool, batch_size: int, o
     source = find_source(subject, runs_root=machine.runs_root, tracking_uri=machine.tracking_uri)
     if dry_run:
         return would(f"write the features of {count} images in {folder} by {source.name} to {out}")
+    when_interrupted(f"{out} was not written.")
     from obowlab.launch.gpu_leases import using_gpus
 
     alone = machine.model_copy(update={"procs": 1, "nodes": 1})

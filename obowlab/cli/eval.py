@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from functools import partial
 from pathlib import Path
@@ -17,12 +16,14 @@ from obowlab.cli.options import (
     ROOTS,
     MachineOptions,
     absolute,
+    absolute_recipe,
     dry_run_option,
     machine_options,
     submitter_of,
+    when_interrupted,
     would,
 )
-from obowlab.cli.output import print_measurements, print_obstacles, send_to_mlflow
+from obowlab.cli.output import json_line, print_measurements, print_obstacles, send_to_mlflow
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
@@ -95,13 +96,14 @@ def evaluate(
         words += [word for protocol in protocols for word in ("--protocol", protocol)]
         words += [word for text in overrides for word in ("--set", text)]
         words += ["--dataset", dataset] if dataset is not None else []
-        words += ["--recipe", absolute(recipe_name)] if recipe_name is not None else []
+        words += ["--recipe", absolute_recipe(recipe_name)] if recipe_name is not None else []
         words += [] if untrained is None else ["--random" if untrained else "--no-random"]
         words += ["--json", str(json_file.absolute())] if json_file is not None else []
         return _submit(words, name=chosen.name, machine=machine, options=options)
     if chosen.folder is not None:
         _check_writable(chosen.folder.path)
     check()
+    when_interrupted("no result was added; the same command measures again, with the features that are kept.")
     from obowlab.launch.gpu_leases import using_gpus
 
     with using_gpus(machine.model_copy(update={"procs": 1, "nodes": 1})):
@@ -114,7 +116,7 @@ def evaluate(
         from obowlab.files import write_atomic
 
         try:
-            write_atomic(json_file, json.dumps(values, indent=1))
+            write_atomic(json_file, json_line(values) + "\n")
         except OSError as error:
             raise UserError(f"Cannot write --json {json_file}: {error.strerror}.") from None
     if chosen.folder is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from dataclasses import asdict
@@ -14,7 +13,7 @@ import click
 from obowlab import text
 from obowlab.cli import Family
 from obowlab.cli.options import MachineOptions, dry_run_option, json_flag, machine_options, would
-from obowlab.cli.output import print_table
+from obowlab.cli.output import print_json, print_table
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
@@ -52,7 +51,7 @@ def jobs(context: click.Context, watch: bool, everything: bool, as_json: bool, o
 
     found = overview(root, everything=everything)
     if as_json:
-        click.echo(json.dumps([asdict(job) for job in found.jobs], indent=1))
+        print_json([asdict(job) for job in found.jobs])
         return _warn(found)
     if watch:
         return _watch(root, everything=everything)
@@ -121,7 +120,14 @@ def reap(options: MachineOptions, dry_run: bool) -> None:
 
 def _print(found: Overview, *, root: Path) -> None:
     if found.jobs:
-        print_table(COLUMNS, [_row(job) for job in found.jobs], right=("steps", "left"))
+        print_table(
+            COLUMNS,
+            [_row(job) for job in found.jobs],
+            right=("steps", "left"),
+            names=("what",),
+            prose=("remark",),
+            hide=("launcher", "since", "where", "job", "steps"),
+        )
     else:
         click.echo(f"Nothing is queued or running in {root}, and nothing ended in the last day.")
     return _warn(found)

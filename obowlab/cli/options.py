@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from obowlab.cli import INTERRUPTION
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
@@ -122,8 +123,15 @@ def submitter_of(machine: Machine, *, options: MachineOptions) -> Submitter:
 
 
 def absolute(name: str) -> str:
-    """Return a recipe, study or table file by its whole path, and a plain name as it is."""
+    """Return a study, table or weights file by its whole path, and a plain name as it is."""
     return str(Path(name).absolute()) if Path(name).is_file() else name
+
+
+def absolute_recipe(name: str) -> str:
+    """Return a recipe of one's own by its whole path, and a shipped one by its name."""
+    from obowlab.config import find_recipe, recipe_files
+
+    return name if name in recipe_files() else str(find_recipe(name).absolute())
 
 
 def confirm(question: str, *, yes: bool) -> bool:
@@ -137,6 +145,11 @@ def confirm(question: str, *, yes: bool) -> bool:
     if not sys.stdin.isatty():
         raise UserError(f"{question} Add --yes: there is no terminal to ask on.")
     return click.confirm(question, err=True)
+
+
+def when_interrupted(consequence: str) -> None:
+    """Set what the line after a first Ctrl-C says from now on, behind `Interrupted: `."""
+    click.get_current_context().meta[INTERRUPTION] = f": {consequence}"
 
 
 def nearest_of(word: str, known: list[str]) -> str:

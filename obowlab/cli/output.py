@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,7 +28,12 @@ MIN_NAME, MIN_PROSE = 24, 20
 
 def print_json(value: Any) -> None:
     """Print a value as one line of JSON, in ASCII, so that it survives every terminal and pipe."""
-    click.echo(json.dumps(value, separators=(",", ":")))
+    click.echo(json_line(value))
+
+
+def json_line(value: Any) -> str:
+    """Return a value as one line of JSON, in ASCII."""
+    return json.dumps(value, separators=(",", ":"))
 
 
 def print_table(
@@ -37,7 +43,7 @@ def print_table(
     title: str = "",
     right: Sequence[str] = (),
     names: Sequence[str] = (),
-    prose: Sequence[str] = (),
+    prose: Sequence[str] | None = None,
     hide: Sequence[str] = (),
 ) -> None:
     """Print rows under their columns; nothing where there are none.
@@ -52,31 +58,34 @@ def print_table(
         title: printed above when given.
         right: the headings of columns that hold numbers.
         names: of those whose texts may lose their middle.
-        prose: of those whose texts may take several lines.
+        prose: of those whose texts may take several lines; where absent, of all but the first that hold no numbers.
         hide: of those that a narrow terminal can do without, in this order.
     """
-    lines = [[text.printable(cell) for cell in row] for row in rows]
+    lines = [[_spelled(text.printable(cell)) for cell in row] for row in rows]
     if not lines:
         return
     on_terminal = sys.stdout.isatty()
+    if prose is None:
+        prose = [head for head in columns[1:] if head not in (*right, *names)]
     kinds = [_Kind(head in right, head in names, head in prose, hide.index(head) if head in hide else None) for head in columns]
     widths = {i: max(text.width(line[i]) for line in [columns, *lines]) for i in range(len(columns))}
     if on_terminal:
         widths = _fitted(widths, room=terminal_width(), kinds=kinds, columns=columns, lines=lines)
     if title:
-        click.echo(click.style(title, italic=True) if on_terminal else title)
+        for words in text.wrap(title, terminal_width()) if on_terminal else [title]:
+            click.echo(click.style(words, italic=True) if on_terminal else words)
     for number, line in enumerate([columns, *lines]):
         cells = []
         for i, space in widths.items():
-            shown = text.shorten(line[i], space) if number and kinds[i].is_name else line[i]
+            shown = text.shorten(line[i], space, mark=_spelled("…")) if number and kinds[i].is_name else line[i]
             cells.append(text.wrap(shown, space) if on_terminal else [shown])
         for part in zip_longest(*cells, fillvalue=""):
             padded = (_pad(cell, widths[i], right=kinds[i].is_number) for i, cell in zip(widths, part, strict=True))
             whole = "  ".join(padded).rstrip()
             click.echo(click.style(whole, bold=True) if on_terminal and number == 0 else whole)
-    hidden = [column for i, column in enumerate(columns) if i not in widths]
+    hidden = [column for i, column in enumerate(columns) if i not in widths and any(line[i] for line in lines)]
     if hidden:
-        click.echo(f"Not shown in {terminal_width()} columns: {', '.join(hidden)}.")
+        print_lines([f"Not shown in {terminal_width()} columns: {', '.join(hidden)}."])
 
 
 @dataclass(frozen=True)
@@ -87,6 +96,12 @@ class _Kind:
     is_name: bool
     is_prose: bool
     rank: int | None
+
+
+def _spelled(words: str) -> str:
+    """Return words as the terminal gets them: one that is not UTF-8 needs three letters for `±`."""
+    encoding, errors = sys.stdout.encoding or "utf-8", sys.stdout.errors or "strict"
+    return words if words.isascii() else words.encode(encoding, errors).decode(encoding)
 
 
 def terminal_width() -> int:
@@ -109,19 +124,39 @@ def _fitted(
         return sum(width + GAP for width in widths.values()) - GAP - room
 
     widths, least = dict(natural), {i: least_of(i) for i in natural}
-    hideable = sorted((kind.rank, i) for i, kind in enumerate(kinds) if kind.rank is not None)
-    for _, i in hideable:
+    hideable = [(any(line[i] for line in lines), kind.rank, i) for i, kind in enumerate(kinds) if kind.rank is not None]
+    for _, _, i in sorted(hideable):  # those without any text first
         if sum(least[shown] + GAP for shown in widths) - GAP <= room:
             break
         del widths[i]
-    for i in sorted(widths, key=lambda i: (kinds[i].is_name, kinds[i].is_prose)):
-        widths[i] -= min(max(0, excess()), widths[i] - least[i])
+    for kind in ((False, False), (False, True), (True, False)):  # headings of numbers, prose, names
+        group = [i for i in widths if (kinds[i].is_name, kinds[i].is_prose) == kind]
+        while excess() > 0 and (above := [i for i in group if widths[i] > least[i]]):
+            widths[max(above, key=widths.__getitem__)] -= 1
     return widths
 
 
 def _pad(cell: str, columns: int, *, right: bool) -> str:
     space = " " * (columns - text.width(cell))
     return f"{space}{cell}" if right else f"{cell}{space}"
+
+
+def show_progress(line: str) -> None:
+    """Show a line on standard error in place of the last one, and an empty one to take it away; on a terminal only."""
+    if sys.stderr.isatty():
+        click.echo(f"\r\033[K{text.shorten(line, terminal_width() - 1)}", err=True, nl=False)
+
+
+def coloured(word: str, colour: str) -> str:
+    """Return a word in a colour of the terminal, unless NO_COLOR is set; in a pipe click takes it away."""
+    return word if os.environ.get("NO_COLOR") else click.style(word, fg=colour)
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Print sentences; on a terminal those that are too long continue below, and no number is broken."""
+    for line in lines:
+        for part in text.wrap(line, terminal_width()) if sys.stdout.isatty() else [line]:
+            click.echo(part)
 
 
 def print_facts(facts: Iterable[tuple[str, str]]) -> None:
@@ -170,7 +205,7 @@ def print_measurements(results: Iterable[Mapping[str, Any]]) -> None:
         lines.append([row.metric, *values, str(row.count), row.dataset, row.protocol])
     columns = ["metric", "student", "random initialisation", "n", "data set", "protocol"]
     numbers = ("student", "random initialisation", "n")
-    print_table(columns, lines, right=numbers, hide=("protocol", "n", "data set"), names=("data set",))
+    print_table(columns, lines, right=numbers, hide=("protocol", "n", "data set"), names=("data set",), prose=())
 
 
 def print_obstacles(obstacles: Obstacles) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import sys
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,10 +23,11 @@ from obowlab.cli.options import (
     json_flag,
     machine_options,
     nearest_of,
+    when_interrupted,
     would,
     yes_option,
 )
-from obowlab.cli.output import print_facts, print_json, print_results, print_table, send_to_mlflow
+from obowlab.cli.output import print_facts, print_json, print_results, print_table, send_to_mlflow, show_progress, terminal_width
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
@@ -52,6 +54,9 @@ BUNDLED = (
 CHECKPOINT = "checkpoint.pt"
 TAG = "obowlab.tag."
 """How the labels begin that `runs tag` gives; as in `runs.folder`, which is imported late."""
+
+WIDE = 120
+"""Columns of a terminal from which `runs list` shows intervals; `runs show` always does."""
 
 HEADLINES = ("fewshot_5shot", "linear_top1", "knn_top1")
 """The student's results that fit into a row of `runs list`."""
@@ -99,8 +104,12 @@ def list_all(
     if dry_run:
         return would(f"list the runs in {root}")
     _warn_of_damage(root)
+
+    def warn(problem: str) -> None:
+        click.echo(f"Warning: {problem}", err=True)
+
     statuses = tuple(status for words in statuses for status in words.split(","))
-    entries = select(root, recipes=recipes, statuses=statuses, tags=tags, where=where, sort=sort)
+    entries = select(root, recipes=recipes, statuses=statuses, tags=tags, where=where, sort=sort, warn=warn)
     if as_json:
         return print_json([_listed(entry) for entry in entries])
     if not entries:
@@ -109,7 +118,8 @@ def list_all(
         return None
     columns = ["run", "status", "steps", "created", *HEADLINES]
     named = [name for name in dict.fromkeys(_names_in(where, sort)) if name not in (*columns, "step")]
-    lines = [_line(entry, named=named) for entry in entries]
+    short = sys.stdout.isatty() and terminal_width() < WIDE
+    lines = [_line(entry, named=named, short=short) for entry in entries]
     if any(entry.tags for entry in entries):
         columns.append("tags")
         lines = [[*line, ", ".join(entry.tags)] for line, entry in zip(lines, entries, strict=True)]
@@ -118,7 +128,8 @@ def list_all(
         lines,
         right=("steps", *named, *HEADLINES),
         names=("run",),
-        hide=("created", *[name for name in reversed(HEADLINES) if name not in named], "tags", "steps"),
+        prose=("tags",),
+        hide=("created", "tags", "steps", *[name for name in reversed(HEADLINES) if name not in named]),
     )
 
 
@@ -129,22 +140,23 @@ def _names_in(where: tuple[str, ...], sort: str) -> list[str]:
     return [*(Comparison.parse(typed).name for typed in where), sort.removeprefix("-")]
 
 
-def _line(entry: Entry, *, named: list[str]) -> list[str]:
+def _line(entry: Entry, *, named: list[str], short: bool) -> list[str]:
     info, state = entry.summary.info, entry.summary.state
-    headlines = [text.measurement(entry.measured[name], digits=1) if name in entry.measured else "" for name in HEADLINES]
+    headlines = [_shown(entry, name, short=short) for name in HEADLINES]
     return [
         info.run_id,
         state.status,
         _progress(state),
         text.timestamp(info.created_at),
-        *(_shown(entry, name) for name in named),
+        *(_shown(entry, name, short=short) for name in named),
         *headlines,
     ]
 
 
-def _shown(entry: Entry, name: str) -> str:
+def _shown(entry: Entry, name: str, *, short: bool) -> str:
     if name in entry.measured:
-        return text.measurement(entry.measured[name], digits=1)
+        measured = entry.measured[name]
+        return text.estimate(measured["value"], digits=1) if short else text.measurement(measured, digits=1)
     return text.override(entry.values[name]) if name in entry.values else ""
 
 
@@ -239,7 +251,7 @@ def compare(first: str, second: str, as_json: bool, options: MachineOptions, dry
     print_table(("setting", "A", "B"), comparison.settings, names=("setting",), prose=("A", "B"))
     _print_heading("Results", comparison.results)
     columns = ("metric", "of", "data set", "A", "B", "B - A")
-    print_table(columns, comparison.result_rows(), right=columns[3:], names=columns[:3:2], hide=("data set", "of"))
+    print_table(columns, comparison.result_rows(), right=columns[3:], names=columns[:3:2], prose=(), hide=("data set", "of"))
     for note in comparison.notes:
         click.echo(note)
     _print_heading("Last metrics", comparison.metrics)
@@ -289,12 +301,15 @@ def delete(names: tuple[str, ...], yes: bool, options: MachineOptions, dry_run: 
 
     `obowlab runs restore RUN` brings one back; `obowlab runs trash --empty` removes them for good.
     """
+    from obowlab.launch.slurm import live_runs, submitted_jobs
     from obowlab.runs.folder import RunFolder
+    from obowlab.runs.lineage import waiting_students
     from obowlab.runs.trash import check_deletable, find_trashed, put_aside
 
     machine = options.machine()
     folders: dict[str, RunFolder] = {}
     gone = []
+    waiting = live_runs(machine.runs_root) if submitted_jobs(machine.runs_root) else {}
     for name in names:
         try:
             folder = RunFolder.find(name, runs_root=machine.runs_root)
@@ -305,6 +320,9 @@ def delete(names: tuple[str, ...], yes: bool, options: MachineOptions, dry_run: 
             gone += there
             continue
         check_deletable(folder, ref=name, runs_root=machine.runs_root)
+        if folder.run_id in waiting:
+            job = waiting[folder.run_id]
+            raise UserError(f"Job {job.id} of the cluster trains '{folder.run_id}': `obowlab jobs cancel {job.id}` first.")
         folders[folder.run_id] = folder
     if dry_run:
         for folder in folders.values():
@@ -312,6 +330,8 @@ def delete(names: tuple[str, ...], yes: bool, options: MachineOptions, dry_run: 
         return 0
     for run in gone:
         click.echo(f"{run.run_id} is in the trash already.")
+    for student, teacher in waiting_students(folders.values(), runs_root=machine.runs_root):
+        click.echo(f"Note: {student} is not finished and reads {teacher}, its teacher, which it would train again.", err=True)
     if folders and not confirm(f"Move {', '.join(folders)} to the trash?", yes=yes):
         click.echo("Nothing was deleted.")
         return 1
@@ -396,7 +416,7 @@ def trash(names: tuple[str, ...], empty: bool, yes: bool, as_json: bool, options
         (run.run_id, text.timestamp(run.since), "deleted" if run.was_deleted else "by --fresh", text.size(num_bytes))
         for run, num_bytes in zip(there, sizes, strict=True)
     ]
-    print_table(("run", "since", "how", "size"), rows, right=("size",), names=("run",), hide=("how",))
+    print_table(("run", "since", "how", "size"), rows, right=("size",), names=("run",), prose=(), hide=("how",))
     return 0
 
 
@@ -438,13 +458,17 @@ def sync(run: tuple[str, ...], timeout_s: float, rebuild: bool, options: Machine
     if not folders:
         click.echo(f"There are no runs in {machine.runs_root}.")
     failed = False
-    for folder in folders:
+    when_interrupted("what was sent is kept, and the same command sends the rest.")
+    for number, folder in enumerate(folders, start=1):
+        if not dry_run:
+            show_progress(f"{number} of {len(folders)}: {folder.run_id}")
         mirror = Mirror(folder, tracking_uri=machine.tracking_uri)
         if dry_run:
             would(f"send {mirror.pending()} values, results, files and facts of run '{folder.run_id}' to {shown_uri(mirror.uri)}")
             continue
         report = mirror.sync(timeout_s=timeout_s)
         failed = failed or report.error is not None
+        show_progress("")
         problem = f", {report.pending} pending: {report.error}" if report.error is not None else ""
         click.echo(f"{folder.run_id}: {report.sent} sent{problem}")
     return int(failed)
@@ -472,6 +496,7 @@ def export(run: str, out: Path | None, checkpoint: bool, options: MachineOptions
         raise UserError(f"The folder {target.absolute().parent} of --out does not exist.")
     if dry_run:
         return would(f"write {', '.join(names)} of run '{folder.run_id}' to {target}")
+    when_interrupted(f"{target} was not written.")
     write_bundle(folder, names=names, target=target)
     click.echo(f"Wrote {target} ({text.size(target.stat().st_size)}): {', '.join(names)}.")
     return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from obowlab.cli.options import HARDWARE, PATH, ROOTS, MachineOptions, dry_run_option, json_flag, machine_options, would
-from obowlab.cli.output import print_obstacles, print_table, send_to_mlflow
+from obowlab.cli.output import print_json, print_obstacles, print_table, send_to_mlflow
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
@@ -179,7 +178,7 @@ def _print(facts: dict[str, Any], *, target: Path, as_json: bool) -> None:
             name: {key: value for key, value in level.items() if key not in ("words", "sheets")}
             for name, level in facts["levels"].items()
         }
-        click.echo(json.dumps({"folder": str(target), **facts, "levels": levels}, indent=1))
+        print_json({"folder": str(target), **facts, "levels": levels})
         return
     columns = ("level", "words", "used", "coherence", "of other words", "patch")
     lines = [

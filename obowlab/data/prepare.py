@@ -138,7 +138,7 @@ def plan_prepare(
     Raises:
         UserError: as `prepare`.
     """
-    found = _read_source(name, source, labelled=labelled, val_fraction=val_fraction, data_root=data_root, force=force)
+    found = source_of(name, source, labelled=labelled, val_fraction=val_fraction, data_root=data_root, force=force)
     return _plan(name, found, data_root=data_root, workers=workers or num_cores())
 
 
@@ -184,7 +184,7 @@ def prepare(
             raise UserError(f"'{name}' is drawn, not read: leave --source out, or choose another name for your images.")
         found, contents = None, [_drawn(split) for split in SPLITS]
     else:
-        found = _read_source(name, source, labelled=labelled, val_fraction=val_fraction, data_root=data_root, force=force)
+        found = source_of(name, source, labelled=labelled, val_fraction=val_fraction, data_root=data_root, force=force)
         contents = [_content(split, found, workers=workers) for split in found.splits]
     with workplace(data_root, name, wait=found is None) as working:
         if not force:
@@ -350,9 +350,20 @@ def _usual_fraction(name: str, *, data_root: Path, force: bool) -> float | None:
     return 0.0 if name in DATASETS or (len(present) == 1 and not force) else None
 
 
-def _read_source(
-    name: str, source: str | Path | None, *, labelled: bool, val_fraction: float | None, data_root: Path, force: bool
+def source_of(
+    name: str,
+    source: str | Path | None,
+    *,
+    data_root: Path,
+    labelled: bool = True,
+    val_fraction: float | None = None,
+    force: bool = False,
 ) -> Source:
+    """Return the images that a data set would be prepared from.
+
+    Raises:
+        UserError: as `prepare`.
+    """
     if check_name(name) == synthetic.NAME:
         raise UserError(f"'{name}' is drawn on first use and has no --source.")
     check_spelling(name)

@@ -17,6 +17,7 @@ from obowlab.launch.system import process_tree
 from obowlab.signals import on_signals
 
 PR_SET_PDEATHSIG = 1
+STOPPING_RUNS = "Stopping: the runs save themselves; a second Ctrl-C kills them."
 
 
 @dataclass
@@ -27,11 +28,13 @@ class StopSignals:
         received: the signals, in order.
         reason: why the run is stopped, for its state; empty for a plain signal.
         child: the process that runs, while there is one.
+        notice: what the first signal prints at once on standard error.
     """
 
     received: list[int] = field(default_factory=list)
     reason: str = ""
     child: subprocess.Popen[bytes] | None = None
+    notice: str = ""
 
     def listening(self) -> AbstractContextManager[None]:
         """Receive the signals of this process for as long as the context lasts; outside the main thread, none."""
@@ -51,6 +54,9 @@ class StopSignals:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received.append(number)
+        if self.notice and len(self.received) == 1:
+            with suppress(OSError):  # straight to the terminal: the signal may have come while something was printed
+                os.write(sys.stderr.fileno(), f"\n{self.notice}\n".encode("ascii", "replace"))
         if self.child is None or self.child.returncode is not None:
             return
         if len(self.received) == 1:

@@ -43,14 +43,14 @@ class Entry:
     tags: list[str]
 
     @classmethod
-    def of(cls, summary: RunSummary) -> Entry:
-        """Read a run.
-
-        Raises:
-            UserError: one of its results or its labels are damaged.
-        """
+    def of(cls, summary: RunSummary, *, warn: Callable[[str], object]) -> Entry:
+        """Read a run; one whose results or labels are damaged is told of, and has none."""
         folder = RunFolder(summary.path, summary.info)
-        return cls(summary=summary, results=folder.results(), tags=folder.tags())
+        try:
+            return cls(summary=summary, results=folder.results(), tags=folder.tags())
+        except UserError as error:
+            warn(str(error))
+            return cls(summary=summary, results=[], tags=[])
 
     @cached_property
     def measured(self) -> dict[str, dict[str, Any]]:
@@ -124,6 +124,7 @@ def select(
     tags: Collection[str] = (),
     where: Sequence[str] = (),
     sort: str = CREATED,
+    warn: Callable[[str], object] = len,
 ) -> list[Entry]:
     """Return the runs of a store that all of these fit.
 
@@ -135,13 +136,14 @@ def select(
         where: comparisons, all of which.
         sort: name of a value, the best or else the smallest first, with `-` before it the other way round; runs without it
             come last. `created`: the newest first.
+        warn: called with a sentence for every run whose results or labels cannot be read; it is listed without them.
 
     Raises:
         UserError: no run, recipe, setting or metric has such a name; proposes the nearest.
     """
     comparisons = [Comparison.parse(typed) for typed in where]
     _check(statuses, known=get_args(Status), kind="status")
-    entries = [Entry.of(summary) for summary in list_runs(runs_root)]
+    entries = [Entry.of(summary, warn=warn) for summary in list_runs(runs_root)]
     _check(recipes, known={entry.summary.info.name for entry in entries}, kind="run of recipe")
     _check(tags, known={tag for entry in entries for tag in entry.tags}, kind="run with the tag")
     key = sort.removeprefix("-")
