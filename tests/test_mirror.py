@@ -320,7 +320,7 @@ def test_a_run_deleted_in_mlflow_is_not_brought_back_silently(root: Path) -> Non
 
 
 def test_the_store_is_created_once_by_many(empty_store: Path) -> None:
-    assert sorted(path.name for path in empty_store.parent.iterdir()) == [".mlflow.db.lock", "mlflow.db"]
+    assert sorted(path.name for path in empty_store.parent.iterdir()) == [".mlflow.db.lock", "mlartifacts", "mlflow.db"]
     prepare_store(f"sqlite:///{empty_store}")
     assert [found.name for found in client_of(f"sqlite:///{empty_store}").search_experiments()] == ["Default"]
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from obowlab.config import flatten
 from obowlab.errors import UserError
-from obowlab.files import file_lock
+from obowlab.files import copy_file, copy_tree, file_lock, holder_name
 from obowlab.runs.folder import RunFolder
 from obowlab.runs.info import read_result
 from obowlab.runs.metrics import METRIC_FILES, mlflow_name
@@ -60,12 +61,14 @@ class SyncReport:
     Attributes:
         sent: metric values, files and facts sent.
         pending: how many of these are still to be sent; 0 when a damaged file of the run keeps them from being counted.
+        left_out: what is never sent of the run's folder, with reasons.
         error: one sentence when the store could not be reached or refused; None when all is well.
     """
 
     sent: int
     pending: int
     error: str | None = None
+    left_out: tuple[str, ...] = ()
 
 
 class Mirror:
@@ -115,7 +118,8 @@ class Mirror:
             pending = self.pending()
         except (UserError, OSError) as damage:  # of the run folder: what follows it cannot be counted
             pending, error = 0, error or str(damage)
-        return SyncReport(sent=self._sent - before, pending=pending, error=error)
+        left_out = tuple(self.outbox.left_out())
+        return SyncReport(sent=self._sent - before, pending=pending, error=error, left_out=left_out)
 
     def sync_when_due(self, *, timeout_s: float = 10.0) -> SyncReport | None:
         """Do as `sync` does, but after failures wait a while first (`WAITS_S`); None while waiting."""
@@ -184,7 +188,7 @@ class Mirror:
             if outbox.is_new(path, sent=sent):
                 _in_time(end)
                 folder = path.parent.relative_to(self.folder.path).as_posix()
-                client.log_artifact(_id(sent), str(path), None if folder == "." else folder)
+                self._send_file(client, sent, path, folder=None if folder == "." else folder, owner=self.folder.owner)
                 outbox.mark(path, sent=sent)
                 self._done(sent)
         if outbox.model_is_new(sent):
@@ -193,6 +197,12 @@ class Mirror:
             self._register_model(client, sent)
         if outbox.card_is_new(sent):
             self._send_card(client, sent)
+
+    def _send_file(self, client: MlflowClient, sent: Sent, path: Path, *, folder: str | None, owner: int | None = None) -> None:
+        """Send a copy of a regular file: MLflow itself would open whatever has its name by then."""
+        with tempfile.TemporaryDirectory(prefix="obowlab-mirror-") as place:
+            copy_file(path, Path(place) / path.name, owner=owner)
+            client.log_artifact(_id(sent), str(Path(place) / path.name), folder)
 
     def _delete_run(self, sent: Sent) -> None:
         """Mark the run as deleted, as its user did; its registered model versions stay, and `_find_run` brings it back."""
@@ -305,7 +315,7 @@ class Mirror:
         step = max((point.step for points in known for point in points), default=0)
         metrics, odd = _metrics(values, step=step, time_s=time_s, source=place)
         client.log_batch(_id(sent), metrics=metrics)
-        client.log_artifact(_id(sent), str(path), "results")
+        self._send_file(client, sent, path, folder="results")
         _count(odd, sent)
         self.outbox.mark(path, sent=sent)
         self._done(sent, count=len(metrics) + 1)
@@ -369,7 +379,9 @@ class Mirror:
                 raise
         found = list(client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'"))
         if not found or lost_artifacts(client, run_id, names=[MODEL_FOLDER]):
-            client.log_artifacts(run_id, str(self.folder.path / MODEL_FOLDER), MODEL_FOLDER)
+            with tempfile.TemporaryDirectory(prefix="obowlab-mirror-") as place:
+                copy_tree(self.folder.path / MODEL_FOLDER, Path(place), owner=self.folder.owner)
+                client.log_artifacts(run_id, place, MODEL_FOLDER)
         if not found:
             source = f"{client.get_run(run_id).info.artifact_uri}/{MODEL_FOLDER}"
             tags = {"obowlab.run_id": info.run_id, "obowlab.fingerprint": info.fingerprint}
@@ -395,7 +407,8 @@ class Mirror:
         try:
             lock = file_lock(self.folder.path / "mirror.lock", timeout_s=0).acquire()
         except TimeoutError:
-            raise UserError(f"Another process is mirroring {self.folder.run_id}; it sends what is pending.") from None
+            holder = holder_name(self.folder.path / "mirror.lock")
+            raise UserError(f"{self.folder.run_id} is being mirrored by {holder}, which sends what is pending.") from None
         with lock:
             yield
 

@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from pydantic import BaseModel, ConfigDict
 
-from obowlab.files import damaged_line, parse_checked, read_checked, read_lines, with_checksum, write_atomic
+from obowlab.files import (
+    damaged_line,
+    files_in,
+    is_regular,
+    kind_of,
+    open_file,
+    parse_checked,
+    read_checked,
+    read_lines,
+    with_checksum,
+    write_atomic,
+)
 from obowlab.runs.folder import TAG, RunFolder
 from obowlab.runs.info import Status
 from obowlab.runs.metric_log import Point, parse_point
@@ -34,6 +48,9 @@ TRIAL = "obowlab.trial"
 LONGEST_TAG = 5000
 WORDS_FOLDER = "words"
 """Where `obowlab words` puts the gallery of a run's visual words."""
+
+GALLERY = re.compile(r"index\.html|words\.json|[A-Za-z0-9._-]+-[0-9]{3,}\.(jpg|png|webp)")
+"""What `obowlab words` writes; whatever else lies there stays there."""
 
 LONGEST_LINE = 2**16
 """No line of a metric file is longer, in bytes."""
@@ -88,7 +105,7 @@ class Outbox:
     def _stores(self) -> dict[str, Any]:
         try:
             return dict(read_checked(self.folder.mirror_path)["stores"])
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError):
             return {}
 
     # -------------------------------------------------------------------------------------------------- items
@@ -122,10 +139,10 @@ class Outbox:
     def points(self, name: str, *, sent: Sent) -> Iterator[tuple[int, Point]]:
         """Yield every complete line of a metric file that the store does not have, with the offset behind it."""
         path = self.folder.path / f"{name}.jsonl"
-        if not path.exists():
+        if not os.path.lexists(path):
             return
         offset, last_step = sent.offsets.get(name, 0), sent.last_steps.get(name, -1)
-        with path.open("rb") as file:
+        with open_file(path) as file:
             if offset and _step_before(file, offset) != last_step:
                 offset = 0  # a power cut took lines that were sent; their steps are logged again, perhaps at other offsets
             file.seek(offset)
@@ -153,10 +170,31 @@ class Outbox:
 
     def results(self) -> list[Path]:
         """Return the files of all evaluation results."""
-        return sorted((self.folder.path / "results").glob("*.json"))
+        return self.folder.result_files()
 
     def artifacts(self) -> list[Path]:
-        """Return the files to keep beside the numbers: the log only when it is complete, a page after the images it shows."""
+        """Return the files to keep beside the numbers: the log only when it is complete, a page after the images it shows.
+
+        Regular files of the run's owner only: who may write to a run store could put a link to anybody's file there.
+        """
+        owner = self.folder.owner
+        gallery = [path for path in files_in(self.folder.path / WORDS_FOLDER, owner=owner) if GALLERY.fullmatch(path.name)]
+        gallery.sort(key=lambda path: (path.suffix == ".html", path.name))
+        return [*(path for path in self._kept() if is_regular(path, owner=owner)), *gallery]
+
+    def left_out(self) -> list[str]:
+        """Return what is not sent of what belongs to a run, each with the reason in words."""
+        reasons = []
+        for path in (*self._kept(), self.folder.path / WORDS_FOLDER, self.folder.path / "results"):
+            if os.path.lexists(path) and not is_regular(path, owner=self.folder.owner):
+                mode = path.lstat().st_mode
+                reason = (
+                    "" if path.name in (WORDS_FOLDER, "results") and stat.S_ISDIR(mode) else kind_of(mode) or "another user's"
+                )
+                reasons += [f"{path.name} (it is {reason})"] if reason else []
+        return reasons
+
+    def _kept(self) -> list[Path]:
         names = [
             "run.json",
             "machine.json",
@@ -165,8 +203,7 @@ class Outbox:
             "cost.json",
             *(["log.txt"] if self.status() in ENDED else []),
         ]
-        gallery = sorted((self.folder.path / WORDS_FOLDER).glob("*.*"), key=lambda path: (path.suffix == ".html", path.name))
-        return [*(self.folder.path / name for name in names if (self.folder.path / name).exists()), *gallery]
+        return [self.folder.path / name for name in names]
 
     def documents(self) -> dict[str, str]:
         """Return texts to keep as artifacts that are no files of the run folder, by name."""
@@ -180,7 +217,7 @@ class Outbox:
 
     def model_is_new(self, sent: Sent) -> bool:
         """Return whether there is an encoder that the store should have a version of: of a finished run, not of a trial."""
-        finished = self.folder.state.status == "finished" and (self.folder.path / MODEL_FOLDER / "MLmodel").exists()
+        finished = self.folder.state.status == "finished" and is_regular(self.folder.path / MODEL_FOLDER / "MLmodel")
         return finished and sent.model_version is None and TRIAL not in self.folder.labels()
 
     @property
@@ -299,5 +336,5 @@ def _with_interval(measurement: Mapping[str, Any]) -> str:
 
 
 def _stamp(path: Path) -> str:
-    facts = path.stat()
+    facts = path.lstat()
     return f"{facts.st_size}-{facts.st_mtime_ns}"

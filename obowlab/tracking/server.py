@@ -9,13 +9,16 @@ import json
 import logging
 import os
 import re
+import secrets
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obowlab.errors import UserError
-from obowlab.files import file_lock
+from obowlab.files import locked, share, shared_folder
 from obowlab.runs.metrics import mlflow_name
+from obowlab.text import is_shown_whole, without_secrets
+from obowlab.text import shown_uri as shown_uri
 from obowlab.tracking.local_store import (
     ARTIFACTS,
     DAMAGES,
@@ -51,6 +54,7 @@ _COLUMNS = {
 REQUEST_TIMEOUT_S = 8.0
 _SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql")
 logger = logging.getLogger(__name__)
+QUOTE_HINT = "write @ / : ? # and spaces in a user's name, password or parameter as %40 %2F %3A %3F %23 %20"
 LOGIN_HINT = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or ~/.mlflow/credentials"
 
 
@@ -72,12 +76,9 @@ def store_uri(tracking_uri: str | None, *, runs_root: Path) -> str:
             f"MLflow cannot write to '{shown_uri(tracking_uri)}' (MLFLOW_TRACKING_URI or tracking_uri): "
             "name a server, http://HOST:PORT, or a database, sqlite:////FOLDER/mlflow.db."
         )
+    if not is_shown_whole(tracking_uri):
+        raise UserError(f"{shown_uri(tracking_uri)} (MLFLOW_TRACKING_URI or tracking_uri): {QUOTE_HINT}.")
     return tracking_uri
-
-
-def shown_uri(text: str) -> str:
-    """Return a text without the user names and passwords of the URIs in it."""
-    return re.sub(r"://[^/@\s]+@", "://", text)
 
 
 def complaint(error: Exception, *, uri: str) -> str:
@@ -90,15 +91,15 @@ def complaint(error: Exception, *, uri: str) -> str:
     answer = getattr(getattr(error, "response", None), "status_code", None)  # of a file; other requests have MLflow's own codes
     code = getattr(error, "error_code", None)
     if answer == 401 or code == "UNAUTHENTICATED":
-        return shown_uri(f"{uri} does not take the login ({LOGIN_HINT})")
+        return f"{shown_uri(uri)} does not take the login ({LOGIN_HINT})"
     if answer == 403 or code == "PERMISSION_DENIED":
-        return shown_uri(f"{uri} does not let this account write there; ask for the role of a writer")
-    path, reason = database_path(uri), " ".join(str(error).partition("[SQL:")[0].split())
+        return f"{shown_uri(uri)} does not let this account write there; ask for the role of a writer"
+    path, reason = database_path(uri), " ".join(without_secrets(str(error), uri=uri).partition("[SQL:")[0].split())
     if path is not None and any(word in reason for word in DAMAGES):
         return damage_sentence(path).removesuffix(".")
     if "out-of-date database schema" in reason:
         return upgrade_sentence(shown_uri(uri)).removesuffix(".")
-    return shown_uri(f"{uri}: {reason or type(error).__name__}")
+    return f"{shown_uri(uri)}: {reason or type(error).__name__}"
 
 
 def login(uri: str) -> tuple[str, str] | None:
@@ -184,21 +185,29 @@ def prepare_store(uri: str) -> None:
         return
     if _is_filled(path):
         make_usable(uri)
+        for shared in (path, path.parent / ARTIFACTS):
+            if shared.exists():
+                share(shared)
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with file_lock(path.with_name(f".{path.name}.lock")):
+        with locked(path.with_name(f".{path.name}.lock")):
             if _is_filled(path):
                 return
-            beside = path.with_name(f".{path.name}.new")
-            beside.unlink(missing_ok=True)
+            beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
             fail_fast()
             from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
             artifacts = artifact_location(uri, runs_root=path.parent)
             assert artifacts is not None
-            SqlAlchemyStore(f"{SQLITE}{beside}", artifacts).engine.dispose()  # type: ignore[no-untyped-call]
-            beside.replace(path)
+            try:
+                beside.open("xb").close()
+                SqlAlchemyStore(f"{SQLITE}{beside}", artifacts).engine.dispose()  # type: ignore[no-untyped-call]
+                share(beside)
+                shared_folder(path.parent / ARTIFACTS)
+                beside.replace(path)
+            finally:
+                beside.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"Cannot create the MLflow store {path} (--runs-root): {error.strerror}.") from None
 

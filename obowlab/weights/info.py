@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from obowlab.config import Backbone, Section
 from obowlab.errors import UserError
+from obowlab.files import inflated_record
 from obowlab.views.views import MEAN, STD
 from obowlab.weights import WEIGHTS_SUFFIXES
 
@@ -195,7 +196,7 @@ def open_archive(path: Path) -> Iterator[zipfile.ZipFile]:
     """Open a file that begins as a zip archive, as torch's files do.
 
     Raises:
-        UserError: it is damaged, encrypted, or what torch writes besides plain tensors.
+        UserError: it is damaged, encrypted, would inflate to what no weights need, or is what torch writes besides plain tensors.
     """
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path} is cut off: the end of a torch file or zip archive is missing; copy it again.")
@@ -207,6 +208,9 @@ def open_archive(path: Path) -> Iterator[zipfile.ZipFile]:
             raise no_torch_file(path, reason=f"it is a TorchScript module; {STATE_DICT}")
         if any(member.flag_bits & 1 for member in archive.infolist()):
             raise UserError(f"{path} is a zip archive with a password; unpack it and name the file in it.")
+        inflated = inflated_record(archive)
+        if inflated is not None:
+            raise UserError(f"{path} is no weights file: {inflated}.")
         yield archive
 
 

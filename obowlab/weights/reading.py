@@ -131,6 +131,11 @@ def read_module(path: Path, *, origin: Path) -> State:
         UserError: it is damaged, or holds anything but a ResNet of torchvision.
     """
     try:
+        with open_archive(path):
+            pass  # its records are looked at, none is read
+    except UserError as error:
+        raise UserError(str(error).replace(str(path), str(origin))) from None
+    try:
         with torch.serialization.safe_globals(list(_OF_A_RESNET)):
             module: Any = torch.load(path, map_location="cpu", weights_only=True)
         state: State = module.state_dict()
@@ -188,6 +193,8 @@ def _checked(file: WeightsFile, *, origin: Path) -> WeightsFile:
             raise UserError(f"{origin} holds weights that are no floating-point numbers: {shown} is of type {kind}.")
         if tensor.layout != torch.strided or tensor.is_meta:
             raise UserError(f"{origin} holds weights that are not dense: {shown}.")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():  # strides of 0
+            raise UserError(f"{origin} holds fewer numbers than {shown} has: save the state dict with contiguous tensors.")
         if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
             wrong = int((~tensor.float().isfinite()).sum())
             raise UserError(
