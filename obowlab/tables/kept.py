@@ -13,10 +13,11 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from obowlab.config import canonical_hash
+from obowlab.config.scales import SCALES
 from obowlab.errors import UserError
 from obowlab.files import write_atomic
 from obowlab.tables.build import also_differing
-from obowlab.tables.spec import PlannedTable, table_files
+from obowlab.tables.spec import PlannedTable, is_result, table_files
 
 KEPT = ".tables"
 """Folder of the run store."""
@@ -80,6 +81,8 @@ def _read(path: Path) -> PlannedTable:
         planned = _CONTENT.validate_json(path.read_bytes())
     except ValidationError:
         raise UserError(f"{path} is damaged, or of another version.") from None
-    if sum(row.is_base for row in planned.rows) != 1:
-        raise UserError(f"{path} has no base row, or several.")
+    file = planned.file
+    known = planned.scale in SCALES and file.primary in file.columns and all(map(is_result, file.columns))
+    if not known or sum(row.is_base for row in planned.rows) != 1:
+        raise UserError(f"{path} is of another version.")
     return replace(planned, path=None)
