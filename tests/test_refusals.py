@@ -68,10 +68,10 @@ def test_memory_that_runs_out_in_training_is_a_failed_run_and_one_sentence(tmp_p
 def test_memory_that_runs_out_in_a_command(
     tmp_path: Path, error: Exception, obowlab: Obowlab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def list_runs(root: Path) -> list[Any]:
+    def read_runs(root: Path) -> list[Any]:
         raise error
 
-    monkeypatch.setattr("obowlab.runs.selection.list_runs", list_runs)
+    monkeypatch.setattr("obowlab.runs.selection.read_runs", read_runs)
     code, _, err = obowlab("runs", "list", "--runs-root", str(tmp_path))
     assert (code, err.count("\n")) == (2, 1)
     assert "memory" in err
@@ -91,12 +91,13 @@ def forbid(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
 
     def refusing(real: Any) -> Any:
         def call(path: Path, *args: Any, **options: Any) -> Any:
-            if place in path.parents:
+            if place in Path(path).parents:
                 raise PermissionError(errno.EACCES, "Permission denied", str(path))
             return real(path, *args, **options)
 
         return call
 
+    monkeypatch.setattr(os, "open", refusing(os.open))
     for name in ("stat", "open", "read_bytes", "read_text"):
         monkeypatch.setattr(Path, name, refusing(getattr(Path, name)))
 
@@ -159,9 +160,9 @@ def test_eval_without_the_right_to_write_is_refused_before_measuring(
 def test_a_store_that_is_gone_for_a_while_is_a_sentence(
     tmp_path: Path, obowlab: Obowlab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def list_runs(root: Path) -> list[Any]:
+    def read_runs(root: Path) -> list[Any]:
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(root))
 
-    monkeypatch.setattr("obowlab.runs.selection.list_runs", list_runs)
+    monkeypatch.setattr("obowlab.runs.selection.read_runs", read_runs)
     code, _, err = obowlab("runs", "list", "--runs-root", str(tmp_path))
     assert (code, err) == (2, f"Error: Cannot use {tmp_path} (Stale file handle): fix that and run the command again.\n")

@@ -134,7 +134,8 @@ def test_columns_without_text_make_room_first_and_are_not_named(
     assert lines == [
         "name             n        n",
         "aaaaaaaaa  1234567  7654321",
-        "Not shown in 30 columns: often used.",
+        "Not shown in 30 columns: often",
+        "used.",
     ]
 
 
@@ -355,8 +356,8 @@ def test_every_long_command_says_what_an_interruption_leaves(
     monkeypatch.setattr(place, interrupted)
     monkeypatch.setattr("obowlab.data.sources.list_images", lambda folder: ["one"])
     known = SimpleNamespace(name="demo", folder=None, recipe=load_recipe("demo").recipe)
-    monkeypatch.setattr("obowlab.weights.source.find_source", lambda *_, **__: known)
     monkeypatch.setattr("obowlab.weights.subject.find_subject", lambda *_, **__: known)
+    monkeypatch.setattr("obowlab.weights.source.find_source", lambda *_, **__: known)  # second: the line above imports it
     monkeypatch.setattr("obowlab.launch.preflight.check_protocols", lambda *_, **__: None)
     before = signal.getsignal(signal.SIGINT)
     code, _, err = obowlab(*words.split())

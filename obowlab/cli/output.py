@@ -85,7 +85,7 @@ def print_table(
             click.echo(click.style(whole, bold=True) if on_terminal and number == 0 else whole)
     hidden = [column for i, column in enumerate(columns) if i not in widths and any(line[i] for line in lines)]
     if hidden:
-        click.echo(f"Not shown in {terminal_width()} columns: {', '.join(hidden)}.")
+        print_lines([f"Not shown in {terminal_width()} columns: {', '.join(hidden)}."])
 
 
 @dataclass(frozen=True)
@@ -150,6 +150,13 @@ def show_progress(line: str) -> None:
 def coloured(word: str, colour: str) -> str:
     """Return a word in a colour of the terminal, unless NO_COLOR is set; in a pipe click takes it away."""
     return word if os.environ.get("NO_COLOR") else click.style(word, fg=colour)
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Print sentences; on a terminal those that are too long continue below, and no number is broken."""
+    for line in lines:
+        for part in text.wrap(line, terminal_width()) if sys.stdout.isatty() else [line]:
+            click.echo(part)
 
 
 def print_facts(facts: Iterable[tuple[str, str]]) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pydantic_core
 
-from obowlab.files import read_all, write_atomic
+from obowlab.files import LARGEST_RECORD, read_all, read_file, shared_folder, write_atomic
 from obowlab.runs.metrics import METRIC_FILES
 
 CURVES_VERSION = 2
@@ -71,14 +71,14 @@ def cached_curves(run: Path, *, epochs: int) -> dict[str, Curve]:
         epochs: of the whole training.
     """
     files = [run / name for name in FILES]
-    stamps = [f"{path.stat().st_size}-{path.stat().st_mtime_ns}" if path.exists() else "" for path in files]
+    stamps = [f"{path.lstat().st_size}-{path.lstat().st_mtime_ns}" if path.exists() else "" for path in files]
     stamp = json.dumps([CURVES_VERSION, epochs, stamps])
     path = run.parent / CACHE / f"{run.name}.json"
     curves = _read_cache(path, stamp=stamp)
     if curves is None:
         curves = {name: curve for file in files for name, curve in read_curves(file, epochs=epochs).items()}
         with suppress(OSError):  # a store that may only be read
-            path.parent.mkdir(exist_ok=True)
+            shared_folder(path.parent)
             cached = {name: asdict(curve) for name, curve in curves.items()}
             write_atomic(path, pydantic_core.to_json({"stamp": stamp, "curves": cached}))
     return curves
@@ -87,7 +87,7 @@ def cached_curves(run: Path, *, epochs: int) -> dict[str, Curve]:
 def _read_cache(path: Path, *, stamp: str) -> dict[str, Curve] | None:
     """Return what was cached under this stamp; None when there is nothing, or it is damaged: the metric files are the truth."""
     try:
-        cached = pydantic_core.from_json(path.read_bytes())
+        cached = pydantic_core.from_json(read_file(path, limit=16 * LARGEST_RECORD))
         if cached["stamp"] != stamp:
             return None
         return {name: _curve(**values) for name, values in cached["curves"].items()}

@@ -17,14 +17,15 @@ from obowlab.config import Recipe, canonical_hash, flatten, load_recipe, recipe_
 from obowlab.config.scales import SCALES
 from obowlab.config.validation import flat_pairs
 from obowlab.errors import UserError
+from obowlab.files import files_in
 from obowlab.report.curves import Curve, cached_curves, with_point
 from obowlab.report.labels import in_short
 from obowlab.report.model import Gallery, Run, Setting, Site
 from obowlab.report.trainings import trainings_of
 from obowlab.report.vocabulary_health import judge
 from obowlab.report.words_page import FACTS
-from obowlab.runs.folder import RunFolder, RunSummary, list_runs
-from obowlab.runs.info import RunInfo
+from obowlab.runs.folder import RunFolder, RunSummary, read_runs
+from obowlab.runs.info import DAMAGED, RunInfo
 from obowlab.runs.metrics import lookup
 from obowlab.runs.records import Record, Records, by_fingerprint
 from obowlab.runs.results import Measured, tabulate
@@ -86,14 +87,12 @@ class Store:
 LOCAL_UI = "http://127.0.0.1:5000"
 """Where `obowlab ui` shows a store without a server."""
 
-DAMAGED = (UserError, OSError, ValueError, KeyError, TypeError)
-"""What reading a run of another version, or a damaged one, may raise."""
-
 
 def read_store(runs_root: Path) -> Store:
     """Read a run store, all but the metrics."""
-    runs, problems, newest = [], [], 0.0
-    for summary in list_runs(runs_root):
+    runs, newest = [], 0.0
+    summaries, problems = read_runs(runs_root)
+    for summary in summaries:
         newest = max(newest, summary.info.created_at, summary.state.updated_at)
         try:
             runs.append((summary, Record.of(summary)))
@@ -358,7 +357,8 @@ def settings_of(recipe: str) -> dict[str, Any]:
 
 def find_gallery(folder: Path) -> Gallery | None:
     """Return a run's gallery of visual words, unread; None when there is none."""
-    return Gallery(folder) if (folder / FACTS).is_file() or (folder / "index.html").is_file() else None
+    owner = folder.parent.stat().st_uid
+    return Gallery(folder) if {FACTS, "index.html"} & {path.name for path in files_in(folder, owner=owner)} else None
 
 
 def brief(value: str) -> str:
@@ -385,7 +385,8 @@ def _planned(scale: str) -> tuple[list[PlannedTable], list[str]]:
 
 
 def _cannot_be_shown(run: RunSummary, error: Exception) -> str:
-    return f"Run {run.info.run_id} cannot be shown: {type(error).__name__}: {error}"
+    what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    return f"Run {run.info.run_id} cannot be shown: {what}"
 
 
 @cache

@@ -19,8 +19,8 @@ from obowlab import text
 from obowlab.config import flatten, nearest, parse_override
 from obowlab.config.validation import flat_pairs
 from obowlab.errors import UserError
-from obowlab.runs.folder import RunFolder, RunSummary, list_runs
-from obowlab.runs.info import Status
+from obowlab.runs.folder import RunFolder, RunSummary, damage_of, read_runs
+from obowlab.runs.info import DAMAGED, Status
 from obowlab.runs.metrics import lookup
 
 MEASURED = ("fewshot_1shot", "fewshot_5shot", "linear_top1", "knn_top1")
@@ -48,8 +48,8 @@ class Entry:
         folder = RunFolder(summary.path, summary.info)
         try:
             return cls(summary=summary, results=folder.results(), tags=folder.tags())
-        except UserError as error:
-            warn(str(error))
+        except DAMAGED as error:
+            warn(damage_of(summary.path, error))
             return cls(summary=summary, results=[], tags=[])
 
     @cached_property
@@ -143,7 +143,10 @@ def select(
     """
     comparisons = [Comparison.parse(typed) for typed in where]
     _check(statuses, known=get_args(Status), kind="status")
-    entries = [Entry.of(summary, warn=warn) for summary in list_runs(runs_root)]
+    summaries, problems = read_runs(runs_root)
+    for problem in problems:
+        warn(problem)
+    entries = [Entry.of(summary, warn=warn) for summary in summaries]
     _check(recipes, known={entry.summary.info.name for entry in entries}, kind="run of recipe")
     _check(tags, known={tag for entry in entries for tag in entry.tags}, kind="run with the tag")
     key = sort.removeprefix("-")
