@@ -13,9 +13,12 @@ import torch
 
 from obowlab.config import Loaded, Recipe
 from obowlab.errors import UserError, memory_sentence, refusal_of
+from obowlab.methods.backbones import build_backbone
 from obowlab.runs.folder import RunFolder, damaged_runs, list_runs
+from obowlab.runs.info import ENCODER_FILE
 from obowlab.runs.trash import put_aside
 from obowlab.training import __main__ as compute
+from obowlab.weights.encoder_file import save_encoder
 from tests.command_line import Obowlab
 
 
@@ -143,6 +146,10 @@ def test_eval_without_the_right_to_write_is_refused_before_measuring(
     tmp_path: Path, obowlab: Obowlab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = made(tmp_path)
+    recipe = folder.info.recipe
+    save_encoder(
+        build_backbone(recipe.backbone, seed=0), path=folder.path / ENCODER_FILE, recipe=recipe, fingerprint=None, source=""
+    )
     monkeypatch.setattr(os, "access", lambda place, mode: Path(place) != folder.path)
     code, _, err = obowlab("eval", folder.run_id, "--runs-root", str(tmp_path), "--device", "cpu")
     assert code == 2

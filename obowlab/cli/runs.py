@@ -104,8 +104,12 @@ def list_all(
     root = options.machine().runs_root
     if dry_run:
         return would(f"list the runs in {root}")
+
+    def warn(problem: str) -> None:
+        click.echo(f"Warning: {problem}", err=True)
+
     statuses = tuple(status for words in statuses for status in words.split(","))
-    entries = select(root, recipes=recipes, statuses=statuses, tags=tags, where=where, sort=sort)
+    entries = select(root, recipes=recipes, statuses=statuses, tags=tags, where=where, sort=sort, warn=warn)
     if as_json:
         return print_json([_listed(entry) for entry in entries])
     if not entries:
@@ -297,12 +301,15 @@ def delete(names: tuple[str, ...], yes: bool, options: MachineOptions, dry_run: 
 
     `obowlab runs restore RUN` brings one back; `obowlab runs trash --empty` removes them for good.
     """
+    from obowlab.launch.slurm import live_runs, submitted_jobs
     from obowlab.runs.folder import RunFolder
+    from obowlab.runs.lineage import waiting_students
     from obowlab.runs.trash import check_deletable, find_trashed, put_aside
 
     machine = options.machine()
     folders: dict[str, RunFolder] = {}
     gone = []
+    waiting = live_runs(machine.runs_root) if submitted_jobs(machine.runs_root) else {}
     for name in names:
         try:
             folder = RunFolder.find(name, runs_root=machine.runs_root)
@@ -313,6 +320,9 @@ def delete(names: tuple[str, ...], yes: bool, options: MachineOptions, dry_run: 
             gone += there
             continue
         check_deletable(folder, ref=name, runs_root=machine.runs_root)
+        if folder.run_id in waiting:
+            job = waiting[folder.run_id]
+            raise UserError(f"Job {job.id} of the cluster trains '{folder.run_id}': `obowlab jobs cancel {job.id}` first.")
         folders[folder.run_id] = folder
     if dry_run:
         for folder in folders.values():
@@ -320,6 +330,8 @@ def delete(names: tuple[str, ...], yes: bool, options: MachineOptions, dry_run: 
         return 0
     for run in gone:
         click.echo(f"{run.run_id} is in the trash already.")
+    for student, teacher in waiting_students(folders.values(), runs_root=machine.runs_root):
+        click.echo(f"Note: {student} is not finished and reads {teacher}, its teacher, which it would train again.", err=True)
     if folders and not confirm(f"Move {', '.join(folders)} to the trash?", yes=yes):
         click.echo("Nothing was deleted.")
         return 1

@@ -180,9 +180,7 @@ def launch(
         write_quote(folder, cost=cost, procs=machine.procs)
     mirror = Mirror(folder, tracking_uri=machine.tracking_uri)
     code = 0
-    signals = signals or StopSignals(
-        notice=f"Stopping: {folder.run_id} saves what it has, and the same command continues. A second Ctrl-C kills it."
-    )
+    signals = signals or StopSignals(notice=f"Stopping: {folder.run_id} saves itself; a second Ctrl-C kills it.")
     if folder.state.status != "finished" or to_measure(loaded.recipe, folder=folder, machine=machine):
         with (
             signals.listening(),

@@ -18,6 +18,7 @@ from obowlab.launch.system import process_tree
 from obowlab.signals import on_signals
 
 PR_SET_PDEATHSIG = 1
+STOPPING_RUNS = "Stopping: the runs save themselves; a second Ctrl-C kills them."
 
 
 @dataclass

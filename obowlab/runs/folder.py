@@ -290,12 +290,16 @@ class RunFolder:
 
     def mlflow_run_id(self) -> str | None:
         """Return the id of the MLflow run that mirrors this one, in the store it was sent to last; None when it never was."""
+        ids = self.mlflow_runs()
+        return list(ids.values())[-1] if ids else None
+
+    def mlflow_runs(self) -> dict[str, str]:
+        """Return MLflow's id of this run in every store, by its address without passwords; the last last."""
         try:
             stores = read_checked(self.mirror_path)["stores"]
-            ids = [sent["run_id"] for sent in stores.values() if sent.get("run_id")]
+            return {str(store): str(sent["run_id"]) for store, sent in stores.items() if sent.get("run_id")}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return None
-        return str(ids[-1]) if ids else None
+            return {}
 
     def cost(self) -> dict[str, dict[str, Any]]:
         """Return what this run was expected to cost (`quote`) and, once finished, what it did (`truth`), as far as known."""

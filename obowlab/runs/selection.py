@@ -6,7 +6,6 @@ run's own data set, a setting of the recipe, `seed` or `step`. A run without a v
 
 from __future__ import annotations
 
-import logging
 import math
 import operator
 import re
@@ -27,7 +26,6 @@ from obowlab.runs.metrics import lookup
 MEASURED = ("fewshot_1shot", "fewshot_5shot", "linear_top1", "knn_top1")
 """Results that may be named though no run has one yet."""
 CREATED = "created"
-logger = logging.getLogger(__name__)
 ORDERED: dict[str, Callable[[float, float], bool]] = {
     ">=": operator.ge,
     "<=": operator.le,
@@ -45,14 +43,14 @@ class Entry:
     tags: list[str]
 
     @classmethod
-    def of(cls, summary: RunSummary) -> Entry:
-        """Read a run.
-
-        Raises:
-            UserError: one of its results or its labels are damaged.
-        """
+    def of(cls, summary: RunSummary, *, warn: Callable[[str], object]) -> Entry:
+        """Read a run; one whose results or labels are damaged is told of, and has none."""
         folder = RunFolder(summary.path, summary.info)
-        return cls(summary=summary, results=folder.results(), tags=folder.tags())
+        try:
+            return cls(summary=summary, results=folder.results(), tags=folder.tags())
+        except DAMAGED as error:
+            warn(damage_of(summary.path, error))
+            return cls(summary=summary, results=[], tags=[])
 
     @cached_property
     def measured(self) -> dict[str, dict[str, Any]]:
@@ -126,6 +124,7 @@ def select(
     tags: Collection[str] = (),
     where: Sequence[str] = (),
     sort: str = CREATED,
+    warn: Callable[[str], object] = len,
 ) -> list[Entry]:
     """Return the runs of a store that all of these fit.
 
@@ -137,13 +136,14 @@ def select(
         where: comparisons, all of which.
         sort: name of a value, the best or else the smallest first, with `-` before it the other way round; runs without it
             come last. `created`: the newest first.
+        warn: called with a sentence for every run whose results or labels cannot be read; it is listed without them.
 
     Raises:
         UserError: no run, recipe, setting or metric has such a name; proposes the nearest.
     """
     comparisons = [Comparison.parse(typed) for typed in where]
     _check(statuses, known=get_args(Status), kind="status")
-    entries = _entries(runs_root)
+    entries = _entries(runs_root, warn=warn)
     _check(recipes, known={entry.summary.info.name for entry in entries}, kind="run of recipe")
     _check(tags, known={tag for entry in entries for tag in entry.tags}, kind="run with the tag")
     key = sort.removeprefix("-")
@@ -163,18 +163,12 @@ def select(
     return _sorted(found, key=key, reverse=sort.startswith("-"))
 
 
-def _entries(runs_root: Path) -> list[Entry]:
-    """Read all runs of a store, the newest first; of those that cannot be read there are warnings."""
+def _entries(runs_root: Path, *, warn: Callable[[str], object]) -> list[Entry]:
+    """Read all runs of a store, the newest first; what cannot be read of them is told."""
     summaries, problems = read_runs(runs_root)
-    entries = []
-    for summary in summaries:
-        try:
-            entries.append(Entry.of(summary))
-        except DAMAGED as error:
-            problems.append(damage_of(summary.path, error))
     for problem in problems:
-        logger.warning("%s", problem)
-    return entries
+        warn(problem)
+    return [Entry.of(summary, warn=warn) for summary in summaries]
 
 
 def _sorted(entries: list[Entry], *, key: str, reverse: bool) -> list[Entry]:

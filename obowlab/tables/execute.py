@@ -19,7 +19,7 @@ from typing import Literal
 
 from obowlab.config import Machine
 from obowlab.files import read_file, shared_folder
-from obowlab.launch.processes import StopSignals, start
+from obowlab.launch.processes import STOPPING_RUNS, StopSignals, start
 from obowlab.runs.folder import RunFolder, RunSummary
 from obowlab.runs.locks import is_locked
 from obowlab.runs.records import store_runs
@@ -67,7 +67,7 @@ class Execution:
     machine_file: Path | None = None
     again: set[str] = field(default_factory=set)
     labelled: list[RunFolder] = field(default_factory=list)
-    signals: StopSignals = field(default_factory=StopSignals)
+    signals: StopSignals = field(default_factory=lambda: StopSignals(notice=STOPPING_RUNS))
     _children: dict[str, _Child] = field(default_factory=dict)
     _announced: set[str] = field(default_factory=set)
     _with_labels: set[str] = field(default_factory=set)

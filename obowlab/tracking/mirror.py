@@ -29,7 +29,7 @@ from obowlab.runs.metrics import METRIC_FILES, mlflow_name
 from obowlab.runs.trash import store_of
 from obowlab.tracking.local_store import database_path
 from obowlab.tracking.model import save_encoder_model
-from obowlab.tracking.outbox import ENDED, MODEL_FOLDER, Outbox, Sent
+from obowlab.tracking.outbox import ENDED, MODEL_FOLDER, Outbox, Sent, digest_of
 from obowlab.tracking.server import (
     REQUEST_TIMEOUT_S,
     complaint,
@@ -195,6 +195,8 @@ class Mirror:
             _in_time(end)
             fail_fast(request_s=max(REQUEST_TIMEOUT_S, end - time.monotonic()))  # the server may have to forward it
             self._register_model(client, sent)
+        if outbox.card_is_new(sent):
+            self._send_card(client, sent)
 
     def _send_file(self, client: MlflowClient, sent: Sent, path: Path, *, folder: str | None, owner: int | None = None) -> None:
         """Send a copy of a regular file: MLflow itself would open whatever has its name by then."""
@@ -267,7 +269,7 @@ class Mirror:
         lost = lost_artifacts(client, _id(sent), names=[*sent.files, MODEL_FOLDER])
         sent.files = {name: stamp for name, stamp in sent.files.items() if name not in lost}
         if MODEL_FOLDER in lost:
-            sent.model_version = None
+            sent.model_version = sent.card = None
 
     def _send_params(self, client: MlflowClient, sent: Sent) -> None:
         if sent.params:
@@ -367,8 +369,7 @@ class Mirror:
         """Upload the encoder and make it a model version, unless a version of this run exists already."""
         from mlflow.exceptions import MlflowException
 
-        info, run_id = self.folder.info, _id(sent)
-        name = f"obowlab-{info.name}"
+        info, run_id, name = self.folder.info, _id(sent), self.outbox.model_name
         try:
             client.create_registered_model(name, tags={"obowlab.recipe": info.name})
         except MlflowException as error:
@@ -384,6 +385,15 @@ class Mirror:
             tags = {"obowlab.run_id": info.run_id, "obowlab.fingerprint": info.fingerprint}
             found = [client.create_model_version(name, source=source, run_id=run_id, tags=tags, await_creation_for=0)]
         sent.model_version = str(found[0].version)
+        self._done(sent)
+
+    def _send_card(self, client: MlflowClient, sent: Sent) -> None:
+        """Describe the model version: on its page, and in its folder."""
+        card = self.outbox.card(sent)
+        assert card is not None
+        client.update_model_version(self.outbox.model_name, str(sent.model_version), description=card)
+        client.log_text(_id(sent), card, f"{MODEL_FOLDER}/README.md")
+        sent.card = digest_of(card)
         self._done(sent)
 
     def _done(self, sent: Sent, *, count: int = 1) -> None:

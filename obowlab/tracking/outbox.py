@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -25,10 +26,11 @@ from obowlab.files import (
     write_atomic,
 )
 from obowlab.runs.folder import TAG, RunFolder
-from obowlab.runs.info import TRAINED, Status
+from obowlab.runs.info import Status
 from obowlab.runs.metric_log import Point, parse_point
 from obowlab.runs.metrics import METRIC_FILES, METRICS
 from obowlab.runs.trash import is_deleted
+from obowlab.tracking.model_card import model_card
 
 STATUSES: dict[Status, str] = {
     "created": "SCHEDULED",
@@ -40,6 +42,9 @@ STATUSES: dict[Status, str] = {
 }
 ENDED = ("KILLED", "FAILED", "FINISHED")
 MODEL_FOLDER = "model"
+TRIAL = "obowlab.trial"
+"""The label of a run that a study made."""
+
 LONGEST_TAG = 5000
 WORDS_FOLDER = "words"
 """Where `obowlab words` puts the gallery of a run's visual words."""
@@ -65,6 +70,7 @@ class Sent(BaseModel):
     nonfinite: dict[str, int] = {}
     files: dict[str, str] = {}
     model_version: str | None = None
+    card: str | None = None
     status: str | None = None
     deleted: bool = False
 
@@ -113,7 +119,8 @@ class Outbox:
         files = sum(self.is_new(path, sent=sent) for path in (*self.results(), *self.artifacts()))
         files += sum(name not in sent.files for name in self.documents())
         files += sum(sent.tags.get(name) != text for name, text in self._labels().items()) + len(self.dropped_tags(sent))
-        return points + files + (not sent.params) + (sent.status != self.status()) + self.model_is_new(sent)
+        model = self.model_is_new(sent) + self.card_is_new(sent)
+        return points + files + (not sent.params) + (sent.status != self.status()) + model
 
     @property
     def is_deleted(self) -> bool:
@@ -209,9 +216,24 @@ class Outbox:
         }
 
     def model_is_new(self, sent: Sent) -> bool:
-        """Return whether there is a finished encoder that the store has no version of."""
-        finished = self.folder.state.status in TRAINED and is_regular(self.folder.path / MODEL_FOLDER / "MLmodel")
-        return finished and sent.model_version is None
+        """Return whether there is an encoder that the store should have a version of: of a finished run, not of a trial."""
+        finished = self.folder.state.status == "finished" and is_regular(self.folder.path / MODEL_FOLDER / "MLmodel")
+        return finished and sent.model_version is None and TRIAL not in self.folder.labels()
+
+    @property
+    def model_name(self) -> str:
+        """The name under which the encoders of this recipe are registered."""
+        return f"obowlab-{self.folder.info.name}"
+
+    def card(self, sent: Sent) -> str | None:
+        """Return the card of the model version; None when the store has no version."""
+        version = sent.model_version
+        return None if version is None else model_card(self.folder, name=self.model_name, version=version)
+
+    def card_is_new(self, sent: Sent) -> bool:
+        """Return whether the store has another card than the present one, or none."""
+        card = self.card(sent)
+        return card is not None and sent.card != digest_of(card)
 
     def is_new(self, path: Path, *, sent: Sent) -> bool:
         """Return whether the store lacks this file or has an older one; a file that has just disappeared counts as sent."""
@@ -266,6 +288,11 @@ class Outbox:
 
     def _key(self, path: Path) -> str:
         return str(path.relative_to(self.folder.path))
+
+
+def digest_of(content: str) -> str:
+    """Return the SHA-256 (hex) of a text."""
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def _step_before(file: BinaryIO, offset: int) -> int | None:
