@@ -106,7 +106,7 @@ def list_all(
         return would(f"list the runs in {root}")
 
     def warn(problem: str) -> None:
-        click.echo(f"Warning: {problem}", err=True)
+        _warn([problem])
 
     statuses = tuple(status for words in statuses for status in words.split(","))
     entries = select(root, recipes=recipes, statuses=statuses, tags=tags, where=where, sort=sort, warn=warn)

@@ -143,7 +143,10 @@ def select(
     """
     comparisons = [Comparison.parse(typed) for typed in where]
     _check(statuses, known=get_args(Status), kind="status")
-    entries = _entries(runs_root, warn=warn)
+    summaries, problems = read_runs(runs_root)
+    for problem in problems:
+        warn(problem)
+    entries = [Entry.of(summary, warn=warn) for summary in summaries]
     _check(recipes, known={entry.summary.info.name for entry in entries}, kind="run of recipe")
     _check(tags, known={tag for entry in entries for tag in entry.tags}, kind="run with the tag")
     key = sort.removeprefix("-")
@@ -161,14 +164,6 @@ def select(
         and all(comparison.holds(entry.values) for comparison in comparisons)
     ]
     return _sorted(found, key=key, reverse=sort.startswith("-"))
-
-
-def _entries(runs_root: Path, *, warn: Callable[[str], object]) -> list[Entry]:
-    """Read all runs of a store, the newest first; what cannot be read of them is told."""
-    summaries, problems = read_runs(runs_root)
-    for problem in problems:
-        warn(problem)
-    return [Entry.of(summary, warn=warn) for summary in summaries]
 
 
 def _sorted(entries: list[Entry], *, key: str, reverse: bool) -> list[Entry]:

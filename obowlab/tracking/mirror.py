@@ -305,13 +305,15 @@ class Mirror:
 
     def _send_result(self, client: MlflowClient, sent: Sent, path: Path) -> None:
         result = read_result(path)
-        values = {}
-        for measurement in result["measurements"]:
-            values[measurement["name"]] = float(measurement["value"])
-            values[f"{measurement['name']}_ci95"] = float(measurement["interval"])
+        place = self.outbox.place(result)
+        values = {measurement["name"]: float(measurement["value"]) for measurement in result["measurements"]}
         # The time it was measured, which stays with copies of the file: sent again, a value is the same point.
         time_s = float(result.get("measured_at", path.stat().st_mtime_ns / 1e9))
-        metrics, odd = _metrics(values, step=self.folder.state.step, time_s=time_s, source=self.outbox.place(result))
+        # MLflow draws values of step 0 as bars, beside those of other runs. Its latest value is that of the highest step, and
+        # earlier versions sent the last one of the training.
+        known = [client.get_metric_history(_id(sent), mlflow_name(name, source=place)) for name in values]
+        step = max((point.step for points in known for point in points), default=0)
+        metrics, odd = _metrics(values, step=step, time_s=time_s, source=place)
         client.log_batch(_id(sent), metrics=metrics)
         self._send_file(client, sent, path, folder="results")
         _count(odd, sent)

@@ -28,7 +28,7 @@ from obowlab.files import (
 from obowlab.runs.folder import TAG, RunFolder
 from obowlab.runs.info import Status
 from obowlab.runs.metric_log import Point, parse_point
-from obowlab.runs.metrics import METRIC_FILES, METRICS
+from obowlab.runs.metrics import METRIC_FILES, METRICS, mlflow_name, unit_of
 from obowlab.runs.trash import is_deleted
 from obowlab.tracking.model_card import model_card
 
@@ -271,7 +271,7 @@ class Outbox:
             "obowlab.status": state.status,
             "obowlab.message": state.message or "-",
             "obowlab.nonfinite": ", ".join(f"{name}: {count}" for name, count in sorted(sent.nonfinite.items())),
-            "mlflow.note.content": info.recipe.title,
+            "mlflow.note.content": self._description(facts),
             "mlflow.source.name": f"obowlab run {info.name} --seed {info.seed}",
             "mlflow.source.git.commit": facts.get("commit"),
             **self._labels(),
@@ -279,9 +279,31 @@ class Outbox:
         for kind, numbers in self.folder.cost().items():
             tags |= {f"obowlab.{kind}.{name}": value for name, value in numbers.items()}
         for result in self.folder.results():
-            place = self.place(result).replace("/", ".")
-            tags[f"obowlab.eval.{place}.{result['protocol']}"] = f"version {result.get('version')}, {result['protocol_hash']}"
+            place = self.place(result)
+            protocol = f"version {result.get('version')}, {result['protocol_hash']}"
+            tags[f"obowlab.eval.{place.replace('/', '.')}.{result['protocol']}"] = protocol
+            for measurement in result["measurements"]:
+                tags[mlflow_name(measurement["name"], source=place)] = _with_interval(measurement)
         return {key: str(value)[:LONGEST_TAG] for key, value in tags.items() if value not in (None, "")}
+
+    def _description(self, facts: Mapping[str, Any]) -> str:
+        """Return the run in a few lines of Markdown: title, results with their intervals, recipe, data and commit."""
+        info = self.folder.info
+        rows: dict[str, dict[str, str]] = {}
+        for result in self.folder.results():
+            for measurement in result["measurements"]:
+                rows.setdefault(measurement["name"], {})[self.place(result)] = _with_interval(measurement).strip()
+        places = list(dict.fromkeys(place for row in rows.values() for place in row))
+        table = [f"| | {' | '.join(places)} |", f"|---|{'---:|' * len(places)}"]
+        table += [f"| {name} [{unit_of(name)}] | {' | '.join(row.get(at, '') for at in places)} |" for name, row in rows.items()]
+        origin = [
+            f"recipe `{info.name}`, seed {info.seed}",
+            f"data `{info.recipe.data.dataset}` {facts.get('data_hash', '')[:12]}",
+        ]
+        if "commit" in facts:
+            origin.append(f"commit {facts['commit'][:12]}{' with changes' if facts.get('dirty') else ''}")
+        paragraphs = [info.recipe.title, "\n".join(table) if rows else "", " · ".join(origin)]
+        return "\n\n".join(paragraph for paragraph in paragraphs if paragraph)
 
     def _labels(self) -> dict[str, str]:
         return {name: text[:LONGEST_TAG] for name, text in self.folder.labels().items() if text}
@@ -306,6 +328,11 @@ def _step_before(file: BinaryIO, offset: int) -> int | None:
         return parse_point(parse_checked(lines[-1])).step
     except ValueError:
         return None
+
+
+def _with_interval(measurement: Mapping[str, Any]) -> str:
+    """Return a measured value with the half-width of its 95 % interval; as texts they sort as the values do."""
+    return f"{measurement['value']:6.2f} ± {measurement['interval']:.2f}"
 
 
 def _stamp(path: Path) -> str:

@@ -146,7 +146,7 @@ class _Work:
 
     def _find(self, client: MlflowClient) -> tuple[str, dict[str, str]]:
         """Return the run's id and its tags; a deleted run is not found and a new one takes its place."""
-        experiment = experiment_id(client, uri=self.uri, runs_root=self.machine.runs_root)
+        experiment = experiment_id(client, uri=self.uri, runs_root=self.machine.runs_root, reports=True)
         alike = client.search_runs(
             [experiment], filter_string=f"tags.`{KIND}` = '{self.kind}'", order_by=["attributes.start_time ASC"], max_results=1000
         )
