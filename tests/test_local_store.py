@@ -76,7 +76,7 @@ def test_a_store_writes_to_where_it_is(filled: Path, tmp_path: Path, is_copy: bo
     assert f"{first.as_uri()}/" not in every_text(second)
     for run in runs_of(second):
         assert run.info.artifact_uri.startswith(f"{second.as_uri()}/mlartifacts/")
-    (version,) = mlflow.MlflowClient(registry_uri=uri_of(second)).search_model_versions("name = 'obowlab-demo'")
+    (version,) = mlflow.MlflowClient(uri_of(second), uri_of(second)).search_model_versions("name = 'obowlab-demo'")
     assert version.source.startswith(f"{second.as_uri()}/mlartifacts/")
     assert {path: path.stat().st_mtime_ns for path in first.rglob("*")} == before
 

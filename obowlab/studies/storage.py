@@ -136,6 +136,18 @@ def open_existing(name: str, *, url: str) -> optuna.Study | None:
         return None
 
 
+def study_names(url: str) -> list[str]:
+    """Return the names of the studies in a storage; none where there is no storage.
+
+    Args:
+        url: as `storage_url` returns it.
+
+    Raises:
+        UserError: as `open_storage`.
+    """
+    return optuna.get_all_study_names(open_storage(url, make=False)) if exists(url) else []
+
+
 def without_passwords(text: str, *, url: str) -> str:
     """Return the first line of a message, with the password of the address struck out wherever it stands."""
     line = shown_uri(" ".join(text.splitlines()[:1])).strip().rstrip(".")
