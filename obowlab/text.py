@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -84,3 +85,56 @@ def override(value: Any) -> str:
     if isinstance(text, str) and re.fullmatch(r"[A-Za-z_][\w.-]*", text) and text not in ("true", "false", "inf", "nan"):
         return text
     return toml(value)
+
+
+def width(text: str) -> int:
+    """Return how many columns of a terminal a text takes: letters of East Asia two, accents that join the letter before none."""
+    if text.isascii():
+        return len(text)
+    return sum(0 if unicodedata.combining(one) else 2 if unicodedata.east_asian_width(one) in "WF" else 1 for one in text)
+
+
+def printable(text: str) -> str:
+    """Return a text in one line and without characters that a terminal would obey: those are shown escaped."""
+    line = " ".join(text.split("\n"))
+    return line if line.isprintable() else "".join(o if o.isprintable() else o.encode("unicode_escape").decode() for o in line)
+
+
+def shorten(name: str, columns: int, *, mark: str = "…") -> str:
+    """Return a name in at most so many columns, a mark for its middle; a run keeps seed and digits, and no number is cut."""
+    if width(name) <= columns:
+        return name
+    found = re.search(r"-s\d+-[0-9a-f]{8}$", name)
+    room = columns - len(mark)
+    tail = len(found[0]) if found is not None and len(found[0]) < room else room // 3
+    head = room - tail
+    while head > 1 and name[head - 1 : head + 1].isdigit():
+        head -= 1
+    while tail > 1 and name[-tail - 1 : len(name) - tail + 1].isdigit():
+        tail -= 1
+    return f"{name[:head]}{mark}{name[-tail:]}"
+
+
+def wrap(text: str, columns: int) -> list[str]:
+    """Return a text as lines of at most so many columns, broken at spaces, else behind a sign, else between letters.
+
+    A number is never broken (`162 480`, `20 %`, `8.8 ± 0.5`, `1e-5`, a hash); one that is longer than a line has its own.
+    """
+    lines, rest = [], text
+    while width(rest) > columns:
+        fits = max(1, next(i for i in range(len(rest)) if width(rest[: i + 1]) > columns))
+        numbers = [found.span() for found in _NUMBER.finditer(rest)]
+        allowed = [i for i in range(1, len(rest)) if not any(start < i < end for start, end in numbers)]
+        spaces = [i for i in allowed if i <= fits and rest[i] == " "]
+        signs = [i for i in allowed if i <= fits and rest[i - 1] in "/_-=,:;"]
+        within = [i for i in allowed if i <= fits]
+        cut = (spaces or signs or within or [0])[-1] or next((i for i in allowed if i > fits), len(rest))
+        lines.append(rest[:cut].rstrip())
+        rest = rest[cut:].lstrip()
+    return [*lines, rest] if rest or not lines else lines
+
+
+_NUMBER = re.compile(
+    r"[-+−]?\d[\d.,:]*(?:[eE][-+−]?\d+)?(?: \d{3}\b)*(?: ± [\d.]+)?(?: (?:%|[kMGT]?B|min|ms|s|h|days)(?!\w))?|[0-9a-f]{8,}"
+)
+"""A number with what belongs to it, or a hash."""

@@ -36,6 +36,8 @@ class Lab:
         self.place = stack.root / "work"
         self.runs = stack.folders("worker")["/lab/runs"]
         self.uri = stack.address(5000)
+        self.inner_uri = stack.address(5001)
+        """Of MLflow as workers reach it; everyone else goes through Caddy."""
         self.worker = ("worker", stack.settings["WORKER_PASSWORD"])
         self.admin = ("admin", stack.settings["MLFLOW_ADMIN_PASSWORD"])
 

@@ -6,6 +6,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import urllib.parse
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -94,12 +95,14 @@ def test_a_moved_store_is_read_from_its_new_place_in_the_ui(filled: Path, tmp_pa
     server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None
-        address = server.stdout.readline().split()[-1]
-        assert address.startswith(f"http://127.0.0.1:{port}/#/experiments/")
+        address = urllib.parse.urlsplit(server.stdout.readline().split()[-1])
+        assert (address.netloc, address.path) == (f"127.0.0.1:{port}", "/")
+        assert address.fragment.startswith("/experiments/1/runs?")
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         (run,) = runs_of(second)
         ask = f"http://127.0.0.1:{port}/get-artifact?path=recipe.json&run_uuid={run.info.run_id}"
-        with direct.open(ask, timeout=30) as answer:
+        login = {"Authorization": f"Bearer {address.query.removeprefix('token=')}"}
+        with direct.open(urllib.request.Request(ask, headers=login), timeout=30) as answer:
             assert answer.read() == (second / "mlartifacts" / run.info.run_id / "artifacts" / "recipe.json").read_bytes()
     finally:
         server.terminate()

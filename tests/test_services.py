@@ -236,10 +236,11 @@ def test_a_wrong_login_is_one_sentence_and_loses_nothing(lab: Lab, client: Any) 
     nobody = {"MLFLOW_TRACKING_USERNAME": "", "MLFLOW_TRACKING_PASSWORD": ""}
     for wrong in ({"MLFLOW_TRACKING_PASSWORD": "not this one"}, nobody):
         said = lab.obowlab("runs", "sync", folder.run_id, code=1, **wrong)
-        assert re.fullmatch(rf"{folder.run_id}: 0 sent, \d+ pending: {re.escape(f'{lab.uri} {hint}')}\n", said)
+        assert re.fullmatch(rf"{folder.run_id}: 0 sent, \d+ pending: {re.escape(f'{lab.inner_uri} {hint}')}\n", said)
     said = lab.obowlab("report", "--wait", "--out", str(lab.place / "site"), MLFLOW_TRACKING_PASSWORD="not this one")
     assert [line for line in said.splitlines() if line.startswith("Warning: MLflow")] == [
-        f"Warning: MLflow does not have the report 'report' as it is now ({lab.uri} {hint}); the same command sends it again."
+        "Warning: MLflow does not have the report 'report' as it is now "
+        f"({lab.inner_uri} {hint}); the same command sends it again."
     ]
     assert lab.runs_in_mlflow(client, recipe="demo") == []
     credentials = lab.stack.root / "home" / "worker" / ".mlflow" / "credentials"

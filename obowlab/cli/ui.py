@@ -55,6 +55,7 @@ def ui(port: int | None, studies: bool, storage: str | None, opened: bool, optio
 
 def _serve_runs(machine: Machine, *, port: int, dry_run: bool, opened: bool) -> int:
     from obowlab.tracking.server import artifact_location, fail_fast, prepare_store, refusal, runs_page, shown_uri, store_uri
+    from obowlab.tracking.ui_server import ARTIFACTS_VARIABLE, STORE_VARIABLE
 
     if machine.tracking_uri is not None and machine.tracking_uri.startswith(("http://", "https://")):
         raise UserError(
@@ -72,20 +73,13 @@ def _serve_runs(machine: Machine, *, port: int, dry_run: bool, opened: bool) -> 
     if problem is not None:
         raise UserError(problem)
     fail_fast()
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--host", HOST, "--port", str(port)]
+    command = [sys.executable, "-P", "-m", "obowlab.tracking.ui_server", HOST, str(port)]  # not from a store that others fill
     artifacts = artifact_location(store, runs_root=machine.runs_root)
-    command += [
-        "--workers",
-        "1",
-        "--uvicorn-opts",
-        "--log-level warning",
-        *(["--default-artifact-root", artifacts] if artifacts is not None else []),
-    ]
-    environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true", "PYTHONWARNINGS": "ignore"}
+    assert artifacts is not None  # of a server only
     return _serve(
         command,
         cwd=machine.runs_root,
-        environment=environment,
+        environment={STORE_VARIABLE: store, ARTIFACTS_VARIABLE: artifacts, "PYTHONWARNINGS": "ignore"},  # MLflow's own
         port=port,
         health="/health",
         page=lambda: runs_page(store, runs_root=machine.runs_root),
@@ -105,7 +99,7 @@ def _serve_studies(machine: Machine, *, storage: str | None, port: int, dry_run:
     if not exists(url):
         raise UserError(f"There are no studies in {shown_uri(url)}; `obowlab tune kappa-delta --scale demo` makes one.")
     _refuse_taken(port)
-    command = [sys.executable, "-m", "obowlab.studies.dashboard", HOST, str(port)]
+    command = [sys.executable, "-P", "-m", "obowlab.studies.dashboard", HOST, str(port)]
     return _serve(
         command,
         cwd=Path.cwd(),
@@ -130,15 +124,19 @@ def _serve(
     opened: bool,
 ) -> int:
     """Serve until Ctrl-C; `health` is a path that answers once the server is ready, `page` finds the one to begin with."""
+    from obowlab.tracking.guard import PARAMETER, TOKEN_VARIABLE, new_token
+
     name = what.partition(" of ")[0]
+    token = new_token()
     click.echo(f"Starting the {name} ...", err=True)
-    with _serving(command, cwd=cwd, environment=environment) as server:
-        address = f"http://{HOST}:{port}{page()}"
-        if not _answers(server, port=port, health=health):
+    with _serving(command, cwd=cwd, environment={**environment, TOKEN_VARIABLE: token}) as server:
+        path, mark, view = page().partition("#")  # of which a server sees nothing
+        address = f"http://{HOST}:{port}{path}?{PARAMETER}={token}{mark}{view}"
+        if not _answers(server, port=port, health=health, token=token):
             raise UserError(f"The {name} did not start (exit code {server.poll()}); its messages are above.")
         click.echo(f"{what}: {address}")
         click.echo(f"From another machine: ssh -L {port}:{HOST}:{port} {os.environ.get('USER', 'USER')}@{socket.gethostname()}")
-        click.echo("Ctrl-C ends it.")
+        click.echo("Its token is the login of this start; scripts set MLFLOW_TRACKING_TOKEN to it. Ctrl-C ends it.")
         if opened:
             import webbrowser
 
@@ -187,13 +185,14 @@ def _end_group(server: subprocess.Popen[bytes]) -> None:
     server.wait()
 
 
-def _answers(server: subprocess.Popen[bytes], *, port: int, health: str) -> bool:
+def _answers(server: subprocess.Popen[bytes], *, port: int, health: str, token: str) -> bool:
     """Wait until the server answers; False when it ends or takes too long."""
     deadline = time.monotonic() + START_TIMEOUT_S
+    request = urllib.request.Request(f"http://{HOST}:{port}{health}", headers={"Authorization": f"Bearer {token}"})
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while time.monotonic() < deadline and server.poll() is None:
         try:
-            with direct.open(f"http://{HOST}:{port}{health}", timeout=2):
+            with direct.open(request, timeout=2):
                 return True
         except (urllib.error.URLError, OSError):
             time.sleep(0.2)

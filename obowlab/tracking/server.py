@@ -9,12 +9,13 @@ import json
 import logging
 import os
 import re
+import secrets
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obowlab.errors import UserError
-from obowlab.files import file_lock
+from obowlab.files import locked, share, shared_folder
 from obowlab.runs.metrics import mlflow_name
 from obowlab.tracking.local_store import (
     ARTIFACTS,
@@ -184,21 +185,29 @@ def prepare_store(uri: str) -> None:
         return
     if _is_filled(path):
         make_usable(uri)
+        for shared in (path, path.parent / ARTIFACTS):
+            if shared.exists():
+                share(shared)
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with file_lock(path.with_name(f".{path.name}.lock")):
+        with locked(path.with_name(f".{path.name}.lock")):
             if _is_filled(path):
                 return
-            beside = path.with_name(f".{path.name}.new")
-            beside.unlink(missing_ok=True)
+            beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
             fail_fast()
             from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
             artifacts = artifact_location(uri, runs_root=path.parent)
             assert artifacts is not None
-            SqlAlchemyStore(f"{SQLITE}{beside}", artifacts).engine.dispose()  # type: ignore[no-untyped-call]
-            beside.replace(path)
+            try:
+                beside.open("xb").close()
+                SqlAlchemyStore(f"{SQLITE}{beside}", artifacts).engine.dispose()  # type: ignore[no-untyped-call]
+                share(beside)
+                shared_folder(path.parent / ARTIFACTS)
+                beside.replace(path)
+            finally:
+                beside.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"Cannot create the MLflow store {path} (--runs-root): {error.strerror}.") from None
 
