@@ -135,7 +135,7 @@ def read_records(folder: Path) -> dict[str, Record]:
     records = {}
     for path in sorted(folder.glob("*.json")):
         try:
-            record = Record.model_validate_json(path.read_text(encoding="utf-8"))
+            record = Record.model_validate_json(path.read_text(encoding="utf-8-sig"))
         except (OSError, ValueError):
             raise UserError(f"{path} is not a run record; remove it or restore it.") from None
         records[record.fingerprint] = record
