@@ -1,5 +1,5 @@
 # Two images: `server` for what docker-compose.yml runs around MLflow, `worker` for obowlab itself.
-# `make images` builds both and tells the worker which commit it is made of. Direct requirements have the versions of constraints.txt.
+# `make images` builds both and tells the worker which commit it is made of. Python packages are those of .ci/locks/, checked by hash.
 
 # ------------------------------------------------------------------------------------------------------------------ server
 FROM python:3.12.13-slim-trixie AS server
@@ -8,9 +8,8 @@ RUN apt-get update \
     && apt-get install -y --no-install-recommends openssl postgresql-client-17 \
     && rm -rf /var/lib/apt/lists/*
 
-COPY constraints.txt /
-RUN pip install --no-cache-dir --no-compile -c /constraints.txt \
-        "mlflow[auth]" boto3 "psycopg[binary]" optuna optuna-dashboard
+COPY .ci/locks /locks
+RUN pip install --no-cache-dir --no-compile --no-deps --require-hashes -r /locks/server.txt
 
 # A volume that is mounted here takes over the owner. The root file system is read-only when it runs: a home is /tmp.
 RUN useradd --uid 1000 --no-create-home server && mkdir /scratch && chown server /scratch
@@ -30,14 +29,16 @@ RUN python3 -m venv /opt/obowlab
 ENV PATH=/opt/obowlab/bin:$PATH
 
 WORKDIR /source
-COPY constraints.txt ./
-RUN pip install --no-cache-dir -c constraints.txt torch torchvision
+COPY .ci/locks .ci/locks
+RUN pip install --no-cache-dir --no-deps --require-hashes -r .ci/locks/torch.txt \
+    && pip install --no-cache-dir --no-deps --require-hashes -r .ci/locks/build.txt -r .ci/locks/demo.txt -r .ci/locks/train.txt \
+    && pip install --no-cache-dir --no-deps --require-hashes --no-build-isolation -r .ci/locks/ffcv.txt
 COPY pyproject.toml README.md LICENSE ./
 COPY obowlab obowlab
 COPY experiments experiments
 COPY ablations ablations
 COPY dashboards dashboards
-RUN pip install --no-cache-dir -c constraints.txt ".[ffcv,postgresql]"
+RUN pip install --no-cache-dir --no-deps --no-build-isolation .
 
 FROM nvidia/cuda:13.0.2-base-ubuntu24.04 AS worker
 

@@ -1,6 +1,6 @@
 # Two commands are the contract: `make demo` and `make test`. Both install what they need into .venv first.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-gpu gpu-check lint format mutants bench chaos slurm-demo golden clean secrets images pin backup restore services
+.PHONY: help install demo test test-all test-gpu gpu-check lint format lock licences sbom mutants bench chaos slurm-demo golden clean secrets images pin backup restore services
 BIN := .venv/bin
 CORES := $(shell nproc 2>/dev/null || echo 1)
 
@@ -8,7 +8,7 @@ help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 # Each part contains the ones before it: demo, train, test, dev. Only what is missing is installed.
-.venv/.installed-%: pyproject.toml constraints.txt .ci/install.sh
+.venv/.installed-%: pyproject.toml constraints.txt $(wildcard .ci/locks/*.txt) .ci/install.sh
 	@.ci/install.sh $*
 
 install: .venv/.installed-train ## Install what training needs into .venv (ffcv and its Debian packages included)
@@ -39,6 +39,16 @@ lint: .venv/.installed-dev ## Check style, types and the direction of imports
 
 format: .venv/.installed-dev ## Format the code
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+lock: .venv/.installed-dev ## Write .ci/locks/ again: every package, with hashes (UPGRADE=1: the newest that constraints.txt allows)
+	@UPGRADE='$(UPGRADE)' .ci/lock.sh
+
+licences: .venv/.installed-dev ## List the licence of every package that is installed in .venv (ARGS=--format=markdown)
+	@$(BIN)/pip-licenses --from=mixed --order=license --with-system $(ARGS)
+
+sbom: .venv/.installed-dev ## Write sbom.json: what is installed in .venv, as a CycloneDX bill of materials
+	@$(BIN)/cyclonedx-py environment --pyproject pyproject.toml --output-file sbom.json --output-reproducible .venv/bin/python
+	@echo "sbom.json lists $$(grep -c '"purl"' sbom.json) packages"
 
 mutants: .venv/.installed-dev ## Change the pure modules bit by bit and count which changes the tests notice (MUTATE="bow views", all by default)
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants $(MUTATE)

@@ -9,6 +9,8 @@
 #   OBOWLAB_TORCH_INDEX  a package index for torch and torchvision instead of the default one, for example
 #                        https://download.pytorch.org/whl/cu126; on a machine without an NVIDIA GPU, PyTorch's index of CPU wheels is
 #                        tried by itself; set to nothing, only the default index is asked
+#   OBOWLAB_LOCK=0       takes versions that pyproject.toml allows, with those of constraints.txt for the direct requirements, instead of
+#                        the files of .ci/locks/, which name every package with the hashes of its files on PyPI; for an index of other files
 #   OBOWLAB_FFCV=0       leaves ffcv and its Debian packages out
 #   OBOWLAB_BROWSER=0    leaves the browser out
 set -eu
@@ -33,7 +35,7 @@ version() { sed -n "s/^$1==//p" constraints.txt; }
 installed() { # PART: it is there, and nothing has changed what it consists of
     local stamp=.venv/.installed-$1 source
     [ -e "$stamp" ] || return 1
-    for source in pyproject.toml constraints.txt .ci/install.sh; do [ ! "$source" -nt "$stamp" ] || return 1; done
+    for source in pyproject.toml constraints.txt .ci/locks/*.txt .ci/install.sh; do [ ! "$source" -nt "$stamp" ] || return 1; done
 }
 
 as_root=""
@@ -50,6 +52,26 @@ debian() { # PURPOSE WITHOUT PACKAGE...: installs packages, or says what goes wi
 have_libraries() { command -v pkg-config >/dev/null && command -v g++ >/dev/null && pkg-config --exists opencv4 libturbojpeg; }
 have_browser() { command -v chromium >/dev/null && command -v chromedriver >/dev/null; }
 have_database() { command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1; }
+
+# ---------------------------------------------------------------------------------------------------------------------- lock
+tested_python() { "$python" -c 'import sys; sys.exit(sys.implementation.name != "cpython" or not (3, 11) <= sys.version_info[:2] <= (3, 14))'; }
+if [ "${OBOWLAB_LOCK:-1}" != 0 ] && tested_python; then locked=yes; else locked=""; fi
+locked() { # PART...: installs these parts of the lock, nothing beside them; false if they do not fit this machine
+    [ -n "$locked" ] || return 1
+    local part files=() errors=.venv/.lock-errors
+    for part in "$@"; do files+=(-r ".ci/locks/$part.txt"); done
+    if pip install --no-deps --no-build-isolation --require-hashes "${files[@]}" >"$errors"; then
+        rm "$errors"
+        return 0
+    fi
+    cat "$errors" >&2
+    if grep -q "DO NOT MATCH THE HASHES" "$errors"; then
+        echo "A file is not the one that was tested. If your index has files of its own, install with OBOWLAB_LOCK=0." >&2
+        exit 1
+    fi
+    note "the locked versions ($*) do not fit this machine; versions that pyproject.toml allows are taken"
+    return 1
+}
 
 # ------------------------------------------------------------------------------------------------------------------- PyTorch
 # The default index has torch for CUDA on x86-64 Linux, and for the CPU elsewhere.
@@ -81,7 +103,7 @@ install_torch() {
         note "$index does not have them for this Python; taken from the default index"
     fi
     note "torch and torchvision"
-    pip install -c constraints.txt "${wanted[@]}"
+    locked torch || pip install -c constraints.txt "${wanted[@]}"
 }
 
 # -------------------------------------------------------------------------------------------------------------- what it takes
@@ -119,7 +141,7 @@ for each in $todo; do
     esac
 done
 
-say "Python packages (the tested versions of constraints.txt)"
+say "Python packages ($([ -n "$locked" ] && echo "the tested ones, .ci/locks/" || echo "as pyproject.toml and constraints.txt say; not the lock"))"
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 have_torch || install_torch
 case $part in
@@ -128,11 +150,16 @@ case $part in
     *) extras="[$part]" ;;
 esac
 note "obowlab$extras and what it needs"
-pip install -c constraints.txt -e ".$extras"
+# With the lock nothing else is fetched: what the package is built with is in it.
+if locked build $parts; then
+    pip install --no-deps --no-build-isolation -e .
+else
+    pip install -c constraints.txt -e ".$extras"
+fi
 case " $todo " in *" train "*)
     if [ "${OBOWLAB_FFCV:-1}" = 1 ] && have_libraries; then
         note "ffcv (built from source, under a minute)"
-        pip install -c constraints.txt -e '.[ffcv]' || note "ffcv could not be built; images will be read by the torch loader, with the same pixels"
+        locked ffcv || pip install -c constraints.txt -e '.[ffcv]' || note "ffcv could not be built; images will be read by the torch loader, with the same pixels"
     fi ;;
 esac
 for each in $parts; do touch ".venv/.installed-$each"; done

@@ -102,18 +102,19 @@ def printable(text: str) -> str:
     return line if line.isprintable() else "".join(o if o.isprintable() else o.encode("unicode_escape").decode() for o in line)
 
 
-def shorten(name: str, columns: int) -> str:
-    """Return a name in at most so many columns, with `…` for its middle; a run's keeps seed and digits, and no number is cut."""
+def shorten(name: str, columns: int, *, mark: str = "…") -> str:
+    """Return a name in at most so many columns, a mark for its middle; a run keeps seed and digits, and no number is cut."""
     if width(name) <= columns:
         return name
     found = re.search(r"-s\d+-[0-9a-f]{8}$", name)
-    tail = len(found[0]) if found is not None and len(found[0]) < columns - 2 else (columns - 1) // 3
-    head = columns - 1 - tail
+    room = columns - len(mark)
+    tail = len(found[0]) if found is not None and len(found[0]) < room else room // 3
+    head = room - tail
     while head > 1 and name[head - 1 : head + 1].isdigit():
         head -= 1
     while tail > 1 and name[-tail - 1 : len(name) - tail + 1].isdigit():
         tail -= 1
-    return f"{name[:head]}…{name[-tail:]}"
+    return f"{name[:head]}{mark}{name[-tail:]}"
 
 
 def wrap(text: str, columns: int) -> list[str]:

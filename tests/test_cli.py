@@ -342,6 +342,7 @@ def _write_torch_archive(path: Path) -> None:
 ALSO_DRY = (
     "ablate table3 --scale demo",
     "bench demo",
+    "init SOURCE",
     "table table3 --scale demo",
     "runs restore RUN",
     "jobs",

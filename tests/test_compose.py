@@ -159,6 +159,14 @@ def test_images_are_pinned_by_the_digests_that_were_pulled(tmp_path: Path) -> No
         assert pinned["mlflow"] == SERVICES["mlflow"]
 
 
+def test_images_install_what_is_locked_and_nothing_else() -> None:
+    installs = re.findall(r"pip install (.*)", (ROOT / "Dockerfile").read_text().replace("\\\n", " "))
+    steps = [step for line in installs for step in line.split("&& pip install ")]
+    assert len(steps) == 5
+    assert all("--no-deps" in step and ("--require-hashes" in step or step.endswith("--no-build-isolation .")) for step in steps)
+    assert all((ROOT / ".ci" / name).is_file() for step in steps for name in re.findall(r"locks/\S+", step))
+
+
 def test_the_dockerfile_and_the_scripts_pass_their_linters() -> None:
     hadolint = Path(sys.executable).with_name("hadolint")
     done = subprocess.run([str(hadolint), "Dockerfile"], cwd=ROOT, capture_output=True, text=True, check=False)

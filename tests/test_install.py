@@ -14,10 +14,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-TORCH = next(line for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))
+PINS = (ROOT / "constraints.txt").read_text().splitlines()
+TORCH, TORCHVISION = (next(line for line in PINS if line.startswith(f"{name}==")) for name in ("torch", "torchvision"))
 PYTHON = """#!/bin/sh
 case "$*" in
-    "-m pip"*) shift 4; echo "pip $*" >>{calls} ;;
+    "-m pip"*)
+        shift 4
+        echo "pip $*" >>{calls}
+        case "$*" in
+            *".ci/locks/$PIP_REFUSES.txt"*) echo "ERROR: $PIP_SAYS" >&2; exit 1 ;;
+        esac ;;
     *importlib.metadata*) exit 1 ;;  # torch is not installed
     *) exec {python} "$@" ;;
 esac
@@ -29,7 +35,7 @@ class Machine:
 
     def __init__(self, place: Path) -> None:
         self.checkout, self.tools, self.calls = place / "checkout", place / "tools", place / "calls"
-        (self.checkout / ".ci").mkdir(parents=True)
+        shutil.copytree(ROOT / ".ci" / "locks", self.checkout / ".ci" / "locks")
         self.tools.mkdir()
         for name in ("pyproject.toml", "constraints.txt", ".ci/install.sh"):
             shutil.copy2(ROOT / name, self.checkout / name)
@@ -43,11 +49,15 @@ class Machine:
         (self.tools / name).write_text(text)
         (self.tools / name).chmod(0o755)
 
-    def install(self, part: str, **settings: str) -> str:
-        """Install a part; return what was said."""
+    def start(self, part: str, **settings: str) -> subprocess.CompletedProcess[str]:
+        """Install a part."""
         environment = {"PATH": f"{self.tools}:{os.environ['PATH']}", "HOME": os.environ["HOME"], "PYTHON": sys.executable}
         words = ["bash", str(self.checkout / ".ci" / "install.sh"), part]
-        done = subprocess.run(words, env={**environment, **settings}, capture_output=True, text=True, check=False)
+        return subprocess.run(words, env={**environment, **settings}, capture_output=True, text=True, check=False)
+
+    def install(self, part: str, **settings: str) -> str:
+        """Install a part; return what was said."""
+        done = self.start(part, **settings)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -86,10 +96,38 @@ def index() -> Iterator[str]:
 def test_the_demo_installs_no_debian_package_and_nothing_that_only_tests_need(machine: Machine) -> None:
     said = machine.install("demo", OBOWLAB_TORCH_INDEX="")
     assert said.splitlines()[1].startswith("== Installing into .venv: demo (disk, download and time")
-    torch, obowlab = machine.called()
-    assert f"{TORCH} torchvision==" in torch
-    assert obowlab.endswith("-c constraints.txt -e .")
+    torch, libraries, obowlab = machine.called()
+    locked = "pip install --no-deps --no-build-isolation --require-hashes "
+    assert torch == f"{locked}-r .ci/locks/torch.txt"
+    assert libraries == f"{locked}-r .ci/locks/build.txt -r .ci/locks/demo.txt"
+    assert obowlab == "pip install --no-deps --no-build-isolation -e ."
     assert "GB" in said
+
+
+def test_versions_are_free_within_their_ranges_where_the_lock_is_not_used_or_does_not_fit(machine: Machine) -> None:
+    said = machine.install("demo", OBOWLAB_TORCH_INDEX="", OBOWLAB_LOCK="0")
+    torch, obowlab = machine.called()
+    assert torch == f"pip install -c constraints.txt {TORCH} {TORCHVISION}"
+    assert obowlab == "pip install -c constraints.txt -e ."
+    assert "not the lock" in said
+    (machine.checkout / ".venv" / ".installed-demo").unlink()
+    done = machine.start("demo", OBOWLAB_TORCH_INDEX="", PIP_REFUSES="demo", PIP_SAYS="No matching distribution found")
+    assert done.returncode == 0
+    assert (
+        "the locked versions (build demo) do not fit this machine; versions that pyproject.toml allows are taken" in done.stdout
+    )
+    assert "No matching distribution found" in done.stderr
+    assert machine.called()[-1] == "pip install -c constraints.txt -e ."
+
+
+def test_a_file_with_another_hash_ends_the_installation(machine: Machine) -> None:
+    says = "THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE."
+    done = machine.start("demo", OBOWLAB_TORCH_INDEX="", PIP_REFUSES="demo", PIP_SAYS=says)
+    assert done.returncode == 1
+    assert says in done.stderr
+    assert "install with OBOWLAB_LOCK=0" in done.stderr
+    assert len(machine.called()) == 2
+    assert not (machine.checkout / ".venv" / ".installed-demo").exists()
 
 
 def test_a_part_adds_what_is_missing_and_a_change_of_the_requirements_installs_again(machine: Machine) -> None:
@@ -98,7 +136,7 @@ def test_a_part_adds_what_is_missing_and_a_change_of_the_requirements_installs_a
     machine.called()
     said = machine.install("test", OBOWLAB_TORCH_INDEX="", OBOWLAB_FFCV="0", OBOWLAB_BROWSER="0")
     assert "== Installing into .venv: train test (" in said
-    assert any(line.endswith("-e .[test]") for line in machine.called())
+    assert any("-r .ci/locks/demo.txt -r .ci/locks/train.txt -r .ci/locks/test.txt" in line for line in machine.called())
     assert machine.install("demo") == ""
     stamp = machine.checkout / ".venv" / ".installed-test"
     os.utime(machine.checkout / "pyproject.toml", (stamp.stat().st_mtime + 10,) * 2)
@@ -107,7 +145,7 @@ def test_a_part_adds_what_is_missing_and_a_change_of_the_requirements_installs_a
 
 def test_torch_comes_from_the_index_that_is_named(machine: Machine, index: str) -> None:
     said = machine.install("demo", OBOWLAB_TORCH_INDEX=index)
-    torch, _ = machine.called()
+    torch, *_ = machine.called()
     assert f"--no-deps --index-url {index} {TORCH} torchvision==" in torch
     assert f"PyTorch from {index}" in said
 

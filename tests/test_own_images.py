@@ -178,6 +178,7 @@ LISTS = {
     "plain": "b/1.jpg,rose\na/1.jpg,daisy\n",
     "header": "path,label\nb/1.jpg,rose\na/1.jpg,daisy\n",
     "other order": "id;class;filename\n7;rose;b/1.jpg\n8;daisy;a/1.jpg\n",
+    "one other column": "species,file\nrose,b/1.jpg\ndaisy,a/1.jpg\n",
     "tabs": "b/1.jpg\trose\na/1.jpg\tdaisy\n",
     "blanks": "b/1.jpg rose\na/1.jpg   daisy\n",
     "quotes": '"b/1.jpg","rose"\n"a/1.jpg", "daisy"\n',
@@ -198,6 +199,7 @@ def test_lists_of_paths_and_labels(tmp_path: Path, kind: str, encoding: str) -> 
     assert split.class_names == ("daisy", "rose")
     assert [Path(image.path).parent.name for image in split.images] == ["a", "b"]
     assert [image.label for image in split.images] == [0, 1]
+    assert [image.name for image in split.images] == ["daisy/a/1.jpg", "rose/b/1.jpg"], "the same for all ways to write a path"
 
 
 def test_a_list_gives_the_images_of_its_folder(tmp_path: Path) -> None:
@@ -259,7 +261,7 @@ def test_files_that_are_missing_are_listed_and_left_out(tmp_path: Path, workplac
         ("1.jpg,a,train\n2.jpg,b,val\n", "classes in val that train does not have, such as 'b'"),
         ("a,1.jpg\nb,2.jpg\n", "the path of the image comes first"),
         ("id,breed\nx,y\n", "names neither an image"),
-        ("path,breed\n1.jpg,y\n", r"none of its columns \(path, breed\) is called `label`"),
+        ("path,breed,owner\n1.jpg,y,z\n", r"none of its columns \(path, breed, owner\) is called `label`"),
         ('"1.jpg,a\n2.jpg,b\n', "line 1: a quote is not closed"),
         ("1.jpg\0,a\n", "no list of images"),
     ],
@@ -360,6 +362,24 @@ def test_tables_and_tars_give_the_images_and_classes_they_hold(tmp_path: Path, m
     assert not open_source(source, labelled=False).is_labelled
 
 
+@pytest.mark.parametrize(
+    ("names", "splits"),
+    [
+        ("data/train-0.parquet data/test-0.parquet data/unsupervised-0.parquet", {"train": 1, "val": 1}),
+        ("cifar10-train.parquet cifar10-test.parquet", {"train": 1, "val": 1}),
+        ("train/0.parquet train/1.parquet validation/0.parquet test/0.parquet", {"train": 2, "val": 1}),
+        ("0.parquet 1.parquet", {"train": 2}),
+    ],
+)
+def test_names_and_folders_of_shards_tell_the_split(tmp_path: Path, names: str, splits: dict[str, int]) -> None:
+    for name in names.split():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        pq.write_table(table(range(1)), tmp_path / name)
+    source = open_source(tmp_path, val_fraction=None if "val" in splits else 0.0)
+    assert {split.name: len(split.images) for split in source.splits} == splits
+    assert source.num_ignored == len(names.split()) - sum(splits.values())
+
+
 def test_one_file_of_a_table_is_enough(tmp_path: Path) -> None:
     source = open_source(parquet(tmp_path / "in") / "data/train-00000-of-00001.parquet", val_fraction=0.4)
     assert [len(split.images) for split in source.splits] == [2, 1]
@@ -425,6 +445,20 @@ def test_files_of_torchvision_data_sets_are_kept_as_they_are(tmp_path: Path) -> 
     split = prepared(f"torchvision:EuroSAT:{tmp_path}", tmp_path / "root", val_fraction=0.0)
     assert split.class_names == ("Forest", "River")
     assert [bytes(split.jpeg(index)) for index in range(4)] == [picture(index) for index in range(4)]
+
+
+def test_pets_are_split_as_published(tmp_path: Path) -> None:
+    folder = made(
+        tmp_path / "oxford-iiit-pet/images", "Abyssinian_1.jpg Abyssinian_2.jpg american_bulldog_1.jpg american_bulldog_2.jpg"
+    )
+    (folder.parent / "annotations").mkdir()
+    for split, number in (("trainval", 1), ("test", 2)):
+        text = f"Abyssinian_{number} 1 1 1\namerican_bulldog_{number} 2 2 1\n"
+        (folder.parent / f"annotations/{split}.txt").write_text(text)
+    split = prepared(f"torchvision:OxfordIIITPet:{tmp_path}", tmp_path / "root")
+    assert split.class_names == ("Abyssinian", "American Bulldog")
+    assert [bytes(split.jpeg(index)) for index in range(2)] == [picture(0), picture(2)]
+    assert bytes(open_split("own", "val", data_root=tmp_path / "root").jpeg(1)) == picture(3)
 
 
 @pytest.mark.parametrize(

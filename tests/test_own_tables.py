@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from obowlab import text
 from obowlab.errors import UserError
 from obowlab.report.pages import build_site
 from obowlab.report.read import gather, read_store, tables_at
@@ -20,7 +23,7 @@ from obowlab.tables.build import OTHER_SETTINGS, build_table
 from obowlab.tables.kept import KEPT, identity, keep_table, kept_tables
 from obowlab.tables.model import Table
 from obowlab.tables.plan import labels_of, make_plan
-from obowlab.tables.spec import load_table, load_tables
+from obowlab.tables.spec import PlannedTable, load_table, load_tables
 from tests.command_line import Obowlab
 from tests.report_store import add_row_runs, observed, own_table
 
@@ -66,19 +69,21 @@ def built_with(tmp_path: Path, table: Path, means: dict[str, int]) -> Table:
 
 def test_no_column_of_the_paper_is_shown_where_there_is_none(table: Path, tmp_path: Path) -> None:
     shown = built(table, runs_root=tmp_path / "runs")
-    for text in (render.markdown(shown), render.html([shown]).partition("<main>")[2], "\n".join(render.overview(shown)[0])):
-        assert "paper" not in text.lower(), text
+    for form in (render.markdown(shown), render.html([shown]).partition("<main>")[2], "\n".join(render.overview(shown)[0])):
+        assert "paper" not in form.lower(), form
     assert "↓ lower" in render.markdown(shown)
     assert render.legend(shown) == ("direction against the base row: ↑ higher, ↓ lower, ≈ not distinguishable (paired test, 5 %)")
     assert not [note for note in shown.footnotes if "paper" in note]
     columns, rows = render.overview(shown)
-    assert columns == ["row", "seeds", "5-shot", "Δ base row", "linear", "Δ base row", "direction"]
+    assert columns == ["row", "seeds", "5-shot", "5-shot Δ base row", "linear", "linear Δ base row", "direction"]
     assert all(len(row) == len(columns) for row in rows)
 
 
 def test_a_row_without_a_value_of_the_paper_beside_rows_with_one(table: Path, tmp_path: Path) -> None:
-    text = table.read_text().replace('label = "as in the recipe"', 'label = "as in the recipe"\npaper = { fewshot_5shot = 60.0 }')
-    table.write_text(text.replace('label = "64 words"', 'label = "64 words"\npaper = { fewshot_5shot = 70.0 }'))
+    content = table.read_text().replace(
+        'label = "as in the recipe"', 'label = "as in the recipe"\npaper = { fewshot_5shot = 60.0 }'
+    )
+    table.write_text(content.replace('label = "64 words"', 'label = "64 words"\npaper = { fewshot_5shot = 70.0 }'))
     add_row_runs(load_table(table, scale="demo"), runs_root=tmp_path / "more", means={**MEANS, "large": 70})
     shown = built(table, runs_root=tmp_path / "more")
     assert [row.verdict for row in shown.rows] == [None, "disagrees", "higher"]
@@ -187,14 +192,14 @@ def test_changes_of_all_rows_make_runs_of_their_own_that_say_so(table: Path) -> 
 
 
 def test_what_a_row_sets_cannot_be_set_for_all(table: Path) -> None:
-    for text, complaint in (
+    for change, complaint in (
         ("method.num_words=9", r"row 'small' sets 'method.num_words' itself, so --set method.num_words cannot hold for all rows"),
         ("training.epoch=3", r"'training.epoch' \(--set training.epoch=3\).*Did you mean 'training.epochs'"),
         ("training.epochs=zero", r"training.epochs"),
         ("training.epochs", r"--set needs key=value"),
     ):
         with pytest.raises(UserError, match=complaint) as error:
-            load_tables([str(table)], scale="demo", overrides=[text])
+            load_tables([str(table)], scale="demo", overrides=[change])
         assert "\n" not in str(error.value)
     table.write_text(f'{table.read_text()}at.demo.set = {{ "training.epochs" = 4 }}\n')
     with pytest.raises(UserError, match=r"row 'large' sets 'training.epochs' itself"):
@@ -241,3 +246,72 @@ def test_the_report_shows_shipped_tables_with_changes_beside_them(obowlab: Obowl
     assert "<code>training.epochs=3</code>" in other.read_text()
     assert other.name in (work / "report" / "index.html").read_text()
     assert other.name in (work / "report" / "table3-demo.html").read_text()
+
+
+# --------------------------------------------------------------------------------------------------------------- terminals
+
+WIDE = """
+title = "Many metrics of rows with long names, each of which says in words what was changed and why"
+base = "short.toml"
+primary = "fewshot_5shot"
+footnotes = ["A footnote that is longer than eighty columns, with numbers in it such as 0.0123456 and 1,281,167, to be wrapped."]
+
+[columns]
+fewshot_1shot = "1-shot"
+fewshot_5shot = "5-shot"
+linear_top1 = "linear classifier, top-1"
+knn_top1 = "k-NN, top-1"
+
+[[row]]
+key = "base"
+label = "as in the recipe that this table starts from, without any change"
+{paper}
+
+[[row]]
+key = "a-row-with-a-key-that-is-long-as-well"
+label = "64 words in the vocabulary of conv5, and nothing else is changed"
+set = {{ "method.num_words" = 64 }}
+{paper}
+"""
+PAPER = "paper = { fewshot_1shot = 42.11, fewshot_5shot = 62.44, linear_top1 = 45.86, knn_top1 = 40.5 }"
+
+
+@pytest.mark.parametrize("columns", [80, 200])
+@pytest.mark.parametrize("scale", ["demo", "paper"])
+@pytest.mark.parametrize("paper", ["", PAPER])
+@pytest.mark.parametrize("words", ["table", "table --runs", "ablate --seeds 2 --dry-run"])
+def test_a_wide_table_fits_the_terminal_and_no_number_is_broken(
+    words: str, paper: str, scale: str, columns: int, workplace: Path, obowlab: Obowlab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own_table(workplace)
+    (workplace / "wide.toml").write_text(WIDE.format(paper=paper))
+    planned = load_table(workplace / "wide.toml", scale=scale)
+    add_row_runs(planned, runs_root=workplace / "runs", means={row.row.key: 40 for row in planned.rows})
+    command = words.split()
+    command = [command[0], "wide.toml", "--scale", scale, *command[1:]]
+    plain = obowlab(*command)[1]
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.stdout, "isatty", lambda: True)
+        _, out, _ = obowlab(*command)
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", out).splitlines()
+    fitted = [line for line in lines if not line.startswith("Would draw")]  # a path is left whole
+    assert max(map(text.width, fitted)) <= columns, max(fitted, key=text.width)
+
+    def numbers(lines: str) -> set[str]:
+        return {number.strip(".,") for number in re.findall(r"[\d.,]*\d[\d.,]*", lines)}
+
+    shown = "\n".join(lines)
+    assert numbers(shown) - {"80", "200"} <= numbers(plain)
+    assert ("Not shown in 80 columns: " in shown) == (columns == 80 and command[0] == "table")
+    if command[0] == "table":
+        value = built_row(planned, runs_root=workplace / "runs")
+        assert shown.count(value) >= 2, "the primary metric of both rows"
+        assert "as in the" in shown, "the row's name"
+        assert "0.0123456" in shown
+        assert "1,281,167" in shown
+
+
+def built_row(planned: PlannedTable, *, runs_root: Path) -> str:
+    shown = build_table(planned, seeds=(0,), records=store_records(runs_root))
+    return render.estimate_text(shown.rows[0].cells[1].ours)

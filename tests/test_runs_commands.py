@@ -14,6 +14,7 @@ import pytest
 
 from obowlab.config import Machine, load_recipe
 from obowlab.errors import UserError
+from obowlab.launch.slurm import JobRequest, SlurmJob
 from obowlab.runs import RunFolder, list_runs
 from obowlab.runs.records import store_records
 from obowlab.runs.results import pack
@@ -136,6 +137,17 @@ def test_results_on_other_data_do_not_count(obowlab: Obowlab) -> None:
     assert "99" not in obowlab("runs", "list")[1]
 
 
+def test_a_damaged_result_hides_no_run(obowlab: Obowlab) -> None:
+    broken, whole = run("demo", linear=30.0), run("demo-full", linear=40.0)
+    next((broken.path / "results").iterdir()).write_text("{")
+    code, out, err = obowlab("runs", "list")
+    assert code == 0
+    assert err.startswith("Warning: ")
+    assert "is damaged" in err
+    assert "40.0" in out
+    assert {broken.run_id, whole.run_id} <= set(out.split())
+
+
 # --------------------------------------------------------------------------------------------------------------- compare
 
 
@@ -241,6 +253,17 @@ def test_deleting_takes_all_or_nothing_of_what_is_named(obowlab: Obowlab) -> Non
     assert contents(ROOT) == before
 
 
+def test_deleting_a_teacher_names_the_run_that_needs_it(obowlab: Obowlab) -> None:
+    *earlier, last = load_recipe("demo-bownet").stages()
+    teacher, other = (RunFolder.create(stage, seed=0, runs_root=ROOT) for stage in reversed(earlier))
+    student = RunFolder.create(last, seed=0, runs_root=ROOT)
+    other.set_state(status="finished")
+    _, _, err = obowlab("runs", "delete", teacher.run_id, "--yes")
+    assert err == f"Note: {student.run_id} is not finished and reads {teacher.run_id}, its teacher, which it would train again.\n"
+    student.set_state(status="finished")
+    assert obowlab("runs", "delete", other.run_id, "--yes")[2] == ""
+
+
 def test_what_is_trained_or_lies_elsewhere_is_not_deleted(obowlab: Obowlab, tmp_path: Path) -> None:
     folder = run("demo")
     with folder.lock():
@@ -265,6 +288,16 @@ def test_what_is_trained_or_lies_elsewhere_is_not_deleted(obowlab: Obowlab, tmp_
     assert (code, "is a link to another place" in err) == (2, True)
     assert folder.state.status == "finished"
     assert not any((tmp_path / "place").iterdir())
+
+
+def test_what_a_job_of_the_cluster_waits_for_is_not_deleted(obowlab: Obowlab, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = run("demo", status="created")
+    job = SlurmJob(id="77", request=JobRequest(arguments=(), runs=(folder.run_id,), what=""), submitted_at=0.0, folder=ROOT)
+    monkeypatch.setattr("obowlab.launch.slurm.submitted_jobs", lambda root: [job])
+    monkeypatch.setattr("obowlab.launch.slurm.states", lambda jobs: {"77": None})
+    code, _, err = obowlab("runs", "delete", "demo", "--yes")
+    assert (code, "`obowlab jobs cancel 77` first" in err) == (2, True)
+    assert folder.path.is_dir()
 
 
 def test_emptying_removes_links_and_not_what_they_name(obowlab: Obowlab, tmp_path: Path) -> None:
@@ -325,6 +358,19 @@ def test_what_is_no_run_in_the_trash_stays_there(obowlab: Obowlab) -> None:
     assert (code, "no run.json" in err) == (2, True)
     assert obowlab("runs", "trash", "--empty", "--yes")[0] == 0
     assert sorted(path.name for path in (ROOT / TRASH).iterdir()) == ["file.txt", "notes"]
+
+
+def test_sync_finishes_what_a_killed_delete_left(obowlab: Obowlab) -> None:
+    from obowlab.tracking.mirror import Mirror
+    from obowlab.tracking.outbox import Sent
+
+    folder = run("demo")
+    Mirror(folder).outbox.save(Sent(run_id="1234"))
+    path = put_aside(folder, deleted=True)  # killed here
+    assert f"Would send 1 values, results, files and facts of run '{folder.run_id}'" in obowlab("runs", "sync", "--dry-run")[1]
+    assert obowlab("runs", "sync")[:2] == (0, f"{folder.run_id}: 1 sent\n")  # there is no store: nothing to take away
+    assert Mirror(RunFolder.open(path)).pending() == 0
+    assert "Would send" not in obowlab("runs", "sync", "--dry-run")[1]
 
 
 def test_machine_of_a_deleted_run_names_the_store_it_came_from() -> None:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
 
 import pytest
 
@@ -134,7 +134,8 @@ def test_columns_without_text_make_room_first_and_are_not_named(
     assert lines == [
         "name             n        n",
         "aaaaaaaaa  1234567  7654321",
-        "Not shown in 30 columns: often used.",
+        "Not shown in 30 columns: often",
+        "used.",
     ]
 
 
@@ -258,8 +259,8 @@ def test_long_silences_are_filled_on_a_terminal_only(obowlab: Obowlab, monkeypat
 # ------------------------------------------------------------------------------------------------- a terminal, and a pipe
 
 
-def on_terminal(words: Sequence[str], *, columns: int = 80, then: Callable[[int, str], bool] | None = None, **env: str) -> Any:
-    """Run the command line on a pseudo terminal; `then` sees its process id and output so far, and says whether it has acted."""
+def on_terminal(words: Sequence[str], *, columns: int = 80, **env: str) -> tuple[int, str]:
+    """Run the command line on a pseudo terminal; return its exit code and all that it shows."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     environment = {**{name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR")}, **env}
@@ -273,8 +274,6 @@ def on_terminal(words: Sequence[str], *, columns: int = 80, then: Callable[[int,
         except OSError:  # the other side is closed
             break
         out += chunk
-        if then is not None and then(process.pid, out.decode(errors="replace")):
-            then = None
     os.close(master)
     return process.wait(timeout=60), out.decode(errors="replace")
 
@@ -288,6 +287,10 @@ def test_a_real_terminal_gets_styles_and_its_width(store: None) -> None:
     assert code == 0
     assert out.isascii()
     assert not re.search(r"\x1b\[[0-9;]*3\d", out)
+    code, out = on_terminal(["runs", "show", "demo"], LC_ALL="C", PYTHONIOENCODING="ascii", PYTHONUTF8="0", columns=50)
+    (header, row, *_) = [ANSI.sub("", line) for line in out.splitlines() if "student" in line or "linear_top1" in line]
+    assert row.startswith("linear_top1")
+    assert header.index("student") + len("student") == row.index("%") + 1  # numbers stand under their heading
 
 
 def test_no_color_takes_colours_and_leaves_words(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -352,6 +355,10 @@ def test_every_long_command_says_what_an_interruption_leaves(
 
     monkeypatch.setattr(place, interrupted)
     monkeypatch.setattr("obowlab.data.sources.list_images", lambda folder: ["one"])
+    known = SimpleNamespace(name="demo", folder=None, recipe=load_recipe("demo").recipe)
+    monkeypatch.setattr("obowlab.weights.source.find_source", lambda *_, **__: known)
+    monkeypatch.setattr("obowlab.weights.subject.find_subject", lambda *_, **__: known)
+    monkeypatch.setattr("obowlab.launch.preflight.check_protocols", lambda *_, **__: None)
     before = signal.getsignal(signal.SIGINT)
     code, _, err = obowlab(*words.split())
     assert code == 130

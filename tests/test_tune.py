@@ -57,7 +57,7 @@ def test_a_real_study_from_the_command_to_mlflow(
     assert (folder.path / "terminal.txt").is_file()
 
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{workplace}/runs/mlflow.db")
-    experiment = client.get_experiment_by_name("obowlab").experiment_id
+    experiment = client.get_experiment_by_name("obowlab-reports").experiment_id
     mirrored = client.get_run(run["mlflow_run_id"])
     assert mirrored.data.tags["obowlab.study"] == "small-demo"
     assert mirrored.data.tags["obowlab.trial"] == "0"

@@ -20,7 +20,7 @@ from obowlab.cli.options import (
     submitter_of,
     would,
 )
-from obowlab.cli.output import print_obstacles, print_table, send_to_mlflow
+from obowlab.cli.output import print_lines, print_obstacles, print_table, send_to_mlflow
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
@@ -99,8 +99,8 @@ def ablate(
         if problem:
             _warn(f"not every recipe could be timed ({problem}).")
     trainings, lines = overview(plan, runs=runs, book=book, slots=slots, on_cluster=on_cluster, again=again)
-    print_table(OVERVIEW_COLUMNS, trainings, right=("steps",))
-    click.echo("\n".join(lines))
+    print_table(OVERVIEW_COLUMNS, trainings, right=("steps",), names=("run", "rows"), hide=("steps", "rows", "training"))
+    print_lines(lines)
     machine = machine.model_copy(update={"procs": 1})
     if not dry_run:
         for planned in tables:
@@ -181,12 +181,14 @@ def show(table: Table, *, with_runs: bool = False) -> None:
 
     columns, rows = render.overview(table)
     numbers = [column for column in columns if column not in ("row", "direction")]
-    print_table(columns, rows, title=render.heading(table), right=numbers)
-    for line in (render.legend(table), *render.remarks(table)):
-        click.echo(line)
+    print_table(columns, rows, title=render.heading(table), right=numbers, names=("row",), hide=render.expendable(table))
+    print_lines((render.legend(table), *render.remarks(table)))
     if with_runs:
         click.echo()
-        print_table(*render.runs_overview(table))
+        runs, lines = render.runs_overview(table)
+        values = [column.label for column in table.columns]
+        origins = ("data hash", "MLflow run", "commit", "recipe hash", *reversed(values[1:]))
+        print_table(runs, lines, right=("seed", *values), names=("row", "run"), prose=("status",), hide=origins)
     click.echo()
 
 

@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from obowlab.cli.options import HARDWARE, ROOTS, MachineOptions, dry_run_option, json_flag, machine_options, set_option, would
+from obowlab.cli.options import (
+    HARDWARE,
+    ROOTS,
+    MachineOptions,
+    dry_run_option,
+    json_flag,
+    machine_options,
+    set_option,
+    when_interrupted,
+    would,
+)
 from obowlab.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
@@ -46,6 +56,7 @@ def bench(
     if dry_run:
         would(f"measure a run of {name} for about {seconds:g} s; nothing is kept")
         return 0
+    when_interrupted("nothing is kept.")
     measured = measure(name, overrides=overrides, machine=machine, seconds=seconds, say=_say)
     assert measured.facts is not None
     bound, sentence = verdict(measured.parts, facts=measured.facts)

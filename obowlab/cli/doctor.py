@@ -110,6 +110,7 @@ def examine(machine: Machine, *, progress: Callable[[str], None]) -> list[Check]
         *_system_libraries(ffcv_is_built=not isinstance(ffcv, str)),
         *_memory(),
         *_disk(machine),
+        *_shared_store(machine),
         *_tracking(machine),
         *_data(machine),
     ]
@@ -255,7 +256,26 @@ def _disk(machine: Machine) -> list[Check]:
     return checks
 
 
+def _shared_store(machine: Machine) -> list[Check]:
+    """Look for what others of the group made in the run store, and this user may not write to."""
+    from obowlab.runs.store import CACHES, check_store, closed, opening
+
+    root = machine.runs_root
+    if not root.is_dir() or not os.access(root, os.W_OK | os.X_OK):
+        return []  # `_disk` says so
+    try:
+        check_store(root, tracking=True)
+    except UserError as error:
+        command = re.search(r"`([^`]+)`", str(error))
+        return [Check("run store", "fail", str(error), command[1] if command is not None else "")]
+    if missed := closed(root, CACHES):
+        what = f"{', '.join(map(str, missed))} cannot be written to: features and curves are computed again each time"
+        return [Check("run store", "warn", what, f"{opening(root, missed)}   # by the owner")]
+    return []
+
+
 def _tracking(machine: Machine) -> list[Check]:
+    from obowlab.tracking.local_store import damage_of
     from obowlab.tracking.server import answers, login, refusal, shown_uri, store_uri
 
     try:
@@ -264,7 +284,7 @@ def _tracking(machine: Machine) -> list[Check]:
         return [Check("tracking", "fail", str(error), "unset MLFLOW_TRACKING_URI")]
     shown = shown_uri(uri)
     if not uri.startswith("http"):
-        problem = refusal(uri)
+        problem = refusal(uri) or damage_of(uri)
         if problem is not None:
             command = re.search(r"`([^`]+)`", problem)
             return [Check("tracking", "warn", problem, command[1] if command is not None else "")]

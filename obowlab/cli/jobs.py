@@ -15,6 +15,7 @@ from obowlab.cli import Family
 from obowlab.cli.options import MachineOptions, dry_run_option, json_flag, machine_options, would
 from obowlab.cli.output import print_json, print_table
 from obowlab.errors import UserError
+from obowlab.files import LARGEST_LINES, open_file, read_file
 
 if TYPE_CHECKING:
     from obowlab.launch.jobs import Job, Overview
@@ -74,7 +75,7 @@ def logs(what: str, follow: bool, options: MachineOptions, dry_run: bool) -> Non
     for file in files:
         if len(files) > 1:
             click.echo(f"== {file.name}")
-        click.echo(file.read_text(encoding="utf-8", errors="replace"), nl=False)
+        click.echo(read_file(file, limit=LARGEST_LINES).decode(errors="replace"), nl=False)
     if follow:
         _follow(files[0])
     return None
@@ -140,6 +141,8 @@ def _row(job: Job) -> tuple[str, ...]:
 
 
 def _warn(found: Overview) -> None:
+    for sentence in found.damaged:
+        click.echo(f"Warning: {sentence}", err=True)
     if found.problem:
         click.echo(f"Warning: {found.problem} The list shows the run folders only.", err=True)
 
@@ -164,7 +167,7 @@ def _watch(root: Path, *, everything: bool) -> None:
 def _follow(file: Path) -> None:
     position = file.stat().st_size
     while True:
-        with file.open("rb") as opened:
+        with open_file(file) as opened:
             opened.seek(position)
             new = opened.read()
         position += len(new)

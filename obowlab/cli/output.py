@@ -61,7 +61,7 @@ def print_table(
         prose: of those whose texts may take several lines; where absent, of all but the first that hold no numbers.
         hide: of those that a narrow terminal can do without, in this order.
     """
-    lines = [[text.printable(cell) for cell in row] for row in rows]
+    lines = [[_spelled(text.printable(cell)) for cell in row] for row in rows]
     if not lines:
         return
     on_terminal = sys.stdout.isatty()
@@ -77,7 +77,7 @@ def print_table(
     for number, line in enumerate([columns, *lines]):
         cells = []
         for i, space in widths.items():
-            shown = text.shorten(line[i], space) if number and kinds[i].is_name else line[i]
+            shown = text.shorten(line[i], space, mark=_spelled("…")) if number and kinds[i].is_name else line[i]
             cells.append(text.wrap(shown, space) if on_terminal else [shown])
         for part in zip_longest(*cells, fillvalue=""):
             padded = (_pad(cell, widths[i], right=kinds[i].is_number) for i, cell in zip(widths, part, strict=True))
@@ -85,7 +85,7 @@ def print_table(
             click.echo(click.style(whole, bold=True) if on_terminal and number == 0 else whole)
     hidden = [column for i, column in enumerate(columns) if i not in widths and any(line[i] for line in lines)]
     if hidden:
-        click.echo(f"Not shown in {terminal_width()} columns: {', '.join(hidden)}.")
+        print_lines([f"Not shown in {terminal_width()} columns: {', '.join(hidden)}."])
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,12 @@ class _Kind:
     is_name: bool
     is_prose: bool
     rank: int | None
+
+
+def _spelled(words: str) -> str:
+    """Return words as the terminal gets them: one that is not UTF-8 needs three letters for `±`."""
+    encoding, errors = sys.stdout.encoding or "utf-8", sys.stdout.errors or "strict"
+    return words if words.isascii() else words.encode(encoding, errors).decode(encoding)
 
 
 def terminal_width() -> int:
@@ -144,6 +150,13 @@ def show_progress(line: str) -> None:
 def coloured(word: str, colour: str) -> str:
     """Return a word in a colour of the terminal, unless NO_COLOR is set; in a pipe click takes it away."""
     return word if os.environ.get("NO_COLOR") else click.style(word, fg=colour)
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    """Print sentences; on a terminal those that are too long continue below, and no number is broken."""
+    for line in lines:
+        for part in text.wrap(line, terminal_width()) if sys.stdout.isatty() else [line]:
+            click.echo(part)
 
 
 def print_facts(facts: Iterable[tuple[str, str]]) -> None:

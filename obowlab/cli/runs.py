@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from obowlab.runs.folder import RunFolder
     from obowlab.runs.info import State
     from obowlab.runs.selection import Entry
+    from obowlab.tracking.mirror import Mirror
 
 BUNDLED = (
     "run.json",
@@ -103,9 +104,12 @@ def list_all(
     root = options.machine().runs_root
     if dry_run:
         return would(f"list the runs in {root}")
-    _warn_of_damage(root)
+
+    def warn(problem: str) -> None:
+        _warn([problem])
+
     statuses = tuple(status for words in statuses for status in words.split(","))
-    entries = select(root, recipes=recipes, statuses=statuses, tags=tags, where=where, sort=sort)
+    entries = select(root, recipes=recipes, statuses=statuses, tags=tags, where=where, sort=sort, warn=warn)
     if as_json:
         return print_json([_listed(entry) for entry in entries])
     if not entries:
@@ -297,12 +301,15 @@ def delete(names: tuple[str, ...], yes: bool, options: MachineOptions, dry_run: 
 
     `obowlab runs restore RUN` brings one back; `obowlab runs trash --empty` removes them for good.
     """
+    from obowlab.launch.slurm import live_runs, submitted_jobs
     from obowlab.runs.folder import RunFolder
+    from obowlab.runs.lineage import waiting_students
     from obowlab.runs.trash import check_deletable, find_trashed, put_aside
 
     machine = options.machine()
     folders: dict[str, RunFolder] = {}
     gone = []
+    waiting = live_runs(machine.runs_root) if submitted_jobs(machine.runs_root) else {}
     for name in names:
         try:
             folder = RunFolder.find(name, runs_root=machine.runs_root)
@@ -313,6 +320,9 @@ def delete(names: tuple[str, ...], yes: bool, options: MachineOptions, dry_run: 
             gone += there
             continue
         check_deletable(folder, ref=name, runs_root=machine.runs_root)
+        if folder.run_id in waiting:
+            job = waiting[folder.run_id]
+            raise UserError(f"Job {job.id} of the cluster trains '{folder.run_id}': `obowlab jobs cancel {job.id}` first.")
         folders[folder.run_id] = folder
     if dry_run:
         for folder in folders.values():
@@ -320,6 +330,8 @@ def delete(names: tuple[str, ...], yes: bool, options: MachineOptions, dry_run: 
         return 0
     for run in gone:
         click.echo(f"{run.run_id} is in the trash already.")
+    for student, teacher in waiting_students(folders.values(), runs_root=machine.runs_root):
+        click.echo(f"Note: {student} is not finished and reads {teacher}, its teacher, which it would train again.", err=True)
     if folders and not confirm(f"Move {', '.join(folders)} to the trash?", yes=yes):
         click.echo("Nothing was deleted.")
         return 1
@@ -417,11 +429,12 @@ def trash(names: tuple[str, ...], empty: bool, yes: bool, as_json: bool, options
 @machine_options("runs_root", "machine_file")
 @dry_run_option
 def sync(run: tuple[str, ...], timeout_s: float, rebuild: bool, options: MachineOptions, dry_run: bool) -> int:
-    """Send to MLflow what is not there yet, of all runs or of those named.
+    """Send to MLflow what is not there yet, of all runs of yours or of those named.
 
     Nothing is sent twice, so it may be repeated at will. The exit code is 1 when something could not be sent.
     """
-    from obowlab.runs.folder import RunFolder, list_runs
+    from obowlab.files import is_others
+    from obowlab.runs.folder import RunFolder, read_runs
     from obowlab.runs.trash import trashed_runs
     from obowlab.tracking.local_store import put_aside
     from obowlab.tracking.mirror import Mirror
@@ -430,7 +443,7 @@ def sync(run: tuple[str, ...], timeout_s: float, rebuild: bool, options: Machine
     machine = options.machine()
     if rebuild:
         if run:
-            raise UserError("--rebuild sends all runs: name none.")
+            raise UserError("--rebuild sends all runs of yours: name none.")
         store = store_uri(machine.tracking_uri, runs_root=machine.runs_root)
         if dry_run:
             would(f"put {shown_uri(store)} and its files aside")
@@ -439,8 +452,13 @@ def sync(run: tuple[str, ...], timeout_s: float, rebuild: bool, options: Machine
     if run:
         folders = [RunFolder.find(ref, runs_root=machine.runs_root) for ref in run]
     else:
-        _warn_of_damage(machine.runs_root)
-        folders = [RunFolder(summary.path, summary.info) for summary in list_runs(machine.runs_root)]
+        found, damaged = read_runs(machine.runs_root)
+        _warn(damaged)
+        folders = [RunFolder(summary.path, summary.info) for summary in found if not is_others(summary.path)]
+        if len(folders) < len(found):
+            others = len(found) - len(folders)
+            what = "1 run of another user is" if others == 1 else f"{others} runs of other users are"
+            click.echo(f"{what} left to them: each types `obowlab runs sync`.")
         deleted = [run.folder() for run in trashed_runs(machine.runs_root) if run.was_deleted and run.is_intact()]
         folders += [each for each in deleted if Mirror(each, tracking_uri=machine.tracking_uri).pending()]
     if not folders:
@@ -452,14 +470,25 @@ def sync(run: tuple[str, ...], timeout_s: float, rebuild: bool, options: Machine
             show_progress(f"{number} of {len(folders)}: {folder.run_id}")
         mirror = Mirror(folder, tracking_uri=machine.tracking_uri)
         if dry_run:
-            would(f"send {mirror.pending()} values, results, files and facts of run '{folder.run_id}' to {shown_uri(mirror.uri)}")
+            would(f"send {_pending(mirror)} values, results, files and facts of run '{folder.run_id}' to {shown_uri(mirror.uri)}")
             continue
         report = mirror.sync(timeout_s=timeout_s)
         failed = failed or report.error is not None
         show_progress("")
         problem = f", {report.pending} pending: {report.error}" if report.error is not None else ""
         click.echo(f"{folder.run_id}: {report.sent} sent{problem}")
+        if report.left_out:
+            _warn([f"{folder.path} has what is never sent: {', '.join(report.left_out)}."])
     return int(failed)
+
+
+def _pending(mirror: Mirror) -> str:
+    from obowlab.runs.info import DAMAGED
+
+    try:
+        return str(mirror.pending())
+    except DAMAGED as error:
+        return f"what can be read ({error}) of the"
 
 
 @runs.command("export")
@@ -475,7 +504,7 @@ def export(run: str, out: Path | None, checkpoint: bool, options: MachineOptions
     """
     folder = _find(run, options=options)
     target = out or Path(f"{folder.run_id}.tar.gz")
-    names = [name for name in (*BUNDLED, *([CHECKPOINT] if checkpoint else [])) if (folder.path / name).exists()]
+    names = [name for name in (*BUNDLED, *([CHECKPOINT] if checkpoint else [])) if is_kept(folder.path / name)]
     if checkpoint and CHECKPOINT not in names:
         raise UserError(f"Run '{folder.run_id}' has no checkpoint to take along; leave --checkpoint out.")
     if target.exists():
@@ -490,6 +519,15 @@ def export(run: str, out: Path | None, checkpoint: bool, options: MachineOptions
     return None
 
 
+def is_kept(path: Path) -> bool:
+    """Return whether a file or folder of a run goes along: links stay, whatever they lead to."""
+    return path.exists() and not path.is_symlink()
+
+
+def _kept(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+    return member if member.isreg() or member.isdir() else None
+
+
 def write_bundle(folder: RunFolder, *, names: list[str], target: Path) -> None:
     """Write files of a run folder into a .tar.gz under the run's id, beside and renamed.
 
@@ -498,9 +536,9 @@ def write_bundle(folder: RunFolder, *, names: list[str], target: Path) -> None:
     """
     beside = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        with tarfile.open(beside, "w:gz") as bundle:
+        with tarfile.open(beside, "x:gz") as bundle:
             for name in names:
-                bundle.add(folder.path / name, arcname=f"{folder.run_id}/{name}")
+                bundle.add(folder.path / name, arcname=f"{folder.run_id}/{name}", filter=_kept)
         beside.replace(target)
     except OSError as error:
         raise UserError(f"Cannot write {target} (--out): {error.strerror or error}.") from None
@@ -514,11 +552,9 @@ def _find(run: str, *, options: MachineOptions) -> RunFolder:
     return RunFolder.find(run, runs_root=options.machine().runs_root)
 
 
-def _warn_of_damage(runs_root: Path) -> None:
-    from obowlab.runs.folder import damaged_runs
-
-    for error in damaged_runs(runs_root):
-        click.echo(f"Warning: {error}", err=True)
+def _warn(sentences: Sequence[str]) -> None:
+    for sentence in sentences:
+        click.echo(f"Warning: {sentence}", err=True)
 
 
 def _progress(state: State) -> str:

@@ -152,12 +152,12 @@ def _warnings(found: ImagesFound, *, scale: _Scale) -> Iterator[str]:
     if found.num_train < _TOO_FEW:
         yield (
             f"{found.num_train} training images are too few to learn features from: this shows that everything works, and hardly "
-            "more. Add images, with or without labels."
+            "more. Add images; they need no labels."
         )
     elif found.num_train < _FEW:
         yield (
-            f"{found.num_train} training images are few: compare the results with the random initialisation beside them, and add "
-            "images, with or without labels, if you can."
+            f"{found.num_train} training images are few: look at the results beside those of the random initialisation, and add "
+            "images if you can; they need no labels."
         )
     if found.short_side >= _HUGE:
         yield (
@@ -221,11 +221,9 @@ def _evaluation(found: ImagesFound) -> Iterator[tuple[str, Any, str]]:
         yield "evaluation.protocols", [], f"{kind}: `obowlab eval RUN --dataset OTHER` measures on a data set with labels"
         return
     if not found.val_per_class:
-        yield (
-            "evaluation.protocols",
-            [],
-            "no validation images: `obowlab data prepare --val-fraction 0.1 --force` sets some apart",
-        )
+        way = "`obowlab data prepare --val-fraction 0.1 --force` sets some apart"
+        way = way if max(found.train_per_class) > 1 else "no class has two images"
+        yield "evaluation.protocols", [], f"no validation images: {way}"
         return
     poorest = min(found.val_per_class)
     shots = [shot for shot in (1, 5) if shot < poorest]

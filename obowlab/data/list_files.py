@@ -131,13 +131,16 @@ def _columns(path: Path, first: Sequence[str]) -> tuple[_Columns, int]:
             f"--source {path}: the first line names neither an image ({', '.join(IMAGE_SUFFIXES[:3])}, ...) nor a column `path`; "
             "expected lines such as `images/001.jpg,daisy`, with or without the header `path,label,split`."
         )
-    label = place(_LABEL_NAMES)
-    if label is None and len(names) > 1 and set(names) - {*_SPLIT_NAMES, names[where]}:
+    label, split = place(_LABEL_NAMES), place(_SPLIT_NAMES)
+    others = [each for each in range(len(names)) if each not in (where, split)]
+    if label is None and len(others) == 1:
+        label = others[0]
+    elif label is None and others:
         raise UserError(
             f"--source {path}: none of its columns ({', '.join(names[:8])}) is called `label`: rename the one of the labels, "
             "or remove the others."
         )
-    return _Columns(where, label, place(_SPLIT_NAMES)), 1
+    return _Columns(where, label, split), 1
 
 
 def _entry(path: Path, number: int, cells: Sequence[str], *, columns: _Columns, labelled: bool) -> Entry:
@@ -150,6 +153,8 @@ def _entry(path: Path, number: int, cells: Sequence[str], *, columns: _Columns, 
     if columns.split is not None and not split:
         raise UserError(f"--source {path}, line {number}: no split.")
     file, size = _file(path.parent, name)
+    below = os.path.relpath(file, path.parent)
+    name = name if below.startswith("..") else below
     return Entry(split, (label or None) if labelled else None, SourceImage(-1, name, file, offset=0, size=size))
 
 

@@ -61,9 +61,11 @@ def with_val(source: Source, *, fraction: float) -> Source:
     hardly any other. A class of two images or more keeps at least one in each split.
     """
     (train,) = source.splits
+    names_of: dict[int, list[str]] = {}
+    for image in train.images:
+        names_of.setdefault(image.label, []).append(image.name)
     chosen: set[str] = set()
-    for label in range(len(train.class_names)):
-        names = [image.name for image in train.images if image.label == label]
+    for names in names_of.values():
         count = min(max(1, int(fraction * len(names) + 0.5)), len(names) - 1) if fraction else 0
         chosen.update(sorted(names, key=_place)[: max(0, count)])
     kept = _of(train, "train", [image for image in train.images if image.name not in chosen])

@@ -219,19 +219,22 @@ def source_of_entries(
     )
 
 
-def split_of_shard(file: Path, *, below: Path) -> str | None:
-    """Return the word that tells the split of a shard, such as `data/train-00000-of-00004.parquet`, else None.
+def splits_of_shards(files: Sequence[Path], *, below: Path) -> list[str | None]:
+    """Return the split that each shard's name or folder tells, as `data/train-00000-of-00004.parquet` does.
+
+    Where none tells one, all are None; where some do, the others bear their own names, which are no split's.
 
     Args:
-        file: the shard.
-        below: the folder or file that `--source` names; folders above it do not count.
+        files: the shards.
+        below: the folder that `--source` names; folders above it do not count.
     """
-    inner = file.relative_to(below).parts if file != below else (file.name,)
-    for part in reversed((*inner[:-1], Path(inner[-1]).stem)):
-        word = re.match(r"[A-Za-z]+", part)
-        if word is not None and _is_bare_split(word[0]):
-            return word[0]
-    return None
+    found: list[str | None] = []
+    for file in files:
+        kinds = [reading.kind for reading in _readings(file.stem) if reading.is_word]
+        folders = file.relative_to(below).parts[:-1]
+        kinds += [_readings(folder)[0].kind for folder in reversed(folders) if _is_bare_split(folder)]
+        found.append(kinds[0] if kinds else None)
+    return [split or (file.stem if any(found) else None) for split, file in zip(found, files, strict=True)]
 
 
 def _split_words(path: Path, words: Sequence[str]) -> dict[str, str]:

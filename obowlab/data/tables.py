@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from obowlab.data.sources import Entry, FetchedImage, Source, SourceImage, source_of_entries, split_of_shard
+from obowlab.data.sources import Entry, FetchedImage, Source, SourceImage, source_of_entries, splits_of_shards
 from obowlab.errors import UserError
 
 NEEDS_PYARROW = "Reading Parquet and Arrow files needs pyarrow, which comes with mlflow: `pip install pyarrow`."
@@ -150,7 +150,7 @@ def files_of_saved(folder: Path) -> list[tuple[str | None, Path]]:
 
 def files_of_folder(folder: Path, files: Sequence[Path]) -> list[tuple[str | None, Path]]:
     """Return files of tables with the splits that their names or folders tell."""
-    return [(split_of_shard(file, below=folder), file) for file in files]
+    return list(zip(splits_of_shards(files, below=folder), files, strict=True))
 
 
 def _columns(file: Path, schema: Any) -> tuple[str, str | None]:

@@ -131,8 +131,10 @@ def _images(dataset: Any, *, split: str, spec: str) -> Iterator[tuple[SourceImag
     Raises:
         UserError: the data set holds something else.
     """
+    files = _files(dataset)
     for index in range(len(dataset)):
         image, label = dataset[index]
+        image = files[index] if files is not None else image
         if not isinstance(image, str | Image.Image):
             raise UserError(f"--source {spec}: a data set of {type(image).__name__}, not of images with one class each.")
         try:
@@ -146,6 +148,17 @@ def _images(dataset: Any, *, split: str, spec: str) -> Iterator[tuple[SourceImag
         else:
             found = SourceImage(-1, f"{split}/{index:07d}", str(dataset.root), offset=0, size=image.width * image.height * 3)
             yield FetchedImage(**vars(found), fetch=partial(_pixels, dataset, index)), number
+
+
+def _files(dataset: Any) -> list[str] | None:
+    """Return the files of a data set that keeps a list of them but takes no loader, as Oxford's pets; None where it does not."""
+    for name in ("samples", "_samples", "_images", "_image_files"):
+        found = getattr(dataset, name, None)
+        if isinstance(found, list) and len(found) == len(dataset):
+            paths = [each[0] if isinstance(each, tuple) else each for each in found]
+            if all(isinstance(path, str | Path) for path in paths):
+                return [str(path) for path in paths]
+    return None
 
 
 def _pixels(dataset: Any, index: int) -> bytes:

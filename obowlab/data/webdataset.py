@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from obowlab.data.archive import Member, list_members
-from obowlab.data.sources import IMAGE_SUFFIXES, Entry, Source, SourceImage, source_of_entries, split_of_shard
+from obowlab.data.sources import IMAGE_SUFFIXES, Entry, Source, SourceImage, source_of_entries, splits_of_shards
 from obowlab.errors import UserError
 
 _LABEL_KEYS = ("cls", "label", "class", "class_id", "label_id", "class_name", "category", "target")
@@ -50,8 +50,8 @@ def read_webdataset(path: Path, shards: Sequence[Path], *, labelled: bool = True
     """
     entries: list[Entry] = []
     num_others = 0
-    for shard in shards:
-        split = split_of_shard(shard, below=path)
+    splits = splits_of_shards(shards, below=path) if path.is_dir() else [None] * len(shards)
+    for shard, split in zip(shards, splits, strict=True):
         images: dict[str, Member] = {}
         labels: dict[str, dict[str, Member]] = {}
         for member in list_members(shard):

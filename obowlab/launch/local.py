@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from obowlab.config import Loaded, Machine
+from obowlab.files import is_others
 from obowlab.launch.compute_command import PATIENCE_VARIABLE, CommandFactory, compute_command, environment_of, threads_of
 from obowlab.launch.cost import Cost, write_actual_cost, write_quote
 from obowlab.launch.gpu_leases import check_gpus, leased
@@ -27,7 +28,7 @@ from obowlab.launch.nodes import POLL_S, RENDEZVOUS_VARIABLE, Rendezvous, Round
 from obowlab.launch.preflight import to_measure
 from obowlab.launch.processes import StopSignals, kill_family, shell_code, start
 from obowlab.launch.system import SystemSampler, count_gpus
-from obowlab.runs.folder import RunFolder, run_id_of
+from obowlab.runs.folder import RunFolder, refuse_others, run_id_of
 from obowlab.runs.info import ENCODER_FILE, TRAINED, Status
 from obowlab.runs.locks import Lock, RunTakenError
 from obowlab.runs.metric_log import MetricLog
@@ -171,13 +172,15 @@ def launch(
     if fresh and (path / "run.json").is_file():
         put_aside(RunFolder.open(path))
     folder = RunFolder.create(loaded, seed=seed, runs_root=machine.runs_root)
+    if is_others(path):
+        if folder.state.status == "finished" and not to_measure(loaded.recipe, folder=folder, machine=machine):
+            return 0
+        refuse_others(path)
     if cost is not None:
         write_quote(folder, cost=cost, procs=machine.procs)
     mirror = Mirror(folder, tracking_uri=machine.tracking_uri)
     code = 0
-    signals = signals or StopSignals(
-        notice=f"Stopping: {folder.run_id} saves what it has, and the same command continues. A second Ctrl-C kills it."
-    )
+    signals = signals or StopSignals(notice=f"Stopping: {folder.run_id} saves itself; a second Ctrl-C kills it.")
     if folder.state.status != "finished" or to_measure(loaded.recipe, folder=folder, machine=machine):
         with (
             signals.listening(),

@@ -14,6 +14,9 @@ from obowlab.errors import AbsentError, UserError
 from obowlab.launch.nodes import RENDEZVOUS_VARIABLE
 from obowlab.runs.folder import RunFolder
 from obowlab.runs.results import not_measured
+from obowlab.runs.store import check_store, open_to_group
+from obowlab.tracking.local_store import database_path
+from obowlab.tracking.server import store_uri
 
 
 def check_nodes(machine: Machine) -> None:
@@ -34,6 +37,22 @@ def check_compiler(machine: Machine) -> None:
     """
     if machine.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
         raise AbsentError("compile = true needs a C++ compiler, and there is none: install g++, or set compile = false.")
+
+
+def check_run_store(machine: Machine, *, dry_run: bool) -> None:
+    """Refuse a run store of others in which a run could be trained, and not be kept in MLflow; open what is ours to its group.
+
+    Args:
+        machine: names the store.
+        dry_run: open nothing.
+
+    Raises:
+        UserError: names what cannot be written to, and what its owner types.
+    """
+    if not dry_run:
+        open_to_group(machine.runs_root)
+    uri = store_uri(machine.tracking_uri, runs_root=machine.runs_root)
+    check_store(machine.runs_root, tracking=database_path(uri) == (machine.runs_root / "mlflow.db").absolute())
 
 
 def check_data(
@@ -70,7 +89,9 @@ def check_data(
 def data_checks(
     due: Sequence[Loaded], *, machine: Machine, dry_run: bool, say: Callable[[str], None], required: str | None = None
 ) -> Iterator[Callable[[], None]]:
-    """Yield `check_data` for several recipes, once for all that measure the same images alike; each sentence is said once.
+    """Yield the check of the run store, and `check_data` for several recipes, once for all that measure the same images alike.
+
+    Each sentence is said once.
 
     Args:
         due: the recipes.
@@ -86,6 +107,8 @@ def data_checks(
             say(line)
         said.add(line)
 
+    if due:
+        yield partial(check_run_store, machine, dry_run=dry_run)
     last = _needs(due[-1]) if due else None
     for position, loaded in enumerate(due):
         needs = _needs(loaded)

@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+from obowlab.files import open_file
 from obowlab.launch.system import process_tree
 from obowlab.signals import on_signals
 
 PR_SET_PDEATHSIG = 1
+STOPPING_RUNS = "Stopping: the runs save themselves; a second Ctrl-C kills them."
 
 
 @dataclass
@@ -73,7 +75,7 @@ def start(command: list[str], *, environment: Mapping[str, str], output: Path | 
         output: where to append what it prints; the terminal if absent.
     """
     # A session of its own: Ctrl-C reaches the launcher alone, which passes it on once.
-    with output.open("ab") if output is not None else nullcontext() as sink:
+    with open_file(output, "ab") if output is not None else nullcontext() as sink:
         return subprocess.Popen(
             command, env=environment, start_new_session=True, preexec_fn=tied_to_this_process(), stdout=sink, stderr=sink
         )

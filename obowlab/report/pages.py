@@ -23,6 +23,7 @@ from obowlab.report import figures, result_figures
 from obowlab.report.model import Figure, Run, Site
 from obowlab.report.vocabulary_health import RULES
 from obowlab.report.words_page import FACTS, SCRIPT, read_sheet, read_words, render_words
+from obowlab.runs.metrics import lookup, unit_of
 from obowlab.studies.schema import StudyReport
 from obowlab.tables.kept import identity
 from obowlab.tables.model import Table
@@ -83,6 +84,9 @@ def _write(site: Site, *, folder: Path) -> int:
             "page_of": page_of_run,
             "anchor": anchor,
             "setting": setting_text,
+            "metric": metric_label,
+            "unit": unit_of,
+            "meaning": meaning_of,
             "table_path": table_path,
             "table_name": table_name,
         }
@@ -204,7 +208,7 @@ def script_json(value: Any) -> Markup:
 
 
 def _pages(site: Site) -> list[_Page]:
-    recipes = figures.families(site.runs)
+    recipes = figures.families(site.trainings)
     galleries = [run for run in site.runs if run.gallery is not None]
     pages = [_Page("index.html", "index.html", "Overview", "Overview", {"galleries": galleries, "newest": NEWEST})]
     pages += [_table_page(table, site=site) for table in site.tables]
@@ -250,7 +254,8 @@ def _study_page(study: StudyReport) -> _Page:
 def _run_page(run: Run) -> _Page:
     def charts() -> dict[str, list[Figure]]:
         sections = {"training": figures.TRAINING, "vocabulary": figures.VOCABULARY}
-        return {section: figures.run_figures(run, metrics=metrics) for section, metrics in sections.items()}
+        main = {section: figures.run_figures(run, metrics=metrics) for section, metrics in sections.items()}
+        return {**main, **figures.more_figures(run)}
 
     gallery = gallery_of(run) if run.gallery is not None else ""
     return _Page(page_of_run(run.run_id), "run.html", run.run_id, "Runs", {"run": run, "gallery": gallery}, charts)
@@ -292,6 +297,20 @@ def anchor(name: str) -> str:
 def signed(value: float | None) -> str:
     """Return a difference with its sign, a real minus; a dash where there is nothing."""
     return "–" if value is None else f"{value:+.2f}".replace("-", "−")
+
+
+def metric_label(metric: str) -> str:
+    """Return the heading of a result: `5-shot`, `linear`, `k-NN`."""
+    shots = re.fullmatch(r"fewshot_(\d+)shot", metric)
+    return f"{shots[1]}-shot" if shots else {"linear_top1": "linear", "knn_top1": "k-NN"}.get(metric, metric)
+
+
+def meaning_of(metric: str) -> str:
+    """Return what a logged metric means; empty for one that this version does not know."""
+    try:
+        return lookup(metric).help
+    except KeyError:
+        return ""
 
 
 def setting_text(value: Any) -> str:

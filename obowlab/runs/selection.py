@@ -19,8 +19,8 @@ from obowlab import text
 from obowlab.config import flatten, nearest, parse_override
 from obowlab.config.validation import flat_pairs
 from obowlab.errors import UserError
-from obowlab.runs.folder import RunFolder, RunSummary, list_runs
-from obowlab.runs.info import Status
+from obowlab.runs.folder import RunFolder, RunSummary, damage_of, read_runs
+from obowlab.runs.info import DAMAGED, Status
 from obowlab.runs.metrics import lookup
 
 MEASURED = ("fewshot_1shot", "fewshot_5shot", "linear_top1", "knn_top1")
@@ -43,14 +43,14 @@ class Entry:
     tags: list[str]
 
     @classmethod
-    def of(cls, summary: RunSummary) -> Entry:
-        """Read a run.
-
-        Raises:
-            UserError: one of its results or its labels are damaged.
-        """
+    def of(cls, summary: RunSummary, *, warn: Callable[[str], object]) -> Entry:
+        """Read a run; one whose results or labels are damaged is told of, and has none."""
         folder = RunFolder(summary.path, summary.info)
-        return cls(summary=summary, results=folder.results(), tags=folder.tags())
+        try:
+            return cls(summary=summary, results=folder.results(), tags=folder.tags())
+        except DAMAGED as error:
+            warn(damage_of(summary.path, error))
+            return cls(summary=summary, results=[], tags=[])
 
     @cached_property
     def measured(self) -> dict[str, dict[str, Any]]:
@@ -124,6 +124,7 @@ def select(
     tags: Collection[str] = (),
     where: Sequence[str] = (),
     sort: str = CREATED,
+    warn: Callable[[str], object] = len,
 ) -> list[Entry]:
     """Return the runs of a store that all of these fit.
 
@@ -135,13 +136,17 @@ def select(
         where: comparisons, all of which.
         sort: name of a value, the best or else the smallest first, with `-` before it the other way round; runs without it
             come last. `created`: the newest first.
+        warn: called with a sentence for every run whose results or labels cannot be read; it is listed without them.
 
     Raises:
         UserError: no run, recipe, setting or metric has such a name; proposes the nearest.
     """
     comparisons = [Comparison.parse(typed) for typed in where]
     _check(statuses, known=get_args(Status), kind="status")
-    entries = [Entry.of(summary) for summary in list_runs(runs_root)]
+    summaries, problems = read_runs(runs_root)
+    for problem in problems:
+        warn(problem)
+    entries = [Entry.of(summary, warn=warn) for summary in summaries]
     _check(recipes, known={entry.summary.info.name for entry in entries}, kind="run of recipe")
     _check(tags, known={tag for entry in entries for tag in entry.tags}, kind="run with the tag")
     key = sort.removeprefix("-")

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from obowlab.errors import UserError
+from obowlab.files import is_others, shared_folder, user_name
 from obowlab.runs.folder import RunFolder, meaning_of, split_run_id
 
 TRASH = ".trash"
@@ -41,8 +42,12 @@ class Trashed:
     was_deleted: bool
 
     def is_intact(self) -> bool:
-        """Return whether there is still a run to open in it."""
-        return (self.path / "run.json").is_file()
+        """Return whether there is still a run of this user to open in it."""
+        try:
+            self.folder()
+        except UserError:
+            return False
+        return not is_others(self.path)
 
     def folder(self) -> RunFolder:
         """Open the run where it lies.
@@ -77,7 +82,10 @@ def trashed_runs(runs_root: Path) -> list[Trashed]:
     for entry in trash.iterdir():
         name = re.fullmatch(rf"([^.].*)-(\d{{8}}T\d{{6}})-\d{{6}}({DELETED})?", entry.name)
         if name is not None and entry.is_dir() and not entry.is_symlink():
-            since = time.mktime(time.strptime(name[2], "%Y%m%dT%H%M%S"))
+            try:
+                since = time.mktime(time.strptime(name[2], "%Y%m%dT%H%M%S"))
+            except (ValueError, OverflowError):  # no time: somebody else's name
+                continue
             found.append(Trashed(path=entry, run_id=name[1], since=since, was_deleted=name[3] is not None))
     return sorted(found, key=lambda one: (one.since, one.path.name), reverse=True)
 
@@ -105,6 +113,8 @@ def check_deletable(folder: RunFolder, *, ref: str, runs_root: Path) -> None:
         raise UserError(f"'{ref}' is only the beginning of a name: `obowlab runs delete {folder.run_id}` deletes that run.")
     if folder.path.is_symlink():
         raise UserError(f"{folder.path} is a link to another place: remove the link itself, or delete the run there.")
+    if is_others(folder.path):
+        raise UserError(f"Run '{folder.run_id}' belongs to {user_name(folder.owner)}: ask them to delete it.")
     if folder.path.resolve().parent != runs_root.resolve():
         raise UserError(f"{folder.path} does not lie in {runs_root}: name its store with --runs-root.")
     state = folder.current_state()
@@ -131,7 +141,7 @@ def put_aside(folder: RunFolder, *, deleted: bool = False) -> Path:
         stamp = f"{time.strftime('%Y%m%dT%H%M%S', time.localtime(now_us // 10**6))}-{now_us % 10**6:06d}"
         target = trash / f"{folder.run_id}-{stamp}{DELETED if deleted else ''}"
         try:
-            trash.mkdir(exist_ok=True)
+            shared_folder(trash)
             folder.path.rename(target)
         except OSError as error:
             raise UserError(f"Cannot put {folder.path} aside (into {trash}: {error.strerror}); it is left as it is.") from None

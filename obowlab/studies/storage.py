@@ -18,6 +18,7 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 
 from obowlab.errors import UserError
+from obowlab.files import share, shared_folder
 from obowlab.studies.schema import STUDIES
 from obowlab.text import is_shown_whole, shown_uri, without_secrets
 from obowlab.tracking.server import QUOTE_HINT
@@ -101,11 +102,15 @@ def open_storage(url: str, *, make: bool = True) -> BaseStorage:
     shown = shown_uri(url)
     try:
         if kind == "journal":
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            return JournalStorage(JournalFileBackend(path))
+            shared_folder(Path(path).parent)
+            storage = JournalStorage(JournalFileBackend(path))
+            share(Path(path))
+            return storage
         if kind == "sqlite":
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            return RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}}, skip_table_creation=not make)
+            opened = RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}}, skip_table_creation=not make)
+            share(Path(path))
+            return opened
         # A trial lasts hours: connections that a server or a router dropped meanwhile are replaced before use.
         arguments = {"connect_timeout": CONNECT_TIMEOUT_S}
         engine = {"pool_pre_ping": True, "connect_args": arguments}

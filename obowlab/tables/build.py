@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from obowlab.config import Recipe
 from obowlab.errors import UserError
 from obowlab.runs.folder import run_id_of
 from obowlab.runs.info import TRAINED
@@ -187,7 +188,7 @@ def _reference(row: PlannedRow, *, seed: int, record: Record | None) -> RunRef:
         elapsed_s=record.trained_s,
         values={
             measurement["name"]: measurement["value"]
-            for result in _by_settings(record.results, row=row)
+            for result in _by_settings(record.results, recipe=row.loaded.recipe)
             if result["subject"] == "student"
             for measurement in result["measurements"]
         },
@@ -204,9 +205,9 @@ def _cell(
     comparable: bool,
 ) -> Cell:
     paper, paper_base = row.row.paper.get(metric), base.row.paper.get(metric)
-    ours, problem = _measured(runs, row=row, metric=metric, subject="student")
-    random, _ = _measured(runs, row=row, metric=metric, subject="random")
-    reference, _ = _measured(base_runs, row=base, metric=metric, subject="student")
+    ours, problem = _measured(runs, recipe=row.loaded.recipe, metric=metric, subject="student")
+    random, _ = _measured(runs, recipe=row.loaded.recipe, metric=metric, subject="random")
+    reference, _ = _measured(base_runs, recipe=base.loaded.recipe, metric=metric, subject="student")
     mean = _mean(ours)
     against_base = None
     if not row.is_base and not problem:
@@ -227,13 +228,25 @@ def _cell(
     )
 
 
+def mean_over_seeds(records: Iterable[Record], *, recipe: Recipe, metric: str) -> Estimate | None:
+    """Return the mean of a metric over the trained seeds of one training; None for nothing, or if they were measured differently.
+
+    Args:
+        records: one per seed.
+        recipe: says how it should be measured; other results count where there are none.
+        metric: as in `runs.metrics`.
+    """
+    measured, problem = _measured({record.seed: record for record in records}, recipe=recipe, metric=metric, subject="student")
+    return None if problem else _mean(measured)
+
+
 def _measured(
-    runs: Mapping[int, Record | None], *, row: PlannedRow, metric: str, subject: str
+    runs: Mapping[int, Record | None], *, recipe: Recipe, metric: str, subject: str
 ) -> tuple[dict[int, _Measured], str]:
     """Return a measurement of every trained seed, see `_results`, and a sentence when they were not measured alike."""
     found: dict[int, _Measured] = {}
     for seed, record in runs.items():
-        if results := _results(record, row=row, metric=metric, subject=subject):
+        if results := _results(record, recipe=recipe, metric=metric, subject=subject):
             measurement = next(each for each in results[-1]["measurements"] if each["name"] == metric)
             found[seed] = _read(measurement, results[-1])
     if len({each.basis for each in found.values()}) > 1:
@@ -241,28 +254,29 @@ def _measured(
     return found, ""
 
 
-def _results(record: Record | None, *, row: PlannedRow, metric: str, subject: str) -> list[dict[str, Any]]:
-    """Return the results of a trained run that measure a metric on its own data set: those with the row's settings last."""
+def _results(record: Record | None, *, recipe: Recipe, metric: str, subject: str) -> list[dict[str, Any]]:
+    """Return the results of a trained run that measure a metric on its own data set: those with the recipe's settings last."""
     if record is None or record.status not in TRAINED:
         return []
     return [
         result
-        for result in _by_settings(record.results, row=row)
+        for result in _by_settings(record.results, recipe=recipe)
         if result["subject"] == subject
         and result.get("details", {}).get("dataset") == record.recipe["data"]["dataset"]
         and any(measurement["name"] == metric for measurement in result["measurements"])
     ]
 
 
-def _by_settings(results: Iterable[dict[str, Any]], *, row: PlannedRow) -> list[dict[str, Any]]:
-    """Return results, the oldest first, but those that were measured with the settings of a row last."""
-    return sorted(results, key=lambda result: is_alike(result, recipe=row.loaded.recipe))
+def _by_settings(results: Iterable[dict[str, Any]], *, recipe: Recipe) -> list[dict[str, Any]]:
+    """Return results, the oldest first, but those that were measured with the settings of a recipe last."""
+    return sorted(results, key=lambda result: is_alike(result, recipe=recipe))
 
 
 def _is_measured_otherwise(record: Record | None, *, row: PlannedRow, columns: Iterable[str]) -> bool:
     """Return whether what a table shows of a run was measured with other settings than those of its row."""
-    shown = [_results(record, row=row, metric=metric, subject="student")[-1:] for metric in columns]
-    return any(not is_alike(result, recipe=row.loaded.recipe) for results in shown for result in results)
+    recipe = row.loaded.recipe
+    shown = [_results(record, recipe=recipe, metric=metric, subject="student")[-1:] for metric in columns]
+    return any(not is_alike(result, recipe=recipe) for results in shown for result in results)
 
 
 def _read(measurement: Mapping[str, Any], result: Mapping[str, Any]) -> _Measured:

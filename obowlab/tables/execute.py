@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Literal
 
 from obowlab.config import Machine
-from obowlab.launch.processes import StopSignals, start
+from obowlab.files import read_file, shared_folder
+from obowlab.launch.processes import STOPPING_RUNS, StopSignals, start
 from obowlab.runs.folder import RunFolder, RunSummary
 from obowlab.runs.locks import is_locked
 from obowlab.runs.records import store_runs
@@ -66,7 +67,7 @@ class Execution:
     machine_file: Path | None = None
     again: set[str] = field(default_factory=set)
     labelled: list[RunFolder] = field(default_factory=list)
-    signals: StopSignals = field(default_factory=StopSignals)
+    signals: StopSignals = field(default_factory=lambda: StopSignals(notice=STOPPING_RUNS))
     _children: dict[str, _Child] = field(default_factory=dict)
     _announced: set[str] = field(default_factory=set)
     _with_labels: set[str] = field(default_factory=set)
@@ -137,7 +138,7 @@ class Execution:
         run_id = run.info.run_id if run is not None else job.run_id
         path = run.path if run is not None else self.machine.runs_root / run_id
         log = self.machine.runs_root / LOGS / f"{run_id}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
+        shared_folder(log.parent)
         environment = dict(os.environ)
         if self.machine_file is not None:
             environment["OBOWLAB_MACHINE"] = str(self.machine_file.absolute())
@@ -204,5 +205,5 @@ class Execution:
 
 
 def _last_line(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = read_file(log).decode(errors="replace").splitlines()
     return lines[-1].removeprefix("Error: ")[:300] if lines else ""

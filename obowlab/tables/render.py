@@ -48,9 +48,8 @@ def overview(table: Table) -> tuple[list[str], list[list[str]]]:
     Of a table without values of the paper, the difference to the base row stands where they would.
     """
     columns = ["row", "seeds"]
-    beside = ["paper", *(["Δ paper"] if table.comparable else [])] if table.has_paper else ["Δ base row"]
     for column in table.columns:
-        columns += [column.label, *beside]
+        columns += [column.label, *_beside(column.label, table=table)]
     rows = []
     for group, row in _grouped(table):
         if group is not None:
@@ -66,6 +65,21 @@ def overview(table: Table) -> tuple[list[str], list[list[str]]]:
                 cells.append(_signed(cell.against_paper))
         rows.append([*cells, verdict_text(row)])
     return [*columns, "direction"], rows
+
+
+def expendable(table: Table) -> list[str]:
+    """Return the headings of `overview` that a narrow terminal can do without, in this order."""
+    (primary,) = (column.label for column in table.columns if column.metric == table.primary)
+    others = [column.label for column in reversed(table.columns) if column.label != primary]
+    beside = [heading for label in others for heading in reversed(_beside(label, table=table))]
+    return ["seeds", *beside, "direction", *others, *(reversed(_beside(primary, table=table)) if table.has_paper else [])]
+
+
+def _beside(label: str, *, table: Table) -> list[str]:
+    """Return the headings of what stands beside our values of a metric."""
+    if not table.has_paper:
+        return [f"{label} Δ base row"]
+    return [f"{label} paper", *([f"{label} Δ paper"] if table.comparable else [])]
 
 
 def remarks(table: Table) -> list[str]:

@@ -86,7 +86,8 @@ def _write(path: Path, *, content: dict[str, Any]) -> None:
     Raises:
         OSError: the disk refused.
     """
-    with path.open("wb") as file:
+    path.unlink(missing_ok=True)  # of a start that was killed
+    with path.open("xb") as file:
         refusable = _Refusable(file)
         torch.save(content, cast(BinaryIO, refusable))
         if refusable.refusal is not None:

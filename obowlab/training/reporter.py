@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import time
@@ -13,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from obowlab import text
+from obowlab.files import open_file
 from obowlab.launch.compute_command import NO_PROGRESS_VARIABLE
 
 PLAIN_LINE_EVERY_S = 15.0
@@ -26,7 +28,7 @@ class Reporter:
 
     def __init__(self, log: Path | None) -> None:
         """Open the log; `None` makes a silent reporter."""
-        self._log = log.open("a", encoding="utf-8") if log is not None else None
+        self._log = io.TextIOWrapper(open_file(log, "ab"), encoding="utf-8") if log is not None else None
         self._console = Console(stderr=True, quiet=log is None, soft_wrap=True, highlight=False)
         self._bar: Progress | None = None
         self._last_line = 0.0

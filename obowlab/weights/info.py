@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from obowlab.config import Backbone, Section
 from obowlab.errors import UserError
+from obowlab.files import inflated_record
 from obowlab.views.views import MEAN, STD
 from obowlab.weights import WEIGHTS_SUFFIXES
 
@@ -176,11 +177,15 @@ def open_archive(path: Path) -> zipfile.ZipFile:
     """Open a file that begins as a zip archive, as torch's files do.
 
     Raises:
-        UserError: its end is missing.
+        UserError: its end is missing, or it would inflate to what no weights need.
     """
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path} is cut off: the end of a torch file or zip archive is missing; copy it again.")
-    return zipfile.ZipFile(path)
+    archive = zipfile.ZipFile(path)
+    inflated = inflated_record(archive)
+    if inflated is not None:
+        raise UserError(f"{path} is no weights file: {inflated}.")
+    return archive
 
 
 def is_torch_archive(archive: zipfile.ZipFile) -> bool:

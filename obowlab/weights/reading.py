@@ -186,6 +186,8 @@ def _checked(file: WeightsFile, *, origin: Path) -> WeightsFile:
             raise UserError(f"{origin} holds weights that are no floating-point numbers: {shown} is of type {kind}.")
         if tensor.layout != torch.strided or tensor.is_meta:
             raise UserError(f"{origin} holds weights that are not dense: {shown}.")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():  # strides of 0
+            raise UserError(f"{origin} holds fewer numbers than {shown} has: save the state dict with contiguous tensors.")
         if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
             wrong = int((~tensor.float().isfinite()).sum())
             raise UserError(
