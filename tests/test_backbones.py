@@ -3,7 +3,8 @@ import torch
 import torchvision
 
 from obowlab.config import Backbone
-from obowlab.methods.backbones import build_backbone, map_size
+from obowlab.config.compatibility import map_size
+from obowlab.methods.backbones import build_backbone
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])

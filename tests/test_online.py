@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from obowlab.config import Machine
+from obowlab.errors import UserError
+from obowlab.methods import Method
 from obowlab.runs.folder import RunFolder
 from obowlab.runs.metrics import lookup, mlflow_name
 from obowlab.training import online_evaluation as online
@@ -111,6 +114,46 @@ def test_a_run_that_is_stopped_around_a_point_has_it_once(
     folder, _ = train_here(tmp_path, data_root=data_root)
     assert [(p.step, p.values) for p in folder.metrics("online")] == [(p.step, p.values) for p in measured.metrics("online")]
     assert_same_training(folder, measured)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [UserError("lists.json is gone."), MemoryError(), OSError(5, "I/O error", "val.beton")],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_measurement_that_fails_costs_its_point_and_nothing_else(
+    tmp_path: Path,
+    data_root: Path,
+    measured: RunFolder,
+    error: Exception,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    real, calls, said = online.few_shot, [], []
+
+    def failing_once(run: RunContext, *, method: Method[Any]) -> dict[str, float]:
+        calls.append(run)
+        if len(calls) == 1:
+            raise error
+        return real(run, method=method)
+
+    monkeypatch.setattr(online, "few_shot", failing_once)
+    monkeypatch.setattr(Reporter, "say", lambda self, text: said.append(text))
+    folder, _ = train_here(tmp_path, data_root=data_root)
+    (warning,) = (line for line in said if line.startswith("Warning"))
+    assert warning.startswith("Warning: epoch 2 is not measured, and training continues. ")
+    assert_same_training(folder, measured)
+    assert [point.step for point in folder.metrics("online")] == [4 * STEPS]
+
+
+def test_a_mistake_of_ours_in_a_measurement_is_not_swallowed(
+    tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(run: RunContext, *, method: Method[Any]) -> dict[str, float]:
+        raise KeyError("no such thing")
+
+    monkeypatch.setattr(online, "few_shot", broken)
+    with pytest.raises(KeyError):
+        train_here(tmp_path, data_root=data_root)
 
 
 def test_a_run_may_be_measured_otherwise_from_its_middle_on(

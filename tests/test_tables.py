@@ -285,6 +285,9 @@ def test_the_same_records_give_the_same_bytes(table3: PlannedTable, tmp_path: Pa
     first = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     write_records(made, folder=tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == first
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())  # as some editors save
+    assert read_records(tmp_path) == after
 
 
 def test_damaged_records_are_one_sentence(tmp_path: Path) -> None:

@@ -6,8 +6,10 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from importlib.util import find_spec
 
 from obowlab.config import Data, Evaluation, Loaded, Machine, Recipe
+from obowlab.config.compatibility import check_settings
 from obowlab.data.datasets import num_training_images, open_split
 from obowlab.data.protocol_needs import left_out_lines, refuse_unmet, unmet_needs
 from obowlab.errors import AbsentError, UserError
@@ -89,7 +91,7 @@ def check_data(
 def data_checks(
     due: Sequence[Loaded], *, machine: Machine, dry_run: bool, say: Callable[[str], None], required: str | None = None
 ) -> Iterator[Callable[[], None]]:
-    """Yield the check of the run store, and `check_data` for several recipes, once for all that measure the same images alike.
+    """Yield the checks of the run store and of the recipes, then `check_data`, once for all that measure the same images alike.
 
     Each sentence is said once.
 
@@ -109,6 +111,7 @@ def data_checks(
 
     if due:
         yield partial(check_run_store, machine, dry_run=dry_run)
+    yield from (partial(check_recipe, loaded.recipe, machine=machine) for loaded in due)
     last = _needs(due[-1]) if due else None
     for position, loaded in enumerate(due):
         needs = _needs(loaded)
@@ -169,13 +172,22 @@ def _is_drawn(recipe: Recipe, *, machine: Machine) -> bool:
     return recipe.data.dataset != "synthetic" or (machine.data_root / "synthetic" / "train.json").is_file()
 
 
-def check_batch(recipe: Recipe, *, machine: Machine) -> None:
-    """Refuse a batch that is larger than the training set, as it is prepared or was published; an unknown one passes.
+def check_recipe(recipe: Recipe, *, machine: Machine) -> None:
+    """Refuse settings that no machine could train with; what depends on the number of images passes while that is unknown.
 
     Raises:
         UserError: names the setting to change.
     """
-    data, batch_size = recipe.data, recipe.training.batch_size
+    data = recipe.data
     images = num_training_images(data.dataset, data_root=machine.data_root, images_per_class=data.images_per_class)
-    if images is not None and images < batch_size:
-        raise UserError(f"training.batch_size ({batch_size}) is larger than the training set ({images} images): lower it.")
+    check_settings(recipe, num_images=images)
+
+
+def check_loader(machine: Machine) -> None:
+    """Refuse the ffcv loader where ffcv is not installed.
+
+    Raises:
+        AbsentError: says what to install or change.
+    """
+    if machine.loader == "ffcv" and find_spec("ffcv") is None:
+        raise AbsentError("--loader is ffcv, which is not installed: install obowlab[ffcv] or choose torch.")

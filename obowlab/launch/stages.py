@@ -10,7 +10,7 @@ from obowlab.config import Loaded, Machine
 from obowlab.errors import AbsentError, UserError
 from obowlab.launch.cost import Cost, quoted
 from obowlab.launch.gpu_leases import check_gpus
-from obowlab.launch.preflight import check_batch, check_compiler, check_nodes, data_checks, to_measure
+from obowlab.launch.preflight import check_compiler, check_loader, check_nodes, data_checks, to_measure
 from obowlab.runs.folder import RunFolder, refuse_others, run_id_of
 from obowlab.runs.lineage import stages_of
 
@@ -150,7 +150,7 @@ def _checks(
     if machine.launcher == "local":
         yield partial(check_nodes, machine)
         yield partial(check_compiler, machine)
+        yield partial(check_loader, machine)
         yield partial(check_gpus, machine.model_copy(update={"procs": machine.procs * at_a_time}))
     yield from (partial(loaded.recipe.check_procs, machine.procs) for loaded in due)
     yield from data_checks(due, machine=machine, dry_run=dry_run, say=say, required=required)
-    yield from (partial(check_batch, loaded.recipe, machine=machine) for loaded in due)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 
 import torch
@@ -89,9 +88,3 @@ def compile_encoders(method: nn.Module) -> None:
     for network in method.modules():
         if isinstance(network, ResNet):
             network.levels = torch.compile(network.levels, dynamic=False)  # type: ignore[method-assign]
-
-
-def map_size(cfg: Backbone, *, level: Level, image_size: int) -> int:
-    """Return the side of a level's feature map for square images: every halving rounds up."""
-    halvings = {"conv4": 2, "conv5": 3}[level] + (2 if cfg.stem == "imagenet" else 0)
-    return math.ceil(image_size / (1 << halvings))

@@ -10,8 +10,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from obowlab.config import Backbone, Level, Section, Views
-from obowlab.errors import UserError
+from obowlab.config import Backbone, Level, Section, Views, compatibility
 from obowlab.methods.backbones import ResNet
 from obowlab.methods.online_classifier import OnlineClassifier
 
@@ -194,6 +193,7 @@ class Method(nn.Module, ABC, Generic[SettingsT]):
         Raises:
             UserError: names the setting to change.
         """
+        compatibility.check_views(method, backbone=backbone, views=views)
 
     @classmethod
     def check_batch(cls, method: SettingsT, *, batch_size: int, world_size: int) -> None:
@@ -202,6 +202,7 @@ class Method(nn.Module, ABC, Generic[SettingsT]):
         Raises:
             UserError: names the setting to change.
         """
+        compatibility.check_batch(method, batch_size=batch_size, world_size=world_size)
 
     def prepare(self, preparation: Preparation) -> bool:
         """Do once what must be done before the first step, and return whether there was anything to do.
@@ -264,13 +265,3 @@ class Method(nn.Module, ABC, Generic[SettingsT]):
             metrics |= online
             loss = loss + online["monitor_loss"]
         return StepOutput(loss=loss, metrics={name: value.detach() for name, value in metrics.items()})
-
-
-def refuse_cutmix(name: str, *, views: Views) -> None:
-    """Refuse cutmix for a method that has no targets to mix.
-
-    Raises:
-        UserError: names the setting to change.
-    """
-    if views.cutmix_probability:
-        raise UserError(f"{name} has no targets that cutmix could mix: set views.cutmix_probability to 0.0.")

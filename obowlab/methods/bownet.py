@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from obowlab.config import Backbone, Bownet, Views
-from obowlab.errors import UserError
+from obowlab.config import Backbone, Bownet
+from obowlab.config.compatibility import refuse_few_features, refuse_small_map
 from obowlab.methods import bow
-from obowlab.methods.backbones import ResNet, build_backbone, map_size
+from obowlab.methods.backbones import ResNet, build_backbone
 from obowlab.methods.base import Batch, Comm, LevelWords, Method, Preparation, StepOutput, VisualWords
 from obowlab.methods.heads import FixedHead
 from obowlab.methods.kmeans import kmeans
@@ -42,15 +42,6 @@ class BoWNet(Method[Bownet]):
             self.head = FixedHead(num_words=method.num_words, num_features=features)
             self.register_buffer("words", torch.zeros(method.num_words, self.student.level_channels[method.level]))
             self.monitor = None if num_classes is None else OnlineClassifier(num_features=features, num_classes=num_classes)
-
-    @classmethod
-    def check_views(cls, method: Bownet, *, backbone: Backbone, views: Views) -> None:
-        """Refuse feature maps of which the border leaves nothing.
-
-        Raises:
-            UserError: names the size of the map and the settings to change.
-        """
-        _refuse_small_map(method, size=map_size(backbone, level=method.level, image_size=views.original_size))
 
     @property
     def encoder(self) -> ResNet:
@@ -86,11 +77,7 @@ class BoWNet(Method[Bownet]):
         self.teacher.load_state_dict(preparation.teacher.state_dict(), strict=True)
         self.teacher.eval()
         points_NC = self._local_features(preparation)
-        if len(points_NC) < self.method.num_words:
-            raise UserError(
-                f"The {preparation.num_images} training images have {len(points_NC)} local features in all, too few for "
-                f"{self.method.num_words} words: lower method.num_words or method.border, or train on more images."
-            )
+        refuse_few_features(self.method, num_features=len(points_NC), num_images=preparation.num_images)
         words_KC = self.comm.together(lambda: self._cluster(points_NC, preparation=preparation))
         # Every process did the same work on the same points; all take the first one's result, to the bit.
         shared = self.comm.all_gather(words_KC.to(self.words))
@@ -177,7 +164,7 @@ class BoWNet(Method[Bownet]):
     def _local(self, images: Tensor) -> Tensor:
         """Return the teacher's vectors at the locations of its border-cropped maps, [B, U, C]."""
         map_BCHW = self.teacher.levels(images, (self.method.level,))[0][self.method.level]
-        _refuse_small_map(self.method, size=min(map_BCHW.shape[-2:]))
+        refuse_small_map(self.method, level=self.method.level, size=min(map_BCHW.shape[-2:]))
         map_BCHW = bow.at_least_float32(bow.crop_border(map_BCHW, border=self.method.border))
         return map_BCHW.flatten(2).transpose(1, 2).contiguous()
 
@@ -194,11 +181,3 @@ def view_labels(batch: Batch) -> Tensor | None:
             own_BV = torch.where(lambda_BV < 0.5, bow.neighbours(batch.labels)[:, None], own_BV)
         labels_BV.append(own_BV)
     return torch.cat(labels_BV, dim=1).flatten()
-
-
-def _refuse_small_map(method: Bownet, *, size: int) -> None:
-    if size - 2 * method.border < 1:
-        raise UserError(
-            f"The {method.level} map of the original view is {size}x{size}, of which method.border = {method.border} leaves "
-            "nothing: lower method.border or raise views.original_size."
-        )

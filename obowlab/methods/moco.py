@@ -14,11 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from obowlab.config import Backbone, Moco, Views
-from obowlab.errors import UserError
+from obowlab.config import Backbone, Moco
 from obowlab.methods import bow
 from obowlab.methods.backbones import ResNet, build_backbone
-from obowlab.methods.base import Batch, Comm, Method, StepOutput, refuse_cutmix
+from obowlab.methods.base import Batch, Comm, Method, StepOutput
 from obowlab.methods.online_classifier import OnlineClassifier
 from obowlab.methods.split_batchnorm import split_batchnorm
 from obowlab.precision import full_precision
@@ -71,39 +70,6 @@ class MoCo(Method[Moco]):
             self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
             self.register_buffer("inserted_at", torch.zeros(method.queue_size, dtype=torch.int64))
             self.monitor = None if num_classes is None else OnlineClassifier(num_features=features, num_classes=num_classes)
-
-    @classmethod
-    def check_views(cls, method: Moco, *, backbone: Backbone, views: Views) -> None:
-        """Refuse mixed crops, and views of which none is left to be a query.
-
-        Raises:
-            UserError: cutmix is on, there is no crop to be the key, or nothing but the key.
-        """
-        refuse_cutmix("MoCo", views=views)
-        if views.num_crops == 0 or views.num_crops + views.num_patches < 2:
-            raise UserError(
-                f"MoCo needs one crop as the key and another view as the query, but views.num_crops is {views.num_crops} and "
-                f"views.num_patches {views.num_patches}: set views.num_crops to 2."
-            )
-
-    @classmethod
-    def check_batch(cls, method: Moco, *, batch_size: int, world_size: int) -> None:
-        """Refuse groups of batch-norm that are not equally large, lie across processes, or hold a single image.
-
-        Raises:
-            UserError: names the setting to change.
-        """
-        splits = method.batchnorm_splits
-        if batch_size % splits or batch_size < 2 * splits:
-            raise UserError(
-                f"method.batchnorm_splits ({splits}) must divide training.batch_size ({batch_size}) into groups of two images "
-                "or more: change either."
-            )
-        if splits % world_size:
-            raise UserError(
-                f"method.batchnorm_splits ({splits}) must be a multiple of the number of processes ({world_size}): change "
-                "--procs or --gpus, or the setting, which makes another run."
-            )
 
     @property
     def encoder(self) -> ResNet:

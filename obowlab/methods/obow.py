@@ -12,10 +12,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from obowlab.config import Backbone, Level, Obow, Views
-from obowlab.errors import UserError
+from obowlab.config import Backbone, Level, Obow
+from obowlab.config.compatibility import refuse_small_map
 from obowlab.methods import bow
-from obowlab.methods.backbones import ResNet, build_backbone, map_size
+from obowlab.methods.backbones import ResNet, build_backbone
 from obowlab.methods.base import Batch, Comm, LevelWords, Method, StepOutput, VisualWords
 from obowlab.methods.heads import DynamicHead, FixedHead
 from obowlab.methods.online_classifier import OnlineClassifier
@@ -60,16 +60,6 @@ class OBoW(Method[Obow]):
                 }
             )
             self.monitor = None if num_classes is None else OnlineClassifier(num_features=features, num_classes=num_classes)
-
-    @classmethod
-    def check_views(cls, method: Obow, *, backbone: Backbone, views: Views) -> None:
-        """Refuse feature maps that are too small for the vocabulary.
-
-        Raises:
-            UserError: the border leaves nothing, or less than the 3x3 that `local_average` averages.
-        """
-        for level in method.levels:
-            _refuse_small_map(method, level=level, size=map_size(backbone, level=level, image_size=views.original_size))
 
     @property
     def encoder(self) -> ResNet:
@@ -150,7 +140,7 @@ class OBoW(Method[Obow]):
         """
         maps, pooled = self.teacher.levels(original, self.method.levels)
         for level in self.method.levels:
-            _refuse_small_map(self.method, level=level, size=min(maps[level].shape[-2:]))
+            refuse_small_map(self.method, level=level, size=min(maps[level].shape[-2:]))
         return maps, pooled
 
     def _levels(self) -> Iterator[tuple[Level, Vocabulary, DynamicHead | FixedHead]]:
@@ -169,13 +159,3 @@ def mean_over_levels(values: Mapping[Level, Mapping[str, Tensor]]) -> dict[str, 
     """Return the mean over levels of every kind's value, 0-dim."""
     kinds = next(iter(values.values()))
     return {kind: torch.stack([of_level[kind] for of_level in values.values()]).mean() for kind in kinds}
-
-
-def _refuse_small_map(method: Obow, *, level: Level, size: int) -> None:
-    needed = 3 if method.vocabulary == "queue" and method.queue_vector == "local_average" else 1
-    left = max(0, size - 2 * method.border)
-    if left < needed:
-        raise UserError(
-            f"The {level} map of the original view is {size}x{size}, method.border = {method.border} leaves {left}x{left}, the "
-            f"vocabulary needs {needed}x{needed}: lower method.border or raise views.original_size."
-        )

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from obowlab.config import Backbone, Rotnet, Views
+from obowlab.config import Backbone, Rotnet
 from obowlab.methods import bow
 from obowlab.methods.backbones import ResNet, build_backbone
-from obowlab.methods.base import Batch, Comm, Method, StepOutput, refuse_cutmix
+from obowlab.methods.base import Batch, Comm, Method, StepOutput
 from obowlab.methods.online_classifier import OnlineClassifier
 
 NUM_ROTATIONS = 4
@@ -37,15 +37,6 @@ class RotNet(Method[Rotnet]):
             features = self.student.num_features
             self.head = nn.Linear(features, NUM_ROTATIONS)
             self.monitor = None if num_classes is None else OnlineClassifier(num_features=features, num_classes=num_classes)
-
-    @classmethod
-    def check_views(cls, method: Rotnet, *, backbone: Backbone, views: Views) -> None:
-        """Refuse mixed crops.
-
-        Raises:
-            UserError: cutmix is on.
-        """
-        refuse_cutmix("RotNet", views=views)
 
     @property
     def encoder(self) -> ResNet:

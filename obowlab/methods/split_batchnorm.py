@@ -40,7 +40,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         """Normalise each group over N, H, W when training, by the running statistics otherwise."""
         if not self.training:
             return super().forward(input)
-        assert len(input) % self.num_groups == 0, "MoCo.check_batch refuses it"
+        assert len(input) % self.num_groups == 0, "config.compatibility.check_batch refuses it"
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 
 from obowlab.errors import UserError
-from obowlab.launch.preflight import check_data
+from obowlab.launch.preflight import data_checks
 from obowlab.launch.slurm import JobRequest, Resources, check_slurm, states, submitted_jobs
 from obowlab.launch.submit import Submitter
 from obowlab.studies.spec import Tuning
@@ -33,7 +33,8 @@ def submit_workers(words: Sequence[str], *, tuning: Tuning, url: str, count: int
     check_slurm()
     if url.startswith("sqlite"):
         raise UserError("SQLite is no storage for several nodes: use postgresql:// or, on a file system with locks, journal://.")
-    check_data(tuning.base, machine=machine, dry_run=False, say=submitter.say, required=tuning.protocol)
+    for check in data_checks(tuning.base.stages(), machine=machine, dry_run=False, say=submitter.say, required=tuning.protocol):
+        check()
     what = f"tune {tuning.name}"
     mine = [job for job in submitted_jobs(machine.runs_root) if job.request.what == what]
     alive = states(mine)

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from obowlab.errors import UserError, memory_sentence
 from obowlab.evaluation import evaluate
 from obowlab.methods import Method
 from obowlab.training.context import RunContext
@@ -31,7 +32,8 @@ def measure(run: RunContext, *, method: Method[Any], step: int, epoch: int) -> f
     """Measure the student, append the result to `online.jsonl` and return the seconds it took; on rank 0 alone.
 
     A step that is in the file already is not measured again: a resumed run has the same weights there. Nor is one of images that
-    cannot carry the protocol. A signal ends the measurement at once, so write a checkpoint of this step first.
+    cannot carry the protocol. A signal ends the measurement at once, so write a checkpoint of this step first. Where it
+    fails otherwise, the point is missing and a line says why: training does not need it.
 
     Args:
         run: its recipe has the number of shots and episodes.
@@ -41,14 +43,20 @@ def measure(run: RunContext, *, method: Method[Any], step: int, epoch: int) -> f
 
     Raises:
         Interrupted: a signal came.
-        UserError: the validation images or the class list cannot be used.
     """
     started = time.monotonic()
     with run.folder.metric_log(ONLINE) as log:
         if step > log.last_step and "fewshot" not in run.left_out:
-            values = few_shot(run, method=method)
-            log.append(step, {"epoch": epoch, **values})
-            run.reporter.say(f"Epoch {epoch}: " + ", ".join(f"{name} {value:.2f} %" for name, value in values.items()))
+            try:
+                values = few_shot(run, method=method)
+            except Exception as error:
+                reason = memory_sentence(error) or (str(error) if isinstance(error, UserError | OSError) else None)
+                if reason is None:
+                    raise
+                run.reporter.say(f"Warning: epoch {epoch} is not measured, and training continues. {reason}")
+            else:
+                log.append(step, {"epoch": epoch, **values})
+                run.reporter.say(f"Epoch {epoch}: " + ", ".join(f"{name} {value:.2f} %" for name, value in values.items()))
     return time.monotonic() - started
 
 

@@ -1,0 +1,115 @@
+"""Whether sections of a recipe fit each other; no torch.
+
+Asked before anything begins, in a dry run too (`launch.preflight`), and again where a method is built.
+"""
+
+from __future__ import annotations
+
+import math
+
+from obowlab.config.base import Level, Section
+from obowlab.config.methods import Bownet, Moco, Obow, Rotnet
+from obowlab.config.recipe import Backbone, Recipe, Views
+from obowlab.errors import UserError
+
+
+def check_settings(recipe: Recipe, *, num_images: int | None) -> None:
+    """Refuse a recipe that could not be trained on any machine; how many processes there are is `Recipe.check_procs`.
+
+    Args:
+        recipe: of one stage.
+        num_images: trained on; None when unknown.
+
+    Raises:
+        UserError: names the setting to change.
+    """
+    method, batch_size = recipe.method, recipe.training.batch_size
+    check_views(method, backbone=recipe.backbone, views=recipe.views)
+    check_batch(method, batch_size=batch_size, world_size=1)
+    if num_images is None:
+        return
+    if num_images < batch_size:
+        raise UserError(f"training.batch_size ({batch_size}) is larger than the training set ({num_images} images): lower it.")
+    if isinstance(method, Bownet):
+        side = map_size(recipe.backbone, level=method.level, image_size=recipe.views.original_size) - 2 * method.border
+        refuse_few_features(method, num_features=num_images * side**2, num_images=num_images)
+
+
+def check_views(method: Section, *, backbone: Backbone, views: Views) -> None:
+    """Refuse views that a method cannot work on; settings of a method that is not obowlab's own pass.
+
+    Raises:
+        UserError: a map is too small for the vocabulary; cutmix is on without targets to mix; there is no pair of views.
+    """
+    if isinstance(method, Obow | Bownet):
+        for level in method.levels if isinstance(method, Obow) else (method.level,):
+            refuse_small_map(method, level=level, size=map_size(backbone, level=level, image_size=views.original_size))
+    elif isinstance(method, Rotnet):
+        _refuse_cutmix("RotNet", views=views)
+    elif isinstance(method, Moco):
+        _refuse_cutmix("MoCo", views=views)
+        if views.num_crops == 0 or views.num_crops + views.num_patches < 2:
+            raise UserError(
+                f"MoCo needs one crop as the key and another view as the query, but views.num_crops is {views.num_crops} and "
+                f"views.num_patches {views.num_patches}: set views.num_crops to 2."
+            )
+
+
+def check_batch(method: Section, *, batch_size: int, world_size: int) -> None:
+    """Refuse groups of batch-norm that are not equally large, lie across processes, or hold a single image.
+
+    Raises:
+        UserError: names the setting to change.
+    """
+    if not isinstance(method, Moco):
+        return
+    splits = method.batchnorm_splits
+    if batch_size % splits or batch_size < 2 * splits:
+        raise UserError(
+            f"method.batchnorm_splits ({splits}) must divide training.batch_size ({batch_size}) into groups of two images "
+            "or more: change either."
+        )
+    if splits % world_size:
+        raise UserError(
+            f"method.batchnorm_splits ({splits}) must be a multiple of the number of processes ({world_size}): change "
+            "--procs or --gpus, or the setting, which makes another run."
+        )
+
+
+def map_size(backbone: Backbone, *, level: Level, image_size: int) -> int:
+    """Return the side of a level's feature map for square images: every halving rounds up."""
+    halvings = {"conv4": 2, "conv5": 3}[level] + (2 if backbone.stem == "imagenet" else 0)
+    return math.ceil(image_size / (1 << halvings))
+
+
+def refuse_small_map(method: Obow | Bownet, *, level: Level, size: int) -> None:
+    """Refuse a square map [size, size] of which the border leaves less than the vocabulary is made of.
+
+    Raises:
+        UserError: names the settings to change.
+    """
+    averages = isinstance(method, Obow) and method.vocabulary == "queue" and method.queue_vector == "local_average"
+    needed, left = 3 if averages else 1, max(0, size - 2 * method.border)
+    if left < needed:
+        raise UserError(
+            f"The {level} map of the original view is {size}x{size}, method.border = {method.border} leaves {left}x{left}, the "
+            f"vocabulary needs {needed}x{needed}: lower method.border or raise views.original_size."
+        )
+
+
+def refuse_few_features(method: Bownet, *, num_features: int, num_images: int) -> None:
+    """Refuse images that have fewer local features than there are to be words.
+
+    Raises:
+        UserError: names the settings to change.
+    """
+    if num_features < method.num_words:
+        raise UserError(
+            f"The {num_images} training images have {num_features} local features in all, too few for "
+            f"{method.num_words} words: lower method.num_words or method.border, or train on more images."
+        )
+
+
+def _refuse_cutmix(name: str, *, views: Views) -> None:
+    if views.cutmix_probability:
+        raise UserError(f"{name} has no targets that cutmix could mix: set views.cutmix_probability to 0.0.")
