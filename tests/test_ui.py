@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import requests
 
+from obowlab.cli import ui
 from obowlab.tracking.guard import TOKEN_VARIABLE, Answer, Guard, is_foreign, new_token
 from tests.processes import wait_until
 from tests.services import free_ports
@@ -65,7 +66,7 @@ def test_scripts_and_the_cookie_of_the_printed_address_pass() -> None:
     assert answer is not None
     assert (answer.status, dict(answer.headers)["Location"]) == (303, "/dashboard?a=1&b=%26")
     cookie = dict(answer.headers)["Set-Cookie"]
-    assert cookie == "obowlab-5000=s3cret-token; Path=/; HttpOnly; SameSite=Strict"
+    assert cookie == "obowlab-5000=s3cret-token; Path=/; HttpOnly; SameSite=Lax"
     elsewhere = verdict(path="//example.org/", query="token=s3cret-token")
     assert elsewhere is not None
     assert dict(elsewhere.headers)["Location"] == "/example.org/"
@@ -114,7 +115,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str,
     try:
         assert server.stdout is not None
         address, token = server.stdout.readline().split(": ", 1)[1].strip().split("?token=")
-        yield address.rstrip("/"), token, root
+        yield address.rstrip("/"), token.partition("#")[0], root
     finally:
         server.terminate()
         server.wait(20)
@@ -163,7 +164,7 @@ def test_mlflows_own_client_logs_in_with_the_token(served: tuple[str, str, Path]
     with pytest.raises(mlflow.exceptions.MlflowException, match="401"):
         client.search_experiments()
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", served[1])
-    assert [experiment.name for experiment in client.search_experiments()] == ["Default"]
+    assert "Default" in [experiment.name for experiment in client.search_experiments()]
 
 
 class _Attack(BaseHTTPRequestHandler):
@@ -205,6 +206,19 @@ def test_a_page_of_another_port_deletes_nothing(served: tuple[str, str, Path], a
     browser.get(attacker)
     wait_until(lambda: browser.title == "sent")
     assert stage(served, run_id) == "active"
+
+
+def test_a_browser_is_started_without_the_token_on_its_command_line(
+    served: tuple[str, str, Path], browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("webbrowser.open", lambda address: asked.append(address) or True)
+    assert ui._open(f"{served[0]}/?token={served[1]}#/experiments/0", private=tmp_path)
+    assert served[1] not in asked[0]
+    browser.delete_all_cookies()
+    browser.get(asked[0])
+    wait_until(lambda: "Default" in browser.execute_script("return document.body.innerText"))
+    assert browser.current_url.startswith(f"{served[0]}/#/experiments/0")
 
 
 def test_a_server_without_a_token_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -137,14 +138,22 @@ def _serve(
         click.echo(f"{what}: {address}")
         click.echo(f"From another machine: ssh -L {port}:{HOST}:{port} {os.environ.get('USER', 'USER')}@{socket.gethostname()}")
         click.echo("Its token is the login of this start; scripts set MLFLOW_TRACKING_TOKEN to it. Ctrl-C ends it.")
-        if opened:
-            import webbrowser
-
-            if not webbrowser.open(address):
+        with TemporaryDirectory(prefix="obowlab-ui-") as private:
+            if opened and not _open(address, private=Path(private)):
                 click.echo("Warning: there is no browser to show it; open the address yourself.", err=True)
-        code = server.wait()
+            code = server.wait()
     click.echo(f"The {name} ended with exit code {code}.", err=True)
     return 1
+
+
+def _open(address: str, *, private: Path) -> bool:
+    """Open an address in a browser by a page that leads there: a browser's command line is seen by everybody on the machine."""
+    import html
+    import webbrowser
+
+    page = private / "index.html"
+    page.write_text(f'<!doctype html><meta http-equiv="refresh" content="0; url={html.escape(address)}">', encoding="utf-8")
+    return webbrowser.open(page.as_uri())
 
 
 def _refuse_taken(port: int) -> None:

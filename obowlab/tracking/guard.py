@@ -90,7 +90,7 @@ class Guard:
         if method == "GET" and given is not None and self._fits(given):
             rest = urlencode([pair for pair in pairs if pair[0] != PARAMETER])
             there = "/" + path.lstrip("/") + ("?" + rest if rest else "")  # two slashes would be another host
-            cookie = f"{self.name}={self.token}; Path=/; HttpOnly; SameSite=Strict"
+            cookie = f"{self.name}={self.token}; Path=/; HttpOnly; SameSite=Lax"
             return Answer(303, "", (("Location", there), ("Set-Cookie", cookie)))
         return None if any(map(self._fits, self._shown(headers))) else UNKNOWN
 
