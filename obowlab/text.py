@@ -8,7 +8,9 @@ import re
 import unicodedata
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
+from urllib.parse import quote, quote_plus, unquote, unquote_plus
 
 ABSENT = "–"
 """What stands where there is no value."""
@@ -138,3 +140,59 @@ _NUMBER = re.compile(
     r"[-+−]?\d[\d.,:]*(?:[eE][-+−]?\d+)?(?: \d{3}\b)*(?: ± [\d.]+)?(?: (?:%|[kMGT]?B|min|ms|s|h|days)(?!\w))?|[0-9a-f]{8,}"
 )
 """A number with what belongs to it, or a hash."""
+
+
+_LOCAL = ("sqlite", "journal", "file")
+_ONE_HOST = r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]*)(?::\d*)?"
+_HOST = re.compile(rf"{_ONE_HOST}(?:,{_ONE_HOST})*")
+_PLACE = re.compile(r"[\w.~/%+-]*")
+_UNKNOWN = "***"
+_HARMLESS = ("sslmode", "connect_timeout", "application_name", "timeout", "mode", "uri", "charset")
+
+
+def shown_uri(uri: str) -> str:
+    """Return the scheme, host and database or path of an address: no user, no password, no parameter.
+
+    Whatever cannot be told from a password for certain is `***`, as in `postgresql://***`.
+    """
+    scheme, mark, rest = uri.partition("://")
+    if not mark or not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*", scheme):
+        return _UNKNOWN if re.search(r"[@=?]|://", uri) else uri
+    place, *parameters = re.split(r"[?#]", rest, maxsplit=1)
+    if scheme.partition("+")[0] in _LOCAL and place.startswith("/"):
+        return f"{scheme}://{place}"
+    host, slash, path = place.rpartition("@")[2].partition("/")
+    if "@" in "".join(parameters) or not _HOST.fullmatch(host) or not _PLACE.fullmatch(path):
+        return f"{scheme}://{_UNKNOWN}"
+    return f"{scheme}://{host}{slash}{path}"
+
+
+def is_shown_whole(uri: str) -> bool:
+    """Return whether `shown_uri` knows where host and database of an address are."""
+    return not shown_uri(uri).endswith(_UNKNOWN)
+
+
+def without_secrets(message: str, *, uri: str) -> str:
+    """Return a message with `shown_uri` in place of the address, and `***` in place of what its login and parameters hold.
+
+    Args:
+        message: of a driver or a server, which may repeat any part of the address, quoted or not.
+        uri: the address.
+    """
+    shown = shown_uri(uri)
+    rest = uri.partition("://")[2]
+    login = "" if rest.startswith("/") else rest.rpartition("@")[0]  # without a host it is a path, whatever is in its name
+    secrets = {login, login.partition(":")[2]}
+    for found in re.finditer(r"(\w*)=", rest):
+        if found[1] not in _HARMLESS:  # a value that should have been quoted may end at none of these
+            behind = rest[found.end() :]
+            secrets |= {behind, re.split(r"&\w+=", behind)[0], re.split(r"[?&;#]", behind)[0]}
+    plain = {read(secret) for secret in secrets for read in (str, unquote, unquote_plus)}
+    written = (str, quote, partial(quote, safe=""), quote_plus, lambda secret: repr(secret)[1:-1])
+    whole = {write(secret) for secret in plain for write in written}
+    pieces = {piece for secret in whole for piece in re.split(r"[^\w.~+$!-]+", secret)}
+    hidden = sorted((each for each in whole | pieces if len(each) >= 3), key=len, reverse=True)
+    parts = message.replace(uri, shown).split(shown)
+    for secret in hidden:
+        parts = [part.replace(secret, _UNKNOWN) for part in parts]
+    return shown.join(re.sub(r"://[^\s'\"]*@", "://", part) for part in parts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import socket
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from obowlab.text import shown_uri
 
 PACKAGES = (
     "obowlab",
@@ -124,10 +127,14 @@ def environment() -> dict[str, Any]:
         "cpus": num_cores(),
         "cpu_model": _cpu_model(),
         "memory_mib": psutil.virtual_memory().total // 2**20,
-        "argv": list(sys.argv),
+        "argv": [re.sub(r"[A-Za-z][A-Za-z0-9+.-]*://.*", _shown, word, flags=re.DOTALL) for word in sys.argv],
         "pid": os.getpid(),
         "threads": os.environ.get("OMP_NUM_THREADS"),
     }
+
+
+def _shown(found: re.Match[str]) -> str:
+    return shown_uri(found[0])
 
 
 def num_cores() -> int:

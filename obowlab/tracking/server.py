@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 from obowlab.errors import UserError
 from obowlab.files import locked, share, shared_folder
 from obowlab.runs.metrics import mlflow_name
+from obowlab.text import is_shown_whole, without_secrets
+from obowlab.text import shown_uri as shown_uri
 from obowlab.tracking.local_store import (
     ARTIFACTS,
     DAMAGES,
@@ -52,6 +54,7 @@ _COLUMNS = {
 REQUEST_TIMEOUT_S = 8.0
 _SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql")
 logger = logging.getLogger(__name__)
+QUOTE_HINT = "write @ / : ? # and spaces in a user's name, password or parameter as %40 %2F %3A %3F %23 %20"
 LOGIN_HINT = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or ~/.mlflow/credentials"
 
 
@@ -73,12 +76,9 @@ def store_uri(tracking_uri: str | None, *, runs_root: Path) -> str:
             f"MLflow cannot write to '{shown_uri(tracking_uri)}' (MLFLOW_TRACKING_URI or tracking_uri): "
             "name a server, http://HOST:PORT, or a database, sqlite:////FOLDER/mlflow.db."
         )
+    if not is_shown_whole(tracking_uri):
+        raise UserError(f"{shown_uri(tracking_uri)} (MLFLOW_TRACKING_URI or tracking_uri): {QUOTE_HINT}.")
     return tracking_uri
-
-
-def shown_uri(text: str) -> str:
-    """Return a text without the user names and passwords of the URIs in it."""
-    return re.sub(r"://[^/@\s]+@", "://", text)
 
 
 def complaint(error: Exception, *, uri: str) -> str:
@@ -91,15 +91,15 @@ def complaint(error: Exception, *, uri: str) -> str:
     answer = getattr(getattr(error, "response", None), "status_code", None)  # of a file; other requests have MLflow's own codes
     code = getattr(error, "error_code", None)
     if answer == 401 or code == "UNAUTHENTICATED":
-        return shown_uri(f"{uri} does not take the login ({LOGIN_HINT})")
+        return f"{shown_uri(uri)} does not take the login ({LOGIN_HINT})"
     if answer == 403 or code == "PERMISSION_DENIED":
-        return shown_uri(f"{uri} does not let this account write there; ask for the role of a writer")
-    path, reason = database_path(uri), " ".join(str(error).partition("[SQL:")[0].split())
+        return f"{shown_uri(uri)} does not let this account write there; ask for the role of a writer"
+    path, reason = database_path(uri), " ".join(without_secrets(str(error), uri=uri).partition("[SQL:")[0].split())
     if path is not None and any(word in reason for word in DAMAGES):
         return damage_sentence(path).removesuffix(".")
     if "out-of-date database schema" in reason:
         return upgrade_sentence(shown_uri(uri)).removesuffix(".")
-    return shown_uri(f"{uri}: {reason or type(error).__name__}")
+    return f"{shown_uri(uri)}: {reason or type(error).__name__}"
 
 
 def login(uri: str) -> tuple[str, str] | None:
