@@ -309,6 +309,28 @@ def test_a_fresh_run_is_another_mlflow_run_and_marks_the_old(root: Path) -> None
     assert client.get_run(old).data.tags["obowlab.superseded_by"] == new
 
 
+def test_a_store_that_is_away_for_a_moment_loses_and_doubles_nothing(root: Path, tmp_path: Path) -> None:
+    folder = create(root)
+    train(folder, 1, 2)
+    elsewhere = f"sqlite:///{tmp_path}/tracking/mlflow.db"
+    (tmp_path / "tracking").mkdir()
+    (tmp_path / "tracking" / "mlflow.db").write_bytes((root / "mlflow.db").read_bytes())
+    mirrors = Mirror(folder), Mirror(folder, tracking_uri=elsewhere)
+    for mirror in mirrors:
+        assert mirror.sync(timeout_s=60).error is None
+    train(folder, 3, 4)
+    for place in (root, tmp_path / "tracking"):
+        place.rename(tmp_path / "away")
+        for mirror in mirrors:
+            mirror.sync(timeout_s=60)  # says what it can, and leaves the place free
+        (tmp_path / "away").rename(place)
+        train(folder, *((5, 6) if place == root else (7, 8)))
+    for mirror in mirrors:
+        report = mirror.sync(timeout_s=60)
+        assert (report.error, report.pending) == (None, 0)
+        assert_mirrored(folder, mirror.uri)
+
+
 def test_a_run_deleted_in_mlflow_is_not_brought_back_silently(root: Path) -> None:
     folder = create(root)
     mirror = Mirror(folder)

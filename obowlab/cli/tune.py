@@ -22,7 +22,7 @@ from obowlab.cli.options import (
     submitter_of,
     would,
 )
-from obowlab.cli.output import print_json, print_obstacles, print_table
+from obowlab.cli.output import print_json, print_lines, print_obstacles, print_table
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
@@ -241,8 +241,9 @@ def print_study(report: StudyReport, *, problem: str | None = None) -> None:
 
     columns, rows = trials_overview(report)
     numbers = [column for column in columns if column not in ("status", "remark", "runs")]
-    print_table(columns, rows, right=numbers, title=f"Study {report.name}: {report.title}")
-    click.echo("\n".join(findings(report)))
+    title = f"Study {report.name}: {report.title}"
+    print_table(columns, rows, right=numbers, title=title, names=("runs",), prose=("remark",), hide=("time", "runs"))
+    print_lines(findings(report))
     _warn([*report.problems, problem])
 
 

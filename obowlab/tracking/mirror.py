@@ -161,6 +161,9 @@ class Mirror:
 
     def _send_all(self, end: float) -> None:
         outbox, sent = self.outbox, self.outbox.load()
+        store = database_path(self.uri)
+        if sent.run_id is not None and store is not None and not store.parent.is_dir():
+            raise UserError(f"The folder of the MLflow store {store} is away; what is pending follows when it is there again.")
         if outbox.is_deleted:
             self._delete_run(sent)
             return
