@@ -1,5 +1,5 @@
 # Two images: `server` for what docker-compose.yml runs around MLflow, `worker` for obowlab itself.
-# `make images` builds both and tells the worker which commit it is made of. Python packages are those of locks/, checked by hash.
+# `make images` builds both and tells the worker which commit it is made of. Python packages are those of .ci/locks/, checked by hash.
 
 # ------------------------------------------------------------------------------------------------------------------ server
 FROM python:3.12.13-slim-trixie AS server
@@ -8,7 +8,7 @@ RUN apt-get update \
     && apt-get install -y --no-install-recommends postgresql-client-17 \
     && rm -rf /var/lib/apt/lists/*
 
-COPY locks /locks
+COPY .ci/locks /locks
 RUN pip install --no-cache-dir --no-compile --no-deps --require-hashes -r /locks/server.txt
 
 # A volume that is mounted here takes over the owner. The root file system is read-only when it runs: a home is /tmp.
@@ -29,10 +29,10 @@ RUN python3 -m venv /opt/obowlab
 ENV PATH=/opt/obowlab/bin:$PATH
 
 WORKDIR /source
-COPY locks locks
-RUN pip install --no-cache-dir --no-deps --require-hashes -r locks/torch.txt \
-    && pip install --no-cache-dir --no-deps --require-hashes -r locks/build.txt -r locks/demo.txt -r locks/train.txt \
-    && pip install --no-cache-dir --no-deps --require-hashes --no-build-isolation -r locks/ffcv.txt
+COPY .ci/locks .ci/locks
+RUN pip install --no-cache-dir --no-deps --require-hashes -r .ci/locks/torch.txt \
+    && pip install --no-cache-dir --no-deps --require-hashes -r .ci/locks/build.txt -r .ci/locks/demo.txt -r .ci/locks/train.txt \
+    && pip install --no-cache-dir --no-deps --require-hashes --no-build-isolation -r .ci/locks/ffcv.txt
 COPY pyproject.toml README.md LICENSE ./
 COPY obowlab obowlab
 COPY experiments experiments

@@ -8,7 +8,7 @@ help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 # Each part contains the ones before it: demo, train, test, dev. Only what is missing is installed.
-.venv/.installed-%: pyproject.toml constraints.txt $(wildcard locks/*.txt) .ci/install.sh
+.venv/.installed-%: pyproject.toml constraints.txt $(wildcard .ci/locks/*.txt) .ci/install.sh
 	@.ci/install.sh $*
 
 install: .venv/.installed-train ## Install what training needs into .venv (ffcv and its Debian packages included)
@@ -40,7 +40,7 @@ lint: .venv/.installed-dev ## Check style, types and the direction of imports
 format: .venv/.installed-dev ## Format the code
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
 
-lock: .venv/.installed-dev ## Write locks/ again: every package, with hashes (UPGRADE=1: the newest that constraints.txt allows)
+lock: .venv/.installed-dev ## Write .ci/locks/ again: every package, with hashes (UPGRADE=1: the newest that constraints.txt allows)
 	@UPGRADE='$(UPGRADE)' .ci/lock.sh
 
 licences: .venv/.installed-dev ## List the licence of every package that is installed in .venv (ARGS=--format=markdown)

@@ -10,7 +10,7 @@
 #                        https://download.pytorch.org/whl/cu126; on a machine without an NVIDIA GPU, PyTorch's index of CPU wheels is
 #                        tried by itself; set to nothing, only the default index is asked
 #   OBOWLAB_LOCK=0       takes versions that pyproject.toml allows, with those of constraints.txt for the direct requirements, instead of
-#                        the files of locks/, which name every package with the hashes of its files on PyPI; for an index of other files
+#                        the files of .ci/locks/, which name every package with the hashes of its files on PyPI; for an index of other files
 #   OBOWLAB_FFCV=0       leaves ffcv and its Debian packages out
 #   OBOWLAB_BROWSER=0    leaves the browser out
 set -eu
@@ -35,7 +35,7 @@ version() { sed -n "s/^$1==//p" constraints.txt; }
 installed() { # PART: it is there, and nothing has changed what it consists of
     local stamp=.venv/.installed-$1 source
     [ -e "$stamp" ] || return 1
-    for source in pyproject.toml constraints.txt locks/*.txt .ci/install.sh; do [ ! "$source" -nt "$stamp" ] || return 1; done
+    for source in pyproject.toml constraints.txt .ci/locks/*.txt .ci/install.sh; do [ ! "$source" -nt "$stamp" ] || return 1; done
 }
 
 as_root=""
@@ -59,7 +59,7 @@ if [ "${OBOWLAB_LOCK:-1}" != 0 ] && tested_python; then locked=yes; else locked=
 locked() { # PART...: installs these parts of the lock, nothing beside them; false if they do not fit this machine
     [ -n "$locked" ] || return 1
     local part files=() errors=.venv/.lock-errors
-    for part in "$@"; do files+=(-r "locks/$part.txt"); done
+    for part in "$@"; do files+=(-r ".ci/locks/$part.txt"); done
     if pip install --no-deps --no-build-isolation --require-hashes "${files[@]}" >"$errors"; then
         rm "$errors"
         return 0
@@ -141,7 +141,7 @@ for each in $todo; do
     esac
 done
 
-say "Python packages ($([ -n "$locked" ] && echo "the tested ones, locks/" || echo "as pyproject.toml and constraints.txt say; not the lock"))"
+say "Python packages ($([ -n "$locked" ] && echo "the tested ones, .ci/locks/" || echo "as pyproject.toml and constraints.txt say; not the lock"))"
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 have_torch || install_torch
 case $part in

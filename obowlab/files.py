@@ -5,23 +5,30 @@ A line file survives `kill -9` of its writer up to the last complete line; a rep
 JSON objects end in a checksum: the last entry, `crc`, is the CRC-32 of every byte before it. A torn file is no JSON any more,
 but a bit that flips inside a number still is; the checksum tells both from what was written. It protects against accidents of
 disks and editors, not against deliberate changes. JSON without one, which earlier versions wrote, is accepted.
+
+A run store may be shared, so whatever lies in it may have been put there by somebody else: a link to a file of ours, a pipe that
+never ends, JSON that does not fit into memory. `open_file` and `read_file` open regular files only, and follow no link.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
+import pwd
 import re
 import secrets
 import shutil
 import stat
+import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from io import FileIO
+from contextlib import contextmanager, suppress
+from functools import partial
+from io import BufferedReader, FileIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from pydantic_core import from_json
 
@@ -34,6 +41,225 @@ KEY = "crc"
 _CHECKSUM = re.compile(rb',\s*"crc":\s*"([0-9a-f]{8})"\s*\}\s*$')
 _LONGEST = 48
 """No checksum entry is longer, in bytes."""
+
+LARGEST_RECORD = 64 * 2**20
+"""A file of one JSON object is no larger, in bytes: a thousand times a recipe."""
+
+LARGEST_LINES = 2**32
+"""Nor is a line file: a billion numbers."""
+
+DEEPEST = 100
+"""JSON nested deeper is nobody's record."""
+
+MOST_INFLATED = 20
+"""Weights are stored as they are, and shrink by a tenth where another program packs them."""
+
+PATIENCE_S = 120.0
+"""Longest time to wait for a lock that is held for moments."""
+
+_KINDS = {
+    stat.S_IFLNK: "a link, and links are not followed here",
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+class UnusableFileError(OSError):
+    """What has the name of a file is no regular file, is larger than any file of its kind, or is another user's."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        """Say of a path why it is not used, as the rest of a sentence: `it is a pipe`."""
+        super().__init__(errno.EPERM, reason, str(path))
+
+
+# ------------------------------------------------------------------------------------------------------------- opening
+
+
+def kind_of(mode: int) -> str | None:
+    """Return what a mode says in words, `a pipe`; None of a regular file."""
+    return None if stat.S_ISREG(mode) else _KINDS.get(stat.S_IFMT(mode), "no file")
+
+
+def open_file(path: Path, mode: str = "rb", *, buffering: int = -1) -> BufferedReader:
+    """Open a regular file in a binary mode, and nothing else: no link is followed, and no pipe waited for.
+
+    Args:
+        path: the file.
+        mode: as of `open`.
+        buffering: as of `open`.
+
+    Raises:
+        UnusableFileError: something else has its name.
+        OSError: as `open`.
+    """
+
+    def opener(name: str, flags: int) -> int:
+        descriptor = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        reason = kind_of(os.fstat(descriptor).st_mode)
+        if reason is None:
+            return descriptor
+        os.close(descriptor)
+        raise UnusableFileError(path, f"it is {reason}")
+
+    try:
+        return cast(BufferedReader, open(path, mode, buffering=buffering, opener=opener))  # or a writer, with the same methods
+    except OSError as error:
+        reason = kind_of(path.lstat().st_mode) if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO, errno.ENODEV) else None
+        if reason is None:
+            raise
+        raise UnusableFileError(path, f"it is {reason}") from None
+
+
+def read_file(path: Path, *, limit: int = LARGEST_RECORD) -> bytes:
+    """Return what is in a regular file.
+
+    Args:
+        path: the file.
+        limit: of its size, in bytes.
+
+    Raises:
+        UnusableFileError: it is no regular file, or larger.
+        OSError: it cannot be read.
+    """
+    with open_file(path) as file:
+        content = file.read(limit + 1) if os.fstat(file.fileno()).st_size <= limit else None
+    if content is None or len(content) > limit:
+        raise UnusableFileError(path, f"it is larger than {limit // 2**20} MiB")
+    return content
+
+
+def copy_file(source: Path, target: Path, *, owner: int | None = None) -> None:
+    """Copy a regular file into a new one.
+
+    Args:
+        source: the file.
+        target: must not be there yet; its folder is made.
+        owner: user id that the file has to have; any if absent.
+
+    Raises:
+        UnusableFileError: it is no regular file, or another user's.
+        OSError: the disk refuses.
+    """
+    with open_file(source) as file:
+        if owner is not None and os.fstat(file.fileno()).st_uid != owner:
+            raise UnusableFileError(source, f"it belongs to {user_name(os.fstat(file.fileno()).st_uid)}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("xb") as copy:
+            shutil.copyfileobj(file, copy)
+
+
+def is_regular(path: Path, *, owner: int | None = None) -> bool:
+    """Return whether a path is a regular file and no link, of this user id if one is given."""
+    try:
+        facts = path.lstat()
+    except OSError:
+        return False
+    return stat.S_ISREG(facts.st_mode) and owner in (None, facts.st_uid)
+
+
+def files_in(folder: Path, *, owner: int | None = None) -> list[Path]:
+    """Return the regular files directly in a folder by name, of this user id if one is given; none of a link."""
+    if folder.is_symlink() or not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if is_regular(path, owner=owner))
+
+
+def copy_tree(source: Path, target: Path, *, owner: int) -> None:
+    """Copy the regular files of a folder and of the folders in it that are this user's; links are left out.
+
+    Raises:
+        OSError: the disk refuses.
+    """
+    for folder, _, _ in os.walk(source):  # which follows no links
+        for path in files_in(Path(folder), owner=owner):
+            copy_file(path, target / path.relative_to(source), owner=owner)
+
+
+def overwrite(path: Path, content: str) -> None:
+    """Put another content into a file that stays the same file, for its lock; an absent one is made.
+
+    Raises:
+        UnusableFileError: it is no regular file.
+        OSError: the disk refuses.
+    """
+    with open_file(path, "r+b" if os.path.lexists(path) else "xb") as file:
+        file.truncate()
+        file.write(content.encode())
+
+
+def user_name(uid: int) -> str:
+    """Return a user's name, or the number of a user that this machine does not know."""
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"user {uid}"
+
+
+def is_others(path: Path) -> bool:
+    """Return whether a file or folder belongs to somebody else; one whose owner this machine cannot name, does not.
+
+    That is how a network disk shows what the superuser of a client made there, and a container what is of outside.
+    """
+    owner = path.lstat().st_uid
+    return owner not in (os.geteuid(), _NOBODY)
+
+
+def leads_astray(path: Path) -> bool:
+    """Return whether a path is a link that somebody made to what is not theirs: its user would do what they cannot."""
+    try:
+        link = path.lstat()
+        return stat.S_ISLNK(link.st_mode) and link.st_uid not in (0, os.geteuid(), path.stat().st_uid)
+    except FileNotFoundError:
+        return False
+
+
+def shared_folder(path: Path) -> Path:
+    """Make a folder that everybody uses who may write to the folder it lies in, and return it.
+
+    Raises:
+        UnusableFileError: it is a link to what is not its maker's.
+        OSError: it cannot be made.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    if leads_astray(path):
+        raise UnusableFileError(path, "it is a link that somebody made to what is not theirs")
+    share(path)
+    return path
+
+
+def share(path: Path) -> None:
+    """Give a file or folder of ours the group of the folder it lies in, and its right to write: whatever the umask says.
+
+    In a folder that its group may not write to, nothing changes, nor does what belongs to somebody else.
+    """
+    around, facts = path.parent.stat(), path.lstat()
+    is_folder = stat.S_ISDIR(facts.st_mode)
+    if not around.st_mode & stat.S_IWGRP or facts.st_uid != os.geteuid() or not (is_folder or stat.S_ISREG(facts.st_mode)):
+        return
+    mode = stat.S_IMODE(facts.st_mode) | (0o2070 if is_folder else 0o060)
+    try:
+        if facts.st_gid != around.st_gid:
+            os.chown(path, -1, around.st_gid, follow_symlinks=False)
+        if mode != stat.S_IMODE(path.lstat().st_mode):
+            path.chmod(mode)
+    except OSError:  # not a member of that group, or a disk without modes: `doctor` says what others may not write
+        return
+
+
+def _overflow_uid() -> int:
+    try:
+        return int(Path("/proc/sys/fs/overflowuid").read_text())
+    except (OSError, ValueError):
+        return 65534
+
+
+_NOBODY = _overflow_uid()
+
+
+# ------------------------------------------------------------------------------------------------- JSON with a checksum
 
 
 def with_checksum(text: str) -> str:
@@ -60,7 +286,12 @@ def parse_checked(content: bytes) -> dict[str, Any]:
     """
     if not checksum_fits(content):
         raise ValueError("its checksum does not fit")
-    value = json.loads(content)
+    try:
+        value = json.loads(content)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if content.count(b"[") + content.count(b"{") > DEEPEST and _is_deeper(value, DEEPEST):
+        raise ValueError("it is nested too deeply")
     if not isinstance(value, dict):
         raise ValueError(f"it holds no object but {type(value).__name__}")
     value.pop(KEY, None)
@@ -72,12 +303,21 @@ def read_checked(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is none.
+        OSError: it cannot be read, or is no file.
         ValueError: it is damaged.
     """
-    return parse_checked(path.read_bytes())
+    return parse_checked(read_file(path))
 
 
-def append_whole(file: FileIO, line: bytes) -> None:
+def _is_deeper(value: object, depth: int) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return depth < 0 or any(_is_deeper(one, depth - 1) for one in inner)
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def append_whole(file: FileIO | IO[bytes], line: bytes) -> None:
     """Append a line to a file of one writer, whole or not at all: a full disk takes a part of it and only then fails.
 
     Raises:
@@ -97,13 +337,35 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     """Write beside, sync and rename: a reader sees the old file or the new one, never a part."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
-        with beside.open("wb") as file:
+        with beside.open("xb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def inflated_record(archive: zipfile.ZipFile) -> str | None:
+    """Return in words what an archive says of itself that no weights do: a record grows more than `MOST_INFLATED` times."""
+    for record in archive.infolist():
+        if record.file_size > MOST_INFLATED * (record.compress_size + 1024):
+            packed, size = (f"{number / 1e6:.1f} MB" for number in (record.compress_size, record.file_size))
+            return f"{packed} in it grow to {size} when they are unpacked ({record.filename[:100]})"
+    return None
+
+
+def archive_damage(path: Path) -> str | None:
+    """Return one sentence on the damage of a zip archive, as a checkpoint is; None when every record fits its checksum."""
+    try:
+        with open_file(path) as file, zipfile.ZipFile(file) as archive:
+            inflated = inflated_record(archive)
+            damaged = archive.testzip() if inflated is None else None
+    except (OSError, zipfile.BadZipFile, RuntimeError, EOFError, ValueError) as error:
+        return f"{path} is damaged ({str(error).splitlines()[0]})."
+    if inflated is not None:
+        return f"{path} is damaged ({inflated})."
+    return None if damaged is None else f"{path} is damaged (record {damaged} does not match its checksum)."
 
 
 @contextmanager
@@ -127,10 +389,14 @@ def folder_written(path: Path) -> Iterator[Path]:
             shutil.rmtree(rest, ignore_errors=True)
 
 
+# --------------------------------------------------------------------------------------------------------------- locks
+
+
 def file_lock(path: Path, *, timeout_s: float = -1.0) -> FileLock:
     """Return an exclusive lock on a file, to be entered with `with`; the kernel gives it back when its process dies.
 
-    The file stays where it is. A forked child does not hold the lock of its parent; network file systems know it too.
+    The file stays where it is, and its content too. A forked child does not hold the lock of its parent; network file systems
+    know it too. Who may write to the folder may take the lock, whatever the umask of who made it.
 
     Args:
         path: the lock file, made if absent; its folder has to be there.
@@ -138,13 +404,65 @@ def file_lock(path: Path, *, timeout_s: float = -1.0) -> FileLock:
 
     Raises:
         FileNotFoundError: there is no such folder.
+        UnusableFileError: something else has its name.
     """
     from filelock import FileLock  # late: importing it takes longer than many a command
 
     if not path.parent.is_dir():  # filelock would make it, and with it the folder of a run that was just moved away
         raise FileNotFoundError(2, os.strerror(2), str(path.parent))
+    with suppress(FileNotFoundError):
+        reason = kind_of(path.lstat().st_mode)
+        if reason is not None:
+            raise UnusableFileError(path, f"it is {reason}")
+        share(path)
+    lock = partial(FileLock, path, timeout=timeout_s, thread_local=False, fallback_to_soft=False)
     # No fallback to files whose presence is the lock: such a file outlives its process.
-    return FileLock(path, timeout=timeout_s, thread_local=False, fallback_to_soft=False)
+    return lock(mode=0o664) if path.parent.stat().st_mode & stat.S_IWGRP else lock()
+
+
+@contextmanager
+def locked(path: Path, *, patience_s: float = PATIENCE_S) -> Iterator[None]:
+    """Hold a `file_lock` that is held for moments only.
+
+    Raises:
+        UserError: a process keeps it for longer than that; names the process.
+        OSError: as `file_lock`.
+    """
+    try:
+        lock = file_lock(path, timeout_s=patience_s).acquire()
+    except TimeoutError:
+        raise UserError(
+            f"{path} has been locked for {patience_s:.0f} s by {holder_name(path)}: end that process, or ask its user to."
+        ) from None
+    with lock:
+        yield
+
+
+def lock_holder(path: Path) -> int | None:
+    """Return the id of the process of this machine that the kernel says has a lock on a file; None when it knows none."""
+    try:
+        facts = path.lstat()
+        lines = Path("/proc/locks").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    place = f"{os.major(facts.st_dev):02x}:{os.minor(facts.st_dev):02x}:{facts.st_ino}"
+    held = (line.split() for line in lines)  # "1: FLOCK ADVISORY WRITE 4242 fe:01:131 0 EOF"; those that wait have an arrow
+    return next((int(words[4]) for words in held if len(words) > 5 and words[5] == place and int(words[4]) > 1), None)
+
+
+def holder_name(path: Path) -> str:
+    """Return who has a lock on a file, for a sentence."""
+    pid = lock_holder(path)
+    return "a process of another machine" if pid is None else process_name(pid)
+
+
+def process_name(pid: int) -> str:
+    """Return a process of this machine with its program and user, for a sentence."""
+    place = Path(f"/proc/{pid}")
+    try:
+        return f"process {pid} ({(place / 'comm').read_text(errors='replace').strip()} of {user_name(place.stat().st_uid)})"
+    except OSError:
+        return f"process {pid}"
 
 
 def is_held(path: Path) -> bool:
@@ -153,9 +471,9 @@ def is_held(path: Path) -> bool:
     filelock can only ask by taking the lock, which needs a right to write and disturbs others that ask; a shared flock does not.
     """
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
+    except (FileNotFoundError, UnusableFileError):
         return False
     except BlockingIOError:
         return True
@@ -252,9 +570,10 @@ def damaged_line(path: Path, number: int) -> UserError:
 
 def cut_torn_tail(path: Path, *, check: Callable[[dict[str, Any]], object] = len) -> None:
     """Cut a line file back to its last complete and intact line (a crash can leave half a line, or zeros)."""
-    if not path.exists():
+    try:
+        content = read_file(path, limit=LARGEST_LINES)
+    except FileNotFoundError:
         return
-    content = path.read_bytes()
     end = len(content)
     while end:
         start = content.rfind(b"\n", 0, end - 1) + 1
@@ -262,12 +581,13 @@ def cut_torn_tail(path: Path, *, check: Callable[[dict[str, Any]], object] = len
             break
         end = start
     if end < len(content):
-        os.truncate(path, end)
+        with open_file(path, "r+b") as file:
+            file.truncate(end)
 
 
 def _complete_lines(path: Path) -> list[bytes]:
     try:
-        content = path.read_bytes()
+        content = read_file(path, limit=LARGEST_LINES)
     except FileNotFoundError:
         return []
     end = content.rfind(b"\n")

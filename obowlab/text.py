@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import math
 import re
+import unicodedata
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
+from urllib.parse import quote, quote_plus, unquote, unquote_plus
 
 ABSENT = "–"
 """What stands where there is no value."""
@@ -84,3 +87,112 @@ def override(value: Any) -> str:
     if isinstance(text, str) and re.fullmatch(r"[A-Za-z_][\w.-]*", text) and text not in ("true", "false", "inf", "nan"):
         return text
     return toml(value)
+
+
+def width(text: str) -> int:
+    """Return how many columns of a terminal a text takes: letters of East Asia two, accents that join the letter before none."""
+    if text.isascii():
+        return len(text)
+    return sum(0 if unicodedata.combining(one) else 2 if unicodedata.east_asian_width(one) in "WF" else 1 for one in text)
+
+
+def printable(text: str) -> str:
+    """Return a text in one line and without characters that a terminal would obey: those are shown escaped."""
+    line = " ".join(text.split("\n"))
+    return line if line.isprintable() else "".join(o if o.isprintable() else o.encode("unicode_escape").decode() for o in line)
+
+
+def shorten(name: str, columns: int, *, mark: str = "…") -> str:
+    """Return a name in at most so many columns, a mark for its middle; a run keeps seed and digits, and no number is cut."""
+    if width(name) <= columns:
+        return name
+    found = re.search(r"-s\d+-[0-9a-f]{8}$", name)
+    room = columns - len(mark)
+    tail = len(found[0]) if found is not None and len(found[0]) < room else room // 3
+    head = room - tail
+    while head > 1 and name[head - 1 : head + 1].isdigit():
+        head -= 1
+    while tail > 1 and name[-tail - 1 : len(name) - tail + 1].isdigit():
+        tail -= 1
+    return f"{name[:head]}{mark}{name[-tail:]}"
+
+
+def wrap(text: str, columns: int) -> list[str]:
+    """Return a text as lines of at most so many columns, broken at spaces, else behind a sign, else between letters.
+
+    A number is never broken (`162 480`, `20 %`, `8.8 ± 0.5`, `1e-5`, a hash); one that is longer than a line has its own.
+    """
+    lines, rest = [], text
+    while width(rest) > columns:
+        fits = max(1, next(i for i in range(len(rest)) if width(rest[: i + 1]) > columns))
+        numbers = [found.span() for found in _NUMBER.finditer(rest)]
+        allowed = [i for i in range(1, len(rest)) if not any(start < i < end for start, end in numbers)]
+        spaces = [i for i in allowed if i <= fits and rest[i] == " "]
+        signs = [i for i in allowed if i <= fits and rest[i - 1] in "/_-=,:;"]
+        within = [i for i in allowed if i <= fits]
+        cut = (spaces or signs or within or [0])[-1] or next((i for i in allowed if i > fits), len(rest))
+        lines.append(rest[:cut].rstrip())
+        rest = rest[cut:].lstrip()
+    return [*lines, rest] if rest or not lines else lines
+
+
+_NUMBER = re.compile(
+    r"[-+−]?\d[\d.,:]*(?:[eE][-+−]?\d+)?(?: \d{3}\b)*(?: ± [\d.]+)?(?: (?:%|[kMGT]?B|min|ms|s|h|days)(?!\w))?|[0-9a-f]{8,}"
+)
+"""A number with what belongs to it, or a hash."""
+
+
+_LOCAL = ("sqlite", "journal", "file")
+_ONE_HOST = r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]*)(?::\d*)?"
+_HOST = re.compile(rf"{_ONE_HOST}(?:,{_ONE_HOST})*")
+_PLACE = re.compile(r"[\w.~/%+-]*")
+_UNKNOWN = "***"
+_HARMLESS = ("sslmode", "connect_timeout", "application_name", "timeout", "mode", "uri", "charset")
+
+
+def shown_uri(uri: str) -> str:
+    """Return the scheme, host and database or path of an address: no user, no password, no parameter.
+
+    Whatever cannot be told from a password for certain is `***`, as in `postgresql://***`.
+    """
+    scheme, mark, rest = uri.partition("://")
+    if not mark or not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]*", scheme):
+        return _UNKNOWN if re.search(r"[@=?]|://", uri) else uri
+    place, *parameters = re.split(r"[?#]", rest, maxsplit=1)
+    if scheme.partition("+")[0] in _LOCAL and place.startswith("/"):
+        return f"{scheme}://{place}"
+    host, slash, path = place.rpartition("@")[2].partition("/")
+    if "@" in "".join(parameters) or not _HOST.fullmatch(host) or not _PLACE.fullmatch(path):
+        return f"{scheme}://{_UNKNOWN}"
+    return f"{scheme}://{host}{slash}{path}"
+
+
+def is_shown_whole(uri: str) -> bool:
+    """Return whether `shown_uri` knows where host and database of an address are."""
+    return not shown_uri(uri).endswith(_UNKNOWN)
+
+
+def without_secrets(message: str, *, uri: str) -> str:
+    """Return a message with `shown_uri` in place of the address, and `***` in place of what its login and parameters hold.
+
+    Args:
+        message: of a driver or a server, which may repeat any part of the address, quoted or not.
+        uri: the address.
+    """
+    shown = shown_uri(uri)
+    rest = uri.partition("://")[2]
+    login = "" if rest.startswith("/") else rest.rpartition("@")[0]  # without a host it is a path, whatever is in its name
+    secrets = {login, login.partition(":")[2]}
+    for found in re.finditer(r"(\w*)=", rest):
+        if found[1] not in _HARMLESS:  # a value that should have been quoted may end at none of these
+            behind = rest[found.end() :]
+            secrets |= {behind, re.split(r"&\w+=", behind)[0], re.split(r"[?&;#]", behind)[0]}
+    plain = {read(secret) for secret in secrets for read in (str, unquote, unquote_plus)}
+    written = (str, quote, partial(quote, safe=""), quote_plus, lambda secret: repr(secret)[1:-1])
+    whole = {write(secret) for secret in plain for write in written}
+    pieces = {piece for secret in whole for piece in re.split(r"[^\w.~+$!-]+", secret)}
+    hidden = sorted((each for each in whole | pieces if len(each) >= 3), key=len, reverse=True)
+    parts = message.replace(uri, shown).split(shown)
+    for secret in hidden:
+        parts = [part.replace(secret, _UNKNOWN) for part in parts]
+    return shown.join(re.sub(r"://[^\s'\"]*@", "://", part) for part in parts)

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.numpy
 
 from obowlab.cli import main
 from obowlab.config import load_recipe
 from obowlab.runs.folder import RunFolder
 from obowlab.runs.results import pack
+from obowlab.weights.info import METADATA_KEY, EncoderInfo
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,16 @@ def finished_run(runs_root: Path) -> RunFolder:
     folder.add_result(result("fewshot", "student", 31.25))
     folder.add_result(result("fewshot", "random", 11.75))
     folder.add_result(result("linear", "student", 40.0))
-    folder.write_artifact("encoder.safetensors", b"weights")
+    recipe = folder.info.recipe
+    info = EncoderInfo(
+        backbone=recipe.backbone,
+        original_resize=recipe.views.original_resize,
+        original_size=recipe.views.original_size,
+        source=folder.run_id,
+        fingerprint=folder.info.fingerprint,
+        weights_hash="cd" * 32,
+    )
+    folder.write_artifact("encoder.safetensors", safetensors.numpy.save({}, metadata={METADATA_KEY: info.model_dump_json()}))
     folder.write_artifact("checkpoint.pt", b"checkpoint")
     folder.set_state(status="finished", step=10, total_steps=10)
     return folder

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from obowlab.config import Recipe, recipe_from_values
+from obowlab.config.methods import word_levels
 from obowlab.methods import METHODS, Batch, Method, OneProcess, Preparation, StepOutput, build_backbone
 from obowlab.runs.metrics import lookup
 
@@ -138,6 +139,7 @@ class MethodContract:
         method, optimizer = self.build(recipe)
         self.train(method, optimizer, range(2))
         words = method.visual_words()
+        assert word_levels(recipe.method) == (() if words is None else tuple(words.levels))
         if words is None:
             pytest.skip(f"{recipe.method.name} describes images without words")
         maps, _ = words.teacher.levels(self.batch(0, method.num_uniforms).original, tuple(words.levels))

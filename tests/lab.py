@@ -36,6 +36,8 @@ class Lab:
         self.place = stack.root / "work"
         self.runs = stack.folders("worker")["/lab/runs"]
         self.uri = stack.address(5000)
+        self.inner_uri = stack.address(5001)
+        """Of MLflow as workers reach it; everyone else goes through Caddy."""
         self.worker = ("worker", stack.settings["WORKER_PASSWORD"])
         self.admin = ("admin", stack.settings["MLFLOW_ADMIN_PASSWORD"])
 
@@ -76,6 +78,6 @@ class Lab:
 
     def runs_in_mlflow(self, client: Any, **tags: str) -> list[Any]:
         """Return the runs with these tags (`obowlab.` left out)."""
-        experiment = client.get_experiment_by_name("obowlab").experiment_id
+        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
         wanted = {f"obowlab.{name}": text for name, text in tags.items()}
-        return [run for run in client.search_runs([experiment]) if wanted.items() <= run.data.tags.items()]
+        return [run for run in client.search_runs(experiments) if wanted.items() <= run.data.tags.items()]

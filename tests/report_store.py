@@ -7,11 +7,15 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
-from obowlab.config import load_recipe
+from obowlab.config import canonical_hash, load_recipe
+from obowlab.report.words_page import render_words
 from obowlab.runs.folder import RunFolder
+from obowlab.runs.results import pack
 from obowlab.tables.model import Cell, Column, Estimate, Row, RunRef, Table
+from obowlab.tables.spec import PlannedTable
 from tests.command_line import result
 
 STARTED = 1_795_000_000.0
@@ -65,13 +69,91 @@ def add_run(
     return folder
 
 
-def add_gallery(folder: RunFolder, *, text: str = "words") -> None:
+def own_recipe(folder: Path) -> Path:
+    """Write a recipe of a user's own, on top of a shipped one."""
+    path = folder / "short.toml"
+    path.write_text('extends = "demo-vanilla"\ntitle = "Two epochs"\n\n[training]\nepochs = 2\n')
+    return path
+
+
+OWN_TABLE = """
+title = "Size of the queue"
+base = "short.toml"
+primary = "fewshot_5shot"
+footnotes = ["Images drawn by obowlab."]
+
+[columns]
+fewshot_5shot = "5-shot"
+linear_top1 = "linear"
+
+[[row]]
+key = "base"
+label = "as in the recipe"
+
+[[row]]
+key = "small"
+group = "Other sizes"
+label = "64 words"
+set = { "method.num_words" = 64 }
+
+[[row]]
+key = "large"
+group = "Other sizes"
+label = "1024 words"
+set = { "method.num_words" = 1024 }
+"""
+
+
+def own_table(folder: Path, *, name: str = "queue") -> Path:
+    """Write a table of a user's own, without values of the paper, and the recipe that it starts from."""
+    own_recipe(folder)
+    path = folder / f"{name}.toml"
+    path.write_text(OWN_TABLE)
+    return path
+
+
+def observed(mean: int, *, seed: int = 0, count: int = 200) -> list[int]:
+    """Return the right answers of some episodes of four questions, a share of about `mean` percent; the same noise for all."""
+    noise = np.random.default_rng(seed).integers(0, 100, (count, 4))
+    return [int(each) for each in (noise < mean).sum(axis=1)]
+
+
+def add_row_runs(table: PlannedTable, *, runs_root: Path, means: dict[str, int], seeds: tuple[int, ...] = (0,)) -> None:
+    """Make finished runs of the rows that have a mean, measured on the same episodes."""
+    for row in table.rows:
+        for seed in seeds if row.row.key in means else ():
+            folder = RunFolder.create(row.loaded, seed=seed, runs_root=runs_root)
+            for protocol in row.loaded.recipe.evaluation.protocols:
+                correct = observed(means[row.row.key] + seed)
+                value = 25.0 * float(np.mean(correct))
+                measured = result(protocol, "student", value)
+                measured["measurements"][0]["samples"] = pack(correct, of=4)
+                settings = getattr(row.loaded.recipe.evaluation, protocol).model_dump(mode="json")
+                measured["details"] = {**settings, "dataset": row.loaded.recipe.data.dataset}
+                measured["protocol_hash"] = canonical_hash(settings)
+                folder.add_result(measured)
+            folder.set_state(status="finished", step=10, total_steps=10, trained_s=61.0)
+
+
+def add_gallery(folder: RunFolder) -> None:
     """Put a gallery of visual words into a run, as `obowlab words` would."""
     place = folder.path / "words"
     place.mkdir()
-    (place / "index.html").write_text(
-        f"<!doctype html><html lang='en'><title>words</title><link rel='icon' href='data:,'><p>{text}</p></html>"
-    )
+    level = {
+        **{"num_words": 2, "used": 2, "delta": 0.1, "distance": 8.0, "patch_side": 4, "words_per_sheet": 1},
+        **{"coherence": 0.5, "coherence_of_others": 0.25, "sheets": ["conv5-0.png", "conv5-1.png"]},
+        "words": [
+            {"number": i, "use": 50.0, "coherence": 0.5, "score": 0.5, "age": 3, "places": 2, "sheet": i, "row": 0}
+            for i in range(2)
+        ],
+    }
+    facts = {
+        **{"format": 1, "run_id": folder.run_id, "title": "", "version": "0.1.0", "step": 1500, "network": "teacher"},
+        **{"dataset": "demo", "split": "train", "num_images": 90, "view": {"resize": 28, "size": 24}, "patches_per_word": 2},
+        "levels": {"conv5": level},
+    }
+    (place / "words.json").write_text(json.dumps(facts))
+    (place / "index.html").write_text(render_words(facts))
     for i in range(2):
         Image.new("RGB", (16, 8), (80 * i, 120, 90)).save(place / f"conv5-{i}.png")
 

@@ -31,7 +31,7 @@ from tests import hermetic
 ROOT = Path(__file__).resolve().parents[1]
 COMPOSE = ROOT / "docker-compose.yml"
 LOOPBACK = "127.0.0.1"
-PORTS = (5432, 9333, 9340, 8888, 8333, 5000, 8080, 8081, 8082, 8083)
+PORTS = (5432, 9333, 9340, 8888, 8333, 5001, 5000, 8080, 8081, 8082, 8083)
 """Every port of docker-compose.yml."""
 GRPC = 10000
 """SeaweedFS takes a second port so far above each of its own."""

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from obowlab.report.pages import build_site
+from obowlab.report.read import gather, read_store, tables_at
 from obowlab.runs.folder import RunFolder, list_runs
 from obowlab.tables.plan import make_plan
 from obowlab.tables.spec import load_table
@@ -95,6 +97,29 @@ def test_a_table_is_trained_killed_and_continued(tmp_path: Path, data_root: Path
     labels = {folder.info.recipe.method.codes: folder.labels() for folder in done}
     assert labels["hard"]["obowlab.mine"] == "hard"
     assert labels["soft"] == {"obowlab.mine": "soft", "obowlab.scale": "paper"}
+
+    before_steps = {folder.run_id: steps(folder) for folder in done}
+    again = start(table, data_root=data_root, words=("--set", "evaluation.fewshot.num_episodes=10"))
+    out, said = again.communicate(timeout=240)
+    assert again.returncode == 0, said
+    assert "2 to be measured with other settings" in out
+    assert said.count("Measuring ") == 2
+    for folder in finished(table):
+        assert steps(folder) == before_steps[folder.run_id], "nothing is trained for a measurement"
+        episodes = {r["details"]["num_episodes"] for r in folder.results() if r["protocol"] == "fewshot"}
+        assert episodes == {10, 20}
+
+    table.unlink()
+    store = read_store(runs_root)
+    found = tables_at([], store=store)
+    assert {(shown.name, shown.changes) for shown in found.tables} == {
+        ("mine", ()),
+        ("mine", ("evaluation.fewshot.num_episodes=10",)),
+    }
+    values = [[cell.ours for cell in row.cells if cell.metric == "fewshot_2shot"] for shown in found.tables for row in shown.rows]
+    assert all(value is not None for row in values for value in row)
+    build_site(gather(store, tables=found), out=tmp_path / "site")
+    assert "hard codes" in (tmp_path / "site" / "mine-paper.html").read_text(encoding="utf-8")
 
 
 def test_a_failing_row_stops_no_other(tmp_path: Path, data_root: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
@@ -103,11 +106,11 @@ def test_every_command_has_a_dry_run_and_help_for_every_option() -> None:
         return 1
 
     commands = [cli.get_command(click.Context(cli), name) for name in COMMANDS]
-    assert sum(check(command) for command in commands if command is not None) == 26
+    assert sum(check(command) for command in commands if command is not None) == 32
 
 
 def test_choices_are_those_of_the_code_they_stand_for() -> None:
-    from obowlab.weights.encoder_file import Format
+    from obowlab.weights.formats import Format
 
     assert get_args(Machine.model_fields["device"].annotation) == options.DEVICES
     assert get_args(Machine.model_fields["loader"].annotation) == options.LOADERS
@@ -187,6 +190,16 @@ BAD = {
     "config show full --set method.kapa=3": "Did you mean 'method.kappa'?",
     "runs show nothing": "no run 'nothing'",
     "runs sync nothing": "no run 'nothing'",
+    "runs compare nothing": "Missing argument 'SECOND'",
+    "runs compare nothing nothing": "no run 'nothing'",
+    "runs tag nothing": "Missing argument 'NAME...'",
+    "runs tag nothing x": "no run 'nothing'",
+    "runs delete": "Missing argument 'RUN...'",
+    "runs delete nothing": "no run 'nothing'",
+    "runs restore nothing": "no run 'nothing' in the trash",
+    "runs trash nothing": "no run 'nothing' in the trash",
+    "runs list --status don": "There is no status 'don'",
+    "runs list --where loss": "--where loss is no comparison",
     "runs sync --timeout 0": "--timeout",
     "runs export nothing": "no run 'nothing'",
     "weights import nothing.pth": "no file 'nothing.pth'",
@@ -195,7 +208,7 @@ BAD = {
     "weights export nothing --out x --format onnx": "'onnx' is not one of",
     "tune": "Name a study",
     "tune kappa-dleta": "Did you mean 'kappa-delta'?",
-    "tune kappa-delta --scale dem": "'dem' is not one of",
+    "tune kappa-delta --scale dem": "'dem' is not one of 'paper', 'tiny', 'demo'. Did you mean 'demo'?",
     "tune kappa-delta --trials 0": "--trials",
     "ui --port 0": "--port",
     "ui": "There are no runs",
@@ -216,14 +229,18 @@ def test_bad_input_is_one_line_exit_code_2_and_nothing_written(words: str, obowl
     assert contents(tmp_path) == {}
 
 
-def test_file_that_is_no_weights_is_refused(obowlab: Obowlab, workplace: Path) -> None:
+def test_file_that_is_no_weights_is_refused(obowlab: Obowlab, workplace: Path, data_root: Path, image_folder: Path) -> None:
     (workplace / "noise.pth").write_bytes(b"\x80\x02noise")
     (workplace / "noise.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0noise")
     before = contents(workplace)
     for words in (
         "weights import noise.pth",
-        "eval noise.pth",
+        f"eval noise.pth --protocol knn --dataset small --data-root {data_root}",
         "eval noise.safetensors",
+        "eval noise.safetensors --dry-run",
+        f"embed noise.safetensors {image_folder} --out x.npz --dry-run",
+        "weights import noise.safetensors --out new.safetensors --dry-run",
+        "weights export noise.safetensors --out out --dry-run",
         "weights export noise.pth --out out.pth",
     ):
         code, out, err = obowlab(*words.split())
@@ -279,10 +296,17 @@ DRY = {
     "config diff full demo": ["Would compare"],
     "runs list": ["Would list"],
     "runs show RUN": ["Would show run 'demo-s0-"],
+    "runs compare RUN RUN": ["Would compare 'demo-s0-"],
+    "runs tag RUN keep": ["Would give run 'demo-s0-", "the tags keep"],
+    "runs delete RUN": ["Would move run 'demo-s0-", "to the trash of"],
+    "runs trash --empty": ["Would remove 0 run(s)"],
     "runs sync": ["Would send", "of run 'demo-s0-"],
     "runs export RUN": ["Would write run.json, state.json", "demo-s0-"],
     "weights import FILE": ["Would read weights.pth and write its encoder to weights.safetensors"],
-    "weights export RUN --out out.pth": ["Would write the encoder of", "as torchvision"],
+    "weights export RUN --out net": ["Would write the encoder of demo-s0-", "to net as module"],
+    "weights export RUN --out net.safetensors": ["to net.safetensors as safetensors"],
+    "weights export FILE --out net --format timm": ["of weights.pth to net as timm", "not known before weights.pth is read"],
+    "words RUN": ["Would find the 8 best patches", "demo-s0-"],
     "report": ["Would write a report of the runs in", "index.html", "Would send it to sqlite:///"],
     "doctor": ["Would import torch"],
     "tune kappa-delta --scale demo": ["Would begin study kappa-delta-demo", "method.kappa from 1.0 to 25.0 by its logarithm"],
@@ -296,7 +320,8 @@ def test_dry_run_says_what_and_changes_nothing(
     words: str, obowlab: Obowlab, finished: RunFolder, workplace: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(subprocess, "Popen", None)  # nor is anything started
-    (workplace / "weights.pth").write_bytes(b"weights")
+    for path in (workplace / "weights.pth", finished.path / "checkpoint.pt"):
+        _write_torch_archive(path)
     if words == "run demo":
         finished.set_state(status="interrupted", step=4)
     before = contents(workplace)
@@ -306,6 +331,60 @@ def test_dry_run_says_what_and_changes_nothing(
     assert all(line.startswith(("Would ", "  ")) for line in out.splitlines())
     assert [part for part in DRY[words] if part not in out] == []
     assert contents(workplace) == before
+
+
+def _write_torch_archive(path: Path) -> None:
+    """Write what looks like a file of torch.save from outside."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("weights/data.pkl", b"")
+
+
+ALSO_DRY = (
+    "ablate table3 --scale demo",
+    "bench demo",
+    "init SOURCE",
+    "table table3 --scale demo",
+    "runs restore RUN",
+    "jobs",
+    "jobs logs 1",
+    "jobs cancel 1",
+    "jobs reap",
+    "eval FILE --recipe tiny-vanilla --dataset photos",
+    "weights export RUN --out net.pth",
+    "weights export RUN --format timm --out net",
+    "weights import OWN --out new.safetensors",
+    "words RUN --level conv4",
+)
+"""Further dry runs, some of them refused."""
+
+
+def test_dry_runs_and_refusals_import_no_torch(finished: RunFolder, workplace: Path, image_folder: Path) -> None:
+    _write_torch_archive(workplace / "weights.pth")
+    (workplace / "own.safetensors").write_bytes((finished.path / "encoder.safetensors").read_bytes())
+    places = {"RUN": finished.run_id, "SOURCE": str(image_folder), "FILE": "weights.pth", "OWN": "own.safetensors"}
+    lines = [[places.get(word, word) for word in words.split()] + ["--dry-run"] for words in (*DRY, *ALSO_DRY)]
+    program = (
+        "import json, sys\n"
+        "from obowlab.cli import main\n"
+        "for words in json.loads(sys.argv[1]):\n"
+        "    code = main(words)\n"
+        "    assert code in (0, 2), words\n"
+        "    assert 'torch' not in sys.modules, words\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, json.dumps(lines)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    dry = {name for name, command in _leaves() if any(option.name == "dry_run" for option in command.params)}
+    typed = [" ".join(words) for words in lines]
+    assert [name for name in dry if not any(line.startswith(name) for line in typed)] == []
+
+
+def _leaves() -> Iterator[tuple[str, click.Command]]:
+    """Yield every command that is no group, with its words."""
+    for name in COMMANDS:
+        command = cli.get_command(click.Context(cli), name)
+        assert command is not None
+        inner = getattr(command, "commands", {})
+        yield from ((f"{name} {each}", inner[each]) for each in inner) if inner else [(name, command)]
 
 
 @pytest.mark.parametrize("words", ["run full --gpus 4", "ablate table3 --gpus 4", "tune kappa-delta --gpus 4"])

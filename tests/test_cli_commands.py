@@ -192,8 +192,9 @@ def test_sync_reports_every_run_and_fails_when_something_is_pending(
 
 
 def test_results_of_eval_are_printed_filed_and_sent_on(
-    obowlab: Obowlab, finished: RunFolder, workplace: Path, monkeypatch: pytest.MonkeyPatch
+    obowlab: Obowlab, finished: RunFolder, workplace: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (workplace / "data").symlink_to(data_root)
     from obowlab.evaluation import Result
     from obowlab.weights.subject import Subject
 

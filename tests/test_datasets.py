@@ -174,9 +174,9 @@ def test_tar_gives_the_same_files_as_its_folder(tmp_path: Path, data_root: Path,
         assert (tmp_path / "root/small" / name).read_bytes() == (data_root / "small" / name).read_bytes()
 
 
-def test_flat_folder_becomes_train_only(tmp_path: Path) -> None:
+def test_class_folders_alone_can_all_be_train(tmp_path: Path) -> None:
     source = make_folder(tmp_path / "in", names={"b/1.JPEG": 1, "a/2.JPEG": 2, "a/10.jpg": 3, "a/notes.txt": 4})
-    report = prepare("flat", source=source, data_root=tmp_path / "root")
+    report = prepare("flat", source=source, data_root=tmp_path / "root", val_fraction=0.0)
     assert [manifest.split for manifest in report.manifests] == ["train"]
     assert report.notes == ("left out, as no image of train/ or val/: 1 files",)
     split = open_split("flat", "train", data_root=tmp_path / "root")
@@ -192,7 +192,7 @@ def test_flat_folder_becomes_train_only(tmp_path: Path) -> None:
         ({"val/a/1.jpg": 1}, "no train/"),
         ({"train/a/1.jpg": 1, "val/b/1.jpg": 2}, "classes in val/ that train/ does not have, such as 'b'"),
         ({"train/a/1.txt": 1}, "holds no image"),
-        ({"1.jpg": 1}, "without a class folder"),
+        ({"1.jpg": 1, "a/1.jpg": 1}, "add --no-labels to take all images without labels"),
     ],
 )
 def test_other_layouts_are_refused_with_the_layout_expected(tmp_path: Path, names: dict[str, int], complaint: str) -> None:
@@ -303,7 +303,7 @@ def test_links_in_an_archive_are_the_files_they_point_to(tmp_path: Path) -> None
     with tarfile.open(tmp_path / "in.tar", "w") as tar:
         tar.add(source, "in")
     for name, given in (("folder", source), ("archive", tmp_path / "in.tar")):
-        prepare(name, source=given, data_root=tmp_path / "root")
+        prepare(name, source=given, data_root=tmp_path / "root", val_fraction=0.0)
     first, second = (open_split(name, "train", data_root=tmp_path / "root") for name in ("folder", "archive"))
     assert first.num_images == 5
     assert first.content_hash == second.content_hash
@@ -415,7 +415,7 @@ def test_unreadable_images_are_reported_and_noted(tmp_path: Path) -> None:
     (source / "train/b/1.jpg").write_bytes(jpeg_bytes(1, size=64)[:-400])
     (source / "train/b/2.jpg").write_bytes(b"")
     (source / "train/b/3.jpg").write_bytes(b"\xff\xd8\xff")
-    report = prepare("torn", source=source, data_root=tmp_path / "root")
+    report = prepare("torn", source=source, data_root=tmp_path / "root", val_fraction=0.0)
     assert [image.name for image in report.skipped] == ["train/a/0.jpg", "train/b/1.jpg", "train/b/2.jpg", "train/b/3.jpg"]
     assert "truncated" in report.skipped[1].reason
     assert "0x" not in report.skipped[0].reason  # no memory address: the manifest would change from call to call

@@ -37,8 +37,8 @@ PAGES = (
 )
 MAX_README_LINES = 120
 PLACEHOLDER = re.compile(r"[A-Z]{2,}|\.\.\.|^K$|^N$")
-TO_BE_WRITTEN = re.compile(r"simsiam|(^|/)mine\.toml$", re.IGNORECASE)
-"""What the walk-throughs of CONTRIBUTING make a reader write."""
+TO_BE_WRITTEN = re.compile(r"simsiam|(^|/)(mine\.toml|encoder\.py)$", re.IGNORECASE)
+"""What the walk-throughs of CONTRIBUTING make a reader write, and commands write."""
 
 GENERATED = re.compile(
     r"[/~]|plotly\.min\.js|(data|runs|report|backups|services|words|\.venv|\.features|\.trash|train|val|online|eval|system)/"
@@ -233,6 +233,7 @@ def test_python_examples_run(workplace: Path, data_root: Path, image_folder: Pat
     (workplace / "data").symlink_to(data_root)
     shutil.copy(next(image_folder.glob("val/*/*.jpg")), workplace / "photo.jpg")
     (workplace / "photos").symlink_to(image_folder / "val")
+    assert main(["weights", "export", "demo", "--out", "encoder"]) == 0
     examples = [block for block in blocks("docs/python.md") if block.marker == "python"]
     names: dict[str, Any] = {}
     for block in examples:

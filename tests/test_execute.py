@@ -14,12 +14,15 @@ from typing import Any
 import pytest
 
 from obowlab.config import Machine
+from obowlab.launch.cost import CostBook
 from obowlab.runs.folder import RunFolder
+from obowlab.runs.records import store_runs
 from obowlab.tables import execute
 from obowlab.tables.execute import Execution
-from obowlab.tables.plan import Job, Plan, make_plan
+from obowlab.tables.plan import Job, Plan, due_jobs, make_plan, overview, unmeasured
 from obowlab.tables.spec import load_table
 from tests.processes import wait_until
+from tests.report_store import add_row_runs, own_table
 
 WAITS_FOR_TWO_SIGNALS = """
 import signal, sys, time
@@ -122,3 +125,45 @@ def test_finished_runs_are_not_trained_again_but_labelled(tmp_path: Path, monkey
     assert len(running.labelled) == len(plan.jobs)
     labels = [RunFolder.open(tmp_path / job.run_id).labels() for job in plan.jobs if job.is_stage]
     assert all(label["obowlab.table5"].endswith("(stage)") for label in labels)
+
+
+def test_a_finished_run_is_measured_again_once_when_its_settings_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = load_table("table3", scale="demo")
+    plan = make_plan([table], seeds=[0], rows={})
+    for job in plan.jobs:
+        finish(job, root=tmp_path)
+    again, others = plan.jobs[0], plan.jobs[1:]
+    started: list[Job] = []
+
+    def train(job: Job) -> list[str]:
+        started.append(job)
+        return ["true"]
+
+    running = execution(plan, tmp_path, monkeypatch, train=train)
+    running.again = {again.fingerprint}
+    assert {outcome.status for outcome in running.run()} == {"finished"}
+    assert started == [again]
+    assert others
+
+
+def test_what_was_measured_with_other_settings_is_due(tmp_path: Path, data_root: Path) -> None:
+    path = own_table(tmp_path)
+    (tmp_path / "short.toml").write_text((tmp_path / "short.toml").read_text() + '\n[data]\ndataset = "small"\n')
+    machine = Machine(runs_root=tmp_path / "runs", data_root=data_root, device="cpu")
+    small = {"evaluation.fewshot.num_ways": 3, "evaluation.random_baseline": False}  # of six classes
+    planned = load_table(path, scale="demo", changes=small)
+    add_row_runs(planned, runs_root=machine.runs_root, means={"base": 40, "small": 30})
+    runs = store_runs(machine.runs_root)
+    plan = make_plan([planned], seeds=[0], rows={})
+    assert unmeasured(plan, runs=runs, machine=machine) == set()
+    assert [job.places for job in due_jobs(plan, runs=runs, again=set())] == [("queue/large",)]
+    changed = load_table(path, scale="demo", changes={**small, "evaluation.fewshot.num_episodes": 5})
+    plan = make_plan([changed], seeds=[0], rows={})
+    again = unmeasured(plan, runs=runs, machine=machine)
+    assert again == {job.fingerprint for job in plan.jobs[:2]}
+    assert due_jobs(plan, runs=runs, again=again) == list(plan.jobs)
+    rows, lines = overview(plan, runs=runs, book=CostBook(machine, runs=()), slots=1, on_cluster=False, again=again)
+    assert [row[1] for row in rows] == ["finished, to be measured"] * 2 + ["missing"]
+    assert "2 done (2 to be measured with other settings), 0 running, 1 missing." in lines[0]
+    elsewhere = machine.model_copy(update={"data_root": tmp_path / "nothing"})
+    assert unmeasured(plan, runs=runs, machine=elsewhere) == set(), "without images there is nothing to measure on"

@@ -17,7 +17,7 @@ from obowlab.errors import UserError
 from obowlab.evaluation import EVALUATORS, Result, evaluate, features
 from obowlab.evaluation.features import FeatureStore, frozen, weights_hash
 from obowlab.methods.backbones import ResNet, build_backbone
-from obowlab.views.photometric import MEAN, STD
+from obowlab.views.views import MEAN, STD
 
 VIEWS = Views(original_size=24, original_resize=28, num_crops=1, crop_size=16)
 CPU = torch.device("cpu")

@@ -15,7 +15,7 @@ import pytest
 from obowlab.report import figures, result_figures
 from obowlab.report.curves import Curve
 from obowlab.report.figures import Family, Group, Line
-from obowlab.report.model import Figure, Run, Site
+from obowlab.report.model import Figure, Site, Training
 from obowlab.report.pages import script_json
 from obowlab.report.read import Tables, gather, read_store
 from obowlab.studies.schema import StudyReport, read_study
@@ -42,7 +42,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> StudyReport:
 
 
 def family(site: Site) -> Family:
-    return figures.families(site.runs)["demo"]
+    return figures.families(site.trainings)["demo"]
 
 
 def named(figure: Figure) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def test_a_line_is_the_curve_and_hovering_names_value_step_and_run(site: Site) -
     assert (loss.title, shots.title) == ("Loss", "5-shot during training")
     lines = named(loss)
     assert list(lines) == ["demo ×2", "codes=hard", "kappa=500"]
-    run = next(run for run in site.runs if run.variant == "method.codes=hard")
+    run = next(run for run in site.runs if run.short == "codes=hard")
     curve, trace = run.curves["loss"], lines["codes=hard"]
     assert (trace["x"], trace["y"], trace["customdata"]) == (curve.epoch, curve.mean, curve.step)
     assert trace["customdata"][-1] == pytest.approx(1500, abs=15)
@@ -260,13 +260,10 @@ def test_a_study_without_figures_has_no_charts(study: StudyReport) -> None:
 # -------------------------------------------------------------------------------------------------------------- hostility
 
 
-def hostile_run(site: Site) -> Run:
-    return replace(site.runs[0], run_id=HOSTILE, recipe=HOSTILE, changes={HOSTILE: HOSTILE})
-
-
 def test_no_name_ends_a_script_or_becomes_markup(site: Site) -> None:
-    runs = (hostile_run(site), replace(hostile_run(site), changes={}, family="another"))
-    found = figures.curve_figures(figures.families(runs)[HOSTILE].groups, metrics=figures.TRAINING)
+    run = replace(site.runs[0], run_id=HOSTILE, recipe=HOSTILE)
+    trainings = [Training(HOSTILE, HOSTILE, changes, (run,)) for changes in ({HOSTILE: HOSTILE}, {})]
+    found = figures.curve_figures(figures.families(trainings)[HOSTILE].groups, metrics=figures.TRAINING)
     content = script_json({"data": found[0].data, "layout": found[0].layout})
     assert not set("<>&") & set(content)
     parsed = json.loads(content)

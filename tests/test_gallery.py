@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from obowlab.config import project_root
-from obowlab.evaluation.words.page import TEMPLATE, render_words
+from obowlab.report.words_page import SCRIPT, TEMPLATE, render_words
 from tests.browser import PHONE, complaints, open_page, requests
 
 PER_PAGE = 48
@@ -255,6 +255,15 @@ def test_one_level_one_word_and_no_coherence(browser: Any, tmp_path: Path) -> No
     assert complaints(browser) == []
 
 
+def test_the_page_runs_no_script_but_its_own(browser: Any, page: Path, tmp_path: Path) -> None:
+    changed = tmp_path / "index.html"
+    changed.write_text(page.read_text().replace("</main>", "<script>document.title = 'taken over'</script></main>"))
+    open_page(browser, changed)
+    assert shown(browser) != []
+    assert browser.title == "Visual words of small-s0-12345678"
+    assert any("violates the following" in said for said in complaints(browser))
+
+
 # --------------------------------------------------------------------------------------------------- without a browser
 
 
@@ -262,11 +271,12 @@ def test_the_data_of_the_page_are_json_whatever_the_texts(facts: dict[str, Any])
     page = render_words({**facts, "levels": {"conv5": {**facts["levels"]["conv5"], "sheets": ["</script>.jpg"]}}})
     assert page.count("</script>") == 2, "the page's own two"
     data = page.partition('id="data">')[2].partition("</script>")[0]
-    assert json.loads(data)["conv5"]["sheets"] == ["</script>.jpg"]
+    assert json.loads(data)["levels"]["conv5"]["sheets"] == ["</script>.jpg"]
 
 
 def test_the_template_needs_no_network() -> None:
-    template = (project_root() / "dashboards" / TEMPLATE).read_text()
-    assert "http:" not in template
-    assert "https:" not in template
-    assert "import(" not in template
+    for name in (TEMPLATE, SCRIPT):
+        template = (project_root() / "dashboards" / name).read_text()
+        assert "http:" not in template
+        assert "https:" not in template
+        assert "import(" not in template

@@ -22,7 +22,7 @@ case "$*" in
         shift 4
         echo "pip $*" >>{calls}
         case "$*" in
-            *"locks/$PIP_REFUSES.txt"*) echo "ERROR: $PIP_SAYS" >&2; exit 1 ;;
+            *".ci/locks/$PIP_REFUSES.txt"*) echo "ERROR: $PIP_SAYS" >&2; exit 1 ;;
         esac ;;
     *importlib.metadata*) exit 1 ;;  # torch is not installed
     *) exec {python} "$@" ;;
@@ -35,8 +35,7 @@ class Machine:
 
     def __init__(self, place: Path) -> None:
         self.checkout, self.tools, self.calls = place / "checkout", place / "tools", place / "calls"
-        shutil.copytree(ROOT / "locks", self.checkout / "locks")
-        (self.checkout / ".ci").mkdir()
+        shutil.copytree(ROOT / ".ci" / "locks", self.checkout / ".ci" / "locks")
         self.tools.mkdir()
         for name in ("pyproject.toml", "constraints.txt", ".ci/install.sh"):
             shutil.copy2(ROOT / name, self.checkout / name)
@@ -99,8 +98,8 @@ def test_the_demo_installs_no_debian_package_and_nothing_that_only_tests_need(ma
     assert said.splitlines()[1].startswith("== Installing into .venv: demo (disk, download and time")
     torch, libraries, obowlab = machine.called()
     locked = "pip install --no-deps --no-build-isolation --require-hashes "
-    assert torch == f"{locked}-r locks/torch.txt"
-    assert libraries == f"{locked}-r locks/build.txt -r locks/demo.txt"
+    assert torch == f"{locked}-r .ci/locks/torch.txt"
+    assert libraries == f"{locked}-r .ci/locks/build.txt -r .ci/locks/demo.txt"
     assert obowlab == "pip install --no-deps --no-build-isolation -e ."
     assert "GB" in said
 
@@ -137,7 +136,7 @@ def test_a_part_adds_what_is_missing_and_a_change_of_the_requirements_installs_a
     machine.called()
     said = machine.install("test", OBOWLAB_TORCH_INDEX="", OBOWLAB_FFCV="0", OBOWLAB_BROWSER="0")
     assert "== Installing into .venv: train test (" in said
-    assert any("-r locks/demo.txt -r locks/train.txt -r locks/test.txt" in line for line in machine.called())
+    assert any("-r .ci/locks/demo.txt -r .ci/locks/train.txt -r .ci/locks/test.txt" in line for line in machine.called())
     assert machine.install("demo") == ""
     stamp = machine.checkout / ".venv" / ".installed-test"
     os.utime(machine.checkout / "pyproject.toml", (stamp.stat().st_mtime + 10,) * 2)

@@ -1,20 +1,25 @@
 """GPU leases: real processes, names of the kernel, stand-in GPUs."""
 
+import os
+import socket
 import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from obowlab.config import Machine
 from obowlab.errors import UserError
+from obowlab.launch import gpu_leases
 from obowlab.launch.gpu_leases import GPUS_VARIABLE, check_gpus, hold, hold_as_worker, leased, take
 from tests.gpus import stand_in_gpus
 
 HOLD = """
 import sys, time
+from obowlab.launch import gpu_leases
 from obowlab.launch.gpu_leases import hold_as_worker, take
 gpu, role = sys.argv[1:]
 name = take(gpu) if role == "launcher" else hold_as_worker(local_rank=0, gpus=[gpu])
@@ -75,7 +80,28 @@ def test_two_commands_never_share_and_the_later_one_waits(gpus: list[str], caplo
         order.append("given back")
     waiting.join()
     assert order == ["given back", f"{gpus[0]},{gpus[1]}"]
-    assert caplog.messages == ["Waiting for 2 free GPUs of 3; `obowlab jobs` shows who has them."]
+    (said,) = caplog.messages
+    assert said.startswith("Waiting for 2 free GPUs of 3; ")
+    assert f"{gpus[0]} is held by process {os.getpid()} (" in said
+
+
+def test_a_stranger_that_keeps_a_lease_is_not_waited_for(gpus: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_leases, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(gpu_leases, "POLL_S", 0.01)
+    with closing(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)) as stranger:
+        stranger.bind(f"\0obowlab launcher of {gpus[1]}"[:100])
+        with leased(machine(2)) as mine:  # the other two are enough
+            assert mine[GPUS_VARIABLE] == f"{gpus[0]},{gpus[2]}"
+        with (
+            pytest.raises(UserError, match=f"The lease of {gpus[1]} has been kept .* by a process that is no run"),
+            leased(machine(3)),
+        ):
+            pass
+    assert gpu_leases.holder_of(gpus[1]) is None
+    process = holder(gpus[1], "worker")
+    assert f"process {process.pid} (" in str(gpu_leases.holder_of(gpus[1]))
+    process.kill()
+    process.wait()
 
 
 def test_waiting_can_be_given_up_and_leaves_nothing_taken(gpus: list[str]) -> None:

@@ -1,7 +1,12 @@
 """The SQLite store of a run store: moved, copied, damaged, of another MLflow, put aside."""
 
+import os
 import shutil
+import socket
 import sqlite3
+import subprocess
+import sys
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +79,33 @@ def test_a_store_writes_to_where_it_is(filled: Path, tmp_path: Path, is_copy: bo
     (version,) = mlflow.MlflowClient(registry_uri=uri_of(second)).search_model_versions("name = 'obowlab-demo'")
     assert version.source.startswith(f"{second.as_uri()}/mlartifacts/")
     assert {path: path.stat().st_mtime_ns for path in first.rglob("*")} == before
+
+
+def test_a_moved_store_is_read_from_its_new_place_in_the_ui(filled: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "A", tmp_path / "B x"
+    shutil.copytree(filled, first)
+    make_usable(uri_of(first))
+    first.rename(second)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "obowlab.cli", "ui", "--port", str(port), "--runs-root", str(second)]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        address = server.stdout.readline().split()[-1]
+        assert address.startswith(f"http://127.0.0.1:{port}/#/experiments/")
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        (run,) = runs_of(second)
+        ask = f"http://127.0.0.1:{port}/get-artifact?path=recipe.json&run_uuid={run.info.run_id}"
+        with direct.open(ask, timeout=30) as answer:
+            assert answer.read() == (second / "mlartifacts" / run.info.run_id / "artifacts" / "recipe.json").read_bytes()
+    finally:
+        server.terminate()
+        server.wait(20)
+    assert not first.exists()
+    assert f"{first.as_uri()}/" not in every_text(second)
 
 
 def test_files_that_an_earlier_version_wrote_to_the_old_place_are_sent_again(filled: Path, tmp_path: Path) -> None:

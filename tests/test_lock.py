@@ -1,4 +1,4 @@
-"""locks/ names every package of every part with its hashes, and nothing of the machine that wrote it."""
+""".ci/locks/ names every package of every part with its hashes, and nothing of the machine that wrote it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-FILES = sorted((ROOT / "locks").glob("*.txt"))
+FILES = sorted((ROOT / ".ci" / "locks").glob("*.txt"))
 PARTS = {
     "": ("torch", "demo"),
     "ffcv": ("torch", "demo", "ffcv"),

@@ -19,11 +19,11 @@ import pytest
 
 from obowlab.config import Loaded, Machine, Recipe
 from obowlab.errors import UserError
-from obowlab.launch import local as launching
 from obowlab.launch.local import launch
 from obowlab.runs import RunFolder
+from obowlab.runs.trash import put_aside, restore, trashed_runs
 from obowlab.tracking.mirror import Mirror
-from obowlab.tracking.server import prepare_store, shown_uri, store_uri
+from obowlab.tracking.server import prepare_store, runs_page, shown_uri, store_uri
 
 mlflow = pytest.importorskip("mlflow")
 
@@ -121,8 +121,13 @@ def test_a_run_and_all_its_facts_arrive_in_the_local_store(root: Path) -> None:
     assert tags["obowlab.nonfinite"] == "loss: 1, msd_conv5: 1"
     assert tags["obowlab.eval.student.knn"] == f"version 1, {'a' * 64}"
     assert run.data.metrics["eval/student/knn_top1"] == 12.5
-    assert run.data.metrics["eval/student/knn_top1_ci95"] == 0.5
+    assert tags["eval/student/knn_top1"] == " 12.50 ± 0.50"  # beside the metric of this name, in the order of the values
     assert run.data.metrics["eval/student/birds/knn_top1"] == 12.5
+    assert history(mirror.uri, run.info.run_id, "eval/student/knn_top1") == [(0, 12.5)]  # MLflow draws step 0 as a bar
+    assert tags["mlflow.note.content"] == (
+        "A demo\n\n| | student | student/birds |\n|---|---:|---:|\n| knn_top1 [%] | 12.50 ± 0.50 | 12.50 ± 0.50 |\n\n"
+        f"recipe `demo`, seed 0 · data `{folder.info.recipe.data.dataset}` dddddddddddd · commit cccccccccccc"
+    )
     assert run.data.metrics["system/cpu"] == 50.0
     assert run.inputs.dataset_inputs[0].dataset.digest == "d" * 32
     assert_mirrored(folder, mirror.uri)
@@ -139,6 +144,39 @@ def test_a_run_and_all_its_facts_arrive_in_the_local_store(root: Path) -> None:
     assert "log.txt" in {item.path for item in client_of(mirror.uri).list_artifacts(run.info.run_id)}
     idle = mirror.sync(timeout_s=60)
     assert (idle.sent, idle.pending) == (0, 0)
+
+
+def test_a_deleted_run_is_deleted_in_the_store_and_comes_back_with_its_tags(root: Path) -> None:
+    folder = create(root)
+    train(folder, 1, 2)
+    folder.set_state(status="finished")
+    folder.add_labels({"obowlab.tag.keep": "yes", "obowlab.tag.base": "yes"})
+    mirror = Mirror(folder)
+    assert mirror.sync(timeout_s=60).pending == 0
+    run_id = the_run(mirror.uri).info.run_id
+    folder.add_labels({}, remove=["obowlab.tag.keep"])
+    assert mirror.pending() == 1
+    assert mirror.sync(timeout_s=60).error is None
+    assert [name for name in the_run(mirror.uri).data.tags if name.startswith("obowlab.tag.")] == ["obowlab.tag.base"]
+
+    path = put_aside(folder, deleted=True)  # a kill here: the next sync finishes
+    gone = Mirror(RunFolder.open(path))
+    assert (gone.uri, gone.pending()) == (mirror.uri, 1)
+    assert gone.sync(timeout_s=60).error is None
+    assert gone.pending() == 0
+    client = client_of(mirror.uri)
+    assert client.get_run(run_id).info.lifecycle_stage == "deleted"
+    assert Mirror(RunFolder.open(path)).sync(timeout_s=60).sent == 0
+
+    (trashed,) = trashed_runs(root)
+    back = Mirror(restore(trashed, runs_root=root))  # a kill here: the next sync finishes
+    assert back.sync(timeout_s=60).error is None
+    assert client.get_run(run_id).info.lifecycle_stage == "active"
+    assert the_run(mirror.uri).data.tags["obowlab.tag.base"] == "yes"
+    assert_mirrored(folder, mirror.uri)
+
+    client.delete_run(run_id)  # by somebody else, in MLflow
+    assert "was deleted; restore it there" in str(Mirror(folder).sync(timeout_s=60).error)
 
 
 def test_a_gallery_of_words_follows_the_run(root: Path) -> None:
@@ -188,10 +226,44 @@ def test_a_lost_memory_doubles_nothing(root: Path) -> None:
     assert again.sync(timeout_s=60).error is None
     assert the_run(again.uri).info.run_id == run_id
     assert_mirrored(folder, again.uri)
-    assert (
-        history(again.uri, run_id, "eval/student/knn_top1") == [(3, 12.5)]
-        or len(history(again.uri, run_id, "eval/student/knn_top1")) == 2
-    )
+    assert set(history(again.uri, run_id, "eval/student/knn_top1")) == {(0, 12.5)}
+
+
+def test_a_result_measured_anew_is_the_latest_value_also_after_that_of_an_earlier_version(root: Path) -> None:
+    folder = create(root)
+    train(folder, 1, 2, 3)
+    mirror = Mirror(folder)
+    assert mirror.sync(timeout_s=60).error is None
+    run_id = the_run(mirror.uri).info.run_id
+    client_of(mirror.uri).log_metric(run_id, "eval/student/knn_top1", 9.0, step=3)
+    folder.add_result(RESULT)
+    assert mirror.sync(timeout_s=60).error is None
+    run = the_run(mirror.uri)
+    assert run.data.metrics["eval/student/knn_top1"] == 12.5
+    assert run.data.tags["eval/student/knn_top1"] == " 12.50 ± 0.50"
+
+
+def test_mlflow_takes_the_experiment_for_training_and_knows_the_columns_of_the_results(root: Path) -> None:
+    uri = store_uri(None, runs_root=root)
+    client = client_of(uri)
+    page = runs_page(uri, runs_root=root)
+    experiment = client.get_experiment_by_name("obowlab")
+    assert page == f"/#/experiments/{experiment.experiment_id}/runs?workflowType=machine_learning&viewStateShareKey=results"
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+    view = json.loads(experiment.tags["mlflow.sharedViewState.results"])
+    assert view["selectedColumns"][0] == "tags.`eval/student/linear_top1`"
+    # In a store of an earlier version, in which MLflow's pages guessed a kind; what people wrote there stays.
+    client.set_experiment_tag(experiment.experiment_id, "mlflow.experimentKind", "genai_development_inferred")
+    client.set_experiment_tag(experiment.experiment_id, "mlflow.note.content", "mine")
+    client.set_experiment_tag(experiment.experiment_id, "mlflow.sharedViewState.results", "{}")
+    assert runs_page(uri, runs_root=root) == page
+    changed = client.get_experiment_by_name("obowlab").tags
+    assert changed == {**experiment.tags, "mlflow.note.content": "mine"}
+    client.set_experiment_tag(experiment.experiment_id, "mlflow.experimentKind", "regression")
+    assert runs_page(uri, runs_root=root) == page
+    assert client.get_experiment_by_name("obowlab").tags["mlflow.experimentKind"] == "regression"
+    client.delete_experiment(experiment.experiment_id)
+    assert runs_page(uri, runs_root=root) == "/"
 
 
 def test_points_lost_in_a_power_cut_are_not_doubled_when_they_come_again(root: Path) -> None:
@@ -226,7 +298,7 @@ def test_a_fresh_run_is_another_mlflow_run_and_marks_the_old(root: Path) -> None
     uri = Mirror(folder).uri
     assert Mirror(folder).sync(timeout_s=60).error is None
     old = the_run(uri).info.run_id
-    launching.put_aside(folder)
+    put_aside(folder)
     again = create(root)
     train(again, 1)
     assert Mirror(again).sync(timeout_s=60).error is None
@@ -248,7 +320,7 @@ def test_a_run_deleted_in_mlflow_is_not_brought_back_silently(root: Path) -> Non
 
 
 def test_the_store_is_created_once_by_many(empty_store: Path) -> None:
-    assert sorted(path.name for path in empty_store.parent.iterdir()) == [".mlflow.db.lock", "mlflow.db"]
+    assert sorted(path.name for path in empty_store.parent.iterdir()) == [".mlflow.db.lock", "mlartifacts", "mlflow.db"]
     prepare_store(f"sqlite:///{empty_store}")
     assert [found.name for found in client_of(f"sqlite:///{empty_store}").search_experiments()] == ["Default"]
 
@@ -402,12 +474,10 @@ def test_the_encoder_is_a_model_version_that_loads_without_this_package(root: Pa
     layers = [torch.nn.Conv2d(3, 8, 3, stride=2), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1)]
     encoder = torch.nn.Sequential(*layers, torch.nn.Flatten())
     layers[1].running_mean.uniform_(-1, 1)
-    encoder.to(memory_format=torch.channels_last).train()
+    encoder.eval()
     folder = create(root, name="tiny")
     train(folder, 1)
     save_encoder_model(encoder, path=folder.path / "model", example=torch.zeros(2, 3, 96, 96))
-    assert encoder.training
-    assert layers[0].weight.requires_grad
     folder.set_state(status="finished")
     mirror = Mirror(folder)
     assert mirror.sync(timeout_s=60).error is None

@@ -10,8 +10,8 @@ from obowlab.config import Views
 from obowlab.views.draws import box_weights, draw, recolourings
 from obowlab.views.loaders import PixelBatch
 from obowlab.views.packed import pack
-from obowlab.views.photometric import MEAN, STD, blur, coloured, jitter, luma, normalise, render
-from obowlab.views.views import Colour, colour, flips, patch_positions
+from obowlab.views.photometric import blur, coloured, jitter, luma, normalise, render
+from obowlab.views.views import MEAN, STD, Colour, colour, flips, patch_positions
 
 CPU = torch.device("cpu")
 SMALL = Views(

@@ -83,7 +83,7 @@ def test_a_bank_has_the_images_that_are_trained_on(tmp_path: Path, data_root: Pa
 
 
 def test_without_validation_images_all_is_left_out_and_training_goes_on(tmp_path: Path, image_folder: Path) -> None:
-    prepare("flat", source=image_folder / "train", data_root=tmp_path / "data", workers=1)
+    prepare("flat", source=image_folder / "train", data_root=tmp_path / "data", val_fraction=0.0, workers=1)
     machine = machine_of(tmp_path / "data", tmp_path)
     loaded = small_recipe(tmp_path, dataset="flat", overrides=QUICK)
     said: list[str] = []
@@ -91,6 +91,30 @@ def test_without_validation_images_all_is_left_out_and_training_goes_on(tmp_path
     assert said[0].startswith("fewshot, linear, knn are left out: 'flat' has no val images")
     folder = complete(loaded, machine=machine)
     assert folder.results() == []
+
+
+@pytest.mark.parametrize(
+    ("layout", "labelled", "reason"),
+    [
+        ("class_0", True, "'mine' has images without labels; `obowlab eval RUN --dataset OTHER` measures"),
+        (".", False, "'mine' has images without labels"),
+        ("..", True, "'mine' has one class only"),
+    ],
+)
+def test_without_labels_all_is_left_out_and_training_goes_on(
+    tmp_path: Path, image_folder: Path, layout: str, labelled: bool, reason: str
+) -> None:
+    (tmp_path / "one").mkdir()
+    shutil.copytree(image_folder / "train/class_0", tmp_path / "one/class_0")
+    source = tmp_path / "one" if layout == ".." else image_folder / "train" / layout
+    prepare("mine", source=source, data_root=tmp_path / "data", labelled=labelled, val_fraction=0.3, workers=1)
+    machine = machine_of(tmp_path / "data", tmp_path)
+    loaded = small_recipe(tmp_path, dataset="mine", overrides=(*QUICK, "training.batch_size=4", "training.monitor=true"))
+    said: list[str] = []
+    check_data(loaded, machine=machine, dry_run=True, say=said.append)
+    assert said[0].startswith(f"fewshot, linear, knn are left out: {reason}")
+    if layout == "class_0":
+        assert complete(loaded, machine=machine).results() == []
 
 
 # ------------------------------------------------------------------------------------------------------ before the training

@@ -40,7 +40,8 @@ def client_of(machine: Machine) -> Any:
 
 def runs_of(machine: Machine) -> list[Any]:
     client = client_of(machine)
-    return list(client.search_runs([client.get_experiment_by_name("obowlab").experiment_id]))
+    assert client.get_experiment_by_name("obowlab") is None  # that of the training runs
+    return list(client.search_runs([client.get_experiment_by_name("obowlab-reports").experiment_id]))
 
 
 def text_of(machine: Machine, run_id: str, name: str, place: Path) -> str:

@@ -22,6 +22,7 @@ from obowlab.errors import UserError
 from obowlab.evaluation.features import FeatureStore
 from obowlab.methods import Batch, OBoW, StepOutput, build_backbone
 from obowlab.weights.encoder_file import save_encoder
+from obowlab.weights.export import plain_network
 from tests.command_line import Obowlab, contents, finished_run
 from tests.runs import chain_recipe, complete, small_recipe, weights
 
@@ -144,7 +145,9 @@ def test_a_model_version_is_the_encoder_of_its_run(weights_file: Path, workplace
     run = RunFolder.create(Loaded("mine", RECIPE, {}), seed=0, runs_root=workplace / "runs")
     with pytest.raises(UserError, match=r"mlflow\.db"):
         lab.load("models:/obowlab-mine/1")
-    save_encoder_model(encoder.model, path=run.path / "model", example=torch.zeros(2, 3, 24, 24))
+    save_encoder_model(
+        plain_network(encoder.model, info=encoder.info), path=run.path / "model", example=torch.zeros(2, 3, 24, 24)
+    )
     run.set_state(status="finished")
     assert Mirror(run).sync(timeout_s=60).error is None
     found = lab.load("models:/obowlab-mine/1")

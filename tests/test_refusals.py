@@ -13,9 +13,12 @@ import torch
 
 from obowlab.config import Loaded, Recipe
 from obowlab.errors import UserError, memory_sentence, refusal_of
-from obowlab.launch.local import put_aside
+from obowlab.methods.backbones import build_backbone
 from obowlab.runs.folder import RunFolder, damaged_runs, list_runs
+from obowlab.runs.info import ENCODER_FILE
+from obowlab.runs.trash import put_aside
 from obowlab.training import __main__ as compute
+from obowlab.weights.encoder_file import save_encoder
 from tests.command_line import Obowlab
 
 
@@ -65,10 +68,10 @@ def test_memory_that_runs_out_in_training_is_a_failed_run_and_one_sentence(tmp_p
 def test_memory_that_runs_out_in_a_command(
     tmp_path: Path, error: Exception, obowlab: Obowlab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def list_runs(root: Path) -> list[Any]:
+    def read_runs(root: Path) -> list[Any]:
         raise error
 
-    monkeypatch.setattr("obowlab.runs.folder.list_runs", list_runs)
+    monkeypatch.setattr("obowlab.runs.selection.read_runs", read_runs)
     code, _, err = obowlab("runs", "list", "--runs-root", str(tmp_path))
     assert (code, err.count("\n")) == (2, 1)
     assert "memory" in err
@@ -88,12 +91,13 @@ def forbid(monkeypatch: pytest.MonkeyPatch, place: Path) -> None:
 
     def refusing(real: Any) -> Any:
         def call(path: Path, *args: Any, **options: Any) -> Any:
-            if place in path.parents:
+            if place in Path(path).parents:
                 raise PermissionError(errno.EACCES, "Permission denied", str(path))
             return real(path, *args, **options)
 
         return call
 
+    monkeypatch.setattr(os, "open", refusing(os.open))
     for name in ("stat", "open", "read_bytes", "read_text"):
         monkeypatch.setattr(Path, name, refusing(getattr(Path, name)))
 
@@ -142,6 +146,10 @@ def test_eval_without_the_right_to_write_is_refused_before_measuring(
     tmp_path: Path, obowlab: Obowlab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = made(tmp_path)
+    recipe = folder.info.recipe
+    save_encoder(
+        build_backbone(recipe.backbone, seed=0), path=folder.path / ENCODER_FILE, recipe=recipe, fingerprint=None, source=""
+    )
     monkeypatch.setattr(os, "access", lambda place, mode: Path(place) != folder.path)
     code, _, err = obowlab("eval", folder.run_id, "--runs-root", str(tmp_path), "--device", "cpu")
     assert code == 2
@@ -152,9 +160,9 @@ def test_eval_without_the_right_to_write_is_refused_before_measuring(
 def test_a_store_that_is_gone_for_a_while_is_a_sentence(
     tmp_path: Path, obowlab: Obowlab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def list_runs(root: Path) -> list[Any]:
+    def read_runs(root: Path) -> list[Any]:
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(root))
 
-    monkeypatch.setattr("obowlab.runs.folder.list_runs", list_runs)
+    monkeypatch.setattr("obowlab.runs.selection.read_runs", read_runs)
     code, _, err = obowlab("runs", "list", "--runs-root", str(tmp_path))
     assert (code, err) == (2, f"Error: Cannot use {tmp_path} (Stale file handle): fix that and run the command again.\n")

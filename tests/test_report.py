@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import json
 import os
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from tests.command_line import Obowlab, contents
 from tests.report_store import add_gallery, add_run, add_study, make_table
 
 SCRIPTS = ("page.js", "charts.js", "plotly.min.js")
+MLFLOW_PAGE = "http://127.0.0.1:5000/#/runs/f00d"
 HOSTILE = "<script>alert('x')</script>\"&<img src=x onerror=alert(1)>"
 
 
@@ -48,6 +50,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Site:
     many = ("method.kappa=9", "training.epochs=30", "optimizer.learning_rate=0.0123456", "data.images_per_class=45")
     add_run(root, overrides=many, status="interrupted", points=40, alike=True)
     add_gallery(base[0])
+    (hard.path / "mirror.json").write_text(json.dumps({"stores": {"sqlite:////somewhere/mlflow.db": {"run_id": "f00d"}}}))
     add_study(root, run_id=base[0].run_id, figures=True)
     return gather(read_store(root), tables=Tables((make_table(base, [hard]), make_table(base, [hard], comparable=True))))
 
@@ -116,7 +119,7 @@ def test_every_link_leads_somewhere_inside_the_site(site: Path) -> None:
     assert len(found) == 13
     for path, page in found.items():
         for link in page.links:
-            if link.startswith("data:"):
+            if link.startswith("data:") or link == MLFLOW_PAGE:
                 continue
             assert "://" not in link, (path, link)
             assert not link.startswith("/"), (path, link)
@@ -174,7 +177,7 @@ def test_every_value_of_a_table_leads_to_its_runs(site: Path, store: Site) -> No
 
 
 def test_run_page_says_where_a_result_comes_from(site: Path, store: Site) -> None:
-    changed = next(run for run in store.runs if run.variant == "method.codes=hard")
+    changed = next(run for run in store.runs if run.short == "codes=hard")
     text = Page(site / build.page_of_run(changed.run_id)).text
     for part in (
         "--set method.codes=hard",
@@ -182,9 +185,12 @@ def test_run_page_says_where_a_result_comes_from(site: Path, store: Site) -> Non
         "75 s in 1 start, 1500 of 1500 steps",
         "12.50 ± 0.50",
         "All 7",
-        "never sent",
+        "at http://127.0.0.1:5000, while obowlab ui runs",
+        "word_age_conv5 3.5 3.5 3.5 steps Mean steps since a word was put into the vocabulary.",
     ):
         assert part in text, part
+    assert MLFLOW_PAGE in Page(site / build.page_of_run(changed.run_id)).links
+    assert "never sent" in Page(site / build.page_of_run(store.runs[-1].run_id)).text
     seed_1 = next(run for run in store.runs if run.seed == 1)
     assert "with uncommitted changes" in Page(site / build.page_of_run(seed_1.run_id)).text
     failed = next(run for run in store.runs if run.status == "failed")
@@ -202,13 +208,13 @@ def test_study_page_shows_best_paper_and_every_trial(site: Path) -> None:
 
 
 def test_curves_have_a_line_for_each_variant(store: Site) -> None:
-    family = figures.families(store.runs)["demo"]
+    family = figures.families(store.trainings)["demo"]
     groups = family.groups
     assert family.shared == ""
     assert [(group.label, len(group.runs), group.base) for group in groups] == [
         ("demo", 2, True),
-        ("images_per_class=45, kappa=9, learning_rate=0.01235, epochs=30", 1, False),
         ("codes=hard", 1, False),
+        ("images_per_class=45, kappa=9, learning_rate=0.01235, epochs=30", 1, False),
         ("kappa=500", 1, False),
     ]
     (loss, _) = figures.curve_figures(groups, metrics=figures.TRAINING)
@@ -218,7 +224,7 @@ def test_curves_have_a_line_for_each_variant(store: Site) -> None:
 def test_lines_are_named_after_what_distinguishes_them(tmp_path: Path) -> None:
     for kappa in (3, 7):
         add_run(tmp_path, overrides=("training.epochs=7", f"method.kappa={kappa}"), points=5)
-    family = figures.families(gather(read_store(tmp_path), tables=Tables()).runs)["demo"]
+    family = figures.families(gather(read_store(tmp_path), tables=Tables()).trainings)["demo"]
     assert family.shared == "training.epochs=7"
     assert [group.label for group in family.groups] == ["kappa=3", "kappa=7"]
 
@@ -273,6 +279,90 @@ def test_no_name_becomes_markup(tmp_path: Path) -> None:
         assert "img" not in page.tags, path
         assert "<script>alert" not in path.read_text()
     assert HOSTILE.split('"')[0] in Page(tmp_path / "site" / "index.html").text
+
+
+ATTACK = "document.documentElement.dataset.attacked = 'yes'"
+
+
+def words_json(place: Path, change: Callable[[Any], Any]) -> None:
+    facts = json.loads((place / "words.json").read_text())
+    change(facts)
+    (place / "words.json").write_text(json.dumps(facts))
+
+
+def _linked(place: Path, name: str, *, secret: Path) -> None:
+    (place / name).unlink()
+    (place / name).symlink_to(secret)
+
+
+def test_nothing_in_a_run_folder_is_run_by_who_reads_the_report(tmp_path: Path) -> None:
+    folder = add_run(tmp_path / "runs")
+    add_gallery(folder)
+    place = folder.path / "words"
+    (place / "index.html").write_text(f"<script>{ATTACK}</script>")
+    (place / "more.html").write_text(f"<script>{ATTACK}</script>")
+    (place / "drawing.svg").write_text(f"<svg xmlns='http://www.w3.org/2000/svg'><script>{ATTACK}</script></svg>")
+    (place / "words.js").write_text(ATTACK)
+    words_json(place, lambda facts: facts.update(title=HOSTILE, dataset=HOSTILE, version=HOSTILE, network=HOSTILE))
+    site = tmp_path / "site"
+    build_site(gather(read_store(tmp_path / "runs"), tables=Tables()), out=site)
+    gallery = site / "words" / folder.run_id
+    assert sorted(path.name for path in gallery.iterdir()) == ["conv5-0.png", "conv5-1.png", "index.html", "words.json"]
+    assert not [path for path in site.rglob("*") if path.is_file() and ATTACK.encode() in path.read_bytes()]
+    page = Page(gallery / "index.html")
+    assert [script.get("src") or script.get("type") for script in page.scripts] == ["application/json", "../../words.js"]
+    assert "img" not in page.tags
+    assert HOSTILE.split('"')[0] in page.text
+
+
+@pytest.mark.parametrize(
+    ("attack", "said"),
+    [
+        (lambda place, secret: _linked(place, "conv5-1.png", secret=secret), "Too many levels of symbolic links"),
+        (lambda place, secret: _linked(place, "words.json", secret=secret), "Too many levels of symbolic links"),
+        (lambda place, secret: (place / "conv5-1.png").write_text("<html>"), "is not a picture of the kind"),
+        (lambda place, secret: ((place / "conv5-1.png").unlink(), os.mkfifo(place / "conv5-1.png")), "is no file"),
+        (lambda place, secret: (place / "conv5-1.png").unlink(), "No such file"),
+        (lambda place, secret: (place / "words.json").write_text("[" * 100_000), "(no JSON)"),
+        (lambda place, secret: (place / "words.json").unlink(), "No such file"),
+        (lambda place, secret: words_json(place, lambda f: f.update(patches_per_word="8);x")), "(patches_per_word)"),
+        (lambda place, secret: words_json(place, lambda f: f["view"].update(size="`+alert(1)+`")), "(view.size)"),
+        (lambda place, secret: words_json(place, lambda f: f["levels"].update({"<b>": {}})), "(levels.<b>"),
+        (lambda place, secret: words_json(place, lambda f: f.update(format=2)), "(format)"),
+        *(
+            (lambda place, secret, n=name: words_json(place, lambda f: f["levels"]["conv5"].update(sheets=[n])), "conv5.sheets")
+            for name in ("../../run.json", "x.svg", "x.html", "/etc/passwd.png", "a.png\n", ".png", "conv5-0.png")
+        ),
+    ],
+)
+def test_a_gallery_that_is_none_is_left_out_and_named(tmp_path: Path, attack: Callable[[Path, Path], object], said: str) -> None:
+    (secret := tmp_path / "secret").write_text("of somebody else")
+    folder = add_run(tmp_path / "runs")
+    add_gallery(folder)
+    attack(folder.path / "words", secret)
+    site = tmp_path / "site"
+    build_site(gather(read_store(tmp_path / "runs"), tables=Tables()), out=site)
+    text = Page(site / "index.html").text
+    assert f"The visual words of run {folder.run_id} cannot be shown: " in text
+    assert said in text
+    assert not (site / "words").exists()
+    assert (site / "runs" / f"{folder.run_id}.html").is_file()
+    assert not [path for path in site.rglob("*") if path.is_file() and path.read_bytes() == secret.read_bytes()]
+
+
+def test_a_page_runs_no_script_but_its_own(browser: Any, site: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(site, tmp_path / "site"))
+    (gallery,) = copy.glob("words/*/index.html")
+    for path in (*pages(copy), gallery):
+        whole = path.read_text()
+        assert "default-src 'none'; script-src 'self' file:; style-src " in html.unescape(whole), path
+        attack = f'<script>{ATTACK}</script><img src=x onerror="{ATTACK}"><a id=lure href="javascript:{ATTACK}">x</a>'
+        path.write_text(whole.replace("</main>", attack + "</main>"))
+    for path in (copy / "index.html", copy / "curves.html", gallery):
+        open_page(browser, path)
+        browser.execute_script("document.getElementById('lure').click()")
+        assert browser.execute_script("return document.documentElement.dataset.attacked") is None, path
+        assert sum("violates the following" in said for said in complaints(browser)) >= 3, path
 
 
 # -------------------------------------------------------------------------------------------------------------- the folder
@@ -457,6 +547,10 @@ def test_pages_work_in_a_browser_from_the_disk(browser: Any, site: Path) -> None
         assert all(address.startswith("file://") for address in asked), path.name
         pictures = "Promise.all([...document.images].map(image => { image.loading = 'eager'; return image.decode(); }))"
         assert browser.execute_async_script(f"const done = arguments[0]; {pictures}.then(() => done(true), () => done(false))")
+    (gallery,) = site.glob("words/*/index.html")
+    open_page(browser, gallery)
+    assert browser.execute_script("return document.querySelectorAll('#words li').length") == 2
+    assert complaints(browser) == []
 
 
 def test_theme_follows_the_system_and_a_choice_is_remembered(browser: Any, site: Path) -> None:
@@ -481,10 +575,17 @@ def test_theme_follows_the_system_and_a_choice_is_remembered(browser: Any, site:
 
 def test_runs_can_be_searched_and_reached_by_keyboard(browser: Any, site: Path) -> None:
     open_page(browser, site / "runs.html")
-    search = browser.find_element("id", "search")
-    search.send_keys("codes=hard")
-    shown = browser.execute_script("return [...document.querySelectorAll('#runs tbody tr')].filter(row => !row.hidden).length")
-    assert shown == 1
+    visible = "[...document.querySelectorAll('#runs tbody tr')].filter(row => !row.hidden)"
+    for words, count in (("codes=hard", 1), ("DEMO finished", 3), ("5-shot>13", 1), ("5-shot>=12.5 seed<1", 2), ("nothing", 0)):
+        search = browser.find_element("id", "search-runs")
+        search.clear()
+        search.send_keys(words)
+        assert browser.execute_script(f"return {visible}.length") == count, words
+        assert browser.find_element("css selector", "[data-list=runs] output").text == f"{count} of 5"
+    browser.find_element("id", "search-trainings").send_keys("kappa")
+    assert (
+        browser.execute_script("return [...document.querySelectorAll('#trainings tbody tr')].filter(r => !r.hidden).length") == 2
+    )
     browser.execute_script("document.activeElement.blur()")
     open_page(browser, site / "table3-tiny.html")
     order = browser.execute_script(
@@ -492,6 +593,29 @@ def test_runs_can_be_searched_and_reached_by_keyboard(browser: Any, site: Path) 
     )
     assert set(order) == {0}
     assert browser.execute_script("return [...document.querySelectorAll('.scroll')].every(box => box.getAttribute('aria-label'))")
+
+
+def test_run_lists_are_sorted_by_any_column_with_absent_values_last(browser: Any, site: Path, store: Site) -> None:
+    open_page(browser, site / "runs.html")
+
+    def column(name: str) -> list[str]:
+        place = [heading.text for heading in browser.find_elements("css selector", "#runs thead th")].index(name)
+        cells = f"[...document.querySelectorAll('#runs tbody tr')].map(row => row.cells[{place}].textContent.trim())"
+        button = browser.find_elements("css selector", "#runs thead button")[place]
+        button.send_keys("\n")  # by keyboard as well
+        return [str(text) for text in browser.execute_script(f"return {cells}")]
+
+    def numbers(texts: list[str]) -> list[float]:
+        return [float(text.split()[0]) for text in texts if text != "–"]
+
+    up, down = column("5-shot, %"), column("5-shot, %")
+    assert numbers(up) == sorted(numbers(up)) == numbers(down)[::-1]
+    assert len(numbers(up)) == 3
+    assert up[3:] == down[3:] == ["–", "–"]
+    assert browser.find_element("css selector", "#runs [aria-sort]").get_dom_attribute("aria-sort") == "descending"
+    assert column("created") == sorted(run.created for run in store.runs)
+    assert browser.execute_script("return document.querySelectorAll('#runs [aria-sort]').length") == 1
+    assert complaints(browser) == []
 
 
 def test_colours_can_be_read(browser: Any, site: Path) -> None:
@@ -556,7 +680,7 @@ def hover(browser: Any, *, trace: str, point: int) -> str:
 
 
 def test_hovering_a_curve_shows_value_step_and_run(browser: Any, site: Path, store: Site) -> None:
-    run = next(run for run in store.runs if run.variant == "method.codes=hard")
+    run = next(run for run in store.runs if run.short == "codes=hard")
     curve = run.curves["loss"]
     for page, trace in ((site / build.page_of_run(run.run_id), "Loss"), (site / "curves.html", "codes=hard")):
         open_page(browser, page)

@@ -18,16 +18,20 @@ import pytest
 from obowlab import text
 from obowlab.config import load_recipe
 from obowlab.files import read_checked
-from obowlab.report import curves
+from obowlab.report import curves, figures
 from obowlab.report import read as gather
 from obowlab.report.curves import CACHE, Curve, cached_curves, over_seeds, read_curves, reduce, with_point
+from obowlab.report.labels import in_short
+from obowlab.report.model import Gallery
 from obowlab.report.vocabulary_health import RULES, Finding, judge
 from obowlab.runs.folder import RunFolder, RunSummary
 from obowlab.runs.records import Record, store_records
 from obowlab.runs.results import Measured, tabulate
 from obowlab.studies.schema import read_studies, read_study
+from obowlab.tables.build import build_table
+from obowlab.tables.spec import load_table
 from tests.command_line import result
-from tests.report_store import add_gallery, add_run, add_study
+from tests.report_store import add_gallery, add_row_runs, add_run, add_study, own_table
 
 GOLDEN = Path(__file__).parent / "golden" / "curves.json"
 
@@ -84,10 +88,10 @@ def test_short_curve_is_kept_as_it_is_and_odd_values_are_counted(tmp_path: Path)
     assert reduce(np.array([1.0]), np.array([np.nan]), steps=np.array([1.0]), end=1.0) is None
 
 
-def test_only_shown_metrics_are_read_and_a_metric_may_begin_late(tmp_path: Path) -> None:
+def test_all_metrics_are_read_and_a_metric_may_begin_late(tmp_path: Path) -> None:
     lines = [{"epoch": 0.5, "loss": 1.0, "learning_rate": 0.1}, {"epoch": 1.0, "loss": 2.0, "monitor_accuracy": 7.0}]
     found = read_curves(write(tmp_path / "metrics.jsonl", lines), epochs=1)
-    assert set(found) == {"loss", "monitor_accuracy"}
+    assert set(found) == {"loss", "learning_rate", "monitor_accuracy"}
     assert found["monitor_accuracy"].epoch == (1.0,)
     assert read_curves(tmp_path / "nothing.jsonl", epochs=1) == {}
 
@@ -220,7 +224,7 @@ def metrics_run(tmp_path: Path) -> Path:
 
 
 def read_files(run: Path) -> dict[str, Curve]:
-    return {name: found for file in curves.METRIC_FILES for name, found in read_curves(run / file, epochs=30).items()}
+    return {name: found for file in curves.FILES for name, found in read_curves(run / file, epochs=30).items()}
 
 
 def test_cached_curves_are_those_of_the_files_and_are_used_until_anything_changes(
@@ -311,11 +315,9 @@ def test_run_is_read_with_its_provenance(tmp_path: Path) -> None:
     add_gallery(folder)
     (folder.path / "mirror.json").write_text(json.dumps({"stores": {"sqlite:///x": {"run_id": "f00d"}}}))
     run = read(folder)
-    assert (run.variant, run.label, run.base) == (
-        "method.codes=hard",
-        "demo: method.codes=hard",
-        "the recipe demo of this version",
-    )
+    assert run.changes == {"method.codes": "hard"}
+    assert (run.short, run.label, run.base) == ("codes=hard", "demo: codes=hard", "the recipe demo of this version")
+    assert (run.mlflow_page, run.mlflow_local) == ("http://127.0.0.1:5000/#/runs/f00d", True)
     assert [s for s in run.settings if s.shipped is not None] == [
         gather.Setting("method.codes", "hard", "--set method.codes=hard", "soft")
     ]
@@ -323,8 +325,7 @@ def test_run_is_read_with_its_provenance(tmp_path: Path) -> None:
     assert run.machine["host"] == "elsewhere"
     assert run.versions == {"obowlab": folder.info.version, "torch": "2.14.1"}
     assert run.measurement("fewshot_5shot") == {"value": 13.5, "interval": 0.5}
-    assert run.gallery is not None
-    assert run.gallery.preview == ("conv5-0.png",)
+    assert run.gallery == Gallery(folder.path / "words")
     online = run.curves["fewshot_5shot"]
     assert (online.epoch[-1], online.mean) == (float(run.epochs), (7.0, 8.0, 9.0, 13.5))
     assert run.warnings == ()
@@ -335,7 +336,7 @@ def test_seeds_are_one_family_and_other_protocols_do_not_part_them(tmp_path: Pat
     measured_otherwise = read(add_run(tmp_path, seed=2, overrides=("evaluation.knn.num_neighbours=5",)))
     other = read(add_run(tmp_path, overrides=("method.kappa=7",)))
     assert len({run.family for run in (*runs, measured_otherwise)}) == 1
-    assert measured_otherwise.variant == ""
+    assert measured_otherwise.short == ""
     assert other.family != runs[0].family
 
 
@@ -355,7 +356,7 @@ def test_run_of_another_version_is_shown_and_a_damaged_one_named(tmp_path: Path)
     old, damaged = add_run(tmp_path), add_run(tmp_path, seed=1)
     values = read_checked(old.path / "run.json")
     values["recipe"]["method"]["unheard_of"] = 3
-    values["name"] = "gone"
+    values["name"], values["sources"] = "gone", {}
     (old.path / "run.json").write_text(json.dumps(values))
     (next((damaged.path / "results").glob("*.json"))).write_text("{")
     site = gather.gather(gather.read_store(tmp_path), tables=gather.Tables())
@@ -397,3 +398,111 @@ def test_timestamps_do_not_depend_on_the_time_zone(monkeypatch: pytest.MonkeyPat
     finally:
         monkeypatch.undo()
         time.tzset()
+
+
+# -------------------------------------------------------------------------------------------------------------- trainings
+
+
+def own(folder: Path, name: str, text: str) -> str:
+    path = folder / f"{name}.toml"
+    path.write_text(text)
+    return str(path)
+
+
+def trainings(runs_root: Path) -> list[tuple[str, str, list[str]]]:
+    site = gather.gather(gather.read_store(runs_root), tables=gather.Tables())
+    return [(each.base_recipe, each.label, [run.run_id for run in each.runs]) for each in site.trainings]
+
+
+def test_seeds_of_one_training_are_together_whatever_its_recipe_is_called(tmp_path: Path) -> None:
+    root = tmp_path / "runs"
+    titled = own(tmp_path, "short", 'extends = "demo-vanilla"\ntitle = "Two epochs"\n\n[training]\nepochs = 2\n')
+    plain = own(tmp_path, "again", 'extends = "short"\n')
+    loaded = [
+        *((load_recipe("demo"), seed) for seed in (1, 0)),
+        *((load_recipe("demo-vanilla"), seed) for seed in (0, 2)),  # demo under another name
+        (load_recipe(titled), 0),
+        (load_recipe(plain), 1),
+        (load_recipe("demo", overrides=["training.epochs=2", "evaluation.knn.num_neighbours=5"]), 2),
+        (load_recipe(titled, overrides=["method.kappa=9"]), 0),
+        (load_recipe("demo", overrides=["method.kappa=9"]), 0),
+    ]
+    runs = [RunFolder.create(each, seed=seed, runs_root=root).run_id for each, seed in loaded]
+    assert trainings(root) == [
+        ("demo", "demo", [runs[1], runs[2], runs[0], runs[3]]),
+        ("demo", "Two epochs", [runs[4], runs[5], runs[6]]),
+        ("demo", "Two epochs, kappa=9", [runs[7]]),
+        ("demo", "kappa=9", [runs[8]]),
+    ]
+
+
+def test_a_recipe_of_ones_own_is_compared_with_what_it_starts_from(tmp_path: Path) -> None:
+    name = own(tmp_path, "mine", 'extends = "tiny-full"\n\n[method]\nkappa = 3.5\n')
+    run = read(RunFolder.create(load_recipe(name, overrides=["training.epochs=3"]), seed=0, runs_root=tmp_path / "runs"))
+    assert run.changes == {"method.kappa": "3.5", "training.epochs": "3"}
+    assert (run.short, run.base_recipe, run.base) == ("kappa=3.5, epochs=3", "tiny-full", "the recipe tiny-full of this version")
+    alone = own(tmp_path, "alone", "[training]\nepochs = 3\n")
+    run = read(RunFolder.create(load_recipe(alone), seed=0, runs_root=tmp_path / "runs"))
+    assert (run.base_recipe, run.base) == ("alone", "the defaults of this version, which has no such recipe")
+    assert run.changes == {"training.epochs": "3"}
+
+
+def test_trainings_of_one_title_are_told_apart(tmp_path: Path) -> None:
+    for name, kappa in (("a", 3.0), ("b", 4.0)):
+        file = own(tmp_path, name, f'extends = "demo"\ntitle = "Mine"\n\n[training]\nepochs = 3\n\n[method]\nkappa = {kappa}\n')
+        RunFolder.create(load_recipe(file), seed=0, runs_root=tmp_path / "runs")
+    assert [label for _, label, _ in trainings(tmp_path / "runs")] == ["Mine, kappa=3", "Mine, kappa=4"]
+
+
+def test_changes_in_short() -> None:
+    many = {f"section.key_{i}": str(i) for i in range(6)}
+    assert in_short(many) == "key_0=0, key_1=1, key_2=2, key_3=3 and 2 more"
+    assert in_short({"method.kappa": "3", "teacher.method.kappa": "4"}) == "method.kappa=3, teacher.method.kappa=4"
+    assert in_short({}) == ""
+
+
+def test_means_of_a_training_are_those_of_a_table(tmp_path: Path) -> None:
+    planned = load_table(own_table(tmp_path), scale="demo")
+    add_row_runs(planned, runs_root=tmp_path / "runs", means={"base": 50, "small": 20}, seeds=(0, 1, 2))
+    table = build_table(planned, seeds=(0, 1, 2), records=store_records(tmp_path / "runs"))
+    site = gather.gather(gather.read_store(tmp_path / "runs"), tables=gather.Tables())
+    means = {each.label: each.means["fewshot_5shot"] for each in site.trainings}
+    assert means == {"Two epochs": table.rows[0].cells[0].ours, "Two epochs, num_words=64": table.rows[1].cells[0].ours}
+    assert site.metrics == ("fewshot_5shot", "linear_top1", "knn_top1")
+
+
+@pytest.mark.parametrize(
+    ("store", "page"),
+    [
+        ("sqlite:////runs/mlflow.db", "http://127.0.0.1:5000/#/runs/abc1"),
+        ("postgresql://user:secret@db/x", "http://127.0.0.1:5000/#/runs/abc1"),
+        ("http://host:5000", "http://host:5000/#/runs/abc1"),
+        ("https://user:secret@host/team/?token=secret#x", "https://host/team/#/runs/abc1"),
+    ],
+)
+def test_a_page_in_mlflow_has_an_address_without_a_login(store: str, page: str) -> None:
+    assert gather.mlflow_page("abc1", store=store) == page
+    assert gather.mlflow_page(None, store=store) is None
+    assert gather.mlflow_page("../x", store=store) is None
+
+
+def test_everything_logged_is_shown_by_group(tmp_path: Path) -> None:
+    folder = add_run(tmp_path)
+    with folder.metric_log() as log:
+        log.append(9000, {"epoch": 12, "loss": 4.0, "grad_norm": 2.0, "images_per_s": 500.0, "mine": 7.0}, time_s=1.0)
+    with folder.metric_log("system") as log:
+        log.append(15, {"gpu_memory_0": 100.0, "cpu": "nan"})
+    run = read(folder)
+    groups = figures.logged_groups(run)
+    logged = {name for curves in groups.values() for name in curves}
+    assert logged == set(run.curves) >= {"grad_norm", "images_per_s", "mine", "gpu_memory_0"}
+    assert {heading: list(curves) for heading, curves in groups.items() if heading != figures.MAIN} == {
+        "Optimiser": ["grad_norm"],
+        "Speed": ["images_per_s"],
+        "Machine": ["gpu_memory_0"],
+        "Others": ["mine"],
+    }
+    more = figures.more_figures(run)
+    assert [figure.title for figure in more["Machine"]] == ["Gpu memory 0"]
+    assert more["Machine"][0].layout["xaxis"]["title"]["text"] == "seconds"
+    assert [finding.healthy for finding in run.findings if finding.rule == "finite"] == [True], "of the training alone"

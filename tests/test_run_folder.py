@@ -49,7 +49,7 @@ def test_find_by_id_prefix_and_path_and_names_the_nearest(tmp_path: Path) -> Non
     assert RunFolder.find(run.run_id, runs_root=tmp_path).path == run.path
     assert RunFolder.find("demo-s0", runs_root=tmp_path).run_id == run.run_id
     assert RunFolder.find(str(other.path), runs_root=tmp_path / "elsewhere").run_id == other.run_id
-    with pytest.raises(UserError, match="prefix of 2 runs"):
+    with pytest.raises(UserError, match=r"'demo' is the recipe of 2 runs: .* Name one of them."):
         RunFolder.find("demo", runs_root=tmp_path)
     with pytest.raises(UserError, match=f"Did you mean '{other.run_id}'"):
         RunFolder.find("dmo" + other.run_id[4:], runs_root=tmp_path)

@@ -236,10 +236,11 @@ def test_a_wrong_login_is_one_sentence_and_loses_nothing(lab: Lab, client: Any) 
     nobody = {"MLFLOW_TRACKING_USERNAME": "", "MLFLOW_TRACKING_PASSWORD": ""}
     for wrong in ({"MLFLOW_TRACKING_PASSWORD": "not this one"}, nobody):
         said = lab.obowlab("runs", "sync", folder.run_id, code=1, **wrong)
-        assert re.fullmatch(rf"{folder.run_id}: 0 sent, \d+ pending: {re.escape(f'{lab.uri} {hint}')}\n", said)
+        assert re.fullmatch(rf"{folder.run_id}: 0 sent, \d+ pending: {re.escape(f'{lab.inner_uri} {hint}')}\n", said)
     said = lab.obowlab("report", "--wait", "--out", str(lab.place / "site"), MLFLOW_TRACKING_PASSWORD="not this one")
     assert [line for line in said.splitlines() if line.startswith("Warning: MLflow")] == [
-        f"Warning: MLflow does not have the report 'report' as it is now ({lab.uri} {hint}); the same command sends it again."
+        "Warning: MLflow does not have the report 'report' as it is now "
+        f"({lab.inner_uri} {hint}); the same command sends it again."
     ]
     assert lab.runs_in_mlflow(client, recipe="demo") == []
     credentials = lab.stack.root / "home" / "worker" / ".mlflow" / "credentials"
@@ -254,7 +255,7 @@ def test_a_wrong_login_is_one_sentence_and_loses_nothing(lab: Lab, client: Any) 
 @pytest.mark.long
 def test_pages_show_the_run_the_study_and_the_report(lab: Lab, client: Any, browser: Any) -> None:
     run = lab.runs_in_mlflow(client, recipe="small", seed="0")[0]
-    experiment = run.info.experiment_id
+    experiment, reports = (client.get_experiment_by_name(name).experiment_id for name in ("obowlab", "obowlab-reports"))
     metrics = {"width": DESKTOP[0], "height": DESKTOP[1], "deviceScaleFactor": 1, "mobile": False}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     browser.execute_cdp_cmd("Network.enable", {})
@@ -262,7 +263,8 @@ def test_pages_show_the_run_the_study_and_the_report(lab: Lab, client: Any, brow
     browser.execute_cdp_cmd("Network.setExtraHTTPHeaders", {"headers": {"Authorization": f"Basic {token}"}})
     name = run.info.run_name
     pages = (
-        (5000, f"/#/experiments/{experiment}/runs", [name, "report", "study"]),
+        (5000, f"/#/experiments/{experiment}/runs", [name]),
+        (5000, f"/#/experiments/{reports}/runs", ["report", "study"]),
         (5000, f"/#/experiments/{experiment}/runs/{run.info.run_id}", [name, "fewshot_1shot"]),
         (5000, "/#/models/obowlab-small", ["Version 1"]),
         (8082, "/dashboard", ["search-demo"]),

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def test_a_real_study_from_the_command_to_mlflow(
     assert (folder.path / "terminal.txt").is_file()
 
     client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{workplace}/runs/mlflow.db")
-    experiment = client.get_experiment_by_name("obowlab").experiment_id
+    experiment = client.get_experiment_by_name("obowlab-reports").experiment_id
     mirrored = client.get_run(run["mlflow_run_id"])
     assert mirrored.data.tags["obowlab.study"] == "small-demo"
     assert mirrored.data.tags["obowlab.trial"] == "0"
@@ -160,10 +161,18 @@ def test_the_dashboard_shows_the_studies(workplace: Path, obowlab: Obowlab) -> N
     server = subprocess.Popen(command, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None
-        assert server.stdout.readline().strip().endswith(f"http://127.0.0.1:{port}/dashboard")
+        address, token = server.stdout.readline().strip().split("?token=")
+        assert address.endswith(f"http://127.0.0.1:{port}/dashboard")
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        with direct.open(f"http://127.0.0.1:{port}/api/studies", timeout=20) as answer:
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            direct.open(f"http://127.0.0.1:{port}/api/studies", timeout=20)
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/api/studies", headers={"Authorization": f"Bearer {token}"})
+        with direct.open(request, timeout=20) as answer:
             assert [study["study_name"] for study in json.load(answer)["study_summaries"]] == ["search-demo"]
+        foreign = urllib.request.Request(f"http://127.0.0.1:{port}/api/studies/1", method="DELETE", headers=dict(request.headers))
+        foreign.add_header("Origin", "http://127.0.0.1:8081")
+        with pytest.raises(urllib.error.HTTPError, match="403"):
+            direct.open(foreign, timeout=20)
     finally:
         server.terminate()
         server.wait(20)

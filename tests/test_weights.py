@@ -22,8 +22,8 @@ from obowlab.errors import UserError
 from obowlab.evaluation.features import _entry_writer, frozen, weights_hash
 from obowlab.methods import Batch, OBoW, OneProcess, ResNet, build_backbone
 from obowlab.runs.folder import RunFolder
-from obowlab.weights import encoder_file as weights
-from obowlab.weights.encoder_file import Encoder, export, import_authors, load_encoder, read_encoder, save_encoder, write_method
+from obowlab.weights import info
+from obowlab.weights.encoder_file import import_authors, load_encoder, read_encoder, save_encoder, write_method
 
 State = dict[str, Tensor]
 SMALL = Backbone(stem="small", width=4)
@@ -162,62 +162,9 @@ def test_the_encoder_of_a_run(tmp_path: Path) -> None:
 def test_foreign_pixels_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "encoder.safetensors"
     save_encoder(build_backbone(SMALL), path=path, recipe=Recipe(backbone=SMALL), fingerprint=None, source="test")
-    monkeypatch.setattr(weights, "MEAN", (0.5, 0.5, 0.5))
+    monkeypatch.setattr(info, "MEAN", (0.5, 0.5, 0.5))
     with pytest.raises(UserError, match="normalised"):
         read_encoder(path)
-
-
-# --------------------------------------------------------------------------------------------------------------- export
-
-
-@pytest.fixture
-def resnet18() -> Encoder:
-    model = worn(build_backbone(Backbone(), seed=0)).eval()
-    info = weights._foreign_info(model, backbone=Backbone(), source="test").model_copy(update={"original_size": 64})
-    return Encoder(model=model, info=info, path=Path("test"))
-
-
-def test_export_to_torchvision(tmp_path: Path, resnet18: Encoder) -> None:
-    written = export(resnet18, format="torchvision", path=tmp_path / "out" / "resnet18.pth")
-    assert written.max_difference < 1e-5
-    model = torchvision.models.resnet18()
-    model.fc = nn.Identity()
-    model.load_state_dict(torch.load(written.path, weights_only=True))
-    torch.testing.assert_close(features(model.eval()), features(resnet18.model), rtol=0, atol=1e-5)
-    assert features(resnet18.model).std() > 0.1
-    again = load_encoder(str(written.path), runs_root=tmp_path)
-    assert again.info.backbone == Backbone()
-    assert again.info.weights_hash == resnet18.info.weights_hash
-
-
-def test_export_to_safetensors(tmp_path: Path, resnet18: Encoder) -> None:
-    written = export(resnet18, format="safetensors", path=tmp_path / "out.safetensors")
-    assert written.max_difference == 0
-    assert read_encoder(written.path).info == resnet18.info
-
-
-def test_an_export_that_does_not_come_back_is_not_kept(
-    tmp_path: Path, resnet18: Encoder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = torch.load
-
-    def disturbing(*args, **rest):
-        state = real(*args, **rest)
-        state["conv1.weight"] = state["conv1.weight"][:, [2, 1, 0]]  # BGR
-        return state
-
-    monkeypatch.setattr(torch, "load", disturbing)
-    with pytest.raises(RuntimeError, match="features differ"):
-        export(resnet18, format="torchvision", path=tmp_path / "out.pth")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_torchvision_has_no_small_stem(tmp_path: Path) -> None:
-    model = build_backbone(SMALL)
-    encoder = Encoder(model=model, info=weights._foreign_info(model, backbone=SMALL, source="test"), path=Path("test"))
-    with pytest.raises(UserError, match="stem 'small' and width 4"):
-        export(encoder, format="torchvision", path=tmp_path / "out.pth")
-    assert list(tmp_path.iterdir()) == []
 
 
 # --------------------------------------------------------------------------------------------------------------- import

@@ -228,7 +228,9 @@ def test_a_dry_run_looks_and_changes_nothing(run: RunFolder, workplace: Path, ob
         f"Would find the 8 best patches of every word of conv4, conv5 of {run.run_id} in small/train",
         f"Would write them to {run.path / 'words'}",
     ]
-    assert obowlab("words", "small", "--dataset", "nowhere", "--dry-run")[0] == 2
+    code, out, err = obowlab("words", "small", "--dataset", "nowhere", "--dry-run")
+    assert (code, err) == (0, "")
+    assert "not on this machine: 'nowhere' is not prepared" in out
     assert obowlab("words", "small", "--dataset", "synthetic", "--data-root", "fresh", "--dry-run")[0] == 0
     assert contents(workplace) == before
 
@@ -245,7 +247,7 @@ def refused(obowlab: Obowlab, *words: str) -> str:
 def test_mistakes_are_one_sentence(run: RunFolder, workplace: Path, obowlab: Obowlab) -> None:
     assert "There is no run 'nothing'" in refused(obowlab, "nothing")
     assert "'--level'" in refused(obowlab, "small", "--level", "conv3")
-    assert "`obowlab data prepare other" in refused(obowlab, "small", "--dataset", "other")
+    assert "`obowlab data prepare other" in err_of(obowlab, "small", "--dataset", "other")
     Path("notes").mkdir()
     Path("notes/mine.txt").write_text("mine")
     assert "notes holds other things than a gallery" in refused(obowlab, "small", "--out", "notes")
@@ -291,7 +293,7 @@ def test_a_checkpoint_of_another_version_is_refused(run: RunFolder, obowlab: Obo
     content = torch.load(run.path / checkpoints.CURRENT, weights_only=True)
     content["method"]["vocabularies.conv5.surprise"] = torch.zeros(1)
     torch.save(content, run.path / checkpoints.CURRENT)
-    assert "does not fit this version" in refused(obowlab, "small")
+    assert "does not fit this version" in err_of(obowlab, "small")
 
 
 def test_words_without_a_temperature_are_ranked_by_hard_codes_and_distance(data_root: Path, tmp_path: Path) -> None:

@@ -6,9 +6,16 @@ for, and whatever is heavy (numpy, pydantic, torch, mlflow) only when it does so
 
 from __future__ import annotations
 
+import difflib
 import errno
 import importlib
-from collections.abc import Sequence
+import os
+import re
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import Any
 
 import click
@@ -16,6 +23,7 @@ import click
 from obowlab import __version__
 from obowlab.errors import UserError, memory_sentence, refusal_of
 from obowlab.log import log_to_stderr
+from obowlab.signals import on_signals
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "run": ("obowlab.cli.run:run", "Pretrain a recipe, then evaluate the encoder; the same command again continues."),
@@ -26,8 +34,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "table": ("obowlab.cli.ablate:table", "Show tables of the paper beside what the run store has; trains nothing."),
     "words": ("obowlab.cli.words:words", "Show the visual words of a run: the patches that each of them stands for."),
     "data": ("obowlab.cli.data:data", "Prepare, verify and list data sets."),
+    "init": ("obowlab.cli.init:init", "Write a recipe fitted to your images, with the reason for every value."),
     "config": ("obowlab.cli.config:config", "List, show and compare recipes."),
-    "runs": ("obowlab.cli.runs:runs", "List, show, sync and export runs."),
+    "runs": ("obowlab.cli.runs:runs", "List, show, compare, tag, delete, sync and export runs."),
     "jobs": ("obowlab.cli.jobs:jobs", "Show what is queued, running and over, where, how far and how long it will take."),
     "weights": ("obowlab.cli.weights:weights", "Import and export encoder weights."),
     "report": (
@@ -53,8 +62,11 @@ UNUSABLE = (
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """What a file system without locks answers."""
 
-INTERRUPTED = 130
-"""Exit code after Ctrl-C: 128 + SIGINT, as shells have it."""
+INTERRUPTED, BROKEN_PIPE = 130, 141
+"""Exit codes after Ctrl-C, and when the reader of a pipe is gone: 128 + SIGINT and SIGPIPE, as shells have it."""
+
+INTERRUPTION = "obowlab.interruption"
+"""Where a command's context has what the line after Ctrl-C says of it."""
 
 
 class LazyGroup(click.Group):
@@ -79,12 +91,19 @@ class LazyGroup(click.Group):
             _refuse_command(args[0], known=list(COMMANDS), before="obowlab")
         return super().resolve_command(ctx, args)
 
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        """Parse, or print the help; a reader that has enough of it ends the command quietly."""
+        with _reader_may_leave():
+            return super().make_context(*args, **extra)
+
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; Ctrl-C is one line and exit code 130 (click itself would print an empty line too)."""
+        """Run the command; Ctrl-C is one line at once and exit code 130 (click itself would print an empty line too)."""
         try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            click.echo("Interrupted.", err=True)
+            with _answering_interruptions(ctx), _reader_may_leave():
+                return super().invoke(ctx)
+        except KeyboardInterrupt as interruption:
+            if not interruption.args:
+                click.echo(_interruption(ctx), err=True)
             return INTERRUPTED
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -105,6 +124,38 @@ class Family(click.Group):
         if args[0] not in self.commands:
             _refuse_command(args[0], known=list(self.commands), before=f"obowlab {self.name}")
         return super().resolve_command(ctx, args)
+
+
+@contextmanager
+def _answering_interruptions(ctx: click.Context) -> Iterator[None]:
+    """Let the first Ctrl-C print, before anything else happens, what `options.when_interrupted` says of the command."""
+
+    def answer(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        clear = "\r\033[K" if sys.stderr.isatty() else ""  # of a line of progress
+        click.echo(f"{clear}{_interruption(ctx)}", err=True)
+        raise KeyboardInterrupt("answered")
+
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:  # ignored in the background, or somebody else's
+        yield
+        return
+    with on_signals(answer, (signal.SIGINT,)):
+        yield
+
+
+def _interruption(ctx: click.Context) -> str:
+    return f"Interrupted{ctx.meta.get(INTERRUPTION, '.')}"
+
+
+@contextmanager
+def _reader_may_leave() -> Iterator[None]:
+    """End quietly, with the code that a shell gives such programs, when what reads the output has closed the pipe."""
+    try:
+        yield
+    except BrokenPipeError:
+        with suppress(OSError):  # what is left in the buffer would complain at the very end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise click.exceptions.Exit(BROKEN_PIPE) from None
 
 
 def _refuse_command(name: str, *, known: list[str], before: str) -> None:
@@ -139,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         click.echo(error.format_message())
         return 0
     except click.ClickException as error:
-        return _complain(error.format_message())
+        return _complain(f"{error.format_message()}{_nearest_choice(error)}")
     except OSError as error:
         if error.errno in NO_LOCKS:
             return _complain(f"The disk has no file locks ({error.strerror}): choose another --runs-root and --data-root.")
@@ -151,6 +202,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except click.Abort:  # Ctrl-C before the command began
         return INTERRUPTED
     return result if isinstance(result, int) else 0
+
+
+def _nearest_choice(error: click.ClickException) -> str:
+    """Return which choice of an option was probably meant; nothing where none is near."""
+    kind = error.param.type if isinstance(error, click.BadParameter) and error.param is not None else None
+    typed = re.match(r"'(.*)' is not one of", error.message)
+    if not isinstance(kind, click.Choice) or typed is None:
+        return ""
+    close = difflib.get_close_matches(typed[1], [str(choice) for choice in kind.choices], n=1, cutoff=0.5)
+    return f" Did you mean '{close[0]}'?" if close else ""
 
 
 def _memory(error: Exception) -> str:

@@ -16,14 +16,16 @@ from obowlab.cli.options import (
     MachineOptions,
     dry_run_option,
     machine_options,
+    set_option,
     submitter_of,
     would,
 )
-from obowlab.cli.output import print_obstacles, print_table, send_to_mlflow
+from obowlab.cli.output import print_lines, print_obstacles, print_table, send_to_mlflow
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
     from obowlab.config import Machine
+    from obowlab.tables.execute import Execution
     from obowlab.tables.model import Table
     from obowlab.tables.plan import Plan
     from obowlab.tables.render import Format
@@ -43,6 +45,7 @@ names_argument = click.argument("names", nargs=-1, required=True, metavar="TABLE
     "--seeds", type=click.IntRange(min=1), default=1, show_default=True, metavar="N", help="Seeds 0 to N-1 of every row."
 )
 @scale_option
+@set_option
 @click.option("--gpus", type=click.IntRange(min=1), metavar="N", help="N trainings at a time, each on a GPU of its own.")
 @click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="Trainings at a time on the CPU. [default: one per core]")
 @click.option("--records", type=PATH, metavar="DIR", help="Write what the tables are made of (small JSON files) to a folder.")
@@ -53,6 +56,7 @@ def ablate(
     row_words: tuple[str, ...],
     seeds: int,
     scale: str,
+    overrides: tuple[str, ...],
     gpus: int | None,
     jobs: int | None,
     records: Path | None,
@@ -62,20 +66,23 @@ def ablate(
     """Train what the rows of tables need and lack, then show the tables.
 
     TABLE is a table of the paper (table1 to table5, table7), `all`, or a TOML file. Rows with the same recipe are trained once.
-    Interrupted and typed again, the command continues; a row that fails does not stop the others.
+    Interrupted and typed again, the command continues; a row that fails does not stop the others. --set holds for all rows: a
+    table of its own, with runs of its own.
     """
     from obowlab.launch.cost import CostBook
     from obowlab.launch.gpu_leases import check_gpus
     from obowlab.launch.stages import find_obstacles
     from obowlab.runs.provenance import num_cores
     from obowlab.runs.records import store_runs
-    from obowlab.tables.plan import OVERVIEW_COLUMNS, check_images, make_plan, overview, select_rows
-    from obowlab.tables.spec import load_table, resolve_names
+    from obowlab.tables.execute import Execution
+    from obowlab.tables.kept import keep_table
+    from obowlab.tables.plan import OVERVIEW_COLUMNS, check_images, due_jobs, make_plan, overview, select_rows, unmeasured
+    from obowlab.tables.spec import load_tables
     from obowlab.tables.submit import submit_plan
 
     if gpus is not None and (jobs is not None or options.device not in (None, "cuda")):
         raise UserError("--gpus N runs one training on each of N GPUs; leave --jobs and --device out.")
-    tables = [load_table(name, scale=scale) for name in resolve_names(names)]
+    tables = load_tables(names, scale=scale, overrides=overrides)
     machine = (replace(options, device="cuda") if gpus is not None else options).machine(procs=gpus)
     on_cluster = machine.launcher == "slurm"
     if not dry_run and not on_cluster:
@@ -83,6 +90,7 @@ def ablate(
     plan = make_plan(tables, seeds=range(seeds), rows=select_rows(row_words, tables=tables))
     slots = gpus or jobs or (len(plan.jobs) if on_cluster else max(1, num_cores() // (machine.threads or 1)))
     runs = store_runs(machine.runs_root)
+    again = unmeasured(plan, runs=runs, machine=machine)
     book = CostBook(machine.model_copy(update={"procs": 1}), runs=runs.values())
     if not dry_run and not on_cluster and any(job.fingerprint not in runs for job in plan.jobs):
         check_images(plan.jobs, machine=machine, say=click.echo)  # it is timed on them
@@ -90,23 +98,28 @@ def ablate(
         problem = book.measure([job.loaded.recipe for job in plan.jobs])
         if problem:
             _warn(f"not every recipe could be timed ({problem}).")
-    trainings, lines = overview(plan, runs=runs, book=book, slots=slots, on_cluster=on_cluster)
-    print_table(OVERVIEW_COLUMNS, trainings, right=("steps",))
-    click.echo("\n".join(lines))
+    trainings, lines = overview(plan, runs=runs, book=book, slots=slots, on_cluster=on_cluster, again=again)
+    print_table(OVERVIEW_COLUMNS, trainings, right=("steps",), names=("run", "rows"), hide=("steps", "rows", "training"))
+    print_lines(lines)
     machine = machine.model_copy(update={"procs": 1})
+    if not dry_run:
+        for planned in tables:
+            _warn(keep_table(planned, runs_root=machine.runs_root))
     if dry_run:
-        done = {key for key, run in runs.items() if run.state.status == "finished"}
-        due = [job.loaded for job in plan.jobs if job.fingerprint not in done]
+        due = [job.loaded for job in due_jobs(plan, runs=runs, again=again)]
         return print_obstacles(find_obstacles(due, machine=machine, say=click.echo, at_a_time=gpus or 1))
     if on_cluster:
-        left = submit_plan(plan, submitter=submitter_of(machine, options=options), at_a_time=slots)
+        left = submit_plan(plan, submitter=submitter_of(machine, options=options), at_a_time=slots, again=again)
         return left if left is not None else _present(plan, machine=machine, records=records)
-    return _execute(plan, machine=machine, machine_file=options.machine_file, slots=slots, records=records)
+    check_images(due_jobs(plan, runs=runs, again=again), machine=machine, say=click.echo)
+    execution = Execution(plan, machine=machine, slots=slots, say=_say, machine_file=options.machine_file, again=again)
+    return _execute(execution, records=records)
 
 
 @click.command()
 @names_argument
 @scale_option
+@set_option
 @click.option("--seeds", type=click.IntRange(min=1), metavar="N", help="Seeds 0 to N-1. [default: those of which there are runs]")
 @click.option("--format", "form", type=click.Choice(FORMATS), default="rich", show_default=True, help="How to print.")
 @click.option("--runs", "with_runs", is_flag=True, help="With rich: print the run behind every number too.")
@@ -117,6 +130,7 @@ def ablate(
 def table(
     names: tuple[str, ...],
     scale: str,
+    overrides: tuple[str, ...],
     seeds: int | None,
     form: Format,
     with_runs: bool,
@@ -125,14 +139,18 @@ def table(
     options: MachineOptions,
     dry_run: bool,
 ) -> None:
-    """Show tables of the paper beside what the run store has; trains nothing."""
+    """Show tables of the paper beside what the run store has; trains nothing.
+
+    TABLE as for `ablate`; --set shows what `ablate --set` trained.
+    """
     from obowlab.runs.records import read_records
     from obowlab.tables import render
     from obowlab.tables.build import build_from_store, build_table, finished_seeds
-    from obowlab.tables.spec import load_table, resolve_names
+    from obowlab.tables.kept import keep_table
+    from obowlab.tables.spec import load_tables
 
     machine = options.machine()
-    tables = [load_table(name, scale=scale) for name in resolve_names(names)]
+    tables = load_tables(names, scale=scale, overrides=overrides)
     if out is not None and not out.absolute().parent.is_dir():
         raise UserError(f"The folder of --out {out} does not exist.")
     source = records or machine.runs_root
@@ -141,6 +159,9 @@ def table(
     wanted = None if seeds is None else range(seeds)
     if records is None:
         built = [build_from_store(planned, runs_root=machine.runs_root, seeds=wanted) for planned in tables]
+        for planned, each in zip(tables, built, strict=True):
+            if any(run.status != "missing" for row in each.rows for run in row.runs):
+                _warn(keep_table(planned, runs_root=machine.runs_root))
     else:
         known = read_records(records)
         built = [build_table(each, seeds=wanted or finished_seeds(each, records=known), records=known) for each in tables]
@@ -160,27 +181,24 @@ def show(table: Table, *, with_runs: bool = False) -> None:
 
     columns, rows = render.overview(table)
     numbers = [column for column in columns if column not in ("row", "direction")]
-    print_table(columns, rows, title=render.heading(table), right=numbers)
-    for line in (render.LEGEND, *render.remarks(table)):
-        click.echo(line)
+    print_table(columns, rows, title=render.heading(table), right=numbers, names=("row",), hide=render.expendable(table))
+    print_lines((render.legend(table), *render.remarks(table)))
     if with_runs:
         click.echo()
-        print_table(*render.runs_overview(table))
+        runs, lines = render.runs_overview(table)
+        values = [column.label for column in table.columns]
+        origins = ("data hash", "MLflow run", "commit", "recipe hash", *reversed(values[1:]))
+        print_table(runs, lines, right=("seed", *values), names=("row", "run"), prose=("status",), hide=origins)
     click.echo()
 
 
 # -------------------------------------------------------------------------------------------------------------- helpers
 
 
-def _execute(plan: Plan, *, machine: Machine, machine_file: Path | None, slots: int, records: Path | None) -> int:
-    from obowlab.tables.execute import Execution
-    from obowlab.tables.plan import check_images
-
-    check_images(plan.jobs, machine=machine, say=click.echo)
-    execution = Execution(plan, machine=machine, slots=slots, say=_say, machine_file=machine_file)
+def _execute(execution: Execution, *, records: Path | None) -> int:
     outcomes = execution.run()
-    send_to_mlflow(execution.labelled, machine=machine)
-    code = _present(plan, machine=machine, records=records)
+    send_to_mlflow(execution.labelled, machine=execution.machine)
+    code = _present(execution.plan, machine=execution.machine, records=records)
     for outcome in outcomes:
         if outcome.status == "failed":
             _say(f"{outcome.job.run_id} failed: {outcome.message}")

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from obowlab.cli.options import HARDWARE, ROOTS, MachineOptions, dry_run_option, json_flag, machine_options, set_option, would
-from obowlab.cli.output import print_table
+from obowlab.cli.options import (
+    HARDWARE,
+    ROOTS,
+    MachineOptions,
+    dry_run_option,
+    json_flag,
+    machine_options,
+    set_option,
+    when_interrupted,
+    would,
+)
+from obowlab.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
     from obowlab.launch.bounds import Facts, Measured
@@ -47,11 +56,12 @@ def bench(
     if dry_run:
         would(f"measure a run of {name} for about {seconds:g} s; nothing is kept")
         return 0
+    when_interrupted("nothing is kept.")
     measured = measure(name, overrides=overrides, machine=machine, seconds=seconds, say=_say)
     assert measured.facts is not None
     bound, sentence = verdict(measured.parts, facts=measured.facts)
     if as_json:
-        click.echo(json.dumps({"recipe": name, "bound": bound, "sentence": sentence, **_values(measured, measured.facts)}))
+        print_json({"recipe": name, "bound": bound, "sentence": sentence, **_values(measured, measured.facts)})
         return 0
     rows = [[part.name, _number(part.images_per_s), _number(part.ms_per_step), part.note] for part in measured.parts]
     print_table(("part", "images/s", "ms per step", "note"), rows, right=("images/s", "ms per step"))

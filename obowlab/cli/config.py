@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,7 @@ import click
 from obowlab import text
 from obowlab.cli import Family
 from obowlab.cli.options import dry_run_option, json_flag, set_option, would
-from obowlab.cli.output import print_table
+from obowlab.cli.output import print_json, print_table
 
 if TYPE_CHECKING:
     from obowlab.config import Loaded
@@ -34,8 +33,7 @@ def list_recipes(as_json: bool, dry_run: bool) -> None:
         return would(f"list {len(files)} recipes")
     rows = [(name, load_recipe(name).recipe.title, cost_line(path)) for name, path in files.items()]
     if as_json:
-        click.echo(json.dumps([{"name": name, "title": title, "cost": cost} for name, title, cost in rows], indent=1))
-        return None
+        return print_json([{"name": name, "title": title, "cost": cost} for name, title, cost in rows])
     return print_table(("recipe", "what it is", "cost"), rows)
 
 
@@ -52,10 +50,9 @@ def show(name: str, overrides: tuple[str, ...], as_json: bool, dry_run: bool) ->
     if dry_run:
         return would(f"print every setting of recipe '{loaded.name}'")
     if as_json:
-        click.echo(json.dumps(loaded.recipe.model_dump(mode="json"), indent=1, ensure_ascii=False))
-        return None
+        return print_json(loaded.recipe.model_dump(mode="json"))
     rows = [(key, text.toml(value), _source(loaded, key)) for key, value in flatten(loaded.recipe).items()]
-    return print_table(("setting", "value", "set by"), rows)
+    return print_table(("setting", "value", "set by"), rows, names=("setting",))
 
 
 @config.command("diff")
@@ -87,7 +84,7 @@ def diff(first: str, second: str | None, overrides: tuple[str, ...], dry_run: bo
     if not rows:
         click.echo(f"'{names[0]}' and '{names[1]}' do not differ.")
         return None
-    return print_table(("setting", *names, "set by"), rows)
+    return print_table(("setting", *names, "set by"), rows, names=("setting",), hide=("set by",))
 
 
 def cost_line(path: Path) -> str:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,8 +11,8 @@ import click
 
 from obowlab import text
 from obowlab.cli import Family
-from obowlab.cli.options import PATH, MachineOptions, dry_run_option, json_flag, machine_options, would
-from obowlab.cli.output import print_table
+from obowlab.cli.options import MachineOptions, dry_run_option, json_flag, machine_options, when_interrupted, would
+from obowlab.cli.output import print_json, print_table, show_progress
 
 if TYPE_CHECKING:
     from obowlab.data.datasets import Plan, PrepareReport, Progress
@@ -28,13 +28,37 @@ def data() -> None:
 
 @data.command("prepare")
 @click.argument("name")
-@click.option("--source", type=PATH, help="Folder or .tar with train/CLASS/*.JPEG and val/CLASS/*.JPEG.")
+@click.option(
+    "--source",
+    metavar="SOURCE",
+    help="Folder or .tar of class folders or images, list (.csv), Parquet files, WebDataset, or torchvision:NAME:ROOT.",
+)
+@click.option(
+    "--val-fraction",
+    type=click.FloatRange(min=0, max=1, max_open=True),
+    metavar="F",
+    help="Share of every class that becomes val where the source has none. [default: 0.1 with labels, else 0]",
+)
+@click.option("--no-labels", is_flag=True, help="Take all images without labels, whatever the folders or labels are.")
 @click.option("--force", is_flag=True, help="Replace what was prepared under this name from another source.")
 @click.option("--workers", type=click.IntRange(min=1), metavar="N", help="Decoding threads. [default: one per core]")
 @machine_options("data_root", "machine_file")
 @dry_run_option
-def prepare(name: str, source: Path | None, force: bool, workers: int | None, options: MachineOptions, dry_run: bool) -> None:
+def prepare(
+    name: str,
+    source: str | None,
+    val_fraction: float | None,
+    no_labels: bool,
+    force: bool,
+    workers: int | None,
+    options: MachineOptions,
+    dry_run: bool,
+) -> None:
     """Write a data set's images into .beton files, once and for all recipes.
+
+    SOURCE is a folder or a plain .tar of train/CLASS/*.JPEG and val/CLASS/*.JPEG, of CLASS/*.JPEG or of images without labels; a
+    list with a path and a label a line (.csv, .tsv, .txt); Parquet files or a folder saved by Hugging Face's datasets; the tars
+    of a WebDataset; or a data set of torchvision on this disk, torchvision:NAME:ROOT.
 
     Every image is decoded once; those that cannot be read are skipped and listed. Nothing is visible before everything is
     written, so an interrupted call is simply typed again.
@@ -47,17 +71,28 @@ def prepare(name: str, source: Path | None, force: bool, workers: int | None, op
     if dry_run:
         if source is None:
             if name != "synthetic":
-                raise UserError(f"Give --source DIR, the folder or .tar that holds the images of '{name}'.")
+                raise UserError(f"Give --source DIR, the folder, .tar, list or table that holds the images of '{name}'.")
             return would(f"draw the synthetic data set into {root / name}")
-        plan = plan_prepare(name, source=source, data_root=root, workers=workers)
+        plan = plan_prepare(
+            name,
+            source=source,
+            data_root=root,
+            labelled=not no_labels,
+            val_fraction=val_fraction,
+            force=force,
+            workers=workers,
+        )
         would(f"write {root / name}: {_plan_line(plan)}")
         for note in plan.notes:
             click.echo(f"  note: {note}")
         return None
+    when_interrupted(f"'{name}' is as it was before; the same command begins again.")
     report = prepare_dataset(
         name,
         source=source,
         data_root=root,
+        labelled=not no_labels,
+        val_fraction=val_fraction,
         force=force,
         workers=workers,
         announce=lambda plan: click.echo(f"Preparing {plan.dataset} from {plan.source}: {_plan_line(plan)}."),
@@ -68,13 +103,13 @@ def prepare(name: str, source: Path | None, force: bool, workers: int | None, op
 
 @data.command("verify")
 @click.argument("name")
-@click.option("--source", type=PATH, help="Compare images with this source. [default: the one it was prepared from]")
+@click.option("--source", metavar="SOURCE", help="Compare images with this source. [default: the one it was prepared from]")
 @click.option(
     "--sample", type=click.IntRange(min=1), default=256, show_default=True, metavar="N", help="Images compared with the source."
 )
 @machine_options("data_root", "machine_file")
 @dry_run_option
-def verify(name: str, source: Path | None, sample: int, options: MachineOptions, dry_run: bool) -> int:
+def verify(name: str, source: str | None, sample: int, options: MachineOptions, dry_run: bool) -> int:
     """Read a prepared data set again: hashes of everything, and a sample against its source."""
     from obowlab.data.datasets import verify as verify_dataset
 
@@ -82,7 +117,9 @@ def verify(name: str, source: Path | None, sample: int, options: MachineOptions,
     if dry_run:
         would(f"hash {root / name}, decode {sample} images of each split and compare them with their source")
         return 0
-    report = verify_dataset(name, data_root=root, source=source, sample=sample, progress=lambda text: click.echo(text, err=True))
+    when_interrupted("nothing was changed.")
+    report = verify_dataset(name, data_root=root, source=source, sample=sample, progress=show_progress)
+    show_progress("")
     for problem in report.problems:
         click.echo(f"{problem.split}: {problem.what}\n  {problem.fix}")
     images = ", ".join(f"{manifest.num_images} {manifest.split}" for manifest in report.manifests)
@@ -117,8 +154,7 @@ def list_all(as_json: bool, options: MachineOptions, dry_run: bool) -> None:
             }
             for listing in listings
         ]
-        click.echo(json.dumps(rows, indent=1))
-        return None
+        return print_json(rows)
     lines = []
     for listing in listings:
         images = ", ".join(f"{manifest.num_images} {manifest.split}" for manifest in listing.manifests)
@@ -131,22 +167,31 @@ def list_all(as_json: bool, options: MachineOptions, dry_run: bool) -> None:
         else:
             state = listing.info.obtain if listing.info is not None else "not prepared"
         lines.append((listing.name, images, total, hashes, state))
-    return print_table(("data set", "images", "size", "content", f"state in {root}"), lines, right=("size",))
+    columns = ("data set", "images", "size", "content", "state")
+    title = f"Data sets in {root}:"
+    return print_table(columns, lines, title=title, right=("size",), names=("data set",), hide=("content", "size"))
 
 
 def _plan_line(plan: Plan) -> str:
     images = ", ".join(f"{count} {split}" for split, count in plan.num_images.items())
     ignored = f", {plan.num_ignored} other files left out" if plan.num_ignored else ""
     return (
-        f"{images} images of {plan.num_classes} classes{ignored}, about {text.size(plan.num_bytes)} "
+        f"{images} images {_classes(plan.class_names)}{ignored}, about {text.size(plan.num_bytes)} "
         f"({text.size(plan.free_bytes)} free) and {text.duration(plan.estimated_s)}"
     )
 
 
+def _classes(names: Sequence[str]) -> str:
+    from obowlab.data.sources import UNLABELLED
+
+    return "without labels" if tuple(names) == (UNLABELLED,) else f"of {len(names)} class{'es' if len(names) > 1 else ''}"
+
+
 def _show_progress(progress: Progress) -> None:
-    left = f", {text.duration(progress.remaining_s)} left" if progress.done < progress.total else ""
-    end = "\n" if progress.done == progress.total else ""
-    click.echo(f"\r\033[K{progress.split}: {progress.done} of {progress.total} images{left}{end}", err=True, nl=False)
+    left = f"{text.duration(progress.remaining_s)} left · " if progress.done < progress.total else ""
+    show_progress(f"{left}{progress.split}: {progress.done} of {progress.total} images")
+    if progress.done == progress.total:
+        click.echo(err=True)
 
 
 def _print_report(name: str, folder: Path, report: PrepareReport) -> None:
@@ -156,7 +201,7 @@ def _print_report(name: str, folder: Path, report: PrepareReport) -> None:
         click.echo(f"Prepared {name} in {folder} within {text.duration(report.elapsed_s)}.")
     for manifest in report.manifests:
         click.echo(
-            f"  {manifest.split}: {manifest.num_images} images of {len(manifest.class_names)} classes, "
+            f"  {manifest.split}: {manifest.num_images} images {_classes(manifest.class_names)}, "
             f"{text.size(manifest.file_bytes)}, content {manifest.content_hash}"
         )
     for note in report.notes:

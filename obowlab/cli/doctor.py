@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,7 +20,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import click
 
 from obowlab import text
-from obowlab.cli.options import ROOTS, MachineOptions, dry_run_option, json_flag, machine_options, would
+from obowlab.cli.options import ROOTS, MachineOptions, dry_run_option, json_flag, machine_options, when_interrupted, would
+from obowlab.cli.output import MIN_PROSE, coloured, print_json, show_progress, terminal_width
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
@@ -80,19 +82,27 @@ def doctor(as_json: bool, options: MachineOptions, dry_run: bool) -> int:
     if dry_run:
         would("import torch, mlflow and ffcv in processes of their own and look at disk, memory, data and the tracking server")
         return 0
-    checks = examine(machine)
+    when_interrupted("nothing was changed.")
+    checks = examine(machine, progress=(lambda line: None) if as_json else show_progress)
     if as_json:
-        click.echo(json.dumps([asdict(check) for check in checks], indent=1))
+        print_json([asdict(check) for check in checks])
     else:
         _print(checks)
     return int(any(check.status == "fail" for check in checks))
 
 
-def examine(machine: Machine) -> list[Check]:
-    """Check everything a run needs on this machine; nothing is changed."""
+def examine(machine: Machine, *, progress: Callable[[str], None]) -> list[Check]:
+    """Check everything a run needs on this machine; nothing is changed.
+
+    Args:
+        machine: where runs and data are.
+        progress: called with what is being checked, and with nothing at the end.
+    """
+    progress("Loading torch, mlflow and ffcv, in processes of their own ...")
     with ThreadPoolExecutor(3) as pool:  # they wait for processes
         torch, mlflow, ffcv = pool.map(probe, (_TORCH, _MLFLOW, _FFCV))
-    return [
+    progress("Looking at the disk, the tracking store and the data ...")
+    checks = [
         *_python(),
         *_torch_and_cuda(torch),
         *_mlflow(mlflow),
@@ -100,17 +110,24 @@ def examine(machine: Machine) -> list[Check]:
         *_system_libraries(ffcv_is_built=not isinstance(ffcv, str)),
         *_memory(),
         *_disk(machine),
+        *_shared_store(machine),
         *_tracking(machine),
         *_data(machine),
     ]
+    progress("")
+    return checks
 
 
 def _print(checks: list[Check]) -> None:
     width = max(len(check.name) for check in checks)
     for check in checks:
-        status = click.style(f"{check.status:<4}", fg={"ok": "green", "warn": "yellow", "fail": "red"}[check.status])
-        click.echo(f"{status}  {check.name:<{width}}  {check.text}")
-        if check.fix:
+        status = coloured(f"{check.status:<4}", {"ok": "green", "warn": "yellow", "fail": "red"}[check.status])
+        room = max(MIN_PROSE, terminal_width() - width - 8)
+        first, *more = text.wrap(check.text, room) if sys.stdout.isatty() else [check.text]
+        click.echo(f"{status}  {check.name:<{width}}  {first}")
+        for line in more:
+            click.echo(f"{'':<4}  {'':<{width}}  {line}")
+        if check.fix:  # in one line, to be copied
             click.echo(f"{'':<4}  {'':<{width}}  {check.fix}")
 
 
@@ -239,7 +256,26 @@ def _disk(machine: Machine) -> list[Check]:
     return checks
 
 
+def _shared_store(machine: Machine) -> list[Check]:
+    """Look for what others of the group made in the run store, and this user may not write to."""
+    from obowlab.runs.store import CACHES, check_store, closed, opening
+
+    root = machine.runs_root
+    if not root.is_dir() or not os.access(root, os.W_OK | os.X_OK):
+        return []  # `_disk` says so
+    try:
+        check_store(root, tracking=True)
+    except UserError as error:
+        command = re.search(r"`([^`]+)`", str(error))
+        return [Check("run store", "fail", str(error), command[1] if command is not None else "")]
+    if missed := closed(root, CACHES):
+        what = f"{', '.join(map(str, missed))} cannot be written to: features and curves are computed again each time"
+        return [Check("run store", "warn", what, f"{opening(root, missed)}   # by the owner")]
+    return []
+
+
 def _tracking(machine: Machine) -> list[Check]:
+    from obowlab.tracking.local_store import damage_of
     from obowlab.tracking.server import answers, login, refusal, shown_uri, store_uri
 
     try:
@@ -248,7 +284,7 @@ def _tracking(machine: Machine) -> list[Check]:
         return [Check("tracking", "fail", str(error), "unset MLFLOW_TRACKING_URI")]
     shown = shown_uri(uri)
     if not uri.startswith("http"):
-        problem = refusal(uri)
+        problem = refusal(uri) or damage_of(uri)
         if problem is not None:
             command = re.search(r"`([^`]+)`", problem)
             return [Check("tracking", "warn", problem, command[1] if command is not None else "")]

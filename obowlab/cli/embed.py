@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from obowlab.cli.options import PATH, MachineOptions, dry_run_option, machine_options, would
+from obowlab.cli.options import PATH, MachineOptions, dry_run_option, machine_options, when_interrupted, would
 from obowlab.errors import UserError
 
 FORMATS = (".npz", ".parquet")
@@ -35,13 +35,12 @@ def embed(subject: str, folder: Path, out: Path, force: bool, batch_size: int, o
     from obowlab.data.sources import list_images
 
     count = len(list_images(folder))
-    name = subject
-    if not Path(subject).is_file() and not subject.startswith("models:/"):
-        from obowlab.weights.subject import find_subject
+    from obowlab.weights.source import find_source
 
-        name = find_subject(subject, recipe_name=None, overrides=(), runs_root=machine.runs_root).name
+    source = find_source(subject, runs_root=machine.runs_root, tracking_uri=machine.tracking_uri)
     if dry_run:
-        return would(f"write the features of {count} images in {folder} by {name} to {out}")
+        return would(f"write the features of {count} images in {folder} by {source.name} to {out}")
+    when_interrupted(f"{out} was not written.")
     from obowlab.launch.gpu_leases import using_gpus
 
     alone = machine.model_copy(update={"procs": 1, "nodes": 1})
@@ -50,11 +49,11 @@ def embed(subject: str, folder: Path, out: Path, force: bool, batch_size: int, o
 
         from obowlab.training.distributed import join
         from obowlab.weights import embedding
-        from obowlab.weights.encoder_file import load_encoder
+        from obowlab.weights.encoder_file import read_source
 
         if machine.threads is not None:
             torch.set_num_threads(machine.threads)
-        encoder = load_encoder(subject, runs_root=machine.runs_root, tracking_uri=machine.tracking_uri)
+        encoder = read_source(source)
         with join(alone) as world:
             features, paths = embedding.embed(
                 encoder, folder, batch_size=batch_size, device=world.device, workers=machine.workers
@@ -62,7 +61,7 @@ def embed(subject: str, folder: Path, out: Path, force: bool, batch_size: int, o
     facts = {"weights_hash": encoder.info.weights_hash, "source": encoder.info.source}
     names = [path.relative_to(folder).as_posix() for path in paths]
     embedding.write_features(out, features=features, names=names, facts=facts)
-    click.echo(f"Wrote {out}: {len(features)} images, {features.shape[1]} features each, by {name}.")
+    click.echo(f"Wrote {out}: {len(features)} images, {features.shape[1]} features each, by {source.name}.")
     return None
 
 

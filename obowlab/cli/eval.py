@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,12 +16,14 @@ from obowlab.cli.options import (
     ROOTS,
     MachineOptions,
     absolute,
+    absolute_recipe,
     dry_run_option,
     machine_options,
     submitter_of,
+    when_interrupted,
     would,
 )
-from obowlab.cli.output import print_measurements, send_to_mlflow
+from obowlab.cli.output import json_line, print_measurements, print_obstacles, send_to_mlflow
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
@@ -61,33 +63,47 @@ def evaluate(
     """Measure the encoder of a run or of a weights file.
 
     RUN is a run id, the beginning of one, or a run folder: its results are added to the run and mirrored to MLflow. FILE is a
-    weights file (ours, torchvision's or the authors'): its results are printed.
+    weights file (ours, torchvision's or the authors') or a model version in MLflow, models:/NAME/VERSION: its results are
+    printed.
     """
+    from obowlab.launch.preflight import check_protocols
+    from obowlab.launch.stages import obstacles_of
     from obowlab.weights.subject import find_subject
 
     machine = options.machine()
-    chosen = find_subject(subject, recipe_name=recipe_name, overrides=overrides, runs_root=machine.runs_root)
+    chosen = find_subject(
+        subject,
+        recipe_name=recipe_name,
+        overrides=overrides,
+        runs_root=machine.runs_root,
+        tracking_uri=machine.tracking_uri,
+    )
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise UserError(f"The folder of --json {json_file} does not exist.")
     if untrained and chosen.folder is None:
-        raise UserError("--random needs a run: a weights file does not record its initialisation.")
+        raise UserError("--random needs a run: of other encoders the initialisation is not known.")
     names = protocols or chosen.recipe.evaluation.protocols
     with_random = chosen.folder is not None and (chosen.recipe.evaluation.random_baseline if untrained is None else untrained)
+    check = partial(check_protocols, chosen.recipe, protocols=names, dataset=dataset, machine=machine)
     if dry_run:
         beside = " and of its random initialisation" if with_random else ""
         would(f"measure {', '.join(names)} of {chosen.name}{beside} on {dataset or chosen.recipe.data.dataset}")
-        return 0
+        if recipe_name is not None and chosen.source.backbone is None:
+            click.echo(f"  not known before {chosen.name} is read: whether its network is the one of recipe '{recipe_name}'")
+        return print_obstacles(obstacles_of([check]))
     if machine.launcher == "slurm":
         words = ["eval", str(chosen.folder.path) if chosen.folder is not None else absolute(subject)]
         words += [word for protocol in protocols for word in ("--protocol", protocol)]
         words += [word for text in overrides for word in ("--set", text)]
         words += ["--dataset", dataset] if dataset is not None else []
-        words += ["--recipe", absolute(recipe_name)] if recipe_name is not None else []
+        words += ["--recipe", absolute_recipe(recipe_name)] if recipe_name is not None else []
         words += [] if untrained is None else ["--random" if untrained else "--no-random"]
         words += ["--json", str(json_file.absolute())] if json_file is not None else []
         return _submit(words, name=chosen.name, machine=machine, options=options)
     if chosen.folder is not None:
         _check_writable(chosen.folder.path)
+    check()
+    when_interrupted("no result was added; the same command measures again, with the features that are kept.")
     from obowlab.launch.gpu_leases import using_gpus
 
     with using_gpus(machine.model_copy(update={"procs": 1, "nodes": 1})):
@@ -100,7 +116,7 @@ def evaluate(
         from obowlab.files import write_atomic
 
         try:
-            write_atomic(json_file, json.dumps(values, indent=1))
+            write_atomic(json_file, json_line(values) + "\n")
         except OSError as error:
             raise UserError(f"Cannot write --json {json_file}: {error.strerror}.") from None
     if chosen.folder is not None:

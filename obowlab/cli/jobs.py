@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from dataclasses import asdict
@@ -14,8 +13,9 @@ import click
 from obowlab import text
 from obowlab.cli import Family
 from obowlab.cli.options import MachineOptions, dry_run_option, json_flag, machine_options, would
-from obowlab.cli.output import print_table
+from obowlab.cli.output import print_json, print_table
 from obowlab.errors import UserError
+from obowlab.files import LARGEST_LINES, open_file, read_file
 
 if TYPE_CHECKING:
     from obowlab.launch.jobs import Job, Overview
@@ -52,7 +52,7 @@ def jobs(context: click.Context, watch: bool, everything: bool, as_json: bool, o
 
     found = overview(root, everything=everything)
     if as_json:
-        click.echo(json.dumps([asdict(job) for job in found.jobs], indent=1))
+        print_json([asdict(job) for job in found.jobs])
         return _warn(found)
     if watch:
         return _watch(root, everything=everything)
@@ -75,7 +75,7 @@ def logs(what: str, follow: bool, options: MachineOptions, dry_run: bool) -> Non
     for file in files:
         if len(files) > 1:
             click.echo(f"== {file.name}")
-        click.echo(file.read_text(encoding="utf-8", errors="replace"), nl=False)
+        click.echo(read_file(file, limit=LARGEST_LINES).decode(errors="replace"), nl=False)
     if follow:
         _follow(files[0])
     return None
@@ -121,7 +121,14 @@ def reap(options: MachineOptions, dry_run: bool) -> None:
 
 def _print(found: Overview, *, root: Path) -> None:
     if found.jobs:
-        print_table(COLUMNS, [_row(job) for job in found.jobs], right=("steps", "left"))
+        print_table(
+            COLUMNS,
+            [_row(job) for job in found.jobs],
+            right=("steps", "left"),
+            names=("what",),
+            prose=("remark",),
+            hide=("launcher", "since", "where", "job", "steps"),
+        )
     else:
         click.echo(f"Nothing is queued or running in {root}, and nothing ended in the last day.")
     return _warn(found)
@@ -134,6 +141,8 @@ def _row(job: Job) -> tuple[str, ...]:
 
 
 def _warn(found: Overview) -> None:
+    for sentence in found.damaged:
+        click.echo(f"Warning: {sentence}", err=True)
     if found.problem:
         click.echo(f"Warning: {found.problem} The list shows the run folders only.", err=True)
 
@@ -158,7 +167,7 @@ def _watch(root: Path, *, everything: bool) -> None:
 def _follow(file: Path) -> None:
     position = file.stat().st_size
     while True:
-        with file.open("rb") as opened:
+        with open_file(file) as opened:
             opened.seek(position)
             new = opened.read()
         position += len(new)

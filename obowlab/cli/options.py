@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from obowlab.cli import INTERRUPTION
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
@@ -28,6 +30,7 @@ set_option = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one setting of the recipe; repeatable."
 )
 json_flag = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+yes_option = click.option("--yes", "-y", is_flag=True, help="Do not ask.")
 
 ROOTS = ("data_root", "runs_root", "machine_file")
 """The options that say where things are."""
@@ -120,8 +123,40 @@ def submitter_of(machine: Machine, *, options: MachineOptions) -> Submitter:
 
 
 def absolute(name: str) -> str:
-    """Return a recipe, study or table file by its whole path, and a plain name as it is."""
+    """Return a study, table or weights file by its whole path, and a plain name as it is."""
     return str(Path(name).absolute()) if Path(name).is_file() else name
+
+
+def absolute_recipe(name: str) -> str:
+    """Return a recipe of one's own by its whole path, and a shipped one by its name."""
+    from obowlab.config import find_recipe, recipe_files
+
+    return name if name in recipe_files() else str(find_recipe(name).absolute())
+
+
+def confirm(question: str, *, yes: bool) -> bool:
+    """Ask on the terminal before something is taken away; `yes` answers.
+
+    Raises:
+        UserError: there is no terminal to ask on.
+    """
+    if yes:
+        return True
+    if not sys.stdin.isatty():
+        raise UserError(f"{question} Add --yes: there is no terminal to ask on.")
+    return click.confirm(question, err=True)
+
+
+def when_interrupted(consequence: str) -> None:
+    """Set what the line after a first Ctrl-C says from now on, behind `Interrupted: `."""
+    click.get_current_context().meta[INTERRUPTION] = f": {consequence}"
+
+
+def nearest_of(word: str, known: list[str]) -> str:
+    """Return ` Did you mean 'x'?` for the closest known word; see `config.nearest`, which is imported late."""
+    from obowlab.config import nearest
+
+    return nearest(word, known)
 
 
 def would(line: str) -> None:

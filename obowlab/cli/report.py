@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from obowlab.cli.options import PATH, MachineOptions, dry_run_option, machine_options, would
+from obowlab.cli.options import PATH, MachineOptions, dry_run_option, machine_options, when_interrupted, would
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
@@ -53,9 +53,11 @@ def report(scales: tuple[str, ...], out: Path, wait: bool, opened: bool, options
 
         would(f"write a report of the runs in {machine.runs_root} to {index}")
         return would(f"send it to {shown_uri(store_uri(machine.tracking_uri, runs_root=machine.runs_root))}")
+    when_interrupted(f"what is in {out} stays as it was.")
     store = read_store(machine.runs_root)
     site = gather(store, tables=tables_at(scales, store=store))
     pages = build_site(site, out=out)
+    when_interrupted(f"the report is in {out}; MLflow does not have it yet.")
     counts = [_counted(len(site.runs), "run", "runs"), _counted(len(site.tables), "table", "tables")]
     click.echo(f"{pages} pages on {', '.join(counts)} and {_counted(len(site.studies), 'study', 'studies')}: {index}")
     for problem in site.problems:

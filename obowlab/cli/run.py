@@ -12,11 +12,12 @@ from obowlab.cli.options import (
     HARDWARE,
     ROOTS,
     MachineOptions,
-    absolute,
+    absolute_recipe,
     dry_run_option,
     machine_options,
     set_option,
     submitter_of,
+    when_interrupted,
     would,
 )
 from obowlab.cli.output import print_obstacles, print_results
@@ -67,9 +68,9 @@ def run(
 ) -> int:
     """Pretrain a recipe, then evaluate the encoder; the same command again continues.
 
-    NAME is a recipe (`obowlab config list`) or a TOML file. The run is identified by the resolved recipe and the seed: typed
-    again, the command continues an unfinished run, measures what a finished one lacks of the evaluation as it is now, and prints
-    its results.
+    NAME is a recipe (`obowlab config list`), one of your own in this folder (NAME.toml), or the path of a TOML file. The run is
+    identified by the resolved recipe and the seed: typed again, the command continues an unfinished run, measures what a finished
+    one lacks of the evaluation as it is now, and prints its results.
 
     A recipe with a [teacher] has several stages, each a run of its own; those before the last are trained first where they are
     missing. --fresh starts the last one again.
@@ -85,6 +86,7 @@ def run(
         if options.device not in (None, "cuda") or procs not in (None, gpus):
             raise UserError("--gpus N stands for --device cuda --procs N; leave those out.")
         options, procs = replace(options, device="cuda"), gpus
+    when_interrupted("what was trained is saved, and the same command continues.")
     loaded = load_recipe(name, overrides=overrides)
     machine = options.machine(procs=procs, nodes=nodes)
     if machine.launcher == "slurm":
@@ -95,7 +97,7 @@ def run(
     if obstacles is None:
         check_stages(stages, machine=machine, say=click.echo)
     if machine.launcher == "slurm" and any(each.is_due for each in stages) and not dry_run:
-        command = ["run", absolute(name), "--seed", str(seed), *(word for text in overrides for word in ("--set", text))]
+        command = ["run", absolute_recipe(name), "--seed", str(seed), *(word for text in overrides for word in ("--set", text))]
         command += ["--stage", str(stage)] if stage is not None else []
         return _submit(command, stages, seed=seed, submitter=submitter_of(machine, options=options))
     for each in stages:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import json
+import math
 import os
+import re
+import sys
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +15,26 @@ import click
 
 from obowlab import text
 from obowlab.cli import Family
-from obowlab.cli.options import PATH, MachineOptions, dry_run_option, json_flag, machine_options, would
-from obowlab.cli.output import print_results, print_table
+from obowlab.cli.options import (
+    PATH,
+    MachineOptions,
+    confirm,
+    dry_run_option,
+    json_flag,
+    machine_options,
+    nearest_of,
+    when_interrupted,
+    would,
+    yes_option,
+)
+from obowlab.cli.output import print_facts, print_json, print_results, print_table, send_to_mlflow, show_progress, terminal_width
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
     from obowlab.runs.folder import RunFolder
     from obowlab.runs.info import State
+    from obowlab.runs.selection import Entry
+    from obowlab.tracking.mirror import Mirror
 
 BUNDLED = (
     "run.json",
@@ -37,55 +53,126 @@ BUNDLED = (
 """What `runs export` takes along: everything that is known about a run, and nothing that belongs to this machine."""
 
 CHECKPOINT = "checkpoint.pt"
+TAG = "obowlab.tag."
+"""How the labels begin that `runs tag` gives; as in `runs.folder`, which is imported late."""
+
+WIDE = 120
+"""Columns of a terminal from which `runs list` shows intervals; `runs show` always does."""
+
 HEADLINES = ("fewshot_5shot", "linear_top1", "knn_top1")
 """The student's results that fit into a row of `runs list`."""
 
 
 @click.group(cls=Family)
 def runs() -> None:
-    """List, show, sync and export runs."""
+    """List, show, compare, tag, delete, sync and export runs."""
 
 
 @runs.command("list")
+@click.option("--recipe", "recipes", multiple=True, metavar="NAME", help="Only runs of this recipe; repeatable.")
+@click.option("--status", "statuses", multiple=True, metavar="STATUS,...", help="Only runs with one of these; repeatable.")
+@click.option(
+    "--where",
+    multiple=True,
+    metavar="COMPARISON",
+    help="Only runs with such a result or setting: 'linear_top1>40', 'method.kappa=8'; all of several.",
+)
+@click.option("--tag", "tags", multiple=True, metavar="NAME", help="Only runs with this tag; all of several.")
+@click.option(
+    "--sort",
+    default="created",
+    show_default=True,
+    metavar="NAME",
+    help="Order by a result or setting, the best or smallest first; -NAME reverses.",
+)
 @machine_options("runs_root", "machine_file")
 @json_flag
 @dry_run_option
-def list_all(as_json: bool, options: MachineOptions, dry_run: bool) -> None:
+def list_all(
+    recipes: tuple[str, ...],
+    statuses: tuple[str, ...],
+    where: tuple[str, ...],
+    tags: tuple[str, ...],
+    sort: str,
+    as_json: bool,
+    options: MachineOptions,
+    dry_run: bool,
+) -> None:
     """List what was trained, newest first."""
-    from obowlab.runs.folder import RunFolder, list_runs
+    from obowlab.runs.selection import select
 
     root = options.machine().runs_root
     if dry_run:
         return would(f"list the runs in {root}")
-    _warn_of_damage(root)
-    rows = []
-    for run in list_runs(root):
-        results = RunFolder(run.path, run.info).results()
-        rows.append((run, results))
+
+    def warn(problem: str) -> None:
+        _warn([problem])
+
+    statuses = tuple(status for words in statuses for status in words.split(","))
+    entries = select(root, recipes=recipes, statuses=statuses, tags=tags, where=where, sort=sort, warn=warn)
     if as_json:
-        listed = [
-            {
-                "run_id": run.info.run_id,
-                "name": run.info.name,
-                "seed": run.info.seed,
-                "fingerprint": run.info.fingerprint,
-                "created_at": run.info.created_at,
-                "path": str(run.path),
-                "state": run.state.model_dump(mode="json"),
-                "results": results,
-            }
-            for run, results in rows
-        ]
-        click.echo(json.dumps(listed, indent=1))
+        return print_json([_listed(entry) for entry in entries])
+    if not entries:
+        some = any((recipes, statuses, tags, where))
+        click.echo(f"No run in {root} is like this." if some else f"There are no runs in {root}; `obowlab run demo` makes one.")
         return None
-    if not rows:
-        click.echo(f"There are no runs in {root}; `obowlab run demo` makes one.")
-        return None
-    lines = [
-        (run.info.run_id, run.state.status, _progress(run.state), text.timestamp(run.info.created_at), *_headlines(results))
-        for run, results in rows
+    columns = ["run", "status", "steps", "created", *HEADLINES]
+    named = [name for name in dict.fromkeys(_names_in(where, sort)) if name not in (*columns, "step")]
+    short = sys.stdout.isatty() and terminal_width() < WIDE
+    lines = [_line(entry, named=named, short=short) for entry in entries]
+    if any(entry.tags for entry in entries):
+        columns.append("tags")
+        lines = [[*line, ", ".join(entry.tags)] for line, entry in zip(lines, entries, strict=True)]
+    return print_table(
+        [*columns[:4], *named, *columns[4:]],
+        lines,
+        right=("steps", *named, *HEADLINES),
+        names=("run",),
+        prose=("tags",),
+        hide=("created", "tags", "steps", *[name for name in reversed(HEADLINES) if name not in named]),
+    )
+
+
+def _names_in(where: tuple[str, ...], sort: str) -> list[str]:
+    """Return what comparisons and order are about, which the list shows."""
+    from obowlab.runs.selection import Comparison
+
+    return [*(Comparison.parse(typed).name for typed in where), sort.removeprefix("-")]
+
+
+def _line(entry: Entry, *, named: list[str], short: bool) -> list[str]:
+    info, state = entry.summary.info, entry.summary.state
+    headlines = [_shown(entry, name, short=short) for name in HEADLINES]
+    return [
+        info.run_id,
+        state.status,
+        _progress(state),
+        text.timestamp(info.created_at),
+        *(_shown(entry, name, short=short) for name in named),
+        *headlines,
     ]
-    return print_table(("run", "status", "steps", "created", *HEADLINES), lines, right=("steps", *HEADLINES))
+
+
+def _shown(entry: Entry, name: str, *, short: bool) -> str:
+    if name in entry.measured:
+        measured = entry.measured[name]
+        return text.estimate(measured["value"], digits=1) if short else text.measurement(measured, digits=1)
+    return text.override(entry.values[name]) if name in entry.values else ""
+
+
+def _listed(entry: Entry) -> dict[str, Any]:
+    info = entry.summary.info
+    return {
+        "run_id": info.run_id,
+        "name": info.name,
+        "seed": info.seed,
+        "fingerprint": info.fingerprint,
+        "created_at": info.created_at,
+        "path": str(entry.summary.path),
+        "state": entry.summary.state.model_dump(mode="json"),
+        "tags": entry.tags,
+        "results": entry.results,
+    }
 
 
 @runs.command("show")
@@ -96,7 +183,7 @@ def list_all(as_json: bool, options: MachineOptions, dry_run: bool) -> None:
 def show(run: str, as_json: bool, options: MachineOptions, dry_run: bool) -> None:
     """Show one run: its state, last metrics and results.
 
-    RUN is a run id, a prefix of one, or a run folder.
+    RUN is a recipe that has one run, a run's name or its beginning, the 8 digits at its end, or a run folder.
     """
     folder = _find(run, options=options)
     if dry_run:
@@ -104,34 +191,32 @@ def show(run: str, as_json: bool, options: MachineOptions, dry_run: bool) -> Non
     state, points = folder.current_state(), folder.metrics()
     last = points[-1] if points else None
     if as_json:
-        values = {
-            "info": folder.info.model_dump(mode="json", by_alias=True),
-            "state": state.model_dump(mode="json"),
-            "attempts": folder.attempts(),
-            "last_metrics": None
-            if last is None
-            else {
-                "step": last.step,
-                **{name: repr(v) if v != v or abs(v) == float("inf") else v for name, v in last.values.items()},
-            },
-            "results": folder.results(),
-        }
-        click.echo(json.dumps(values, indent=1))
-        return None
+        return print_json(
+            {
+                "info": folder.info.model_dump(mode="json", by_alias=True),
+                "state": state.model_dump(mode="json"),
+                "attempts": folder.attempts(),
+                "last_metrics": None if last is None else {"step": last.step, **_finite(last.values)},
+                "tags": folder.tags(),
+                "results": folder.results(),
+            }
+        )
     info = folder.info
-    facts = [
-        ("run", folder.run_id),
-        ("recipe", ": ".join(text for text in (info.name, info.recipe_values.get("title", "")) if text)),
-        ("seed", str(info.seed)),
-        ("status", state.status + (f": {state.message}" if state.message else "")),
-        ("steps", _progress(state)),
-        ("created", f"{text.timestamp(info.created_at)} by obowlab {info.version}"),
-        ("attempts", str(len(folder.attempts()))),
-        ("folder", str(folder.path)),
-        *((name.removeprefix("obowlab."), label) for name, label in folder.labels().items()),
-    ]
-    for name, fact in facts:
-        click.echo(f"{name:<9} {fact}")
+    labels = {name.removeprefix("obowlab."): label for name, label in folder.labels().items() if not name.startswith(TAG)}
+    print_facts(
+        [
+            ("run", folder.run_id),
+            ("recipe", ": ".join(text for text in (info.name, info.recipe_values.get("title", "")) if text)),
+            ("seed", str(info.seed)),
+            ("status", state.status + (f": {state.message}" if state.message else "")),
+            ("steps", _progress(state)),
+            ("created", f"{text.timestamp(info.created_at)} by obowlab {info.version}"),
+            ("attempts", str(len(folder.attempts()))),
+            ("folder", str(folder.path)),
+            *([("tags", ", ".join(folder.tags()))] if folder.tags() else []),
+            *labels.items(),
+        ]
+    )
     if last is not None:
         click.echo(f"\nLast metrics, step {last.step}:")
         print_table(
@@ -139,6 +224,200 @@ def show(run: str, as_json: bool, options: MachineOptions, dry_run: bool) -> Non
         )
     click.echo("\nResults:")
     return print_results(folder)
+
+
+@runs.command("compare")
+@click.argument("first")
+@click.argument("second")
+@machine_options("runs_root", "machine_file")
+@json_flag
+@dry_run_option
+def compare(first: str, second: str, as_json: bool, options: MachineOptions, dry_run: bool) -> None:
+    """Show two runs side by side: what differs, results with their difference, last metrics.
+
+    A difference is SECOND minus FIRST. Where both answered the same episodes or images, its 95 % interval is the paired one.
+    """
+    from obowlab.tables.comparison import compare_runs
+
+    folders = [_find(run, options=options) for run in (first, second)]
+    if dry_run:
+        return would(f"compare '{folders[0].run_id}' with '{folders[1].run_id}'")
+    comparison = compare_runs(*folders)
+    if as_json:
+        return print_json(comparison.to_json())
+    a, b = (folder.run_id for folder in folders)
+    click.echo(f"A  {a}\nB  {b}")
+    _print_heading("Settings that differ", comparison.settings)
+    print_table(("setting", "A", "B"), comparison.settings, names=("setting",), prose=("A", "B"))
+    _print_heading("Results", comparison.results)
+    columns = ("metric", "of", "data set", "A", "B", "B - A")
+    print_table(columns, comparison.result_rows(), right=columns[3:], names=columns[:3:2], prose=(), hide=("data set", "of"))
+    for note in comparison.notes:
+        click.echo(note)
+    _print_heading("Last metrics", comparison.metrics)
+    print_table(("metric", "A", "B", "unit"), comparison.metric_rows(), right=("A", "B"), names=("metric",), hide=("unit",))
+    _print_heading("Where they come from", comparison.facts)
+    return print_table(("fact", "A", "B"), comparison.fact_rows(), prose=("A", "B"))
+
+
+def _print_heading(title: str, rows: Sequence[object]) -> None:
+    click.echo(f"\n{title}:" if rows else f"\n{title}: none.")
+
+
+@runs.command("tag")
+@click.argument("run")
+@click.argument("names", metavar="NAME...", nargs=-1, required=True)
+@click.option("--remove", is_flag=True, help="Take these tags off the run.")
+@machine_options("runs_root", "machine_file")
+@dry_run_option
+def tag(run: str, names: tuple[str, ...], remove: bool, options: MachineOptions, dry_run: bool) -> None:
+    """Give a run names of your own, or take them off; they change nothing of what it is.
+
+    `obowlab runs list --tag NAME` finds it, and MLflow has them as tags `obowlab.tag.NAME`.
+    """
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+            raise UserError(f"A tag has letters, digits and '._-' only, at most 64 of them, not '{name}'.")
+    folder = _find(run, options=options)
+    if remove and (unknown := [name for name in names if name not in folder.tags()]):
+        raise UserError(f"Run '{folder.run_id}' has no tag '{unknown[0]}'.{nearest_of(unknown[0], folder.tags())}")
+    if dry_run:
+        return would(f"{'take' if remove else 'give'} run '{folder.run_id}' the tags {', '.join(names)}{' away' * remove}")
+    labels = [f"{TAG}{name}" for name in names]
+    changed = folder.add_labels({} if remove else dict.fromkeys(labels, "yes"), remove=labels if remove else ())
+    click.echo(f"{folder.run_id}: {', '.join(folder.tags()) or 'no tags'}")
+    if changed and folder.mlflow_run_id() is not None:
+        send_to_mlflow([folder], machine=options.machine())
+    return None
+
+
+@runs.command("delete")
+@click.argument("names", metavar="RUN...", nargs=-1, required=True)
+@yes_option
+@machine_options("runs_root", "machine_file")
+@dry_run_option
+def delete(names: tuple[str, ...], yes: bool, options: MachineOptions, dry_run: bool) -> int:
+    """Move runs to the trash of their store, after asking; MLflow shows them as deleted.
+
+    `obowlab runs restore RUN` brings one back; `obowlab runs trash --empty` removes them for good.
+    """
+    from obowlab.launch.slurm import live_runs, submitted_jobs
+    from obowlab.runs.folder import RunFolder
+    from obowlab.runs.lineage import waiting_students
+    from obowlab.runs.trash import check_deletable, find_trashed, put_aside
+
+    machine = options.machine()
+    folders: dict[str, RunFolder] = {}
+    gone = []
+    waiting = live_runs(machine.runs_root) if submitted_jobs(machine.runs_root) else {}
+    for name in names:
+        try:
+            folder = RunFolder.find(name, runs_root=machine.runs_root)
+        except UserError:
+            there = [run for run in find_trashed(name, runs_root=machine.runs_root) if run.was_deleted]
+            if len(there) != 1:
+                raise
+            gone += there
+            continue
+        check_deletable(folder, ref=name, runs_root=machine.runs_root)
+        if folder.run_id in waiting:
+            job = waiting[folder.run_id]
+            raise UserError(f"Job {job.id} of the cluster trains '{folder.run_id}': `obowlab jobs cancel {job.id}` first.")
+        folders[folder.run_id] = folder
+    if dry_run:
+        for folder in folders.values():
+            would(f"move run '{folder.run_id}' to the trash of {machine.runs_root}")
+        return 0
+    for run in gone:
+        click.echo(f"{run.run_id} is in the trash already.")
+    for student, teacher in waiting_students(folders.values(), runs_root=machine.runs_root):
+        click.echo(f"Note: {student} is not finished and reads {teacher}, its teacher, which it would train again.", err=True)
+    if folders and not confirm(f"Move {', '.join(folders)} to the trash?", yes=yes):
+        click.echo("Nothing was deleted.")
+        return 1
+    moved = [run.path for run in gone]
+    for folder in folders.values():
+        moved.append(put_aside(folder, deleted=True))
+        click.echo(f"{folder.run_id} is in the trash; `obowlab runs restore {folder.run_id}` brings it back.")
+    send_to_mlflow([RunFolder.open(path) for path in moved], machine=machine)
+    return 0
+
+
+@runs.command("restore")
+@click.argument("run")
+@machine_options("runs_root", "machine_file")
+@dry_run_option
+def restore(run: str, options: MachineOptions, dry_run: bool) -> None:
+    """Bring a run back from the trash, in MLflow too; of several of one name the latest."""
+    from obowlab.runs.trash import find_trashed, trashed_runs
+    from obowlab.runs.trash import restore as bring_back
+
+    machine = options.machine()
+    found = find_trashed(run, runs_root=machine.runs_root)
+    if not found:
+        known = sorted({each.run_id for each in trashed_runs(machine.runs_root)})
+        raise UserError(f"There is no run '{run}' in the trash of {machine.runs_root}.{nearest_of(run, known)}")
+    if len({each.run_id for each in found}) > 1:
+        raise UserError(f"'{run}' fits several runs in the trash: {', '.join(sorted({each.run_id for each in found}))}.")
+    if dry_run:
+        return would(f"bring run '{found[0].run_id}' back from the trash")
+    folder = bring_back(found[0], runs_root=machine.runs_root)
+    click.echo(f"{folder.run_id} is back.")
+    if folder.mlflow_run_id() is not None:
+        send_to_mlflow([folder], machine=machine)
+    return None
+
+
+@runs.command("trash")
+@click.argument("names", metavar="[RUN]...", nargs=-1)
+@click.option("--empty", is_flag=True, help="Remove what is in it, or the runs named, for good.")
+@yes_option
+@machine_options("runs_root", "machine_file")
+@json_flag
+@dry_run_option
+def trash(names: tuple[str, ...], empty: bool, yes: bool, as_json: bool, options: MachineOptions, dry_run: bool) -> int:
+    """List what is in the trash, of deleted runs and of those that --fresh put aside; or empty it."""
+    from obowlab.runs.trash import find_trashed, remove_for_good, size_of, trashed_runs
+
+    machine = options.machine()
+    root = machine.runs_root
+    there = trashed_runs(root)
+    for name in names:
+        if not find_trashed(name, runs_root=root):
+            raise UserError(
+                f"There is no run '{name}' in the trash of {root}.{nearest_of(name, sorted({t.run_id for t in there}))}"
+            )
+    if names:
+        there = [run for name in names for run in find_trashed(name, runs_root=root)]
+    sizes = [size_of(run.path) for run in there]
+    if dry_run:
+        would(f"{'remove' if empty else 'list'} {len(there)} run(s) in the trash of {root}, {text.size(sum(sizes))}")
+        return 0
+    if empty:
+        if there and not confirm(f"Remove {len(there)} run(s), {text.size(sum(sizes))}, for good?", yes=yes):
+            click.echo("Nothing was removed.")
+            return 1
+        send_to_mlflow([run.folder() for run in there if run.was_deleted and run.is_intact()], machine=machine)
+        remove_for_good(there, runs_root=root)
+        click.echo(f"Removed {len(there)} run(s) for good, {text.size(sum(sizes))}.")
+        return 0
+    if as_json:
+        print_json(
+            [
+                {"run_id": run.run_id, "path": str(run.path), "since": run.since, "deleted": run.was_deleted, "bytes": num_bytes}
+                for run, num_bytes in zip(there, sizes, strict=True)
+            ]
+        )
+        return 0
+    if not there:
+        click.echo(f"The trash of {root} is empty.")
+        return 0
+    rows = [
+        (run.run_id, text.timestamp(run.since), "deleted" if run.was_deleted else "by --fresh", text.size(num_bytes))
+        for run, num_bytes in zip(there, sizes, strict=True)
+    ]
+    print_table(("run", "since", "how", "size"), rows, right=("size",), names=("run",), prose=(), hide=("how",))
+    return 0
 
 
 @runs.command("sync")
@@ -150,11 +429,13 @@ def show(run: str, as_json: bool, options: MachineOptions, dry_run: bool) -> Non
 @machine_options("runs_root", "machine_file")
 @dry_run_option
 def sync(run: tuple[str, ...], timeout_s: float, rebuild: bool, options: MachineOptions, dry_run: bool) -> int:
-    """Send to MLflow what is not there yet, of all runs or of those named.
+    """Send to MLflow what is not there yet, of all runs of yours or of those named.
 
     Nothing is sent twice, so it may be repeated at will. The exit code is 1 when something could not be sent.
     """
-    from obowlab.runs.folder import RunFolder, list_runs
+    from obowlab.files import is_others
+    from obowlab.runs.folder import RunFolder, read_runs
+    from obowlab.runs.trash import trashed_runs
     from obowlab.tracking.local_store import put_aside
     from obowlab.tracking.mirror import Mirror
     from obowlab.tracking.server import shown_uri, store_uri
@@ -162,7 +443,7 @@ def sync(run: tuple[str, ...], timeout_s: float, rebuild: bool, options: Machine
     machine = options.machine()
     if rebuild:
         if run:
-            raise UserError("--rebuild sends all runs: name none.")
+            raise UserError("--rebuild sends all runs of yours: name none.")
         store = store_uri(machine.tracking_uri, runs_root=machine.runs_root)
         if dry_run:
             would(f"put {shown_uri(store)} and its files aside")
@@ -171,21 +452,43 @@ def sync(run: tuple[str, ...], timeout_s: float, rebuild: bool, options: Machine
     if run:
         folders = [RunFolder.find(ref, runs_root=machine.runs_root) for ref in run]
     else:
-        _warn_of_damage(machine.runs_root)
-        folders = [RunFolder(summary.path, summary.info) for summary in list_runs(machine.runs_root)]
+        found, damaged = read_runs(machine.runs_root)
+        _warn(damaged)
+        folders = [RunFolder(summary.path, summary.info) for summary in found if not is_others(summary.path)]
+        if len(folders) < len(found):
+            others = len(found) - len(folders)
+            what = "1 run of another user is" if others == 1 else f"{others} runs of other users are"
+            click.echo(f"{what} left to them: each types `obowlab runs sync`.")
+        deleted = [run.folder() for run in trashed_runs(machine.runs_root) if run.was_deleted and run.is_intact()]
+        folders += [each for each in deleted if Mirror(each, tracking_uri=machine.tracking_uri).pending()]
     if not folders:
         click.echo(f"There are no runs in {machine.runs_root}.")
     failed = False
-    for folder in folders:
+    when_interrupted("what was sent is kept, and the same command sends the rest.")
+    for number, folder in enumerate(folders, start=1):
+        if not dry_run:
+            show_progress(f"{number} of {len(folders)}: {folder.run_id}")
         mirror = Mirror(folder, tracking_uri=machine.tracking_uri)
         if dry_run:
-            would(f"send {mirror.pending()} values, results, files and facts of run '{folder.run_id}' to {shown_uri(mirror.uri)}")
+            would(f"send {_pending(mirror)} values, results, files and facts of run '{folder.run_id}' to {shown_uri(mirror.uri)}")
             continue
         report = mirror.sync(timeout_s=timeout_s)
         failed = failed or report.error is not None
+        show_progress("")
         problem = f", {report.pending} pending: {report.error}" if report.error is not None else ""
         click.echo(f"{folder.run_id}: {report.sent} sent{problem}")
+        if report.left_out:
+            _warn([f"{folder.path} has what is never sent: {', '.join(report.left_out)}."])
     return int(failed)
+
+
+def _pending(mirror: Mirror) -> str:
+    from obowlab.runs.info import DAMAGED
+
+    try:
+        return str(mirror.pending())
+    except DAMAGED as error:
+        return f"what can be read ({error}) of the"
 
 
 @runs.command("export")
@@ -201,7 +504,7 @@ def export(run: str, out: Path | None, checkpoint: bool, options: MachineOptions
     """
     folder = _find(run, options=options)
     target = out or Path(f"{folder.run_id}.tar.gz")
-    names = [name for name in (*BUNDLED, *([CHECKPOINT] if checkpoint else [])) if (folder.path / name).exists()]
+    names = [name for name in (*BUNDLED, *([CHECKPOINT] if checkpoint else [])) if is_kept(folder.path / name)]
     if checkpoint and CHECKPOINT not in names:
         raise UserError(f"Run '{folder.run_id}' has no checkpoint to take along; leave --checkpoint out.")
     if target.exists():
@@ -210,9 +513,19 @@ def export(run: str, out: Path | None, checkpoint: bool, options: MachineOptions
         raise UserError(f"The folder {target.absolute().parent} of --out does not exist.")
     if dry_run:
         return would(f"write {', '.join(names)} of run '{folder.run_id}' to {target}")
+    when_interrupted(f"{target} was not written.")
     write_bundle(folder, names=names, target=target)
     click.echo(f"Wrote {target} ({text.size(target.stat().st_size)}): {', '.join(names)}.")
     return None
+
+
+def is_kept(path: Path) -> bool:
+    """Return whether a file or folder of a run goes along: links stay, whatever they lead to."""
+    return path.exists() and not path.is_symlink()
+
+
+def _kept(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+    return member if member.isreg() or member.isdir() else None
 
 
 def write_bundle(folder: RunFolder, *, names: list[str], target: Path) -> None:
@@ -223,9 +536,9 @@ def write_bundle(folder: RunFolder, *, names: list[str], target: Path) -> None:
     """
     beside = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        with tarfile.open(beside, "w:gz") as bundle:
+        with tarfile.open(beside, "x:gz") as bundle:
             for name in names:
-                bundle.add(folder.path / name, arcname=f"{folder.run_id}/{name}")
+                bundle.add(folder.path / name, arcname=f"{folder.run_id}/{name}", filter=_kept)
         beside.replace(target)
     except OSError as error:
         raise UserError(f"Cannot write {target} (--out): {error.strerror or error}.") from None
@@ -239,25 +552,18 @@ def _find(run: str, *, options: MachineOptions) -> RunFolder:
     return RunFolder.find(run, runs_root=options.machine().runs_root)
 
 
-def _warn_of_damage(runs_root: Path) -> None:
-    from obowlab.runs.folder import damaged_runs
-
-    for error in damaged_runs(runs_root):
-        click.echo(f"Warning: {error}", err=True)
+def _warn(sentences: Sequence[str]) -> None:
+    for sentence in sentences:
+        click.echo(f"Warning: {sentence}", err=True)
 
 
 def _progress(state: State) -> str:
     return f"{state.step}/{state.total_steps}" if state.total_steps is not None else str(state.step)
 
 
-def _headlines(results: list[dict[str, Any]]) -> list[str]:
-    values = {
-        measurement["name"]: text.measurement(measurement, digits=1)
-        for result in results
-        if result["subject"] == "student"
-        for measurement in result["measurements"]
-    }
-    return [values.get(name, "") for name in HEADLINES]
+def _finite(values: dict[str, float]) -> dict[str, float | str]:
+    """Return values as JSON takes them: those that are not finite as their names."""
+    return {name: value if math.isfinite(value) else repr(value) for name, value in values.items()}
 
 
 def _metric_row(name: str, value: float) -> tuple[str, str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterable
 from dataclasses import replace
@@ -23,7 +22,7 @@ from obowlab.cli.options import (
     submitter_of,
     would,
 )
-from obowlab.cli.output import print_obstacles, print_table
+from obowlab.cli.output import print_json, print_obstacles, print_table
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
@@ -112,13 +111,14 @@ def _list(*, as_json: bool) -> int:
 
     studies = {name: load_study(name)[1] for name in study_files()}
     if as_json:
-        click.echo(json.dumps({name: spec.model_dump(mode="json") for name, spec in studies.items()}, indent=1))
+        print_json({name: spec.model_dump(mode="json") for name, spec in studies.items()})
         return 0
     rows = [
         (name, spec.base, spec.objective, str(spec.trials), ", ".join(spec.parameters), spec.title)
         for name, spec in studies.items()
     ]
-    print_table(("study", "base", "objective", "trials", "parameters", "title"), rows, right=("trials",))
+    columns = ("study", "base", "objective", "trials", "parameters", "title")
+    print_table(columns, rows, right=("trials",), prose=("parameters", "title"), hide=("base",))
     return 0
 
 
@@ -183,7 +183,7 @@ def _show(tuning: Tuning, *, machine: Machine, storage: str | None, budget: int,
         reporter = Reporter(study, tuning=tuning, machine=machine, locks=locks, budget=budget, storage=url)
         report, problem = reporter.send()
     if as_json:
-        click.echo(json.dumps(report.to_json(), indent=1))
+        print_json(report.to_json())
         _warn([problem])
     else:
         print_study(report, problem=problem)

@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -39,21 +39,23 @@ PORT, STUDIES_PORT = 5000, 8080
 @click.option(
     "--storage", metavar="URL", envvar="OBOWLAB_STUDY_STORAGE", help="Of the studies. [default: the journal in the run store]"
 )
+@click.option("--open", "opened", is_flag=True, help="Show it in the browser.")
 @machine_options("runs_root", "machine_file")
 @dry_run_option
-def ui(port: int | None, studies: bool, storage: str | None, options: MachineOptions, dry_run: bool) -> int:
+def ui(port: int | None, studies: bool, storage: str | None, opened: bool, options: MachineOptions, dry_run: bool) -> int:
     """Browse the runs in MLflow on this machine.
 
     Serves the local store on the loopback interface until Ctrl-C. From another machine, use the printed ssh line.
     """
     machine = options.machine()
     if studies:
-        return _serve_studies(machine, storage=storage, port=port or STUDIES_PORT, dry_run=dry_run)
-    return _serve_runs(machine, port=port or PORT, dry_run=dry_run)
+        return _serve_studies(machine, storage=storage, port=port or STUDIES_PORT, dry_run=dry_run, opened=opened)
+    return _serve_runs(machine, port=port or PORT, dry_run=dry_run, opened=opened)
 
 
-def _serve_runs(machine: Machine, *, port: int, dry_run: bool) -> int:
-    from obowlab.tracking.server import artifact_location, prepare_store, refusal, shown_uri, store_uri
+def _serve_runs(machine: Machine, *, port: int, dry_run: bool, opened: bool) -> int:
+    from obowlab.tracking.server import artifact_location, fail_fast, prepare_store, refusal, runs_page, shown_uri, store_uri
+    from obowlab.tracking.ui_server import ARTIFACTS_VARIABLE, STORE_VARIABLE
 
     if machine.tracking_uri is not None and machine.tracking_uri.startswith(("http://", "https://")):
         raise UserError(
@@ -70,21 +72,23 @@ def _serve_runs(machine: Machine, *, port: int, dry_run: bool) -> int:
     problem = refusal(store)
     if problem is not None:
         raise UserError(problem)
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--host", HOST, "--port", str(port)]
+    fail_fast()
+    command = [sys.executable, "-P", "-m", "obowlab.tracking.ui_server", HOST, str(port)]  # not from a store that others fill
     artifacts = artifact_location(store, runs_root=machine.runs_root)
-    command += [
-        "--workers",
-        "1",
-        "--uvicorn-opts",
-        "--log-level warning",
-        *(["--default-artifact-root", artifacts] if artifacts is not None else []),
-    ]
-    environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    what = f"MLflow UI of {shown_uri(store)}"
-    return _serve(command, cwd=machine.runs_root, environment=environment, port=port, health="/health", what=what)
+    assert artifacts is not None  # of a server only
+    return _serve(
+        command,
+        cwd=machine.runs_root,
+        environment={STORE_VARIABLE: store, ARTIFACTS_VARIABLE: artifacts},
+        port=port,
+        health="/health",
+        page=lambda: runs_page(store, runs_root=machine.runs_root),
+        what=f"MLflow UI of {shown_uri(store)}",
+        opened=opened,
+    )
 
 
-def _serve_studies(machine: Machine, *, storage: str | None, port: int, dry_run: bool) -> int:
+def _serve_studies(machine: Machine, *, storage: str | None, port: int, dry_run: bool, opened: bool) -> int:
     from obowlab.studies.storage import STORAGE_VARIABLE, exists, storage_url
     from obowlab.tracking.server import shown_uri
 
@@ -95,21 +99,49 @@ def _serve_studies(machine: Machine, *, storage: str | None, port: int, dry_run:
     if not exists(url):
         raise UserError(f"There are no studies in {shown_uri(url)}; `obowlab tune kappa-delta --scale demo` makes one.")
     _refuse_taken(port)
-    command = [sys.executable, "-m", "obowlab.studies.dashboard", HOST, str(port)]
-    what = f"Optuna dashboard of {shown_uri(url)}"
-    return _serve(command, cwd=Path.cwd(), environment={STORAGE_VARIABLE: url}, port=port, health="/dashboard", what=what)
+    command = [sys.executable, "-P", "-m", "obowlab.studies.dashboard", HOST, str(port)]
+    return _serve(
+        command,
+        cwd=Path.cwd(),
+        environment={STORAGE_VARIABLE: url},
+        port=port,
+        health="/dashboard",
+        page=lambda: "/dashboard",
+        what=f"Optuna dashboard of {shown_uri(url)}",
+        opened=opened,
+    )
 
 
-def _serve(command: list[str], *, cwd: Path, environment: Mapping[str, str], port: int, health: str, what: str) -> int:
-    """Serve until Ctrl-C; `health` is a path that answers once the server is ready."""
+def _serve(
+    command: list[str],
+    *,
+    cwd: Path,
+    environment: Mapping[str, str],
+    port: int,
+    health: str,
+    page: Callable[[], str],
+    what: str,
+    opened: bool,
+) -> int:
+    """Serve until Ctrl-C; `health` is a path that answers once the server is ready, `page` finds the one to begin with."""
+    from obowlab.tracking.guard import PARAMETER, TOKEN_VARIABLE, new_token
+
     name = what.partition(" of ")[0]
+    token = new_token()
     click.echo(f"Starting the {name} ...", err=True)
-    with _serving(command, cwd=cwd, environment=environment) as server:
-        if not _answers(server, port=port, health=health):
+    with _serving(command, cwd=cwd, environment={**environment, TOKEN_VARIABLE: token}) as server:
+        path, mark, view = page().partition("#")  # of which a server sees nothing
+        address = f"http://{HOST}:{port}{path}?{PARAMETER}={token}{mark}{view}"
+        if not _answers(server, port=port, health=health, token=token):
             raise UserError(f"The {name} did not start (exit code {server.poll()}); its messages are above.")
-        click.echo(f"{what}: http://{HOST}:{port}{health if health != '/health' else ''}")
+        click.echo(f"{what}: {address}")
         click.echo(f"From another machine: ssh -L {port}:{HOST}:{port} {os.environ.get('USER', 'USER')}@{socket.gethostname()}")
-        click.echo("Ctrl-C ends it.")
+        click.echo("Its token is the login of this start; scripts set MLFLOW_TRACKING_TOKEN to it. Ctrl-C ends it.")
+        if opened:
+            import webbrowser
+
+            if not webbrowser.open(address):
+                click.echo("Warning: there is no browser to show it; open the address yourself.", err=True)
         code = server.wait()
     click.echo(f"The {name} ended with exit code {code}.", err=True)
     return 1
@@ -153,13 +185,14 @@ def _end_group(server: subprocess.Popen[bytes]) -> None:
     server.wait()
 
 
-def _answers(server: subprocess.Popen[bytes], *, port: int, health: str) -> bool:
+def _answers(server: subprocess.Popen[bytes], *, port: int, health: str, token: str) -> bool:
     """Wait until the server answers; False when it ends or takes too long."""
     deadline = time.monotonic() + START_TIMEOUT_S
+    request = urllib.request.Request(f"http://{HOST}:{port}{health}", headers={"Authorization": f"Bearer {token}"})
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while time.monotonic() < deadline and server.poll() is None:
         try:
-            with direct.open(f"http://{HOST}:{port}{health}", timeout=2):
+            with direct.open(request, timeout=2):
                 return True
         except (urllib.error.URLError, OSError):
             time.sleep(0.2)

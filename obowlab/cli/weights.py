@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 import click
 
@@ -10,7 +12,10 @@ from obowlab.cli import Family
 from obowlab.cli.options import PATH, MachineOptions, dry_run_option, machine_options, would
 from obowlab.errors import UserError
 
-FORMATS = ("torchvision", "safetensors")
+if TYPE_CHECKING:
+    from obowlab.weights.formats import Format
+
+FORMATS = ("torchvision", "timm", "safetensors", "module")
 
 
 @click.group(cls=Family)
@@ -35,9 +40,13 @@ def import_file(file: Path, out: Path | None, force: bool, dry_run: bool) -> Non
     if target.suffix != ".safetensors":
         raise UserError(f"--out {target} must end in .safetensors.")
     _refuse_present(target, force=force)
+    from obowlab.weights.info import peek, refuse_own
+
+    refuse_own(peek(file), path=file)
     if dry_run:
         return would(f"read {file} and write its encoder to {target}")
-    from obowlab.weights.encoder_file import Encoder, export, import_authors, write_method
+    from obowlab.weights.encoder_file import Encoder, import_authors, write_method
+    from obowlab.weights.export import export
 
     imported = import_authors(file)
     backbone = imported.info.backbone
@@ -53,38 +62,58 @@ def import_file(file: Path, out: Path | None, force: bool, dry_run: bool) -> Non
 
 
 @weights.command("export")
-@click.argument("run", metavar="RUN|FILE")
-@click.option("--format", "format_", type=click.Choice(FORMATS), default="torchvision", show_default=True, help="What to write.")
-@click.option("--out", type=PATH, required=True, metavar="FILE", help="File to write.")
-@click.option("--force", is_flag=True, help="Replace --out if it is there.")
+@click.argument("encoder", metavar="RUN|FILE")
+@click.option(
+    "--format",
+    "asked",
+    type=click.Choice(FORMATS),
+    help="What to write. [default: by --out, .pth torchvision, .safetensors safetensors, a folder module]",
+)
+@click.option("--out", type=PATH, required=True, metavar="PATH", help="File to write, or folder (timm, module).")
+@click.option("--force", is_flag=True, help="Replace the files if they are there.")
 @machine_options("runs_root", "machine_file")
 @dry_run_option
-def export_file(run: str, format_: str, out: Path, force: bool, options: MachineOptions, dry_run: bool) -> None:
-    """Write the encoder of a run (or of a weights file) for use elsewhere, and check it.
+def export_file(encoder: str, asked: str | None, out: Path, force: bool, options: MachineOptions, dry_run: bool) -> None:
+    """Write the encoder of a run, a weights file or a model version (models:/NAME/VERSION) for use elsewhere, and check it.
 
-    The file is read back and the features of a random batch are compared; a file whose features differ is not kept.
+    torchvision: a state dict with its names. timm: a folder for timm.create_model("local-dir:PATH", pretrained=True). Both are
+    for networks of the usual width and stem. module: a folder with encoder.py, which needs torch and torchvision only, for any
+    network. safetensors: obowlab's own file.
+
+    What was written is read back and the features of a random batch are compared; files whose features differ are not kept.
     """
+    from obowlab.weights.formats import choose_format, refuse_format, targets
+    from obowlab.weights.source import find_source
+
     machine = options.machine()
-    _refuse_present(out, force=force)
-    if not Path(run).is_file():
-        from obowlab.runs.folder import RunFolder
-
-        run = str(RunFolder.find(run, runs_root=machine.runs_root).path)
+    format_ = choose_format(cast("Format | None", asked), out=out)
+    for file in targets(format_, out=out):
+        _refuse_present(file, force=force)
+    source = find_source(encoder, runs_root=machine.runs_root, tracking_uri=machine.tracking_uri)
+    if source.backbone is not None:
+        refuse_format(format_, backbone=source.backbone, name=source.name)
     if dry_run:
-        return would(f"write the encoder of {run} to {out} as {format_}")
-    from obowlab.weights.encoder_file import export, load_encoder
+        would(f"write the encoder of {source.name} to {out} as {format_}")
+        if source.backbone is None:
+            click.echo(f"  not known before {source.name} is read: whether its network has this format")
+        return
+    from obowlab.weights.encoder_file import read_source
+    from obowlab.weights.export import export
 
-    encoder = load_encoder(run, runs_root=machine.runs_root)
-    written = export(encoder, format="torchvision" if format_ == "torchvision" else "safetensors", path=out)
+    written = export(read_source(source), format=format_, path=out)
     click.echo(
         f"Wrote {written.path} ({format_}); largest difference of a feature after reading it back: {written.max_difference:.3g}."
     )
-    return None
 
 
 def _refuse_present(path: Path, *, force: bool) -> None:
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; choose another --out.")
     if path.exists() and not force:
         raise UserError(f"{path} is there already; choose another --out, or add --force.")
+    there = next(place for place in path.absolute().parents if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise UserError(f"Cannot write {path}: {there} is no folder that you may write to; choose another --out.")
 
 
 def _some(names: list[str]) -> str:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import click
 
 from obowlab.cli.options import HARDWARE, PATH, ROOTS, MachineOptions, dry_run_option, json_flag, machine_options, would
-from obowlab.cli.output import print_table, send_to_mlflow
+from obowlab.cli.output import print_json, print_obstacles, print_table, send_to_mlflow
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
     from obowlab.config import Level, Machine
-    from obowlab.methods import VisualWords
     from obowlab.runs.folder import RunFolder
 
 LEVELS = ("conv4", "conv5")
@@ -43,13 +42,15 @@ def words(
     as_json: bool,
     options: MachineOptions,
     dry_run: bool,
-) -> None:
+) -> int:
     """Show the visual words of a run: the patches that each of them stands for.
 
     For every word of the run's checkpoint the image patches with the highest assignment score are found, at most one per image,
     and written as a gallery, index.html, with the facts in words.json. In the run's own folder it is mirrored to MLflow as
     well. RUN is a run id, the beginning of one, or a run folder.
     """
+    from obowlab.data.datasets import open_split
+    from obowlab.launch.stages import obstacles_of
     from obowlab.runs.folder import RunFolder
     from obowlab.tracking.outbox import WORDS_FOLDER
 
@@ -57,21 +58,19 @@ def words(
     folder = RunFolder.find(run, runs_root=machine.runs_root)
     target = (out or folder.path / WORDS_FOLDER).absolute()
     _refuse_target(target)
-    facts = _show(
-        folder,
-        machine=machine,
-        levels=levels,
-        dataset=dataset or folder.info.recipe.data.dataset,
-        split=split,
-        per_word=per_word,
-        target=target,
-        dry_run=dry_run,
-    )
-    if facts is None:
-        return
+    chosen, images = _levels(folder, asked=levels), dataset or folder.info.recipe.data.dataset
+    if dry_run:
+        _check_checkpoints(folder)
+        would(f"find the {per_word} best patches of every word of {', '.join(chosen)} of {folder.run_id} in {images}/{split}")
+        would(f"write them to {target}")
+        drawn = images != "synthetic" or (machine.data_root / images).is_dir()  # synthetic images would be drawn first
+        look = partial(open_split, images, split, data_root=machine.data_root, runs_root=machine.runs_root)
+        return print_obstacles(obstacles_of([look] if drawn else []))
+    facts = _show(folder, machine=machine, levels=chosen, dataset=images, split=split, per_word=per_word, target=target)
     _print(facts, target=target, as_json=as_json)
     if out is None:
         send_to_mlflow([folder], machine=machine)
+    return 0
 
 
 def _refuse_target(target: Path) -> None:
@@ -86,21 +85,19 @@ def _show(
     folder: RunFolder,
     *,
     machine: Machine,
-    levels: tuple[str, ...],
+    levels: tuple[Level, ...],
     dataset: str,
     split: str,
     per_word: int,
     target: Path,
-    dry_run: bool,
-) -> dict[str, Any] | None:
-    """Find the patches and write the gallery; in a dry run say what would be done and return None."""
+) -> dict[str, Any]:
+    """Find the patches and write the gallery; return its facts."""
     import torch
 
-    from obowlab.data.datasets import open_split
     from obowlab.evaluation.words.gallery import show_words
-    from obowlab.evaluation.words.page import render_words
     from obowlab.files import folder_written
     from obowlab.launch.gpu_leases import using_gpus
+    from obowlab.report.words_page import render_words
     from obowlab.training.checkpoint import open_method
     from obowlab.training.distributed import join
 
@@ -115,19 +112,7 @@ def _show(
         for complaint in complaints:
             report(f"Warning: {complaint} Using the checkpoint before it.")
         found = method.visual_words()
-        if found is None:
-            raise UserError(
-                f"Run '{folder.run_id}' has no visual words: its method, {folder.info.recipe.method.name}, learns without them."
-            )
-        chosen = _levels(found, asked=levels, run_id=folder.run_id)
-        if dry_run:
-            if dataset != "synthetic" or (machine.data_root / dataset).is_dir():  # synthetic images would be drawn first
-                open_split(dataset, split, data_root=machine.data_root, runs_root=machine.runs_root)
-            would(
-                f"find the {per_word} best patches of every word of {', '.join(chosen)} of {folder.run_id} in {dataset}/{split}"
-            )
-            would(f"write them to {target}")
-            return None
+        assert found is not None
         info = folder.info
         about = {"run_id": info.run_id, "title": info.recipe.title, "version": info.version}
         try:
@@ -136,7 +121,7 @@ def _show(
                     found,
                     recipe=info.recipe,
                     machine=machine,
-                    levels=chosen,
+                    levels=levels,
                     dataset=dataset,
                     split=split,
                     per_word=per_word,
@@ -152,17 +137,38 @@ def _show(
         return facts
 
 
-def _levels(found: VisualWords, *, asked: tuple[str, ...], run_id: str) -> tuple[Level, ...]:
+def _levels(folder: RunFolder, *, asked: tuple[str, ...]) -> tuple[Level, ...]:
     """Return the levels to show, in the recipe's order.
 
     Raises:
-        UserError: the run has no words of one of these levels.
+        UserError: the run has no words, or none of one of these levels.
     """
-    there = tuple(found.levels)
+    from obowlab.config.methods import word_levels
+
+    method, run_id = folder.info.recipe.method, folder.run_id
+    there = word_levels(method)
+    if not there:
+        raise UserError(f"Run '{run_id}' has no visual words: its method, {method.name}, learns without them.")
     for level in asked:
         if level not in there:
             raise UserError(f"Run '{run_id}' has no words of {level}; choose --level from {', '.join(there)}.")
     return tuple(level for level in there if not asked or level in asked)
+
+
+def _check_checkpoints(folder: RunFolder) -> None:
+    """Refuse a run without a whole checkpoint; whether it is of this version is seen when torch reads it.
+
+    Raises:
+        UserError: it has none, or only damaged ones.
+    """
+    from obowlab.files import archive_damage
+    from obowlab.runs.info import CHECKPOINT_FILES, no_checkpoint
+
+    there = [path for name in CHECKPOINT_FILES if (path := folder.path / name).exists()]
+    damages = [damage for path in there if (damage := archive_damage(path)) is not None]
+    if len(damages) == len(there):
+        missing = f"There is no {CHECKPOINT_FILES[0]} in {folder.path}."
+        raise no_checkpoint(folder.info, reason=" ".join(damages) or missing)
 
 
 def _print(facts: dict[str, Any], *, target: Path, as_json: bool) -> None:
@@ -172,7 +178,7 @@ def _print(facts: dict[str, Any], *, target: Path, as_json: bool) -> None:
             name: {key: value for key, value in level.items() if key not in ("words", "sheets")}
             for name, level in facts["levels"].items()
         }
-        click.echo(json.dumps({"folder": str(target), **facts, "levels": levels}, indent=1))
+        print_json({"folder": str(target), **facts, "levels": levels})
         return
     columns = ("level", "words", "used", "coherence", "of other words", "patch")
     lines = [

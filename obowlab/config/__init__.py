@@ -9,6 +9,7 @@ from obowlab.config.base import Count, Fraction, Level, Positive, Range, Section
 from obowlab.config.loading import (
     Loaded,
     find_file,
+    find_recipe,
     flatten,
     layer,
     load_recipe,
@@ -63,6 +64,7 @@ __all__ = [
     "Views",
     "canonical_hash",
     "find_file",
+    "find_recipe",
     "flatten",
     "layer",
     "load_machine",

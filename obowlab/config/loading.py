@@ -92,17 +92,17 @@ class Loaded:
 
 
 def load_recipe(name: str, *, changes: Mapping[str, Any] | None = None, overrides: Sequence[str] = ()) -> Loaded:
-    """Read a shipped recipe by name, or a TOML file by path, and lay changes and then overrides over it.
+    """Read a recipe by name or a TOML file by path, and lay changes and then overrides over it.
 
     Args:
-        name: of a recipe, or a path ending in `.toml`.
+        name: of a recipe, as `find_recipe` takes it.
         changes: dotted keys to values, as a row of a table has them.
         overrides: texts `key=value`, as `--set` takes them.
 
     Raises:
         UserError: unknown recipe or key, a value out of range, a file that is not TOML, an `extends` that goes in circles.
     """
-    path = _recipe_path(name)
+    path = find_recipe(name)
     values, sources = _read_chain(path, ())
     parsed = {text: parse_override(text) for text in overrides}
     for layer_values, layer_sources in (
@@ -118,7 +118,7 @@ def recipe(name: str | Path, *, overrides: Mapping[str, Any] | Sequence[str] = (
     """Return a recipe with everything that changes a result: of a shipped name or a TOML file, with changes.
 
     Args:
-        name: of a shipped recipe (`obowlab config list`), or a path ending in `.toml`.
+        name: of a shipped recipe (`obowlab config list`) or of one in the current folder, or a path ending in `.toml`.
         overrides: dotted keys to values, `{"method.kappa": 8}`, or texts as `--set` takes them, `["method.kappa=8"]`.
 
     Raises:
@@ -204,11 +204,23 @@ def flatten(section: Section) -> dict[str, Any]:
     }
 
 
+def find_recipe(name: str) -> Path:
+    """Return the file of a recipe: a shipped one, else NAME.toml in the current folder, else a path ending in `.toml`.
+
+    Raises:
+        UserError: there is none; proposes the nearest name.
+    """
+    own = Path(f"{name}.toml")
+    if own.name == f"{name}.toml" and own.is_file() and name not in recipe_files():
+        return own
+    return _recipe_path(name)
+
+
 def _recipe_path(name: str) -> Path:
     path = project_root() / "experiments" / f"{name}.toml"
     if Path(name).name == name and path.is_file():  # most often so, and a table asks two hundred times
         return path
-    return find_file(name, shipped=recipe_files(), kind="recipe")
+    return find_file(name, shipped=recipe_files(), kind="recipe", also=[path.stem for path in Path().glob("*.toml")])
 
 
 def _read_chain(path: Path, below: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, str]]:

@@ -82,6 +82,13 @@ METHOD_SECTIONS: dict[str, type[MethodSection]] = {"obow": Obow, "bownet": Bowne
 DEFAULT_METHOD = "obow"
 
 
+def word_levels(method: MethodSection) -> tuple[Level, ...]:
+    """Return the levels at which a method has visual words, in its order; none for one that learns without them."""
+    if isinstance(method, Obow):
+        return method.levels
+    return (method.level,) if isinstance(method, Bownet) else ()
+
+
 def _name_of(value: object) -> str:
     name = value.get("name", DEFAULT_METHOD) if isinstance(value, dict) else getattr(value, "name", "")
     return str(name)

@@ -221,7 +221,8 @@ def list_datasets(data_root: Path) -> tuple[Listing, ...]:
 def _not_prepared(dataset: str, split: str, data_root: Path) -> UserError:
     other = next((name for name in SPLITS if name != split and read_manifest(data_root, dataset, name) is not None), None)
     if other is not None:
-        return UserError(f"'{dataset}' has no {split} images in {data_root}: prepare a source with {split}/ under another name.")
+        way = f"`obowlab data prepare {dataset} --source DIR --val-fraction 0.1 --force` sets some apart"
+        return UserError(f"'{dataset}' has no {split} images in {data_root}: {way}.")
     return AbsentError(
         f"'{dataset}' is not prepared in {data_root}: `obowlab data prepare {dataset} --source DIR` (or set --data-root)."
     )

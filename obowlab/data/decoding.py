@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import io
+import warnings
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from obowlab.data.beton import MAX_SIDE
+
+MAX_PIXELS = 89_000_000
+"""What Pillow, too, decodes without a warning: 270 MB as RGB."""
+
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # such images are refused, in a sentence
 
 JPEG_QUALITY = 95
 """Of images that are not RGB or grayscale JPEG files already."""
@@ -38,6 +44,7 @@ def to_jpeg(data: bytes) -> DecodedImage:
     """
     try:
         with Image.open(io.BytesIO(data)) as image:
+            check_size(image)
             image.load()
             width, height = image.size
             jpeg = data
@@ -51,9 +58,20 @@ def to_jpeg(data: bytes) -> DecodedImage:
         raise
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files; every one is reported
         raise UnreadableImageError(f"{type(error).__name__}: {error}") from error
+    return DecodedImage(jpeg=jpeg, height=height, width=width)
+
+
+def check_size(image: Image.Image) -> None:
+    """Refuse an image by its header, before a file of kilobytes becomes gigabytes of pixels.
+
+    Raises:
+        UnreadableImageError: it is too large.
+    """
+    width, height = image.size
     if max(width, height) > MAX_SIDE:
         raise UnreadableImageError(f"{width}x{height} pixels: sides of at most {MAX_SIDE} fit")
-    return DecodedImage(jpeg=jpeg, height=height, width=width)
+    if width * height > MAX_PIXELS:
+        raise UnreadableImageError(f"{width}x{height} pixels: at most {MAX_PIXELS // 10**6} million are decoded")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -21,9 +21,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from obowlab.data.manifest import Manifest, beton_path, file_sha256
-from obowlab.files import file_lock, read_checked, with_checksum, write_atomic
+from obowlab.files import file_lock, read_checked, shared_folder, with_checksum, write_atomic
 
 NOTES = ".hashed"
+PATIENCE_S = 3600.0
+"""Longest time to wait for another process that hashes the same file; then it is hashed here too."""
+
 LARGE = 2**30
 """Hashing a file of more bytes takes so long that it is announced."""
 
@@ -86,7 +89,7 @@ def _places(path: Path, *, identity: FileIdentity, runs_root: Path | None) -> li
 def _noted(places: Sequence[Path]) -> str | None:
     for place in places:
         try:
-            if place == places[0] or place.stat().st_uid == os.geteuid():
+            if place == places[0] or place.lstat().st_uid == os.geteuid():
                 return str(read_checked(place)["sha256"])
         except (OSError, ValueError, KeyError):  # it only saves time
             continue
@@ -99,8 +102,8 @@ def _alone(places: Sequence[Path]) -> Iterator[None]:
     with ExitStack() as stack:
         for place in places:
             try:
-                place.parent.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(file_lock(place.with_suffix(".lock")))
+                shared_folder(place.parent)
+                stack.enter_context(file_lock(place.with_suffix(".lock"), timeout_s=PATIENCE_S))
                 break
             except (OSError, NotImplementedError):  # the latter is how filelock says that a file system has no locks
                 continue
@@ -121,7 +124,7 @@ def _note(path: Path, *, digest: str, places: Sequence[Path]) -> None:
     """Write the note in the first place that takes it; where none does, the file is hashed again at the next start."""
     for place in places:
         try:
-            place.parent.mkdir(parents=True, exist_ok=True)
+            shared_folder(place.parent)
             return write_atomic(place, with_checksum(json.dumps({"file": str(path.absolute()), "sha256": digest})))
         except OSError:
             continue

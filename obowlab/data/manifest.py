@@ -48,6 +48,8 @@ class Manifest(BaseModel):
     created_at: str
     obowlab_version: str
     skipped: tuple[Skipped, ...] = ()
+    val_fraction: float | None = None
+    """Share of every class that became val for want of a val split, see `opening.with_val`; None for splits of the source."""
 
 
 def check_name(name: str) -> str:

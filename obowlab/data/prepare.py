@@ -1,4 +1,4 @@
-"""Make prepared data sets: from an ImageFolder or a .tar of one, or by drawing the synthetic set.
+"""Make prepared data sets: from images that a person has, or by drawing the synthetic set.
 
 Both give a `Content` per split, a stream of records, and `build` writes it: one file format, one way to write it.
 """
@@ -18,7 +18,7 @@ import obowlab
 from obowlab import text
 from obowlab.data import synthetic
 from obowlab.data.beton import MAX_PAGE_SIZE, MIN_PAGE_SIZE, BetonWriter, Record, page_size_for, read_index
-from obowlab.data.catalogue import check_spelling, missing
+from obowlab.data.catalogue import DATASETS, check_spelling, missing
 from obowlab.data.decoding import UnreadableImageError, to_jpeg
 from obowlab.data.identity import note_written
 from obowlab.data.manifest import (
@@ -32,7 +32,8 @@ from obowlab.data.manifest import (
     workplace,
     write_manifest,
 )
-from obowlab.data.sources import SPLITS, Source, SourceImage, SourceSplit, read_source
+from obowlab.data.opening import open_source
+from obowlab.data.sources import SPLITS, Source, SourceImage, SourceSplit
 from obowlab.errors import UserError
 from obowlab.runs.provenance import num_cores
 
@@ -49,7 +50,7 @@ class Plan:
         dataset: its name.
         source: folder or archive.
         num_images: of each split.
-        num_classes: of the train split.
+        class_names: of all splits.
         num_bytes: of all image files, about what the prepared files will take.
         free_bytes: where they are written.
         estimated_s: seconds that decoding takes.
@@ -60,7 +61,7 @@ class Plan:
     dataset: str
     source: str
     num_images: dict[str, int]
-    num_classes: int
+    class_names: tuple[str, ...]
     num_bytes: int
     free_bytes: int
     estimated_s: float
@@ -108,6 +109,7 @@ class Content:
         page_size: of the file, in bytes.
         source: where the images come from.
         source_hash: identifies them without reading them.
+        val_fraction: see `Source`.
         records: begins to yield the images in order, each as a record or with the reason why it is skipped.
     """
 
@@ -118,35 +120,52 @@ class Content:
     source: str
     source_hash: str
     records: Callable[[], Iterator[Record | Skipped]]
+    val_fraction: float | None = None
 
 
-def plan_prepare(name: str, *, source: Path, data_root: Path, workers: int | None = None) -> Plan:
+def plan_prepare(
+    name: str,
+    *,
+    source: str | Path,
+    data_root: Path,
+    labelled: bool = True,
+    val_fraction: float | None = None,
+    force: bool = False,
+    workers: int | None = None,
+) -> Plan:
     """List the source and decode a few of its images to estimate time and size; nothing is written.
 
     Raises:
         UserError: as `prepare`.
     """
-    return _plan(name, _read_source(name, source), data_root=data_root, workers=workers or num_cores())
+    found = source_of(name, source, labelled=labelled, val_fraction=val_fraction, data_root=data_root, force=force)
+    return _plan(name, found, data_root=data_root, workers=workers or num_cores())
 
 
 def prepare(
     name: str,
     *,
-    source: Path | None,
+    source: str | Path | None,
     data_root: Path,
+    labelled: bool = True,
+    val_fraction: float | None = None,
     force: bool = False,
     workers: int | None = None,
     announce: Callable[[Plan], None] | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> PrepareReport:
-    """Write DATA_ROOT/NAME from an ImageFolder or a plain .tar of one; every image is decoded once to find the unreadable.
+    """Write DATA_ROOT/NAME from images that a person has; every image is decoded once to find the unreadable.
 
     Nothing is visible until everything is written; an interrupted call starts over when it is repeated.
 
     Args:
         name: of the data set, `[a-z0-9][a-z0-9_-]*`; `synthetic` is drawn, and waits for another process that draws it.
-        source: folder or .tar with train/CLASS/*.JPEG and val/CLASS/*.JPEG, or CLASS/*.JPEG (train only); None for `synthetic`.
+        source: what `open_source` takes; None for `synthetic`.
         data_root: folder of all data sets.
+        labelled: whether to use the labels that there are.
+        val_fraction: share of every class that becomes val where the source has none, in [0, 1). When absent it is the one
+            that the data set was prepared with before, or a tenth; nothing for a data set of the catalogue, which has its own
+            val, and for images without labels.
         force: replace what was prepared from another source.
         workers: decoding threads; as many as this process has cores if absent.
         announce: called with size and estimated time before the work starts.
@@ -165,11 +184,11 @@ def prepare(
             raise UserError(f"'{name}' is drawn, not read: leave --source out, or choose another name for your images.")
         found, contents = None, [_drawn(split) for split in SPLITS]
     else:
-        found = _read_source(name, source)
-        contents = [_content(split, source=str(found.path), workers=workers) for split in found.splits]
+        found = source_of(name, source, labelled=labelled, val_fraction=val_fraction, data_root=data_root, force=force)
+        contents = [_content(split, found, workers=workers) for split in found.splits]
     with workplace(data_root, name, wait=found is None) as working:
         if not force:
-            present = [each for split in SPLITS if (each := read_manifest(data_root, name, split)) is not None]
+            present = _present(name, data_root=data_root)
             if found is not None:
                 _refuse_another(name, found, present=present)
             if _is_complete(contents, present=present, data_root=data_root):
@@ -230,6 +249,7 @@ def build(content: Content, *, dataset: str, folder: Path, progress: Callable[[P
         file_sha256=file_sha256(path),
         source=content.source,
         source_hash=content.source_hash,
+        val_fraction=content.val_fraction,
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         obowlab_version=obowlab.__version__,
         skipped=tuple(skipped),
@@ -260,16 +280,17 @@ def _drawn(split: str) -> Content:
     )
 
 
-def _content(split: SourceSplit, *, source: str, workers: int) -> Content:
-    """Return the content of a split that is read from image files."""
+def _content(split: SourceSplit, source: Source, *, workers: int) -> Content:
+    """Return the content of a split of a source."""
     page_size = page_size_for(max(image.size * (1 if _is_jpeg(image) else 2) for image in split.images))
     return Content(
         split=split.name,
         class_names=split.class_names,
         num_images=len(split.images),
         page_size=page_size,
-        source=source,
+        source=str(source.path),
         source_hash=split.listing_hash,
+        val_fraction=source.val_fraction,
         records=lambda: _decoded(split.images, page_size=page_size, workers=workers),
     )
 
@@ -313,13 +334,43 @@ def _is_jpeg(image: SourceImage) -> bool:
 # --------------------------------------------------------------------------------------------------------------- sources
 
 
-def _read_source(name: str, source: Path | None) -> Source:
+def _present(name: str, *, data_root: Path) -> list[Manifest]:
+    return [each for split in SPLITS if (each := read_manifest(data_root, name, split)) is not None]
+
+
+def _usual_fraction(name: str, *, data_root: Path, force: bool) -> float | None:
+    """Return the share of val where none is given: that of the preparation before, or none; None for what is usual."""
+    try:
+        present = _present(name, data_root=data_root)
+    except UserError:  # a damaged manifest, which --force replaces, and which is said elsewhere
+        present = []
+    if present and present[0].val_fraction is not None:
+        return present[0].val_fraction
+    # What earlier versions prepared without val stays so; the val of the catalogue's data sets is published.
+    return 0.0 if name in DATASETS or (len(present) == 1 and not force) else None
+
+
+def source_of(
+    name: str,
+    source: str | Path | None,
+    *,
+    data_root: Path,
+    labelled: bool = True,
+    val_fraction: float | None = None,
+    force: bool = False,
+) -> Source:
+    """Return the images that a data set would be prepared from.
+
+    Raises:
+        UserError: as `prepare`.
+    """
     if check_name(name) == synthetic.NAME:
         raise UserError(f"'{name}' is drawn on first use and has no --source.")
     check_spelling(name)
     if source is None:
-        raise UserError(f"Give --source DIR, the folder or .tar that holds the images of '{name}'.")
-    return read_source(source)
+        raise UserError(f"Give --source DIR, the folder, .tar, list or table that holds the images of '{name}'.")
+    usual = _usual_fraction(name, data_root=data_root, force=force)
+    return open_source(source, labelled=labelled, val_fraction=val_fraction, usual_fraction=usual)
 
 
 def _plan(name: str, source: Source, *, data_root: Path, workers: int) -> Plan:
@@ -335,7 +386,7 @@ def _plan(name: str, source: Source, *, data_root: Path, workers: int) -> Plan:
         dataset=name,
         source=str(source.path),
         num_images={split.name: len(split.images) for split in source.splits},
-        num_classes=len(source.splits[0].class_names),
+        class_names=source.splits[0].class_names,
         num_bytes=num_bytes,
         free_bytes=shutil.disk_usage(existing).free,
         estimated_s=per_byte * num_bytes,
@@ -349,8 +400,8 @@ def _refuse_another(name: str, source: Source, *, present: Sequence[Manifest]) -
         split = source.split(manifest.split)
         if split is None or (split.listing_hash, split.class_names) != (manifest.source_hash, manifest.class_names):
             raise UserError(
-                f"'{name}' was prepared from {manifest.source}, whose files differ from {source.path}: "
-                "choose another name, or add --force to replace it."
+                f"'{name}' was prepared from {manifest.source}, whose files, labels or validation images differ from those of "
+                f"{source.path} now: choose another name, or add --force to replace it."
             )
 
 
@@ -370,14 +421,15 @@ def _notes(name: str, source: Source) -> list[str]:
     if source.empty_classes:
         some = ", ".join(source.empty_classes[:5]) + (", ..." if len(source.empty_classes) > 5 else "")
         notes.append(f"class folders without an image: {len(source.empty_classes)} ({some})")
-    return notes + list(missing(name, source))
+    return [*source.notes, *notes, *missing(name, source)]
 
 
 def _losses(source: Source, manifests: Sequence[Manifest]) -> list[str]:
     """Say which classes lost more than half of their images or have none in a split."""
     notes: list[str] = []
     for split, manifest in zip(source.splits, manifests, strict=True):
-        lost = Counter(image.name.split("/", 1)[0] for image in manifest.skipped)
+        skipped = {image.name for image in manifest.skipped}
+        lost = Counter(split.class_names[image.label] for image in split.images if image.name in skipped)
         given = Counter(split.class_names[image.label] for image in split.images)
         notes += [
             f"{split.name}/{name}: {lost[name]} of {given[name]} images cannot be read"

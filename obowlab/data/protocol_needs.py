@@ -12,6 +12,7 @@ from obowlab.config import FewShot, Knn, Recipe
 from obowlab.data.class_lists import ClassList, class_list
 from obowlab.data.datasets import Split, open_split, subset
 from obowlab.data.manifest import read_manifest
+from obowlab.data.sources import UNLABELLED
 from obowlab.errors import UserError
 
 
@@ -31,9 +32,12 @@ def unmet_needs(recipe: Recipe, *, data_root: Path, runs_root: Path) -> dict[str
     if not wanted:
         return {}
     train = open_split(dataset, "train", data_root=data_root, runs_root=runs_root)
-    if read_manifest(data_root, dataset, "val") is None:
-        reason = f"'{dataset}' has no val images: prepare a source with train/ and val/ under another name"
+    if (reason := labels_need(train)) is not None:
         return dict.fromkeys(wanted, reason)
+    if read_manifest(data_root, dataset, "val") is None:
+        remedy = f"`obowlab data prepare {dataset} --source DIR --val-fraction 0.1 --force` sets some apart"
+        remedy = remedy if np.bincount(train.labels).max() > 1 else "no class has two images, of which one could be val"
+        return dict.fromkeys(wanted, f"'{dataset}' has no val images; {remedy}")
     val = open_split(dataset, "val", data_root=data_root, runs_root=runs_root)
     unmet: dict[str, str | None] = {}
     for protocol in wanted:
@@ -98,8 +102,18 @@ def knn_need(num_images: int, *, config: Knn) -> str | None:
     )
 
 
+def labels_need(train: Split) -> str | None:
+    """Return that there is nothing to tell apart, and what would do; None when there is."""
+    if train.num_classes > 1:
+        return None
+    kind = "has images without labels" if train.class_names == (UNLABELLED,) else "has one class only"
+    return f"'{train.dataset}' {kind}; `obowlab eval RUN --dataset OTHER` measures the encoder on a data set with labels"
+
+
 def same_classes_need(train: Split, val: Split) -> str | None:
-    """Return that a classifier of training images cannot be tested on validation images of other classes; None when it can."""
+    """Return why a classifier of training images cannot be tested on validation images: no or other classes; None when it can."""
+    if (reason := labels_need(train)) is not None:
+        return reason
     if train.class_names == val.class_names:
         return None
     return f"'{train.dataset}' does not have the same classes in train and val; prepare the data set again"

@@ -1,4 +1,4 @@
-"""Find the images of a source: a folder or a plain .tar in ImageFolder layout, `SPLIT/CLASS/*.JPEG` or `CLASS/*.JPEG`.
+"""Find the images of a folder or a plain .tar: `SPLIT/CLASS/*.JPEG`, `CLASS/*.JPEG`, or images without class folders.
 
 An archive is read in place, by offset: nothing is unpacked, so nothing can be written outside of the data root. Order and
 class numbers are those of torchvision's `ImageFolder`: classes sorted by name, then images by folder and name.
@@ -11,8 +11,8 @@ import os
 import re
 import shlex
 import stat
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,7 +27,14 @@ _SPLIT_WORD = re.compile(
     r"(?:(?P<train>train(?:ing)?)|(?P<val>val(?:id(?:ation)?)?|eval(?:uation)?)|(?P<test>test(?:ing)?))(?:[-_]?set)?",
     re.IGNORECASE,
 )
+UNLABELLED = "unlabelled"
+"""The one class of images without labels."""
+
 LAYOUT = "train/CLASS/*.JPEG and val/CLASS/*.JPEG (or CLASS/*.JPEG alone, which becomes train)"
+
+
+class NoImageError(UserError):
+    """A folder or an archive holds no image file."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,17 @@ class SourceImage:
         with open(self.path, "rb") as file:  # noqa: PTH123
             file.seek(self.offset)
             return file.read(self.size)
+
+
+@dataclass(frozen=True)
+class FetchedImage(SourceImage):
+    """An image that is no file of its own: a row of a table, or an array of pixels."""
+
+    fetch: Callable[[], bytes] = field(repr=False, compare=False)
+
+    def read(self) -> bytes:
+        """Return the bytes of the image as a file."""
+        return self.fetch()
 
 
 @dataclass(frozen=True)
@@ -75,28 +93,42 @@ class Source:
     """The splits found, and what was left out.
 
     Attributes:
-        path: folder or archive.
+        path: folder, archive or file, or `torchvision:NAME:ROOT`; what `--source` takes.
         splits: train, and val if there is one.
         num_ignored: files that are neither image nor in a split.
         num_hidden: hidden files and thumbnails, and all files in hidden folders.
         empty_classes: class folders without an image, as `train/CLASS`.
+        notes: what else a person should know, a sentence each.
+        val_fraction: share of every class that became val for want of a val split; None if the source has its own splits.
     """
 
     path: Path
     splits: tuple[SourceSplit, ...]
     num_ignored: int
     num_hidden: int
-    empty_classes: tuple[str, ...]
+    empty_classes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    val_fraction: float | None = None
+
+    @property
+    def is_labelled(self) -> bool:
+        """Whether the images have labels."""
+        return self.splits[0].class_names != (UNLABELLED,)
 
     def split(self, name: str) -> SourceSplit | None:
         """Return the split of that name, if the source has it."""
         return next((split for split in self.splits if split.name == name), None)
 
 
-def read_source(path: Path) -> Source:
+def read_source(path: Path, *, labelled: bool = True) -> Source:
     """List the images of a folder or a .tar; no image is read.
 
     Split folders may be named `Train` and `validation`, `train2017` and `val2017` and the like, if it is clear which is which.
+    Images that lie in no folder, or in the split folders themselves, have no labels.
+
+    Args:
+        path: folder or archive.
+        labelled: whether folders are classes; otherwise all images are taken without labels, however deep they lie.
 
     Raises:
         UserError: there is nothing at `path`, it is not in ImageFolder layout, or val has classes that train has not.
@@ -109,19 +141,127 @@ def read_source(path: Path) -> Source:
         files = list(_members(path, folders=folders))
     else:
         raise UserError(f"--source {path} is neither a folder nor a .tar file.")
-    shown = [file for file in files if not _is_hidden(file.name)]
+    shown = [file for file in files if not is_hidden(file.name)]
     images = [file for file in shown if file.name.lower().endswith(IMAGE_SUFFIXES)]
     if not images:
-        raise UserError(f"--source {path} holds no image; expected {LAYOUT}.")
-    layout = _layout(path, [tuple(image.name.split("/")) for image in images])
-    splits = _splits(path, layout, images)
+        raise NoImageError(f"--source {path} holds no image; expected {LAYOUT}.")
+    layout = _layout(path, [tuple(image.name.split("/")) for image in images], labelled=labelled)
+    splits = _splits(path, layout, images, labelled=labelled)
+    found = [name for name in folders if not is_hidden(name)]
     return Source(
         path=path,
         splits=splits,
         num_ignored=len(shown) - sum(len(split.images) for split in splits),
         num_hidden=len(files) - len(shown),
-        empty_classes=_empty_classes(layout, splits=splits, folders=[name for name in folders if not _is_hidden(name)]),
+        empty_classes=_empty_classes(layout, splits=splits, folders=found) if splits[0].class_names != (UNLABELLED,) else (),
     )
+
+
+class Entry(NamedTuple):
+    """An image of a list or a table, as it stands there: its split and its class, each None where none is given."""
+
+    split: str | None
+    class_name: str | None
+    image: SourceImage
+
+
+def source_of_entries(
+    path: Path,
+    entries: Sequence[Entry],
+    *,
+    class_names: Sequence[str] | None = None,
+    by_class: bool = False,
+    notes: Sequence[str] = (),
+    num_ignored: int = 0,
+) -> Source:
+    """Sort the images of a list or a table into splits and number their classes.
+
+    Args:
+        path: what `--source` names.
+        entries: the images; the labels and names they bear are replaced.
+        class_names: in the order of their numbers; without them classes are sorted by number where all are numbers, else by name.
+        by_class: sort the images of a split by class; otherwise they keep their order, in which a table is read fastest.
+        notes: for the source.
+        num_ignored: files or rows left out already.
+
+    Raises:
+        UserError: no split is train, some images have a class and some have none, or val has classes that train has not.
+    """
+    words = sorted({entry.split for entry in entries if entry.split is not None})
+    splits = _split_words(path, words) if words else {}
+    kept = [(splits.get(entry.split, "") if entry.split is not None else "train", entry) for entry in entries]
+    kept = [(split, entry) for split, entry in kept if split]
+    labelled = any(entry.class_name is not None for _, entry in kept)
+    if all(entry.class_name is None for split, entry in kept if split == "val"):  # the labels of a test split are often secret
+        kept = [(split, entry) for split, entry in kept if split == "train" or entry.class_name is not None or not labelled]
+    without = sum(entry.class_name is None for _, entry in kept)
+    if 0 < without < len(kept):
+        odd = next(entry.image.name for _, entry in kept if entry.class_name is None)
+        raise UserError(f"--source {path} has {without} images without a label, such as {odd}: label or remove them.")
+    found = {split: {entry.class_name or UNLABELLED for where, entry in kept if where == split} for split, _ in kept}
+    if unknown := sorted(found.get("val", set()) - found.get("train", set())):
+        raise UserError(f"--source {path} has classes in val that train does not have, such as '{unknown[0]}'.")
+    names = tuple(class_names or _in_order(found["train"]))
+    numbers = {name: number for number, name in enumerate(names)}
+    images: dict[str, list[SourceImage]] = {}
+    for split, entry in kept:
+        class_name = entry.class_name or UNLABELLED
+        name = f"{class_name}/{entry.image.name}" if entry.class_name is not None else entry.image.name
+        images.setdefault(split, []).append(replace(entry.image, label=numbers[class_name], name=name))
+    if by_class:
+        images = {split: sorted(each, key=lambda image: image.label) for split, each in images.items()}
+    return Source(
+        path=path,
+        splits=tuple(SourceSplit(split, names, tuple(images[split])) for split in SPLITS if split in images),
+        num_ignored=num_ignored + len(entries) - len(kept),
+        num_hidden=0,
+        notes=tuple(notes),
+    )
+
+
+def splits_of_shards(files: Sequence[Path], *, below: Path) -> list[str | None]:
+    """Return the split that each shard's name or folder tells, as `data/train-00000-of-00004.parquet` does.
+
+    Where none tells one, all are None; where some do, the others bear their own names, which are no split's.
+
+    Args:
+        files: the shards.
+        below: the folder that `--source` names; folders above it do not count.
+    """
+    found: list[str | None] = []
+    for file in files:
+        kinds = [reading.kind for reading in _readings(file.stem) if reading.is_word]
+        folders = file.relative_to(below).parts[:-1]
+        kinds += [_readings(folder)[0].kind for folder in reversed(folders) if _is_bare_split(folder)]
+        found.append(kinds[0] if kinds else None)
+    return [split or (file.stem if any(found) else None) for split, file in zip(found, files, strict=True)]
+
+
+def _split_words(path: Path, words: Sequence[str]) -> dict[str, str]:
+    """Return which of the words that name splits are train and val; `test` is val only where nothing else is.
+
+    Raises:
+        UserError: none is train, or several are.
+    """
+    kinds: dict[str, list[str]] = {}
+    for word in words:
+        if _is_bare_split(word):
+            kinds.setdefault(_readings(word)[0].kind, []).append(word)
+    train, val = _preferred(kinds.get("train", [])), _preferred(kinds.get("val") or kinds.get("test") or [])
+    if len(train) != 1 or len(val) > 1:
+        raise UserError(
+            f"--source {path} has the splits {', '.join(map(repr, words[:6]))}, and it is not clear which is train and which is "
+            "val: name them 'train' and 'val'."
+        )
+    return {train[0]: "train"} | ({val[0]: "val"} if val else {})
+
+
+def _in_order(names: Iterable[str]) -> list[str]:
+    """Return class names by number where all of them are numbers, else by name."""
+    try:
+        return sorted(names, key=lambda name: (float(name), name))
+    except ValueError:
+        return sorted(names)
 
 
 def list_images(folder: Path) -> list[str]:
@@ -133,13 +273,14 @@ def list_images(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise UserError(f"There is no folder '{folder}'.")
     files = (file.name for file in _walk(folder, folders=[], what=str(folder)))
-    names = sorted(name for name in files if name.lower().endswith(IMAGE_SUFFIXES) and not _is_hidden(name))
+    names = sorted(name for name in files if name.lower().endswith(IMAGE_SUFFIXES) and not is_hidden(name))
     if not names:
         raise UserError(f"{folder} holds no image; names of images end in {', '.join(IMAGE_SUFFIXES)}.")
     return names
 
 
-def _is_hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
+    """Return whether a path below a source is a hidden file or a thumbnail, or lies in a folder of such."""
     return any(part.startswith(".") or part.lower() in _HIDDEN for part in name.split("/"))
 
 
@@ -161,7 +302,7 @@ def _walk(root: Path, *, folders: list[str], what: str = "--source") -> Iterator
             try:
                 status = os.stat(file)  # noqa: PTH116
             except OSError as error:
-                if not _is_hidden(prefix + name):
+                if not is_hidden(prefix + name):
                     refuse(error)
                 continue
             if stat.S_ISREG(status.st_mode):
@@ -197,7 +338,7 @@ class _Layout(NamedTuple):
         return (self.names[inner[0]], inner[1:]) if inner and inner[0] in self.names else None
 
 
-def _layout(path: Path, parts: Sequence[Sequence[str]]) -> _Layout:
+def _layout(path: Path, parts: Sequence[Sequence[str]], *, labelled: bool) -> _Layout:
     """Find the split folders, looking through single outer folders.
 
     Raises:
@@ -211,7 +352,7 @@ def _layout(path: Path, parts: Sequence[Sequence[str]]) -> _Layout:
         depth += 1
     with_classes = {names[depth] for names in parts if len(names) - depth >= 3}
     names = _split_folders(path, tops, with_classes=with_classes, outer="/".join(parts[0][:depth]))
-    if not names:
+    if not names and labelled:
         _check_classes(path, [names[depth:] for names in parts], outer=parts[0][:depth])
     return _Layout(depth, names)
 
@@ -220,8 +361,14 @@ def _split_folders(path: Path, tops: set[str], *, with_classes: set[str], outer:
     """Return which folder is which split; nothing where folders are classes.
 
     The folders of a pair are named alike but for the word: `train2017` goes with `val2017`. Exact names come first, and `test` is
-    the validation split only where nothing else can be. A folder without class folders counts by its exact name alone.
+    the validation split only where nothing else can be. A folder without class folders counts by its exact name alone, unless
+    there is no class folder anywhere: then `train2017` and `val2017` hold images without labels, and `train` beside `bus` is a
+    class.
     """
+    if not with_classes:
+        with_classes = {name for name in tops if _is_bare_split(name)}
+        if with_classes != tops and len({_readings(name)[0].kind for name in with_classes}) < 2:
+            return {}
     readings = {name: _readings(name) for name in sorted(tops) if name in with_classes or name in SPLITS}
     kinds: dict[tuple[str, str], dict[str, list[str]]] = {}
     for name, found in readings.items():
@@ -308,7 +455,7 @@ def _check_classes(path: Path, parts: Sequence[Sequence[str]], *, outer: Sequenc
     if len(depths) > 1 and not set.intersection(*depths.values()):
         raise UserError(
             f"--source {path} is no ImageFolder: its folders hold images at different depths, such as {'/'.join(parts[0])}; "
-            f"give the folder that holds the data set, with {LAYOUT}."
+            f"give the folder that holds the data set, with {LAYOUT}, or add --no-labels to take all images without labels."
         )
 
 
@@ -319,18 +466,21 @@ def _empty_classes(layout: _Layout, *, splits: Sequence[SourceSplit], folders: I
     return tuple(sorted(f"{split}/{name}" for split, name in found - full if name != "."))
 
 
-def _splits(path: Path, layout: _Layout, images: Iterable[SourceImage]) -> tuple[SourceSplit, ...]:
+def _splits(path: Path, layout: _Layout, images: Iterable[SourceImage], *, labelled: bool) -> tuple[SourceSplit, ...]:
     """Sort images into splits and classes."""
+    placed = [(place, image) for image in images if (place := layout.place(image.name.split("/"))) is not None]
+    bare = [(split, names) for (split, names), _ in placed if len(names) < 2]
+    if labelled and 0 < len(bare) < len(placed):
+        where = f"{bare[0][0]}/" if layout.names else ""
+        raise UserError(
+            f"--source {path} has images without a class folder, such as {where}{bare[0][1][-1]}; expected {LAYOUT}, or add "
+            "--no-labels to take all images without labels."
+        )
+    labelled = labelled and not bare
     groups: dict[str, dict[str, list[tuple[str, str, SourceImage]]]] = {}
-    for image in images:
-        place = layout.place(image.name.split("/"))
-        if place is None:
-            continue
-        split, names = place
-        if len(names) < 2:
-            where = f"{split}/" if layout.names else ""
-            raise UserError(f"--source {path} has images without a class folder, such as {where}{names[-1]}; expected {LAYOUT}.")
-        groups.setdefault(split, {}).setdefault(names[0], []).append(("/".join(names[:-1]), names[-1], image))
+    for (split, names), image in placed:
+        in_class = groups.setdefault(split, {}).setdefault(names[0] if labelled else UNLABELLED, [])
+        in_class.append(("/".join(names[:-1]), names[-1], image))
     class_names = tuple(sorted(groups["train"]))
     unknown = sorted(set(groups.get("val", {})) - set(class_names))
     if unknown:
@@ -341,6 +491,6 @@ def _splits(path: Path, layout: _Layout, images: Iterable[SourceImage]) -> tuple
             ordered: list[SourceImage] = []
             for label, class_name in enumerate(class_names):
                 for folder, name, image in sorted(groups[split].get(class_name, []), key=lambda found: found[:2]):
-                    ordered.append(SourceImage(label, f"{folder}/{name}", image.path, image.offset, image.size))
+                    ordered.append(replace(image, label=label, name=f"{folder}/{name}" if folder else name))
             splits.append(SourceSplit(name=split, class_names=class_names, images=tuple(ordered)))
     return tuple(splits)

@@ -14,7 +14,8 @@ from obowlab.data import synthetic
 from obowlab.data.beton import BetonIndex, ContentHash, fix_for, read_index
 from obowlab.data.decoding import UnreadableImageError, to_jpeg
 from obowlab.data.manifest import Manifest, beton_path, check_name, file_sha256, read_manifest
-from obowlab.data.sources import SPLITS, Source, read_source
+from obowlab.data.opening import is_there, open_source
+from obowlab.data.sources import SPLITS, UNLABELLED, Source
 from obowlab.errors import UserError
 
 SAME_PIXELS = 4.0
@@ -51,7 +52,7 @@ def verify(
     name: str,
     *,
     data_root: Path,
-    source: Path | None = None,
+    source: str | Path | None = None,
     sample: int | None = 256,
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
@@ -61,7 +62,7 @@ def verify(
     Args:
         name: of the data set.
         data_root: folder of all data sets.
-        source: folder or .tar to compare with; the one noted in the manifest, if it is still there, when absent.
+        source: what to compare with, as `prepare` takes it; the one noted in the manifest, if it is still there, when absent.
         sample: images of each split that are decoded and compared; None for all.
         seed: draws the sample.
         progress: called with what is done next.
@@ -85,7 +86,7 @@ def verify(
             problems.append(Problem(split, f"{beton_path(data_root, name, split)} has no manifest beside it", fix_for(name)))
     if not manifests and not problems:
         raise UserError(f"'{name}' is not prepared in {data_root}: there is nothing to verify.")
-    given = read_source(source) if source is not None else None
+    given = _opened(source, manifests[0]) if source is not None and manifests else None
     num_decoded = num_compared = 0
     for manifest in manifests:
         path = beton_path(data_root, name, manifest.split)
@@ -164,12 +165,18 @@ def _check_decoding(images: _Images) -> list[str]:
 
 def _noted_source(manifest: Manifest) -> Source | None:
     """Return the source the split was made from if it can still be listed."""
-    if manifest.dataset == synthetic.NAME or not Path(manifest.source).exists():
+    if manifest.dataset == synthetic.NAME or not is_there(manifest.source):
         return None
     try:
-        return read_source(Path(manifest.source))
+        return _opened(manifest.source, manifest)
     except UserError:  # it was replaced by something else; only a source given by the user must exist
         return None
+
+
+def _opened(source: str | Path, manifest: Manifest) -> Source:
+    """Return a source with labels and validation images as a split was prepared."""
+    usual = manifest.val_fraction if manifest.val_fraction is not None else 0.0
+    return open_source(source, labelled=manifest.class_names != (UNLABELLED,), usual_fraction=usual)
 
 
 def _compare(images: _Images, manifest: Manifest, source: Source) -> list[str]:

@@ -26,7 +26,7 @@ from obowlab.evaluation.knn import nearest_neighbours
 from obowlab.evaluation.linear import linear_probe
 from obowlab.evaluation.result import Measurement, Result
 from obowlab.precision import full_precision
-from obowlab.views.photometric import MEAN, STD
+from obowlab.views.views import MEAN, STD
 
 __all__ = ["EVALUATORS", "Evaluator", "Measurement", "Outcome", "Result", "evaluate"]
 

@@ -7,10 +7,13 @@ weights, the images, the view and the version of this code: no entry is ever sta
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import secrets
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,8 +28,10 @@ from torch import nn
 from obowlab.config import Recipe, Views, canonical_hash
 from obowlab.data.datasets import Split, open_split, subset
 from obowlab.errors import UserError
+from obowlab.files import UnusableFileError, open_file, read_file, shared_folder
 from obowlab.views.loaders import centre_loader
-from obowlab.views.photometric import MEAN, STD, normalise
+from obowlab.views.photometric import normalise
+from obowlab.views.views import MEAN, STD
 
 FEATURES_VERSION = 1
 """Raise it when the same weights and images would give other features."""
@@ -101,7 +106,8 @@ class FeatureStore:
         self.images_per_class = recipe.data.images_per_class if self.dataset == recipe.data.dataset else None
         self.data_root = data_root
         self.runs_root = runs_root
-        self.cache_dir = cache_dir
+        self._places = [cache_dir]
+        self._own: tempfile.TemporaryDirectory[str] | None = None
         self.device = device
         self.report = report
         self._backend = backend
@@ -163,7 +169,30 @@ class FeatureStore:
         }
 
     def _entry(self, key: dict[str, Any]) -> Path:
-        return self.cache_dir / canonical_hash(key)
+        """Return where an entry is, or where it is to be written."""
+        entries = [place / canonical_hash(key) for place in self._places]
+        return next((entry for entry in entries if entry.is_dir()), entries[0])
+
+    def _writable(self) -> Path:
+        """Return where entries are written: where they are kept, or for this object only what may not be written there."""
+        if self._own is None:
+            try:
+                if os.access(shared_folder(self._places[0]), os.W_OK | os.X_OK):
+                    return self._places[0]
+            except (PermissionError, UnusableFileError):
+                pass
+            except OSError as error:
+                if error.errno != errno.EROFS:
+                    raise UserError(_refused(self._places[0], error)) from None
+            self._give_up_keeping()
+        return self._places[0]
+
+    def _give_up_keeping(self) -> None:
+        if self._own is None:
+            kept = self._places[0]
+            self.report(f"Warning: {kept} cannot be written to, so these features are not kept: chmod g+w {kept}, by its owner.")
+            self._own = tempfile.TemporaryDirectory(prefix="obowlab-features-")
+            self._places.insert(0, Path(self._own.name))
 
     def _is_sound(self, key: dict[str, Any]) -> bool:
         """Tell whether an entry is there and unharmed; a damaged one is reported and removed."""
@@ -171,14 +200,17 @@ class FeatureStore:
         if not entry.is_dir():
             return False
         try:
-            written = json.loads((entry / "entry.json").read_text(encoding="utf-8"))
-            with (entry / "features.npy").open("rb") as file:
+            written = json.loads(read_file(entry / "entry.json"))
+            with open_file(entry / "features.npy") as file:
                 sound = bool(written == {"key": key, "sha256": hashlib.file_digest(file, "sha256").hexdigest()})
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             sound = False
         if not sound:
             self.report(f"Warning: the kept features in {entry} are damaged; computing them again.")
-            shutil.rmtree(entry)
+            try:
+                shutil.rmtree(entry)
+            except OSError:  # somebody else's
+                self._give_up_keeping()
         return sound
 
     def _read(self, key: dict[str, Any]) -> torch.Tensor:
@@ -197,10 +229,11 @@ class FeatureStore:
             pin=self.device.type == "cuda",
         )
         done, last = 0, time.monotonic()
+        place = self._writable()
         with ExitStack() as stack:
             stack.enter_context(frozen(self.encoder))
             writers = {
-                view: stack.enter_context(_entry_writer(self._entry(key), key=key, count=len(indices)))
+                view: stack.enter_context(_entry_writer(place / canonical_hash(key), key=key, count=len(indices)))
                 for view, key in keys.items()
             }
             for positions, pixels in loader:
@@ -245,18 +278,20 @@ class _EntryWriter:
 @contextmanager
 def _entry_writer(entry: Path, *, key: dict[str, Any], count: int) -> Iterator[_EntryWriter]:
     """Write an entry under a temporary name and rename it when the block succeeds."""
-    temporary = entry.with_name(f".{entry.name}.{os.getpid()}")
+    temporary = entry.with_name(f".{entry.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
-        temporary.mkdir(parents=True, exist_ok=True)
-        with (temporary / "features.npy").open("wb") as file:
+        temporary.mkdir()
+        with (temporary / "features.npy").open("xb") as file:
             writer = _EntryWriter(file, count=count)
             yield writer
         (temporary / "entry.json").write_text(json.dumps({"key": key, "sha256": writer.digest.hexdigest()}), encoding="utf-8")
         if not entry.exists():  # another process may have been first; its features are as good
             temporary.rename(entry)
     except OSError as error:
-        raise UserError(
-            f"Cannot keep features in {entry.parent} ({error.strerror}); make room or choose another --runs-root."
-        ) from error
+        raise UserError(_refused(entry.parent, error)) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _refused(place: Path, error: OSError) -> str:
+    return f"Cannot keep features in {place} ({error.strerror}); make room or choose another --runs-root."

@@ -14,6 +14,7 @@ import socket
 import subprocess
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -25,11 +26,12 @@ from obowlab import text
 from obowlab.config import Machine, Recipe
 from obowlab.data.datasets import num_training_images
 from obowlab.errors import UserError
-from obowlab.files import read_lines, write_atomic
+from obowlab.files import read_file, read_lines, write_atomic
 from obowlab.launch.compute_command import compute_command, environment_of, threads_of
 from obowlab.launch.gpu_leases import leased
 from obowlab.launch.system import count_gpus
 from obowlab.runs.folder import COST_FILE, RunFolder, RunSummary
+from obowlab.runs.info import DAMAGED
 from obowlab.runs.records import store_runs
 
 COSTS = ".costs.json"
@@ -138,7 +140,8 @@ class CostBook:
         self._finished: dict[str, list[_Finished]] = {}
         for run in runs:
             if run.state.status == "finished":
-                self._note(RunFolder(run.path, run.info))
+                with suppress(*DAMAGED):  # it is no measurement; whoever lists the runs says so
+                    self._note(RunFolder(run.path, run.info))
         self._measured = _read(self._path)
 
     def cost(self, recipe: Recipe) -> Cost:
@@ -196,9 +199,10 @@ class CostBook:
                     problem = str(answer["error"])
                 else:
                     self._measured[self._place(missing[key])] = Measured.model_validate(answer)
-        self._path.parent.mkdir(parents=True, exist_ok=True)
         values = {place: measured.model_dump() for place, measured in self._measured.items()}
-        write_atomic(self._path, json.dumps(values, indent=1, sort_keys=True))
+        with suppress(OSError):  # measured again next time
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(self._path, json.dumps(values, indent=1, sort_keys=True))
         return problem
 
     def _note(self, folder: RunFolder) -> None:
@@ -306,6 +310,6 @@ def num_steps(recipe: Recipe, *, data_root: Path) -> int | None:
 
 def _read(path: Path) -> dict[str, Measured]:
     try:
-        return {str(place): Measured.model_validate(values) for place, values in json.loads(path.read_bytes()).items()}
-    except (FileNotFoundError, ValueError, AttributeError):
+        return {str(place): Measured.model_validate(values) for place, values in json.loads(read_file(path)).items()}
+    except (OSError, ValueError, AttributeError, RecursionError):
         return {}  # measured again when it is needed

@@ -4,29 +4,43 @@ A GPU has two names in Linux's abstract socket namespace, as a run has two locks
 that computes on the GPU the other. So a GPU stays taken while a training process whose launcher was killed is still saving.
 There is no file that could be deleted, left behind or owned by another user. Containers with a network of their own do not see
 each other's names: give each its own GPUs.
+
+Anybody on the machine could hold such a name. Who does is asked of the kernel, through a connection that nobody answers: a
+lease listens, and whatever does not is no run and is not waited for.
 """
 
 from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
 import socket
+import struct
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Literal
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Literal, get_args
 
 from obowlab.config import Machine
 from obowlab.errors import AbsentError, UserError
+from obowlab.files import process_name
 from obowlab.launch.system import count_gpus, visible_gpus
 
 GPUS_VARIABLE = "OBOWLAB_GPUS"
 """Set by a launcher that holds GPUs for the processes it starts: their UUIDs, in the order of local ranks."""
 
 POLL_S = 1.0
+PATIENCE_S = 60.0
+"""So long a name is waited for that no run holds, in seconds."""
+
+ASK_EVERY_S = 600.0
+BACKLOG = 128
+"""So many questions who holds a lease are answered by the kernel."""
+
 Role = Literal["launcher", "worker"]
+ROLES: tuple[Role, ...] = get_args(Role)
 logger = logging.getLogger(__name__)
 
 
@@ -52,14 +66,14 @@ def check_gpus(machine: Machine) -> None:
 def leased(machine: Machine, *, given_up: Callable[[], bool] = lambda: False) -> Iterator[Mapping[str, str]]:
     """Lease as many free GPUs as a machine's processes on this node need, for as long as the context lasts.
 
-    While other runs have them, this waits, and logs so once.
+    While other runs have them, this waits, and logs now and then who they are.
 
     Args:
         machine: a machine that computes on the CPU needs none.
         given_up: asked while waiting; when it returns True, nothing is leased.
 
     Raises:
-        UserError: there are fewer.
+        UserError: there are fewer, or something that is no run keeps them.
 
     Yields:
         Variables for the training processes: which GPUs they see. Empty for a CPU, and when given up.
@@ -70,15 +84,17 @@ def leased(machine: Machine, *, given_up: Callable[[], bool] = lambda: False) ->
         return
     check_gpus(machine.model_copy(update={"device": "cuda"}))  # with fewer, the waiting would never end
     with ExitStack() as held:
-        waiting = False
+        began, asked = time.monotonic(), -math.inf
         while not (leases := _take(count)):
             if given_up():
                 yield {}
                 return
-            if not waiting:
+            if time.monotonic() - asked > ASK_EVERY_S:
                 noun = "GPU" if count == 1 else "GPUs"
-                logger.info("Waiting for %d free %s of %d; `obowlab jobs` shows who has them.", count, noun, count_gpus())
-                waiting = True
+                logger.info("Waiting for %d free %s of %d; %s", count, noun, count_gpus(), _holders())
+                asked = time.monotonic()
+            if time.monotonic() - began > PATIENCE_S:
+                _refuse_strangers(count)
             time.sleep(POLL_S)
         for lease in leases.values():
             held.enter_context(lease)
@@ -131,13 +147,61 @@ def hold(gpu: str, *, role: Role) -> socket.socket | None:
     if sys.platform != "linux":  # no such names there, and no NVIDIA GPUs
         return name
     try:
-        name.bind(f"\0obowlab {role} of {gpu}"[:100])
+        name.bind(_name(gpu, role))
     except OSError as error:
         name.close()
         if error.errno != errno.EADDRINUSE:
             raise
         return None
+    name.listen(BACKLOG)
     return name
+
+
+def holder_of(gpu: str) -> str | None:
+    """Return who holds a GPU, for a sentence; None when nobody does, or something that is no run."""
+    for role in ROLES:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asking, suppress(ConnectionRefusedError):
+            asking.setblocking(False)
+            try:
+                asking.connect(_name(gpu, role))
+            except BlockingIOError:  # it was asked too often
+                return "another process"
+            pid, _, _ = struct.unpack("3i", asking.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+            return process_name(pid) if pid else "a process of another container"
+    return None
+
+
+def _holders() -> str:
+    held = [f"{gpu} is held by {who}" for gpu in visible_gpus() if (who := holder_of(gpu)) is not None]
+    return "; ".join([*held, "`obowlab jobs` shows the runs."])
+
+
+def _refuse_strangers(count: int) -> None:
+    """Refuse to wait when too many GPUs are kept by what is no run, and so may never end.
+
+    Raises:
+        UserError: names one of them.
+    """
+    strange = [gpu for gpu in visible_gpus() if _is_bound(gpu) and holder_of(gpu) is None]
+    if count_gpus() - len(strange) < count:
+        raise UserError(
+            f"The lease of {strange[0]} has been kept for {PATIENCE_S:.0f} s by a process that is no run of this obowlab "
+            "(`sudo ss -xap | grep obowlab` names it): end it, or choose other GPUs with CUDA_VISIBLE_DEVICES."
+        )
+
+
+def _is_bound(gpu: str) -> bool:
+    """Return whether any process has one of a GPU's names."""
+    for role in ROLES:
+        mine = hold(gpu, role=role)
+        if mine is None:
+            return True
+        mine.close()
+    return False
+
+
+def _name(gpu: str, role: Role) -> str:
+    return f"\0obowlab {role} of {gpu}"[:100]
 
 
 def take(gpu: str) -> socket.socket | None:

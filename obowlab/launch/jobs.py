@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from obowlab.errors import UserError
+from obowlab.files import is_others, lock_holder, process_name, user_name
 from obowlab.launch.slurm import SlurmJob, SlurmState, cancel, log_files, states, submitted_jobs
-from obowlab.runs.folder import RunFolder, RunSummary, list_runs
-from obowlab.runs.info import Status
-from obowlab.runs.locks import holder_of, is_locked
+from obowlab.runs.folder import RunFolder, RunSummary, damage_of, list_runs, read_runs
+from obowlab.runs.info import DAMAGED, Status
+from obowlab.runs.locks import LAUNCHER, holder_of, is_locked
 
 RECENT_S = 24 * 3600.0
 POLL_S = 3.0
@@ -74,10 +75,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Overview:
-    """All jobs of a run store, running ones first, and what could not be found out."""
+    """All jobs of a run store, running ones first, what could not be found out, and a sentence on each run that is damaged."""
 
     jobs: tuple[Job, ...]
     problem: str = ""
+    damaged: tuple[str, ...] = ()
 
 
 def overview(runs_root: Path, *, everything: bool = False) -> Overview:
@@ -93,14 +95,19 @@ def overview(runs_root: Path, *, everything: bool = False) -> Overview:
     newest: dict[str, SlurmJob] = {}
     for job in reversed(submitted):  # a live one counts, else the newest
         newest.update({run: job for run in job.request.runs if newest.get(run) is None or newest[run].id not in alive})
-    runs = list_runs(runs_root)
-    jobs = [_of_run(run, job=newest.get(run.info.run_id), alive=alive) for run in runs]
+    runs, damaged = read_runs(runs_root)
+    jobs = []
+    for run in runs:
+        try:
+            jobs.append(_of_run(run, job=newest.get(run.info.run_id), alive=alive))
+        except DAMAGED as error:
+            damaged.append(damage_of(run.path, error))
     jobs += [_of_command(job, alive=alive) for job in submitted if not job.request.runs]
     since = 0.0 if everything else time.time() - RECENT_S
     shown = [job for job in jobs if job.is_active or job.changed_at >= since]
     order = ("running", "queued")
     shown.sort(key=lambda job: (order.index(job.status) if job.status in order else 2, -job.changed_at))
-    return Overview(jobs=tuple(shown), problem=problem)
+    return Overview(jobs=tuple(shown), problem=problem, damaged=tuple(damaged))
 
 
 def _of_run(run: RunSummary, *, job: SlurmJob | None, alive: dict[str, SlurmState]) -> Job:
@@ -179,7 +186,7 @@ def stop(ref: str, *, runs_root: Path) -> str:
     Raises:
         UserError: nothing runs under this name, or it cannot be reached from here.
     """
-    job = _slurm_job(ref, runs_root=runs_root)
+    job = _slurm_job(ref, runs_root=runs_root, ours=True)
     if job is not None and states([job]):
         cancel(job)
         return f"Cancelled job {job.id} of the cluster ({job.request.what}); what was trained is saved."
@@ -191,29 +198,71 @@ def stop(ref: str, *, runs_root: Path) -> str:
     holder = holder_of(folder.path)
     if holder.get("host") != socket.gethostname():
         raise UserError(f"{folder.run_id} is trained on {holder.get('host')}: cancel it there.")
+    pid = _launcher(folder, named=holder.get("pid"))
     try:
-        os.kill(int(holder["pid"]), signal.SIGTERM)
+        os.kill(pid, signal.SIGTERM)
     except ProcessLookupError:
         raise UserError(
             f"The launcher of {folder.run_id} was killed; its training process is saving itself and will end."
         ) from None
-    return f"Asked process {holder['pid']} to stop; {folder.run_id} saves itself, and the same command resumes it."
+    except PermissionError:
+        raise UserError(f"{folder.run_id} is trained by {process_name(pid)}: ask its user to cancel it.") from None
+    return f"Asked process {pid} to stop; {folder.run_id} saves itself, and the same command resumes it."
+
+
+def _launcher(folder: RunFolder, *, named: object) -> int:
+    """Return the process that holds the lock of a run. The lock file names one, but whoever may write to it could name any.
+
+    Raises:
+        UserError: the run is somebody else's, or another process has the lock.
+    """
+    if is_others(folder.path):
+        raise UserError(f"{folder.run_id} belongs to {user_name(folder.owner)}: ask them to cancel it.")
+    found = lock_holder(folder.path / LAUNCHER)
+    if not isinstance(named, int) or isinstance(named, bool) or named <= 1:
+        raise UserError(f"{folder.path / LAUNCHER} names no process: end the one that trains {folder.run_id} by `kill`.")
+    if found is not None and found != named:
+        raise UserError(f"The lock of {folder.run_id} is held by {process_name(found)}, which does not train it: ask its user.")
+    if found is None and not is_launcher(
+        named
+    ):  # a file system or a system whose locks are not listed, or the worker's lock only
+        raise UserError(f"The launcher of {folder.run_id} was killed; its training process is saving itself and will end.")
+    return named
+
+
+def is_launcher(pid: int) -> bool:
+    """Return whether a process is one of obowlab's, and of this user."""
+    import psutil
+
+    try:
+        process = psutil.Process(pid)
+        return process.uids().effective == os.geteuid() and any("obowlab" in word for word in process.cmdline())
+    except psutil.Error:
+        return False
 
 
 def reap(runs_root: Path) -> list[RunFolder]:
-    """Mark runs as interrupted whose state is `running` though no process trains them, and return them."""
+    """Mark one's own runs as interrupted whose state is `running` though no process trains them, and return them."""
     reaped = []
     for run in list_runs(runs_root):
         folder = RunFolder(run.path, run.info)
+        if is_others(run.path):
+            continue
         if folder.state.status == "running" and not is_locked(run.path):
             folder.set_state(status="interrupted", message="its process is gone; the same command resumes")
             reaped.append(folder)
     return reaped
 
 
-def _slurm_job(ref: str, *, runs_root: Path) -> SlurmJob | None:
-    """Return the job of the cluster with this number, or the newest one of this run; None when there is none."""
-    jobs = submitted_jobs(runs_root)
+def _slurm_job(ref: str, *, runs_root: Path, ours: bool = False) -> SlurmJob | None:
+    """Return the job of the cluster with this number, or the newest one of this run; None when there is none.
+
+    Args:
+        ref: a number, or a run.
+        runs_root: from which jobs were submitted.
+        ours: only of those that this user submitted: an order of somebody else could name any job.
+    """
+    jobs = [job for job in submitted_jobs(runs_root) if job.is_ours or not ours]
     found = next((job for job in jobs if job.id == ref), None)
     if found is not None or not jobs:
         return found

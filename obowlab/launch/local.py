@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from obowlab.config import Loaded, Machine
-from obowlab.errors import UserError
+from obowlab.files import is_others
 from obowlab.launch.compute_command import PATIENCE_VARIABLE, CommandFactory, compute_command, environment_of, threads_of
 from obowlab.launch.cost import Cost, write_actual_cost, write_quote
 from obowlab.launch.gpu_leases import check_gpus, leased
@@ -28,15 +28,15 @@ from obowlab.launch.nodes import POLL_S, RENDEZVOUS_VARIABLE, Rendezvous, Round
 from obowlab.launch.preflight import to_measure
 from obowlab.launch.processes import StopSignals, kill_family, shell_code, start
 from obowlab.launch.system import SystemSampler, count_gpus
-from obowlab.runs.folder import RunFolder, run_id_of
+from obowlab.runs.folder import RunFolder, refuse_others, run_id_of
 from obowlab.runs.info import ENCODER_FILE, TRAINED, Status
 from obowlab.runs.locks import Lock, RunTakenError
 from obowlab.runs.metric_log import MetricLog
+from obowlab.runs.trash import put_aside
 from obowlab.signals import STOPPING
 from obowlab.tracking.mirror import Mirror
 from obowlab.tracking.server import shown_uri, store_uri
 
-TRASH = ".trash"
 TERMINAL = "terminal.txt"
 MIRROR_EVERY_S = 3.0
 SAMPLE_EVERY_S = 15.0
@@ -172,11 +172,15 @@ def launch(
     if fresh and (path / "run.json").is_file():
         put_aside(RunFolder.open(path))
     folder = RunFolder.create(loaded, seed=seed, runs_root=machine.runs_root)
+    if is_others(path):
+        if folder.state.status == "finished" and not to_measure(loaded.recipe, folder=folder, machine=machine):
+            return 0
+        refuse_others(path)
     if cost is not None:
         write_quote(folder, cost=cost, procs=machine.procs)
     mirror = Mirror(folder, tracking_uri=machine.tracking_uri)
     code = 0
-    signals = signals or StopSignals()
+    signals = signals or StopSignals(notice=f"Stopping: {folder.run_id} saves itself; a second Ctrl-C kills it.")
     if folder.state.status != "finished" or to_measure(loaded.recipe, folder=folder, machine=machine):
         with (
             signals.listening(),
@@ -205,23 +209,6 @@ def launch(
         missing = f"{report.pending} values, files or facts of this run"
         logger.warning("MLflow lacks %s (%s); 'obowlab runs sync' sends them.", missing, report.error)
     return code
-
-
-def put_aside(folder: RunFolder) -> Path:
-    """Move a run folder into RUNS_ROOT/.trash and return where it lies; nothing is deleted.
-
-    Raises:
-        UserError: another process trains this run, or the disk refuses.
-    """
-    trash = folder.path.parent / TRASH
-    with folder.lock():
-        target = trash / f"{folder.run_id}-{time.strftime('%Y%m%dT%H%M%S')}-{time.time_ns() % 10**6:06d}"
-        try:
-            trash.mkdir(exist_ok=True)
-            folder.path.rename(target)
-        except OSError as error:
-            raise UserError(f"Cannot put {folder.path} aside (into {trash}: {error.strerror}); it is left as it is.") from None
-    return target
 
 
 # ------------------------------------------------------------------------------------------------------------- training

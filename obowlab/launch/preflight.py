@@ -16,6 +16,9 @@ from obowlab.errors import AbsentError, UserError
 from obowlab.launch.nodes import RENDEZVOUS_VARIABLE
 from obowlab.runs.folder import RunFolder
 from obowlab.runs.results import not_measured
+from obowlab.runs.store import check_store, open_to_group
+from obowlab.tracking.local_store import database_path
+from obowlab.tracking.server import store_uri
 
 
 def check_nodes(machine: Machine) -> None:
@@ -36,6 +39,22 @@ def check_compiler(machine: Machine) -> None:
     """
     if machine.compile and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
         raise AbsentError("compile = true needs a C++ compiler, and there is none: install g++, or set compile = false.")
+
+
+def check_run_store(machine: Machine, *, dry_run: bool) -> None:
+    """Refuse a run store of others in which a run could be trained, and not be kept in MLflow; open what is ours to its group.
+
+    Args:
+        machine: names the store.
+        dry_run: open nothing.
+
+    Raises:
+        UserError: names what cannot be written to, and what its owner types.
+    """
+    if not dry_run:
+        open_to_group(machine.runs_root)
+    uri = store_uri(machine.tracking_uri, runs_root=machine.runs_root)
+    check_store(machine.runs_root, tracking=database_path(uri) == (machine.runs_root / "mlflow.db").absolute())
 
 
 def check_data(
@@ -72,7 +91,7 @@ def check_data(
 def data_checks(
     due: Sequence[Loaded], *, machine: Machine, dry_run: bool, say: Callable[[str], None], required: str | None = None
 ) -> Iterator[Callable[[], None]]:
-    """Yield `check_recipe` for several recipes, then `check_data`, once for all that measure the same images alike.
+    """Yield the checks of the run store and of each recipe, then `check_data`, once for all that measure the same images alike.
 
     Each sentence is said once.
 
@@ -90,6 +109,8 @@ def data_checks(
             say(line)
         said.add(line)
 
+    if due:
+        yield partial(check_run_store, machine, dry_run=dry_run)
     yield from (partial(check_recipe, loaded.recipe, machine=machine) for loaded in due)
     last = _needs(due[-1]) if due else None
     for position, loaded in enumerate(due):
@@ -122,6 +143,28 @@ def left_out(recipe: Recipe, *, machine: Machine) -> dict[str, str] | None:
         return unmet_needs(recipe, data_root=machine.data_root, runs_root=machine.runs_root)
     except AbsentError:
         return None
+
+
+def check_protocols(recipe: Recipe, *, protocols: Sequence[str], dataset: str | None, machine: Machine) -> None:
+    """Refuse what the images cannot carry of what `obowlab eval` is asked for; synthetic ones are drawn later.
+
+    Args:
+        recipe: whose evaluation settings apply.
+        protocols: to measure.
+        dataset: another prepared data set than the recipe's, then with all its training images.
+        machine: where the images are.
+
+    Raises:
+        UserError: says which setting would do; or as `unmet_needs`.
+    """
+    data = recipe.data
+    if dataset not in (None, data.dataset):
+        data = data.model_copy(update={"dataset": dataset, "images_per_class": None})
+    evaluation = recipe.evaluation.model_copy(update={"protocols": tuple(protocols), "every_epochs": 0})
+    measured = recipe.model_copy(update={"data": data, "evaluation": evaluation})
+    if _is_drawn(measured, machine=machine):
+        unmet = unmet_needs(measured, data_root=machine.data_root, runs_root=machine.runs_root)
+        refuse_unmet("; ".join(dict.fromkeys(unmet.values())) or None)
 
 
 def _is_drawn(recipe: Recipe, *, machine: Machine) -> bool:

@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+from obowlab.files import open_file
 from obowlab.launch.system import process_tree
 from obowlab.signals import on_signals
 
 PR_SET_PDEATHSIG = 1
+STOPPING_RUNS = "Stopping: the runs save themselves; a second Ctrl-C kills them."
 
 
 @dataclass
@@ -27,11 +29,13 @@ class StopSignals:
         received: the signals, in order.
         reason: why the run is stopped, for its state; empty for a plain signal.
         child: the process that runs, while there is one.
+        notice: what the first signal prints at once on standard error.
     """
 
     received: list[int] = field(default_factory=list)
     reason: str = ""
     child: subprocess.Popen[bytes] | None = None
+    notice: str = ""
 
     def listening(self) -> AbstractContextManager[None]:
         """Receive the signals of this process for as long as the context lasts; outside the main thread, none."""
@@ -51,6 +55,9 @@ class StopSignals:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received.append(number)
+        if self.notice and len(self.received) == 1:
+            with suppress(OSError):  # straight to the terminal: the signal may have come while something was printed
+                os.write(sys.stderr.fileno(), f"\n{self.notice}\n".encode("ascii", "replace"))
         if self.child is None or self.child.returncode is not None:
             return
         if len(self.received) == 1:
@@ -68,7 +75,7 @@ def start(command: list[str], *, environment: Mapping[str, str], output: Path | 
         output: where to append what it prints; the terminal if absent.
     """
     # A session of its own: Ctrl-C reaches the launcher alone, which passes it on once.
-    with output.open("ab") if output is not None else nullcontext() as sink:
+    with open_file(output, "ab") if output is not None else nullcontext() as sink:
         return subprocess.Popen(
             command, env=environment, start_new_session=True, preexec_fn=tied_to_this_process(), stdout=sink, stderr=sink
         )

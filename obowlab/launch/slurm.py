@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -25,7 +26,7 @@ from typing import Any
 
 from obowlab.config import Machine, Slurm
 from obowlab.errors import UserError
-from obowlab.files import only_we_write, private_folder, write_atomic
+from obowlab.files import is_others, only_we_write, parse_checked, private_folder, read_file, shared_folder, write_atomic
 from obowlab.launch.compute_command import PATIENCE_VARIABLE
 from obowlab.launch.nodes import RENDEZVOUS_VARIABLE, Rendezvous
 from obowlab.launch.processes import shell_code, start
@@ -82,12 +83,13 @@ class Resources:
 
 @dataclass(frozen=True)
 class SlurmJob:
-    """A submitted job, as `SUBMISSION` remembers it."""
+    """A submitted job, as `SUBMISSION` remembers it; `is_ours` when this user submitted it."""
 
     id: str
     folder: Path
     request: JobRequest
     submitted_at: float
+    is_ours: bool = True
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,7 @@ def submit(
     import submitit
     from submitit.core.utils import FailedJobError, UncompletedJobError
 
-    folder = machine.runs_root / JOBS / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
+    folder = shared_folder(machine.runs_root / JOBS) / f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
     folder.mkdir(parents=True)
     place = _place_of_code(folder)
     executor = submitit.SlurmExecutor(folder=place, python=_python(machine.slurm), max_num_timeout=0)
@@ -232,12 +234,23 @@ def submitted_jobs(runs_root: Path) -> list[SlurmJob]:
     """Return every job that was submitted from this run store, the newest first."""
     jobs = []
     for file in sorted((runs_root / JOBS).glob(f"*/{SUBMISSION}"), reverse=True):
-        submission = json.loads(file.read_bytes())
-        place = Path(submission.get("place", file.parent))
-        for job in submission["jobs"]:
-            arguments = job["arguments"] if "arguments" in job else job["words"]  # "words": written before 0.2
-            request = JobRequest(arguments=tuple(arguments), runs=tuple(job["runs"]), what=job["what"])
-            jobs.append(SlurmJob(id=job["id"], folder=place, request=request, submitted_at=submission["submitted_at"]))
+        try:
+            jobs += _submitted(file)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            logger.warning("%s cannot be read (%s): its jobs are not shown.", file, getattr(error, "strerror", None) or error)
+    return jobs
+
+
+def _submitted(file: Path) -> list[SlurmJob]:
+    submission = parse_checked(read_file(file))
+    place = Path(submission.get("place", file.parent))
+    jobs, submitted_at = [], float(submission["submitted_at"])
+    for job in submission["jobs"]:
+        arguments = job["arguments"] if "arguments" in job else job["words"]  # "words": written before 0.2
+        request = JobRequest(arguments=tuple(map(str, arguments)), runs=tuple(map(str, job["runs"])), what=str(job["what"]))
+        if not re.fullmatch(r"[0-9]+(_[0-9]+)?", str(job["id"])):
+            raise ValueError(f"'{job['id']}' is no number of a job")
+        jobs.append(SlurmJob(str(job["id"]), place, request, submitted_at, is_ours=not is_others(file)))
     return jobs
 
 

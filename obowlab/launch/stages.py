@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,7 +11,7 @@ from obowlab.errors import AbsentError, UserError
 from obowlab.launch.cost import Cost, quoted
 from obowlab.launch.gpu_leases import check_gpus
 from obowlab.launch.preflight import check_compiler, check_loader, check_nodes, data_checks, to_measure
-from obowlab.runs.folder import RunFolder, run_id_of
+from obowlab.runs.folder import RunFolder, refuse_others, run_id_of
 from obowlab.runs.lineage import stages_of
 
 
@@ -66,6 +66,8 @@ def open_stages(loaded: Loaded, *, seed: int, machine: Machine, last: int | None
         is_due = fresh or folder is None or folder.current_state().status != "finished"
         if is_last and not is_due and folder is not None:
             is_due = bool(to_measure(each.recipe, folder=folder, machine=machine))
+        if is_due:
+            refuse_others(path)
         found.append(Stage(each, number, is_last, folder, is_due=is_due, fresh=fresh))
     if resume and all(stage.folder is None for stage in found):
         run_id = run_id_of(found[-1].loaded, seed=seed)
@@ -119,9 +121,14 @@ def find_obstacles(
         at_a_time: how many share its GPUs out.
         required: a protocol of the last of them that may not be left out.
     """
+    return obstacles_of(_checks(due, machine=machine, at_a_time=at_a_time, dry_run=True, say=say, required=required))
+
+
+def obstacles_of(checks: Iterable[Callable[[], object]]) -> Obstacles:
+    """Return what checks refuse."""
     absent: list[str] = []
     refused: list[str] = []
-    for check in _checks(due, machine=machine, at_a_time=at_a_time, dry_run=True, say=say, required=required):
+    for check in checks:
         try:
             check()
         except AbsentError as error:

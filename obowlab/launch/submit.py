@@ -10,9 +10,9 @@ from obowlab.config import Loaded, Machine
 from obowlab.errors import UserError
 from obowlab.launch import jobs as cluster_jobs
 from obowlab.launch import slurm
-from obowlab.launch.local import put_aside
 from obowlab.launch.slurm import JobRequest, Resources, SlurmJob, check_slurm, live_runs
 from obowlab.runs.folder import RunFolder, run_id_of
+from obowlab.runs.trash import put_aside
 
 logger = logging.getLogger(__name__)
 FOLLOW = "`obowlab jobs --watch` shows how far they are, `obowlab jobs logs RUN` what they print."

@@ -1,4 +1,4 @@
-"""Training curves, reduced for drawing: a run's metric files in, a hundred points with their extremes out.
+"""Curves of all that was logged, reduced for drawing: a run's metric files in, a hundred points with their extremes out.
 
 The metrics of hundreds of runs are hundreds of megabytes, and nearly all no longer change: `RUNS_ROOT/.drawn/RUN_ID.json` caches
 a run's curves for one state of its metric files and one `CURVES_VERSION`. It may be deleted at any time, and is written beside
@@ -8,7 +8,6 @@ and renamed: several processes may write one at once.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -19,13 +18,14 @@ import numpy as np
 import numpy.typing as npt
 import pydantic_core
 
-from obowlab.files import read_all, write_atomic
+from obowlab.files import LARGEST_RECORD, read_all, read_file, shared_folder, write_atomic
+from obowlab.runs.metrics import METRIC_FILES
 
-CURVES_VERSION = 1
+CURVES_VERSION = 2
 """Raise it when the same metric files give other curves: cached ones are then computed again (tests/golden/curves.json)."""
 
 CACHE = ".drawn"
-METRIC_FILES = ("metrics.jsonl", "online.jsonl")
+FILES = tuple(f"{name}.jsonl" for name in METRIC_FILES)
 
 NUM_BINS = 100
 """A curve has at most so many points."""
@@ -33,10 +33,8 @@ NUM_BINS = 100
 DIGITS = 5
 """Significant digits of the values of a curve."""
 
-SHOWN = re.compile(
-    r"(loss|monitor_accuracy|fewshot_\d+shot|(perplexity_image|perplexity_batch|words_used|word_age|distance)(_conv[45])?)"
-)
-"""The metrics that a report shows."""
+PLACE = "epoch"
+"""What is logged beside every point of a training: where the point is, and no curve."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ class Curve:
 
     Attributes:
         step: optimiser updates done; of several logged points their mean, rounded.
-        epoch: middle of each part, in epochs; ascending.
+        epoch: middle of each part, in epochs, in seconds where the file logs the machine; ascending.
         mean: of the values.
         low: the lowest value.
         high: the highest value.
@@ -72,15 +70,15 @@ def cached_curves(run: Path, *, epochs: int) -> dict[str, Curve]:
         run: its folder.
         epochs: of the whole training.
     """
-    files = [run / name for name in METRIC_FILES]
-    stamps = [f"{path.stat().st_size}-{path.stat().st_mtime_ns}" if path.exists() else "" for path in files]
+    files = [run / name for name in FILES]
+    stamps = [f"{path.lstat().st_size}-{path.lstat().st_mtime_ns}" if path.exists() else "" for path in files]
     stamp = json.dumps([CURVES_VERSION, epochs, stamps])
     path = run.parent / CACHE / f"{run.name}.json"
     curves = _read_cache(path, stamp=stamp)
     if curves is None:
         curves = {name: curve for file in files for name, curve in read_curves(file, epochs=epochs).items()}
         with suppress(OSError):  # a store that may only be read
-            path.parent.mkdir(exist_ok=True)
+            shared_folder(path.parent)
             cached = {name: asdict(curve) for name, curve in curves.items()}
             write_atomic(path, pydantic_core.to_json({"stamp": stamp, "curves": cached}))
     return curves
@@ -89,7 +87,7 @@ def cached_curves(run: Path, *, epochs: int) -> dict[str, Curve]:
 def _read_cache(path: Path, *, stamp: str) -> dict[str, Curve] | None:
     """Return what was cached under this stamp; None when there is nothing, or it is damaged: the metric files are the truth."""
     try:
-        cached = pydantic_core.from_json(path.read_bytes())
+        cached = pydantic_core.from_json(read_file(path, limit=16 * LARGEST_RECORD))
         if cached["stamp"] != stamp:
             return None
         return {name: _curve(**values) for name, values in cached["curves"].items()}
@@ -102,19 +100,19 @@ def _curve(*, last: float, omitted: int, step: list[int], **values: list[float])
 
 
 def read_curves(path: Path, *, epochs: float) -> dict[str, Curve]:
-    """Read the shown metrics of one metric file; an absent file has none.
+    """Read the metrics of one metric file; an absent file has none.
 
-    Points are placed by their `epoch`; those of a file that does not log it, by their step.
+    Points are placed by their `epoch`; those of a file that does not log it, by their step, which in `system.jsonl` is a second.
 
     Args:
-        path: `metrics.jsonl` or `online.jsonl`.
+        path: one of `FILES`.
         epochs: of the whole training: runs of equal length are cut into the same parts, so that seeds can be averaged.
     """
     points = read_all(path)
     logged: list[Mapping[str, Any]] = [point["metrics"] for point in points]
-    names = sorted(name for name in set().union(*logged) if SHOWN.fullmatch(name))
+    names = sorted(name for name in set().union(*logged) if name != PLACE)
     steps = np.array([point["step"] for point in points], dtype=np.float64)
-    epoch = [metrics.get("epoch") for metrics in logged]
+    epoch = [metrics.get(PLACE) for metrics in logged]
     by_epoch = None not in epoch
     places = np.array(epoch, dtype=np.float64) if by_epoch else steps
     end = max([epochs if by_epoch else 1.0, *places[-1:].tolist()])

@@ -15,10 +15,11 @@ from pydantic_core import to_json
 
 from obowlab import text
 from obowlab.report.curves import Curve, over_seeds
-from obowlab.report.labels import LABEL_LENGTH, csv_text, plain, run_names, shortened
-from obowlab.report.model import Figure, Run, Site
+from obowlab.report.labels import LABEL_LENGTH, csv_text, in_short, plain, run_names, shortened
+from obowlab.report.model import Figure, Run, Site, Training
+from obowlab.report.trainings import one_of_each
 from obowlab.runs.info import TRAINED
-from obowlab.runs.metrics import unit_of
+from obowlab.runs.metrics import lookup, unit_of
 from obowlab.tables.model import Row, Table
 
 LINES_PER_CHART = 6
@@ -32,6 +33,18 @@ MARKERS = 30
 
 TRAINING = ("loss", "monitor_accuracy", "fewshot")
 VOCABULARY = ("perplexity_image", "perplexity_batch", "words_used", "word_age", "distance")
+
+GROUPS = {
+    "Losses and accuracies": (
+        *("loss_kl", "loss_crops", "loss_patches", "rotation_accuracy", "contrast_accuracy", "queue_age", "monitor_loss"),
+    ),
+    "Targets and predictions": ("target_entropy", "prediction_entropy", "kappa", "msd"),
+    "Optimiser": ("learning_rate", "teacher_momentum", "grad_norm"),
+    "Speed": ("images_per_s", "step_time_s", "data_wait_s"),
+}
+"""What else is logged, by heading; `group_of` knows where a metric belongs."""
+
+MAIN, MACHINE, OTHERS = "Training and vocabulary", "Machine", "Others"
 
 TITLES = {
     "loss": "Loss",
@@ -87,10 +100,10 @@ class Group:
 
 @dataclass(frozen=True)
 class Family:
-    """All runs of one recipe name.
+    """All trainings of one base recipe.
 
     Attributes:
-        shared: what all of them change of the recipe, `key=value, ...`; empty when some run changes nothing of that.
+        shared: what all of them change of the recipe, `key=value, ...`; empty when some training changes nothing of that.
         groups: which differ in more than their seed; the unchanged recipe is the base.
     """
 
@@ -98,21 +111,23 @@ class Family:
     groups: tuple[Group, ...]
 
 
-def families(runs: Iterable[Run]) -> dict[str, Family]:
-    """Return the runs by the name of their recipe, each line named after what distinguishes it from the others."""
-    found: dict[str, dict[str, list[Run]]] = {}
-    for run in sorted(runs, key=lambda run: (run.recipe, run.variant, run.seed)):
-        found.setdefault(run.recipe, {}).setdefault(run.family, []).append(run)
+def families(trainings: Iterable[Training]) -> dict[str, Family]:
+    """Return the trainings by their base recipe, each line named after what distinguishes it from the others."""
+    found: dict[str, list[Training]] = {}
+    for training in trainings:
+        found.setdefault(training.base_recipe, []).append(training)
     result = {}
     for recipe, members in found.items():
-        lists = list(members.values())
-        shared = set(lists[0][0].changes.items()).intersection(*(group[0].changes.items() for group in lists))
-        if len(lists) == 1:
+        shared = set(members[0].changes.items()).intersection(*(training.changes.items() for training in members))
+        if len(members) == 1:
             shared = set()  # its line is named after them
         groups = []
-        for group in lists:
-            own = [f"{key.rpartition('.')[2]}={value}" for key, value in group[0].changes.items() if (key, value) not in shared]
-            groups.append(Group(", ".join(own) or recipe, tuple(group), base=not group[0].changes))
+        for training in members:
+            label = training.label
+            if shared and label == in_short(training.changes):
+                own = {key: value for key, value in training.changes.items() if (key, value) not in shared}
+                label = in_short(own) or recipe
+            groups.append(Group(label, training.runs, base=not training.changes))
         result[recipe] = Family(", ".join(f"{key}={value}" for key, value in sorted(shared)), tuple(groups))
     return result
 
@@ -152,6 +167,33 @@ def curve_figures(groups: Sequence[Group], *, metrics: Sequence[str], heading: s
     return figures
 
 
+def group_of(metric: str) -> str:
+    """Return the heading under which a page lists a metric."""
+    name = base_name(metric)
+    if name in (*TRAINING, *VOCABULARY):
+        return MAIN
+    try:
+        if lookup(metric).group == "system":
+            return MACHINE
+    except KeyError:
+        return OTHERS
+    return next((heading for heading, names in GROUPS.items() if name in names), OTHERS)
+
+
+def logged_groups(run: Run) -> dict[str, dict[str, Curve]]:
+    """Return all that a run has logged, by heading and metric."""
+    found: dict[str, dict[str, Curve]] = {heading: {} for heading in (MAIN, *GROUPS, MACHINE, OTHERS)}
+    for name, curve in sorted(run.curves.items()):
+        found[group_of(name)][name] = curve
+    return {heading: curves for heading, curves in found.items() if curves}
+
+
+def more_figures(run: Run) -> dict[str, list[Figure]]:
+    """Return the charts of one run beside those of its training and vocabulary, by heading."""
+    groups = {heading: tuple(map(base_name, curves)) for heading, curves in logged_groups(run).items() if heading != MAIN}
+    return {heading: run_figures(run, metrics=tuple(dict.fromkeys(names))) for heading, names in groups.items()}
+
+
 def run_figures(run: Run, *, metrics: Sequence[str]) -> list[Figure]:
     """Return the charts of one run, its levels in one chart."""
     by_name: dict[str, list[Line]] = {}
@@ -181,7 +223,7 @@ def title_of(metric: str) -> str:
     """Return a metric's name for people."""
     key, level = _without_level(metric)
     shots = re.fullmatch(r"fewshot_(\d+)shot", key)
-    title = f"{shots[1]}-shot during training" if shots else TITLES.get(key, key)
+    title = f"{shots[1]}-shot during training" if shots else TITLES.get(key, key.replace("_", " ").capitalize())
     return f"{title}, {level}" if level else title
 
 
@@ -207,8 +249,9 @@ def _group(row: Row, *, site: Site) -> Group | None:
 
 def _line(group: Group, *, metric: str) -> Line | None:
     """Return a group's line: its finished seeds, or all of them while none is finished."""
-    finished = [run for run in group.runs if run.status in TRAINED]
-    runs = [run for run in finished or group.runs if metric in run.curves]
+    members = one_of_each(group.runs)
+    finished = [run for run in members if run.status in TRAINED]
+    runs = [run for run in finished or members if metric in run.curves]
     curve = over_seeds([run.curves[metric] for run in runs]) if runs else None
     if curve is None or not curve.epoch:
         return None
@@ -231,13 +274,18 @@ def _curve_figure(lines: Sequence[Line], *, metric: str, title: str) -> Figure:
     elif key == "loss" and (bounds := _bounds(lines)) != (low, high):
         y["range"] = bounds
         caption = f"The first steps, from {text.number(low)} to {text.number(high)}, lie beyond the axis; zoom out for them."
+    axis = "seconds" if group_of(metric) == MACHINE else "epochs"
     ends = "; ".join(f"{line.label}: {text.number(line.curve.mean[-1])} at step {line.curve.step[-1]}" for line in lines)
     colours = _colours(lines)
     return Figure(
         title=title,
-        description=f"{title}, over epochs. Last values: {ends}.",
-        data=[trace for line, colour in zip(lines, colours, strict=True) for trace in _traces(line, unit=unit, colour=colour)],
-        layout={"xaxis": {"title": {"text": "epochs"}, "rangemode": "tozero"}, "yaxis": y, "showlegend": len(lines) > 1},
+        description=f"{title}, over {axis}. Last values: {ends}.",
+        data=[
+            trace
+            for line, colour in zip(lines, colours, strict=True)
+            for trace in _traces(line, unit=unit, colour=colour, axis=axis)
+        ],
+        layout={"xaxis": {"title": {"text": axis}, "rangemode": "tozero"}, "yaxis": y, "showlegend": len(lines) > 1},
         csv=_curve_csv(lines, title=title),
         height=280 + (20 * len(lines) if len(lines) > 1 else 0),
         caption=caption,
@@ -265,7 +313,7 @@ def _colours(lines: Sequence[Line]) -> list[str]:
     return ["--ink" if line.base else f"--c{next(places) % NUM_COLOURS}" for line in lines]
 
 
-def _traces(line: Line, *, unit: str, colour: str) -> Iterator[dict[str, Any]]:
+def _traces(line: Line, *, unit: str, colour: str, axis: str = "epochs") -> Iterator[dict[str, Any]]:
     """Yield the band of a line, where it has one, and the line; the legend switches both together."""
     curve, label = line.curve, plain(line.label)
     if curve.low != curve.high:
@@ -283,7 +331,7 @@ def _traces(line: Line, *, unit: str, colour: str) -> Iterator[dict[str, Any]]:
         }
     value = f"%{{y:.4~g}} {unit}".strip()
     runs = f"mean of {len(line.runs)} seeds: {run_names(line.runs)}" if len(line.runs) > 1 else run_names(line.runs)
-    place = "step %{customdata}, epoch %{x:.4~g}"
+    place = "step %{customdata}, epoch %{x:.4~g}" if axis == "epochs" else "after %{x:.0f} s"
     yield {
         "type": "scatter",
         "name": plain(shortened(line.label, LABEL_LENGTH)),

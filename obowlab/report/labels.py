@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -13,6 +13,19 @@ LABEL_LENGTH = 44
 
 RUNS_SHOWN = 3
 """Hovering a mean of more runs names so many of them."""
+
+
+CHANGES_SHOWN = 4
+"""A label names so many changed settings and counts the others."""
+
+
+def in_short(changes: Mapping[str, str]) -> str:
+    """Return changed settings for a label, `kappa=9, epochs=30 and 3 more`: by the last part of each key where that is clear."""
+    last = [key.rpartition(".")[2] for key in changes]
+    names = [end if last.count(end) == 1 else key for key, end in zip(changes, last, strict=True)]
+    shown = [f"{name}={value}" for name, value in zip(names, changes.values(), strict=True)]
+    more = len(shown) - CHANGES_SHOWN
+    return ", ".join(shown[:CHANGES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def plain(name: str) -> str:

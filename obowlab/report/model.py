@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +13,7 @@ from obowlab.report.curves import Curve
 from obowlab.report.vocabulary_health import Finding
 from obowlab.runs.results import Measured
 from obowlab.studies.schema import StudyReport
-from obowlab.tables.model import Status, Table
+from obowlab.tables.model import Estimate, Status, Table
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,12 @@ class Gallery:
     """The visual words of one run.
 
     Attributes:
-        folder: holds `index.html` and its pictures; copied into the site.
-        preview: names of a few of its pictures.
+        folder: holds `words.json` and its pictures.
+        preview: names of a few of its pictures, known once they are in the site.
     """
 
     folder: Path
-    preview: tuple[str, ...]
+    preview: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,10 @@ class Run:
         recipe: name of its recipe.
         title: of its recipe.
         seed: of weights and data.
-        changes: what differs from the recipe of that name and makes another training, dotted key to value (four digits).
-        family: the same for all seeds of one recipe.
+        changes: what differs from the base recipe and makes another training, dotted key to value (four digits).
+        short: what distinguishes it from the base recipe, for lists: its own title, or the changes in short; empty for nothing.
+        base_recipe: the shipped recipe that it is closest to, under one name where several are the same training; else its own.
+        family: the same for all seeds of one training, whatever its recipe is called.
         status: as of the report.
         message: why it stopped or failed.
         step: optimiser updates done.
@@ -96,6 +99,8 @@ class Run:
         dirty: whether that checkout had changes.
         data_hash: of the training images.
         mlflow_run_id: in the tracking store; None when it was never sent.
+        mlflow_page: address of its page there; None when it was never sent.
+        mlflow_local: whether that page is there while `obowlab ui` runs only.
         starts: how often it was started.
         machine: what it ran on, name to value.
         versions: package to version.
@@ -112,6 +117,8 @@ class Run:
     title: str
     seed: int
     changes: Mapping[str, str]
+    short: str
+    base_recipe: str
     family: str
     status: Status
     message: str
@@ -134,16 +141,13 @@ class Run:
     curves: Mapping[str, Curve] = field(default_factory=dict)
     findings: tuple[Finding, ...] = ()
     gallery: Gallery | None = None
-
-    @property
-    def variant(self) -> str:
-        """What differs from the recipe, `key=value, ...`; empty when nothing does."""
-        return ", ".join(f"{key}={value}" for key, value in self.changes.items())
+    mlflow_page: str | None = None
+    mlflow_local: bool = False
 
     @property
     def label(self) -> str:
-        """The recipe and what differs from it."""
-        return f"{self.recipe}: {self.variant}" if self.variant else self.recipe
+        """The recipe and what distinguishes it."""
+        return f"{self.recipe}: {self.short}" if self.short else self.recipe
 
     @property
     def warnings(self) -> tuple[Finding, ...]:
@@ -156,6 +160,25 @@ class Run:
 
 
 @dataclass(frozen=True)
+class Training:
+    """All runs of one training, whatever their recipes are called.
+
+    Attributes:
+        label: the name of the base recipe, or what distinguishes it from that.
+        base_recipe: see `Run`.
+        changes: what it changes of that, see `Run`.
+        runs: by seed; of one recipe under two names, both.
+        means: metric to the mean over its trained seeds; without those that were measured in different ways.
+    """
+
+    label: str
+    base_recipe: str
+    changes: Mapping[str, str]
+    runs: tuple[Run, ...]
+    means: Mapping[str, Estimate] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Site:
     """Everything a report shows.
 
@@ -164,6 +187,7 @@ class Site:
         version: of obowlab.
         tables: the paper's tables beside ours.
         runs: newest first.
+        trainings: of the runs, by base recipe.
         studies: by name.
         problems: sentences on what could not be read.
     """
@@ -172,10 +196,26 @@ class Site:
     version: str
     tables: tuple[Table, ...] = ()
     runs: tuple[Run, ...] = ()
+    trainings: tuple[Training, ...] = ()
     studies: tuple[StudyReport, ...] = ()
     problems: tuple[str, ...] = ()
+
+    @cached_property
+    def metrics(self) -> tuple[str, ...]:
+        """The results that some run has, few-shot by its shots first."""
+        return ordered({m.metric for run in self.runs for m in run.measured if m.student is not None})
 
     @cached_property
     def by_id(self) -> Mapping[str, Run]:
         """Every run by its name."""
         return {run.run_id: run for run in self.runs}
+
+
+def ordered(metrics: Iterable[str]) -> tuple[str, ...]:
+    """Return metrics of results for people: few-shot by the number of shots, then the others by name, linear first."""
+
+    def place(metric: str) -> tuple[bool, int, bool, str]:
+        shots = re.fullmatch(r"fewshot_(\d+)shot", metric)
+        return shots is None, int(shots[1]) if shots else 0, metric != "linear_top1", metric
+
+    return tuple(sorted(metrics, key=place))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,12 @@ from obowlab.files import folder_written
 from obowlab.report import figures, result_figures
 from obowlab.report.model import Figure, Run, Site
 from obowlab.report.vocabulary_health import RULES
+from obowlab.report.words_page import FACTS, SCRIPT, read_sheet, read_words, render_words
+from obowlab.runs.metrics import lookup, unit_of
 from obowlab.studies.schema import StudyReport
+from obowlab.tables.kept import identity
 from obowlab.tables.model import Table
-from obowlab.tables.render import LEGEND, MARKS, estimate_text
+from obowlab.tables.render import MARKS, estimate_text, legend
 
 TEMPLATES = "dashboards/report"
 ASSETS = ("style.css", "page.js", "charts.js")
@@ -65,6 +68,7 @@ def refuse_foreign(out: Path) -> None:
 
 
 def _write(site: Site, *, folder: Path) -> int:
+    site = _with_galleries(site, folder=folder)
     pages = _pages(site)
     templates = project_root() / TEMPLATES
     environment = Environment(
@@ -80,11 +84,14 @@ def _write(site: Site, *, folder: Path) -> int:
             "page_of": page_of_run,
             "anchor": anchor,
             "setting": setting_text,
+            "metric": metric_label,
+            "unit": unit_of,
+            "meaning": meaning_of,
             "table_path": table_path,
             "table_name": table_name,
         }
     )
-    environment.globals.update({"MARKS": MARKS, "LEGEND": LEGEND, "RULES": RULES, "site": site, "figures": figures})
+    environment.globals.update({"MARKS": MARKS, "legend": legend, "RULES": RULES, "site": site, "figures": figures})
     environment.globals["menu"] = _menu(pages)
     # Runs of one recipe share these hundred rows, which are most of what a page escapes.
     environment.globals["setting_rows"] = cache(environment.get_template("macros.html").module.setting_rows)  # type: ignore[attr-defined]
@@ -100,11 +107,50 @@ def _write(site: Site, *, folder: Path) -> int:
     for name in ASSETS:
         shutil.copyfile(templates / name, folder / name)
     (folder / PLOTLY).write_text(get_plotlyjs(), encoding="utf-8")
-    for run in site.runs:
-        if run.gallery is not None:
-            shutil.copytree(run.gallery.folder, folder / gallery_of(run), copy_function=shutil.copyfile)
+    if (folder / "words").exists():
+        shutil.copyfile(templates.parent / SCRIPT, folder / SCRIPT)
     (folder / MARKER).write_text("This folder is replaced by the next `obowlab report`.\n", encoding="utf-8")
     return len(pages)
+
+
+def _with_galleries(site: Site, *, folder: Path) -> Site:
+    """Write the galleries of all runs, and return the site without those that cannot be shown, but with a sentence on each."""
+    runs: list[Run] = []
+    problems: list[str] = []
+    for run in site.runs:
+        if (gallery := run.gallery) is not None:
+            try:
+                facts, sheets = _read_gallery(gallery.folder)
+            except (OSError, UserError) as error:
+                problems.append(f"The visual words of run {run.run_id} cannot be shown: {error}")
+                run = replace(run, gallery=None)
+            else:
+                _write_gallery(facts, sheets=sheets, folder=folder / gallery_of(run))
+                first = tuple(level["sheets"][0] for level in facts["levels"].values() if level["sheets"])
+                run = replace(run, gallery=replace(gallery, preview=first))
+        runs.append(run)
+    return replace(site, runs=tuple(runs), problems=(*site.problems, *problems))
+
+
+def _read_gallery(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Return the facts of a gallery and its pictures by name.
+
+    Raises:
+        OSError: a file is missing, a link, or cannot be read.
+        UserError: a file is not what `obowlab words` writes.
+    """
+    facts = read_words(folder)
+    names = {name for level in facts["levels"].values() for name in level["sheets"]}
+    return facts, {name: read_sheet(folder / name) for name in sorted(names)}
+
+
+def _write_gallery(facts: Mapping[str, Any], *, sheets: Mapping[str, bytes], folder: Path) -> None:
+    """Write a gallery anew from its facts: what a browser runs comes from this program, never from a run folder."""
+    folder.mkdir(parents=True)
+    (folder / "index.html").write_text(render_words(facts, script=f"../../{SCRIPT}"), encoding="utf-8")
+    (folder / FACTS).write_bytes(pydantic_core.to_json(facts))
+    for name, content in sheets.items():
+        (folder / name).write_bytes(content)
 
 
 @dataclass(frozen=True)
@@ -162,7 +208,7 @@ def script_json(value: Any) -> Markup:
 
 
 def _pages(site: Site) -> list[_Page]:
-    recipes = figures.families(site.runs)
+    recipes = figures.families(site.trainings)
     galleries = [run for run in site.runs if run.gallery is not None]
     pages = [_Page("index.html", "index.html", "Overview", "Overview", {"galleries": galleries, "newest": NEWEST})]
     pages += [_table_page(table, site=site) for table in site.tables]
@@ -208,7 +254,8 @@ def _study_page(study: StudyReport) -> _Page:
 def _run_page(run: Run) -> _Page:
     def charts() -> dict[str, list[Figure]]:
         sections = {"training": figures.TRAINING, "vocabulary": figures.VOCABULARY}
-        return {section: figures.run_figures(run, metrics=metrics) for section, metrics in sections.items()}
+        main = {section: figures.run_figures(run, metrics=metrics) for section, metrics in sections.items()}
+        return {**main, **figures.more_figures(run)}
 
     gallery = gallery_of(run) if run.gallery is not None else ""
     return _Page(page_of_run(run.run_id), "run.html", run.run_id, "Runs", {"run": run, "gallery": gallery}, charts)
@@ -223,12 +270,13 @@ def _recipe_charts(recipes: Mapping[str, figures.Family], *, metrics: Sequence[s
 
 def table_path(table: Table) -> str:
     """Return the page of a table."""
-    return f"{anchor(table.name)}-{anchor(table.scale)}.html"
+    return f"{identity(table.name, scale=table.scale, changes=table.changes)}.html"
 
 
 def table_name(table: Table) -> str:
-    """Return `Table 3` for `table3`; other names as they are."""
-    return re.sub(r"^table(?=[0-9])", "Table ", table.name)
+    """Return `Table 3` for `table3`, other names as they are; with what all rows change."""
+    changes = f" with {', '.join(table.changes)}" if table.changes else ""
+    return re.sub(r"^table(?=[0-9])", "Table ", table.name) + changes
 
 
 def page_of_run(run_id: str) -> str:
@@ -249,6 +297,20 @@ def anchor(name: str) -> str:
 def signed(value: float | None) -> str:
     """Return a difference with its sign, a real minus; a dash where there is nothing."""
     return "–" if value is None else f"{value:+.2f}".replace("-", "−")
+
+
+def metric_label(metric: str) -> str:
+    """Return the heading of a result: `5-shot`, `linear`, `k-NN`."""
+    shots = re.fullmatch(r"fewshot_(\d+)shot", metric)
+    return f"{shots[1]}-shot" if shots else {"linear_top1": "linear", "knn_top1": "k-NN"}.get(metric, metric)
+
+
+def meaning_of(metric: str) -> str:
+    """Return what a logged metric means; empty for one that this version does not know."""
+    try:
+        return lookup(metric).help
+    except KeyError:
+        return ""
 
 
 def setting_text(value: Any) -> str:

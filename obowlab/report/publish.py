@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict
 
 from obowlab.config import Machine
-from obowlab.files import file_lock
+from obowlab.files import is_regular, locked, open_file, read_file, share, shared_folder
 from obowlab.tracking.local_store import make_usable
 from obowlab.tracking.publish import Published, publish
 from obowlab.tracking.server import shown_uri, store_uri
@@ -31,6 +31,8 @@ EARLIEST = (1980, 1, 1, 0, 0, 0)
 
 LOG = ".logs/report.log"
 LOCK = ".report.lock"
+PATIENCE_S = 600.0
+"""Longest time to wait for another process that sends a report, in seconds."""
 
 
 class Upload(BaseModel):
@@ -84,7 +86,10 @@ def send(upload: Upload) -> Published | None:
     Returns:
         The outcome; None for a report that is no longer there.
     """
-    with file_lock(upload.machine.runs_root / LOCK), tempfile.TemporaryDirectory(prefix="obowlab-report-") as place:
+    with (
+        locked(upload.machine.runs_root / LOCK, patience_s=PATIENCE_S),
+        tempfile.TemporaryDirectory(prefix="obowlab-report-") as place,
+    ):
         archive = Path(place) / ARCHIVE
         try:
             pack(upload.folder, target=archive)
@@ -112,8 +117,9 @@ def send_in_background(upload: Upload) -> Path:
     # Here, so that what it says is seen on the terminal.
     make_usable(store_uri(upload.machine.tracking_uri, runs_root=upload.machine.runs_root))
     log = upload.machine.runs_root / LOG
-    log.parent.mkdir(exist_ok=True)
-    with log.open("ab") as sink:
+    shared_folder(log.parent)
+    with open_file(log, "ab") as sink:
+        share(log)
         sender = subprocess.Popen(
             [sys.executable, "-m", "obowlab.report.publish"],
             stdin=subprocess.PIPE,
@@ -130,10 +136,10 @@ def send_in_background(upload: Upload) -> Path:
 def pack(folder: Path, *, target: Path) -> None:
     """Write every file of a folder into a .zip below `report/`; equal files give equal bytes."""
     with zipfile.ZipFile(target, "w", compression=zipfile.ZIP_DEFLATED) as archive:
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        for path in sorted(path for path in folder.rglob("*") if is_regular(path)):
             entry = zipfile.ZipInfo(f"report/{path.relative_to(folder).as_posix()}", date_time=EARLIEST)
             entry.external_attr = 0o644 << 16
-            archive.writestr(entry, path.read_bytes(), compress_type=zipfile.ZIP_DEFLATED)
+            archive.writestr(entry, read_file(path), compress_type=zipfile.ZIP_DEFLATED)
 
 
 def main() -> int:

@@ -10,21 +10,28 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from obowlab import __version__, text
 from obowlab.config import Recipe, canonical_hash, flatten, load_recipe, recipe_files
 from obowlab.config.scales import SCALES
 from obowlab.config.validation import flat_pairs
 from obowlab.errors import UserError
+from obowlab.files import files_in
 from obowlab.report.curves import Curve, cached_curves, with_point
+from obowlab.report.labels import in_short
 from obowlab.report.model import Gallery, Run, Setting, Site
+from obowlab.report.trainings import trainings_of
 from obowlab.report.vocabulary_health import judge
-from obowlab.runs.folder import RunFolder, RunSummary, list_runs
-from obowlab.runs.info import RunInfo
+from obowlab.report.words_page import FACTS
+from obowlab.runs.folder import RunFolder, RunSummary, read_runs
+from obowlab.runs.info import DAMAGED, RunInfo
+from obowlab.runs.metrics import lookup
 from obowlab.runs.records import Record, Records, by_fingerprint
 from obowlab.runs.results import Measured, tabulate
 from obowlab.studies.schema import read_studies
 from obowlab.tables.build import COMPARABLE, build_table, seeds_with_runs
+from obowlab.tables.kept import kept_tables
 from obowlab.tables.model import Table
 from obowlab.tables.spec import PlannedTable, load_table, table_files
 
@@ -44,8 +51,6 @@ MACHINE_FACTS = {
     "platform": "system",
 }
 """Fact of an attempt -> its name in a report."""
-
-PICTURES = (".jpg", ".png", ".webp")
 
 
 @dataclass(frozen=True)
@@ -79,14 +84,15 @@ class Store:
         return {key: record_of[run.info.run_id] for key, run in by_fingerprint(run for run, _ in self.runs).items()}
 
 
-DAMAGED = (UserError, OSError, ValueError, KeyError, TypeError)
-"""What reading a run of another version, or a damaged one, may raise."""
+LOCAL_UI = "http://127.0.0.1:5000"
+"""Where `obowlab ui` shows a store without a server."""
 
 
 def read_store(runs_root: Path) -> Store:
     """Read a run store, all but the metrics."""
-    runs, problems, newest = [], [], 0.0
-    for summary in list_runs(runs_root):
+    runs, newest = [], 0.0
+    summaries, problems = read_runs(runs_root)
+    for summary in summaries:
         newest = max(newest, summary.info.created_at, summary.state.updated_at)
         try:
             runs.append((summary, Record.of(summary)))
@@ -115,16 +121,18 @@ def gather(store: Store, *, tables: Tables) -> Site:
         version=__version__,
         tables=tables.tables,
         runs=tuple(runs),
+        trainings=trainings_of(runs, stored=store.runs),
         studies=read_studies(store.root),
         problems=tuple(problems),
     )
 
 
 def tables_at(scales: Iterable[str], *, store: Store) -> Tables:
-    """Return every shipped table at some scales, of the runs there are.
+    """Return every shipped table, and every one that the store remembers, at some scales, of the runs there are.
 
     Args:
-        scales: names; when there are none, every scale at which the store has a run of some table.
+        scales: names; when there are none, every scale at which the store has a run of some shipped table, and every table
+            that it remembers and has a run of.
         store: as `read_store` reads it.
     """
     asked, records = list(scales), store.records
@@ -141,7 +149,12 @@ def tables_at(scales: Iterable[str], *, store: Store) -> Tables:
                 for table in found
             ]
             problems += wrong
-    return Tables(tuple(tables), tuple(problems))
+    own, wrong = kept_tables(store.root)
+    for table in own:
+        found_seeds = seeds_with_runs(table, records=records)
+        if table.scale in asked or (not asked and found_seeds):
+            tables.append(build_table(table, seeds=found_seeds or (0,), records=records))
+    return Tables(tuple(tables), (*problems, *wrong))
 
 
 def read_run(summary: RunSummary, *, record: Record) -> Run:
@@ -151,7 +164,9 @@ def read_run(summary: RunSummary, *, record: Record) -> Run:
         UserError: one of its files is damaged.
     """
     info, state = summary.info, summary.state
-    attempts = RunFolder(summary.path, info).attempts()
+    folder = RunFolder(summary.path, info)
+    attempts, mlflow = folder.attempts(), folder.mlflow_runs()
+    store, mlflow_run_id = list(mlflow.items())[-1] if mlflow else ("", None)
     facts = {key: value for attempt in attempts for key, value in attempt.items()}
     recipe = describe(info.name, recipe=json.dumps(info.recipe_values), sources=json.dumps(info.sources))
     epochs = _epochs(info)
@@ -163,6 +178,8 @@ def read_run(summary: RunSummary, *, record: Record) -> Run:
         title=str(info.recipe_values.get("title", "")),
         seed=info.seed,
         changes=recipe.changes,
+        short=recipe.short,
+        base_recipe=recipe.base_recipe,
         family=recipe.family,
         status=state.status,
         message=state.message,
@@ -175,7 +192,9 @@ def read_run(summary: RunSummary, *, record: Record) -> Run:
         commit=facts.get("commit"),
         dirty=facts.get("dirty"),
         data_hash=facts.get("data_hash"),
-        mlflow_run_id=record.mlflow_run_id,
+        mlflow_run_id=mlflow_run_id,
+        mlflow_page=mlflow_page(mlflow_run_id, store=store),
+        mlflow_local=not store.startswith("http"),
         starts=len(attempts),
         machine={label: str(facts[key]) for key, label in MACHINE_FACTS.items() if facts.get(key) is not None},
         versions={"obowlab": info.version, **{str(k): str(v) for k, v in facts.get("versions", {}).items()}},
@@ -183,7 +202,7 @@ def read_run(summary: RunSummary, *, record: Record) -> Run:
         base=recipe.base,
         measured=measured,
         curves=curves,
-        findings=judge(curves, recipe=info.recipe_values),
+        findings=judge({name: curve for name, curve in curves.items() if not is_of_machine(name)}, recipe=info.recipe_values),
         gallery=find_gallery(summary.path / "words"),
     )
 
@@ -212,12 +231,56 @@ def cache_curves(folder: RunFolder) -> None:
         cached_curves(folder.path, epochs=_epochs(folder.info))
 
 
+def mlflow_page(run_id: str | None, *, store: str) -> str | None:
+    """Return the address of a run's page in MLflow, without a login; None for a run that was never sent.
+
+    Args:
+        run_id: MLflow's id.
+        store: where it was sent: the address of a server, or of a database that `obowlab ui` shows.
+    """
+    if run_id is None or not run_id.isalnum():
+        return None
+    server = urlsplit(store if store.startswith(("http://", "https://")) else LOCAL_UI)
+    place = server.netloc.rpartition("@")[2]
+    return f"{server.scheme}://{place}{server.path.rstrip('/')}/#/runs/{run_id}"
+
+
+def is_of_machine(metric: str) -> bool:
+    """Return whether a metric says something of the machine, not of the training."""
+    try:
+        return lookup(metric).group == "system"
+    except KeyError:
+        return False
+
+
+def closest(name: str, *, values: Mapping[str, Any], sources: Mapping[str, str]) -> str:
+    """Return the shipped recipe that a run is compared with; its own name where there is none.
+
+    It is the one of its name; for a user's own recipe, of those that it extends the one with the fewest differences.
+
+    Args:
+        name: of its recipe.
+        values: of the run, by dotted key.
+        sources: dotted key to the file or option that set it.
+    """
+    shipped = recipe_files()
+    if name in shipped:
+        return name
+    extended = {source.removesuffix(".toml") for source in sources.values() if source.endswith(".toml")} & shipped.keys()
+
+    def num_differences(other: str) -> int:
+        theirs, _ = _shipped(other)
+        return sum(value != theirs.get(key) for key, value in values.items() if not NOT_TRAINED_WITH.match(key))
+
+    return min(sorted(extended), key=num_differences, default=name)
+
+
 def compare(values: Mapping[str, Any], *, name: str, sources: Mapping[str, str]) -> tuple[tuple[Setting, ...], str]:
-    """Return a run's settings beside the shipped recipe of its name, and what they were compared with in words.
+    """Return a run's settings beside the recipe that it is compared with, and which that is in words.
 
     Args:
         values: of the run, by dotted key.
-        name: of its recipe.
+        name: of that recipe, see `closest`.
         sources: dotted key to the file or option that set it.
     """
     shipped, base = _shipped(name)
@@ -236,6 +299,8 @@ class Described:
     settings: tuple[Setting, ...]
     base: str
     changes: Mapping[str, str]
+    short: str
+    base_recipe: str
     family: str
 
 
@@ -248,16 +313,38 @@ def describe(name: str, *, recipe: str, sources: str) -> Described:
         recipe: its resolved values, as JSON.
         sources: dotted key to the file or option that set it, as JSON.
     """
-    values = json.loads(recipe)
-    settings, base = compare(settings_of(recipe), name=name, sources=json.loads(sources))
+    values, set_by, flat = json.loads(recipe), json.loads(sources), settings_of(recipe)
+    nearest = closest(name, values=flat, sources=set_by)
+    settings, base = compare(flat, name=nearest, sources=set_by)
     changed = [s for s in settings if s.shipped is not None and not NOT_TRAINED_WITH.match(s.key)]
-    trained = {key: value for key, value in values.items() if key not in ("title", "evaluation")}
+    changes = {setting.key: brief(setting.value) for setting in changed}
+    title = str(values.get("title", ""))
+    short = in_short(changes)
+    if title and name not in recipe_files() and title != _shipped(nearest)[0].get("title"):
+        by_hand = {key: value for key, value in changes.items() if not set_by.get(key, "").endswith(".toml")}
+        short = ", ".join(part for part in (title, in_short(by_hand) if nearest != name else "") if part)
     return Described(
         settings=settings,
         base=base,
-        changes={setting.key: brief(setting.value) for setting in changed},
-        family=canonical_hash([name, trained]),
+        changes=changes,
+        short=short,
+        base_recipe=_same_training(nearest),
+        family=_trained_with(flat),
     )
+
+
+def _trained_with(values: Mapping[str, Any]) -> str:
+    """Return a hash of the settings that make a training, by dotted key."""
+    return canonical_hash({key: value for key, value in values.items() if not NOT_TRAINED_WITH.match(key)})
+
+
+@cache
+def _same_training(name: str) -> str:
+    """Return one name for all shipped recipes that are the same training; a name that is not shipped as it is."""
+    if name not in recipe_files():
+        return name
+    own = _trained_with(_shipped(name)[0])
+    return min((each for each in recipe_files() if _trained_with(_shipped(each)[0]) == own), key=lambda each: (len(each), each))
 
 
 def settings_of(recipe: str) -> dict[str, Any]:
@@ -269,13 +356,9 @@ def settings_of(recipe: str) -> dict[str, Any]:
 
 
 def find_gallery(folder: Path) -> Gallery | None:
-    """Return a run's gallery of visual words, with the first sheet of each level (`conv5-000.jpg`); None when there is none."""
-    if not (folder / "index.html").is_file():
-        return None
-    first: dict[str, str] = {}
-    for path in sorted(path for path in folder.iterdir() if path.suffix in PICTURES):
-        first.setdefault(path.stem.rpartition("-")[0], path.name)
-    return Gallery(folder=folder, preview=tuple(first.values()))
+    """Return a run's gallery of visual words, unread; None when there is none."""
+    owner = folder.parent.stat().st_uid
+    return Gallery(folder) if {FACTS, "index.html"} & {path.name for path in files_in(folder, owner=owner)} else None
 
 
 def brief(value: str) -> str:
@@ -302,7 +385,8 @@ def _planned(scale: str) -> tuple[list[PlannedTable], list[str]]:
 
 
 def _cannot_be_shown(run: RunSummary, error: Exception) -> str:
-    return f"Run {run.info.run_id} cannot be shown: {type(error).__name__}: {error}"
+    what = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+    return f"Run {run.info.run_id} cannot be shown: {what}"
 
 
 @cache

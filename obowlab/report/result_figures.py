@@ -28,7 +28,7 @@ STUDY_FIGURES = {
 
 
 def table_figure(table: Table) -> Figure | None:
-    """Return the differences to the base row in the primary column, with their intervals; None when there are fewer than two."""
+    """Return the differences to the base row in the primary column, with their intervals; None for nothing to see."""
     column = next(i for i, column in enumerate(table.columns) if column.metric == table.primary)
     base = table.base.cells[column].paper
     found = []
@@ -38,7 +38,7 @@ def table_figure(table: Table) -> Figure | None:
             known = table.comparable and cell.paper is not None and base is not None
             runs = [run.run_id for run in row.runs if run.status in TRAINED]
             found.append((row.label, cell.against_base, cell.paper - base if known else None, runs))  # type: ignore[operator]
-    if len(found) < 2:
+    if len(found) < (2 if table.has_paper else 1):
         return None
     labels, ours, paper, _ = zip(*found, strict=True)
     places = list(range(len(found)))
@@ -70,7 +70,10 @@ def table_figure(table: Table) -> Figure | None:
         )
     title = f"{table.columns[column].label}: difference to the base row"
     caption = f"Dots are ours with their 95 % intervals; the line at 0 is the base row, {table.base.label}. "
-    caption += "Diamonds are the paper's differences." if table.comparable else "The paper's differences belong to another scale."
+    if table.has_paper:
+        caption += (
+            "Diamonds are the paper's differences." if table.comparable else "The paper's differences belong to another scale."
+        )
     ends = "; ".join(f"{label}: {text.estimate(ours.value, ours.interval, signed=True)}" for label, ours, _, _ in found)
     return Figure(
         title=title,

@@ -15,21 +15,39 @@ import os
 import re
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from obowlab import __version__
-from obowlab.config import Evaluation, Loaded, Machine, canonical_hash
+from obowlab.config import Evaluation, Loaded, Machine, canonical_hash, recipe_files
 from obowlab.errors import UserError
-from obowlab.files import append_whole, cut_torn_tail, file_lock, read_all, read_checked, read_lines, with_checksum, write_atomic
-from obowlab.runs.info import RunInfo, State, read_info, read_result, read_state
+from obowlab.files import (
+    UnusableFileError,
+    append_whole,
+    cut_torn_tail,
+    is_others,
+    leads_astray,
+    locked,
+    open_file,
+    read_all,
+    read_checked,
+    read_file,
+    read_lines,
+    user_name,
+    with_checksum,
+    write_atomic,
+)
+from obowlab.runs.info import DAMAGED, RunInfo, State, read_info, read_result, read_state
 from obowlab.runs.locks import Lock, hold, is_locked
 from obowlab.runs.metric_log import MetricLog, Point, parse_point, read_points
 
 COST_FILE = "cost.json"
+TAG = "obowlab.tag."
+"""How the labels begin that a user gave a run."""
+
 STALE_AFTER_S = 3600.0
 """A `running` state of another host counts for so long after its last update, once no process holds the lock."""
 
@@ -62,12 +80,13 @@ class RunFolder:
         """Make the folder of a new run, or open it when it is there already.
 
         Raises:
-            UserError: the recipe's name cannot be part of a folder name, or the disk refuses.
+            UserError: the recipe's name cannot be part of a folder name, the folder is another user's, or the disk refuses.
         """
         run_id = run_id_of(loaded, seed=seed)
         path = runs_root / run_id
-        if (path / "run.json").is_file():
+        if os.path.lexists(path / "run.json"):
             return cls.open(path)
+        refuse_others(path)
         info = RunInfo(
             run_id=run_id,
             name=loaded.name,
@@ -87,6 +106,11 @@ class RunFolder:
             raise UserError(f"Cannot create the run folder {path} (--runs-root): {error.strerror}.") from None
         return cls(path, info)
 
+    @property
+    def owner(self) -> int:
+        """The user id of who made the run: whoever may write to the store may have put anything else into its folder."""
+        return self.path.stat().st_uid
+
     @classmethod
     def open(cls, path: Path) -> RunFolder:
         """Open a run's folder.
@@ -98,25 +122,27 @@ class RunFolder:
 
     @classmethod
     def find(cls, ref: str, *, runs_root: Path) -> RunFolder:
-        """Open the run with this id, unique prefix of an id, or path.
+        """Open the run that a path or a name stands for.
+
+        A name is, in this order, an id, a recipe (`demo`), a recipe and seed (`demo-s0`), the 8 digits at an id's end, or the
+        beginning of an id. The first of these that any run has counts, and the name of a shipped recipe is no beginning, so
+        `demo` never means a run of `demo-full`.
 
         Raises:
-            UserError: none or several match; names the nearest.
+            UserError: none or several match; names them, or the nearest.
         """
         given = Path(ref)
         if (given / "run.json").is_file():
             return cls.open(given.absolute())
         known = _run_ids(runs_root)
-        if ref in known:
-            return cls.open(runs_root / ref)
-        matches = [run_id for run_id in known if ref and run_id.startswith(ref)]
+        meaning, matches = meaning_of(ref, known=known)
         if len(matches) == 1:
             return cls.open(runs_root / matches[0])
         if matches:
-            raise UserError(
-                f"'{ref}' is a prefix of {len(matches)} runs: {', '.join(matches[:5])}{', ...' * (len(matches) > 5)}."
-            )
-        close = difflib.get_close_matches(ref, known, n=1, cutoff=0.4)
+            listed = f"{', '.join(matches[:8])}{', ...' * (len(matches) > 8)}"
+            raise UserError(f"'{ref}' is {meaning} of {len(matches)} runs: {listed}. Name one of them.")
+        names = [split_run_id(run_id)[0] for run_id in known]
+        close = difflib.get_close_matches(ref, [*known, *dict.fromkeys(names)], n=1, cutoff=0.5)
         hint = f"Did you mean '{close[0]}'?" if close else "'obowlab runs list' shows what is there."
         raise UserError(f"There is no run '{ref}' in {runs_root}. {hint}")
 
@@ -178,7 +204,7 @@ class RunFolder:
         """The machine of the last launch; without its tracking server, which may hold a password."""
         path = self.path / "machine.json"
         try:
-            return Machine.model_validate_json(path.read_text(encoding="utf-8"))
+            return Machine.model_validate_json(read_file(path))
         except FileNotFoundError:
             return Machine()
         except ValueError:
@@ -194,14 +220,14 @@ class RunFolder:
         cut_torn_tail(path)
         number = len(self.attempts()) + 1
         line = with_checksum(json.dumps({"attempt": number, "time": round(time.time(), 3), **facts}, default=str))
-        with path.open("ab", buffering=0) as file:
+        with open_file(path, "ab", buffering=0) as file:
             append_whole(file, line.encode() + b"\n")
             os.fsync(file.fileno())
         return number
 
     def attempts(self) -> list[dict[str, Any]]:
         """Return the facts of every start of this run, oldest first."""
-        return list(read_lines(self.path / "attempts.jsonl"))
+        return list(read_lines(self.path / "attempts.jsonl", check=_check_attempt))
 
     def facts(self) -> dict[str, Any]:
         """Return the facts of all attempts in one, the latest counting."""
@@ -232,8 +258,13 @@ class RunFolder:
         Raises:
             UserError: one is damaged.
         """
-        results = [read_result(path) for path in sorted((self.path / "results").glob("*.json"))]
+        results = [read_result(path) for path in self.result_files()]
         return sorted(results, key=lambda result: float(result.get("measured_at", 0.0)))
+
+    def result_files(self) -> list[Path]:
+        """Return the files of all evaluation results; of a folder that is a link, none."""
+        place = self.path / "results"
+        return [] if place.is_symlink() else sorted(place.glob("*.json"))
 
     def add_result(self, result: Mapping[str, Any]) -> Path:
         """Write one evaluation result; the same protocol, weights and data replace an earlier one.
@@ -259,22 +290,27 @@ class RunFolder:
 
     def mlflow_run_id(self) -> str | None:
         """Return the id of the MLflow run that mirrors this one, in the store it was sent to last; None when it never was."""
+        ids = self.mlflow_runs()
+        return list(ids.values())[-1] if ids else None
+
+    def mlflow_runs(self) -> dict[str, str]:
+        """Return MLflow's id of this run in every store, by its address without passwords; the last last."""
         try:
             stores = read_checked(self.mirror_path)["stores"]
-            ids = [sent["run_id"] for sent in stores.values() if sent.get("run_id")]
-        except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
-            return None
-        return str(ids[-1]) if ids else None
+            return {str(store): str(sent["run_id"]) for store, sent in stores.items() if sent.get("run_id")}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return {}
 
     def cost(self) -> dict[str, dict[str, Any]]:
         """Return what this run was expected to cost (`quote`) and, once finished, what it did (`truth`), as far as known."""
         try:
-            return dict(json.loads((self.path / COST_FILE).read_bytes()))
-        except (FileNotFoundError, ValueError, TypeError):
+            cost = read_checked(self.path / COST_FILE)
+        except (OSError, ValueError):
             return {}  # nothing depends on it
+        return {kind: numbers for kind, numbers in cost.items() if isinstance(numbers, dict)}
 
     def labels(self) -> dict[str, str]:
-        """Return the labels that studies and tables gave this run: MLflow tag name to text."""
+        """Return the labels that studies, tables and users gave this run: MLflow tag name to text."""
         try:
             labels = read_checked(self.path / "labels.json")
             if not all(isinstance(text, str) for text in labels.values()):
@@ -282,27 +318,39 @@ class RunFolder:
             return labels
         except FileNotFoundError:
             return {}
-        except ValueError:
+        except (UnusableFileError, ValueError):
             raise UserError(f"{self.path / 'labels.json'} is damaged; remove it; only labels are lost.") from None
 
-    def add_labels(self, labels: Mapping[str, str]) -> bool:
+    def add_labels(self, labels: Mapping[str, str], *, remove: Collection[str] = ()) -> bool:
         """Label this run with the study or table it belongs to; the mirror makes tags of it, also when the run is finished.
 
         Other labels stay, a label of the same name is replaced; several processes may add at once.
 
         Args:
             labels: MLflow tag name, `obowlab.WORD...`, to text.
+            remove: names of labels to take away.
 
         Returns:
-            Whether anything was new.
+            Whether anything changed; of somebody else's run never, whose labels are theirs.
         """
         assert all(name.startswith("obowlab.") for name in labels), f"labels are called obowlab.NAME, not {list(labels)}"
-        with file_lock(self.path / "labels.lock"):
+        if is_others(self.path):
+            return False
+        file = self.path / "labels.json"
+        with locked(self.path / "labels.lock"):
             before = self.labels()
-            if before | dict(labels) == before:
+            after = {name: text for name, text in (before | dict(labels)).items() if name not in remove}
+            if after == before:
                 return False
-            write_atomic(self.path / "labels.json", with_checksum(json.dumps(before | dict(labels), indent=1)))
+            if after:
+                write_atomic(file, with_checksum(json.dumps(after, indent=1)))
+            else:
+                file.unlink()
         return True
+
+    def tags(self) -> list[str]:
+        """Return the names that a user gave this run with `obowlab runs tag`, sorted; they change nothing of its identity."""
+        return sorted(name.removeprefix(TAG) for name in self.labels() if name.startswith(TAG))
 
     @property
     def mirror_path(self) -> Path:
@@ -326,27 +374,73 @@ def run_id_of(loaded: Loaded, *, seed: int) -> str:
     return f"{loaded.name}-s{seed}-{loaded.recipe.fingerprint(seed=seed)[:8]}"
 
 
-def list_runs(runs_root: Path) -> list[RunSummary]:
-    """Return every run, newest first, from two small files each; damaged folders are left out."""
-    runs = []
+def split_run_id(run_id: str) -> tuple[str, str, str]:
+    """Return the recipe, `sSEED` and the digits of an id, the reverse of `run_id_of`; a folder of another name is all recipe."""
+    found = re.fullmatch(r"(.+)-(s\d+)-([0-9a-f]{8})", run_id)
+    return (found[1], found[2], found[3]) if found is not None else (run_id, "", "")
+
+
+def meaning_of(ref: str, *, known: Collection[str]) -> tuple[str, list[str]]:
+    """Return what a name stands for among the ids of runs, in words, and the ids that it fits; see `RunFolder.find`."""
+    parts = {run_id: split_run_id(run_id) for run_id in known}
+    meanings = {
+        "the name": [run_id for run_id in known if run_id == ref],
+        "the recipe": [run_id for run_id, (recipe, _, _) in parts.items() if recipe == ref],
+        "recipe and seed": [run_id for run_id, (recipe, seed, _) in parts.items() if f"{recipe}-{seed}" == ref],
+        "the end": [run_id for run_id, (_, _, digits) in parts.items() if digits and digits == ref],
+        "a prefix": [run_id for run_id in known if ref and run_id.startswith(ref) and ref not in recipe_files()],
+    }
+    return next((item for item in meanings.items() if item[1]), ("", []))
+
+
+def read_runs(runs_root: Path) -> tuple[list[RunSummary], list[str]]:
+    """Return every run, newest first, from two small files each, and a sentence for every folder that cannot be read."""
+    runs, errors = [], []
     for run_id in _run_ids(runs_root):
         path = runs_root / run_id
         try:
             runs.append(_summary(path))
-        except UserError:
-            continue  # `damaged_runs` reports it
-    return sorted(runs, key=lambda run: run.info.created_at, reverse=True)
+        except DAMAGED as error:
+            errors.append(damage_of(path, error))
+    return sorted(runs, key=lambda run: run.info.created_at, reverse=True), errors
+
+
+def list_runs(runs_root: Path) -> list[RunSummary]:
+    """Return every run, newest first; folders that cannot be read are left out."""
+    return read_runs(runs_root)[0]
 
 
 def damaged_runs(runs_root: Path) -> list[str]:
     """Return a sentence for every run folder that `list_runs` leaves out."""
-    errors = []
-    for run_id in _run_ids(runs_root):
-        try:
-            _summary(runs_root / run_id)
-        except UserError as error:
-            errors.append(str(error))
-    return errors
+    return read_runs(runs_root)[1]
+
+
+def damage_of(path: Path, error: Exception) -> str:
+    """Return one sentence on a run whose folder cannot be read as it has to be."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"{error.filename or path} cannot be read ({error.strerror}): ask the owner of the folder for the right to."
+    return f"{path} cannot be read ({type(error).__name__}: {error}): it is damaged, or of another version of obowlab."
+
+
+def refuse_others(path: Path) -> None:
+    """Refuse to train in a run folder that somebody else made, who may have put anything into it; an absent one passes.
+
+    Raises:
+        UserError: names the owner.
+    """
+    try:
+        others = is_others(path) or (path.is_symlink() and is_others(path.resolve()))
+        owner = user_name(path.stat().st_uid)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"The run folder {path} cannot be looked into ({error.strerror}): choose another --runs-root.") from None
+    if others:
+        raise UserError(
+            f"The run folder {path} belongs to {owner}: train the run in a --runs-root of your own, or under another recipe name."
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------- helpers
@@ -360,9 +454,12 @@ def _run_ids(runs_root: Path) -> list[str]:
 
 def _is_run(entry: Path) -> bool:
     try:
-        return (entry / "run.json").is_file()
+        os.lstat(entry / "run.json")  # whatever it is: reading it says what is wrong with it
     except PermissionError:
         return True  # nobody but its owner can tell; reading it says so
+    except OSError:
+        return False
+    return True
 
 
 def _summary(path: Path) -> RunSummary:
@@ -371,11 +468,15 @@ def _summary(path: Path) -> RunSummary:
     Raises:
         UserError: a file is damaged, or not for us to read.
     """
+    if leads_astray(path):
+        raise UserError(f"{path} is not used: it is a link that somebody made to a folder that is not theirs.")
     info = read_info(path)
-    try:
-        return RunSummary(path=path, info=info, state=_believable(read_state(path), path))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): ask its owner for the right to.") from None
+    return RunSummary(path=path, info=info, state=_believable(read_state(path), path))
+
+
+def _check_attempt(line: dict[str, Any]) -> None:
+    if not isinstance(line.get("versions", {}), dict):
+        raise ValueError("no attempt")
 
 
 def _believable(state: State, path: Path) -> State:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from obowlab import __version__
 from obowlab.config import Recipe
 from obowlab.errors import UserError
-from obowlab.files import read_checked
+from obowlab.files import UnusableFileError, parse_checked, read_checked, read_file
 
 Status = Literal["created", "running", "interrupted", "failed", "unevaluated", "finished"]
 """`unevaluated`: the training is done, and its evaluation could not be made."""
@@ -20,20 +22,31 @@ TRAINED: tuple[Status, ...] = ("unevaluated", "finished")
 """The states of a run that nothing trains any more, and whose results count."""
 ENCODER_FILE = "encoder.safetensors"
 """The encoder of a run; it is there as soon as the training is done."""
+CHECKPOINT_FILES = ("checkpoint.pt", "checkpoint.previous.pt")
+"""What a run resumes from: the newest, and the one before it."""
+
+DAMAGED = (UserError, OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+"""What reading a run of another version, or a damaged one, may raise: whoever reads many tells it and shows the others."""
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,254}$"
+"""What recipes and runs may be called: files are named after them."""
+
+LAST_SECOND = 4102444800.0
+"""Times are before the year 2100, in seconds since 1970."""
 
 
 class RunInfo(BaseModel):
     """What a run is (`run.json`); written once, but for the evaluation of its recipe (`RunFolder.set_evaluation`)."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True)
+    model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True, allow_inf_nan=False)
 
-    run_id: str
-    name: str
+    run_id: str = Field(pattern=NAME)
+    name: str = Field(pattern=NAME)
     seed: int
     fingerprint: str
     recipe_values: dict[str, Any] = Field(alias="recipe")
     sources: dict[str, str] = {}
-    created_at: float
+    created_at: float = Field(ge=0, lt=LAST_SECOND)
     version: str
 
     @cached_property
@@ -55,7 +68,7 @@ class RunInfo(BaseModel):
 class State(BaseModel):
     """How far a run is (`state.json`); replaced atomically."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
     status: Status = "created"
     step: int = 0
@@ -66,23 +79,27 @@ class State(BaseModel):
     attempt: int = 0
     trained_s: float | None = None
     memory_mib: float | None = None
-    updated_at: float = 0.0
+    updated_at: float = Field(0.0, ge=0, lt=LAST_SECOND)
 
 
 def read_info(path: Path) -> RunInfo:
     """Read `run.json` of a run folder.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: there is none, it is damaged, or of a newer version.
     """
-    file = path / "run.json"
+    file, version = path / "run.json", None
     try:
-        return RunInfo.model_validate(read_checked(file))
+        values = read_checked(file)
+        version = values.get("version")
+        return RunInfo.model_validate(values)
     except FileNotFoundError:
         raise UserError(f"{path} is not a run folder: it has no run.json.") from None
     except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}): ask the owner of the folder for the right to.") from None
+        raise UserError(_cannot_be_read(file, error)) from None
     except ValueError:
+        if isinstance(version, str) and _is_newer(version):
+            raise UserError(_newer(file, f"obowlab {version}")) from None
         raise UserError(f"{file} is damaged; move the folder away and start the run again.") from None
 
 
@@ -90,16 +107,34 @@ def read_state(path: Path) -> State:
     """Read `state.json` of a run folder; a new state when there is none.
 
     Raises:
-        UserError: it is damaged.
+        UserError: it is damaged, or of a newer version.
     """
+    file, status = path / "state.json", None
     try:
-        return State.model_validate_json((path / "state.json").read_text(encoding="utf-8"))
+        values = parse_checked(read_file(file))
+        status = values.get("status")
+        return State.model_validate(values)
     except FileNotFoundError:
         return State()
     except OSError as error:
-        raise UserError(f"{path / 'state.json'} cannot be read ({error.strerror}): ask its owner for the right to.") from None
+        raise UserError(_cannot_be_read(file, error)) from None
     except ValueError:
-        raise UserError(f"{path / 'state.json'} is damaged; remove it; the run then continues from its checkpoint.") from None
+        if isinstance(status, str) and re.fullmatch(r"[a-z][a-z_-]*", status) and status not in get_args(Status):
+            raise UserError(_newer(file, f"a newer version of obowlab, which knows the status '{status[:40]}'")) from None
+        raise UserError(f"{file} is damaged; remove it; the run then continues from its checkpoint.") from None
+
+
+def no_checkpoint(info: RunInfo, *, reason: str) -> UserError:
+    """Return the error for a run that can be looked into only with a checkpoint, and has none that is usable.
+
+    Args:
+        info: of the run.
+        reason: one or more sentences.
+    """
+    return UserError(
+        f"{reason} Run '{info.run_id}' can be looked into only with its checkpoint: train it with `obowlab run {info.name}`, or "
+        "bring it along with `obowlab runs export --checkpoint`."
+    )
 
 
 def read_result(path: Path) -> dict[str, Any]:
@@ -110,8 +145,37 @@ def read_result(path: Path) -> dict[str, Any]:
     """
     try:
         result = read_checked(path)
-        if not {"subject", "protocol", "protocol_hash"} <= result.keys():
-            raise ValueError("no evaluation result")
-    except ValueError:
+        _check_result(result)
+    except OSError as error:
+        raise UserError(_cannot_be_read(path, error)) from None
+    except (ValueError, TypeError, KeyError, AttributeError):
         raise UserError(f"{path} is damaged: put a copy back, or remove it and measure again with 'obowlab eval'.") from None
     return result
+
+
+def _check_result(result: dict[str, Any]) -> None:
+    """Raise one of a few errors for what is no evaluation result."""
+    if not all(isinstance(result[key], str) for key in ("subject", "protocol", "protocol_hash")):
+        raise ValueError("no evaluation result")
+    if not isinstance(result.get("details", {}), dict) or not math.isfinite(float(result.get("measured_at", 0.0))):
+        raise ValueError("no evaluation result")
+    for measurement in result.setdefault("measurements", []):
+        if not isinstance(measurement["name"], str) or isinstance(measurement["value"], str):
+            raise ValueError("no measurement")
+        float(measurement["value"])
+
+
+def _is_newer(version: str) -> bool:
+    """Return whether a version, such as 1.20.0, is later than this one; False for what is no version."""
+    ours, theirs = ([int(number) for number in re.findall(r"\d{1,9}", one)[:3]] for one in (__version__, version[:40]))
+    return theirs > ours
+
+
+def _newer(file: Path, made_by: str) -> str:
+    return f"{file} was written by {made_by}; this is {__version__}: update obowlab to read it, and leave the file as it is."
+
+
+def _cannot_be_read(file: Path, error: OSError) -> str:
+    if isinstance(error, UnusableFileError):
+        return f"{file} is not used, for {error.strerror}: let its owner move it away."
+    return f"{file} cannot be read ({error.strerror}): ask the owner of the folder for the right to."

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from obowlab.errors import UserError
-from obowlab.files import file_lock, is_held
+from obowlab.files import file_lock, is_held, lock_holder, overwrite, process_name, read_file
 from obowlab.runs.info import read_state
 
 LAUNCHER, WORKER = "lock", "worker.lock"
@@ -47,8 +47,8 @@ def is_locked(path: Path) -> bool:
 def holder_of(path: Path) -> dict[str, Any]:
     """Return the pid, host and token of the launcher that took the run of this folder last; empty when none ever did."""
     try:
-        holder = json.loads((path / LAUNCHER).read_bytes())
-    except (FileNotFoundError, ValueError):
+        holder = json.loads(read_file(path / LAUNCHER))
+    except (OSError, ValueError, RecursionError):
         return {}
     return holder if isinstance(holder, dict) else {}
 
@@ -84,7 +84,7 @@ def hold(path: Path) -> Iterator[Lock]:
         else:
             token = secrets.token_hex(8)
             holder = {"pid": os.getpid(), "host": socket.gethostname(), "token": token}
-            (path / LAUNCHER).write_text(json.dumps(holder), encoding="utf-8")
+            overwrite(path / LAUNCHER, json.dumps(holder))
             if is_held(path / WORKER):  # its launcher was killed, it is still saving
                 raise _taken(path, by_worker=True)
         yield Lock(token)
@@ -95,5 +95,12 @@ def hold(path: Path) -> Iterator[Lock]:
 def _taken(path: Path, *, by_worker: bool = False) -> RunTakenError:
     state, holder = read_state(path), holder_of(path)
     pid = state.pid if by_worker else holder.get("pid")
+    found = lock_holder(path / (WORKER if by_worker else LAUNCHER))
+    if found is not None and pid is not None and found != pid and not by_worker:
+        return RunTakenError(
+            f"The lock of run '{path.name}' is held by {process_name(found)}, which does not train it: end that process, or ask "
+            "its user to."
+        )
     host = (state.host if by_worker else holder.get("host")) or socket.gethostname()
-    return RunTakenError(f"Run '{path.name}' is being trained by process {pid} on {host}; wait for it or stop it first.")
+    who = f"process {pid}" if found in (None, pid) else process_name(found)
+    return RunTakenError(f"Run '{path.name}' is being trained by {who} on {host}; wait for it or stop it first.")

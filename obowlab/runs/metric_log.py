@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from obowlab.files import append_whole, cut_torn_tail, read_all, read_lines, with_checksum
+from obowlab.files import append_whole, cut_torn_tail, open_file, read_all, read_lines, with_checksum
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class MetricLog:
         cut_torn_tail(path, check=parse_point)
         for line in read_lines(path, check=parse_point):
             self.last_step = int(line["step"])
-        self._file = path.open("ab", buffering=0)
+        self._file = open_file(path, "ab", buffering=0)
 
     def append(self, step: int, values: Mapping[str, float], *, time_s: float | None = None) -> bool:
         """Write one line unless this step is already there.

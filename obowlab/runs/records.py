@@ -6,7 +6,10 @@ is the same to the byte.
 
 from __future__ import annotations
 
+import functools
 import json
+import logging
+from codecs import BOM_UTF8
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +17,11 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from obowlab.errors import UserError
-from obowlab.files import write_atomic
-from obowlab.runs.folder import RunFolder, RunSummary, list_runs
-from obowlab.runs.info import Status
+from obowlab.files import read_file, write_atomic
+from obowlab.runs.folder import RunFolder, RunSummary, damage_of, read_runs
+from obowlab.runs.info import DAMAGED, Status
+
+logger = logging.getLogger(__name__)
 
 FACTS = (
     "commit",
@@ -100,8 +105,13 @@ Records = Mapping[str, Record]
 
 
 def store_runs(runs_root: Path, *, fingerprints: Collection[str] | None = None) -> dict[str, RunSummary]:
-    """Return the runs of a store by fingerprint, all or those of the given fingerprints; see `by_fingerprint`."""
-    runs = list_runs(runs_root)
+    """Return the runs of a store by fingerprint, all or those of the given fingerprints; see `by_fingerprint`.
+
+    Of every folder that cannot be read there is a warning, once.
+    """
+    runs, problems = read_runs(runs_root)
+    for problem in problems:
+        warn_once(problem)
     return by_fingerprint(run for run in runs if fingerprints is None or run.info.fingerprint in fingerprints)
 
 
@@ -109,7 +119,7 @@ def by_fingerprint(runs: Iterable[RunSummary]) -> dict[str, RunSummary]:
     """Return runs by fingerprint; of several with the same one (a recipe under two names) the most advanced counts.
 
     Args:
-        runs: the newest first, as `list_runs` has them.
+        runs: the newest first, as `read_runs` has them.
     """
     found: dict[str, RunSummary] = {}
     for run in reversed(list(runs)):  # the oldest first, so that ties go to it
@@ -120,8 +130,25 @@ def by_fingerprint(runs: Iterable[RunSummary]) -> dict[str, RunSummary]:
 
 
 def store_records(runs_root: Path, *, fingerprints: Collection[str] | None = None) -> dict[str, Record]:
-    """Return the records of `store_runs`."""
-    return {key: Record.of(run) for key, run in store_runs(runs_root, fingerprints=fingerprints).items()}
+    """Return the records of `store_runs`; of a run whose folder is damaged there is a warning instead."""
+    return read_each(store_runs(runs_root, fingerprints=fingerprints))
+
+
+def read_each(runs: Mapping[str, RunSummary]) -> dict[str, Record]:
+    """Return the record of every run, by the same keys, and warn of those whose folder is damaged."""
+    records = {}
+    for key, run in runs.items():
+        try:
+            records[key] = Record.of(run)
+        except DAMAGED as error:
+            warn_once(damage_of(run.path, error))
+    return records
+
+
+@functools.cache
+def warn_once(sentence: str) -> None:
+    """Warn of something, the first time."""
+    logger.warning("%s", sentence)
 
 
 def read_records(folder: Path) -> dict[str, Record]:
@@ -135,7 +162,7 @@ def read_records(folder: Path) -> dict[str, Record]:
     records = {}
     for path in sorted(folder.glob("*.json")):
         try:
-            record = Record.model_validate_json(path.read_text(encoding="utf-8-sig"))
+            record = Record.model_validate_json(read_file(path).removeprefix(BOM_UTF8))
         except (OSError, ValueError):
             raise UserError(f"{path} is not a run record; remove it or restore it.") from None
         records[record.fingerprint] = record

@@ -84,7 +84,9 @@ def is_alike(result: Mapping[str, Any], *, recipe: Recipe) -> bool:
     A setting that an earlier version did not file had its default.
     """
     details = result.get("details", {})
-    settings: BaseModel = getattr(recipe.evaluation, result["protocol"])
+    settings: BaseModel | None = getattr(recipe.evaluation, result["protocol"], None)
+    if settings is None:  # a protocol of another version
+        return False
     filed = {key: details.get(key, value) for key, value in type(settings)().model_dump(mode="json").items()}
     return details.get("dataset") == recipe.data.dataset and filed == settings.model_dump(mode="json")
 

@@ -10,10 +10,15 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from obowlab.files import read_file
+
 STUDIES = ".studies"
 """Folder of the run store for everything about studies."""
 
 STUDY_FILE = "study.json"
+LARGEST_STUDY = 2**30
+"""Its figures hold every trial."""
+
 FORMAT = 1
 
 TrialStatus = Literal["completed", "pruned", "failed", "running", "stopped", "waiting"]
@@ -230,7 +235,7 @@ def read_studies(runs_root: Path) -> tuple[StudyReport, ...]:
 def read_study(path: Path) -> StudyReport:
     """Read one `study.json`, of this or an earlier version; a damaged one gives a report that holds nothing but the reason."""
     try:
-        return StudyReport.model_validate_json(path.read_bytes())
+        return StudyReport.model_validate_json(read_file(path, limit=LARGEST_STUDY))
     except ValidationError as error:
         first = error.errors()[0]
         reason = f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg']}"

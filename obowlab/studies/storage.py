@@ -18,8 +18,10 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 
 from obowlab.errors import UserError
+from obowlab.files import share, shared_folder
 from obowlab.studies.schema import STUDIES
-from obowlab.tracking.server import shown_uri
+from obowlab.text import is_shown_whole, shown_uri, without_secrets
+from obowlab.tracking.server import QUOTE_HINT
 
 JOURNAL = "studies.journal"
 STORAGE_VARIABLE = "OBOWLAB_STUDY_STORAGE"
@@ -47,6 +49,8 @@ def storage_url(given: str | None, *, runs_root: Path) -> str:
     scheme = re.match(r"([a-z]+)(\+[a-z0-9]+)?://", given)
     kind = scheme[1] if scheme else None
     if scheme is not None and kind in ("postgres", "postgresql"):
+        if not is_shown_whole(given):
+            raise UserError(f"--storage {shown_uri(given)}: {QUOTE_HINT}.")
         return "postgresql+psycopg://" + given[scheme.end() :]
     if kind in ("sqlite", "journal"):
         path = Path(given.partition(":///")[2]).expanduser()
@@ -98,11 +102,15 @@ def open_storage(url: str, *, make: bool = True) -> BaseStorage:
     shown = shown_uri(url)
     try:
         if kind == "journal":
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            return JournalStorage(JournalFileBackend(path))
+            shared_folder(Path(path).parent)
+            storage = JournalStorage(JournalFileBackend(path))
+            share(Path(path))
+            return storage
         if kind == "sqlite":
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            return RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}}, skip_table_creation=not make)
+            opened = RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}}, skip_table_creation=not make)
+            share(Path(path))
+            return opened
         # A trial lasts hours: connections that a server or a router dropped meanwhile are replaced before use.
         arguments = {"connect_timeout": CONNECT_TIMEOUT_S}
         engine = {"pool_pre_ping": True, "connect_args": arguments}
@@ -111,11 +119,15 @@ def open_storage(url: str, *, make: bool = True) -> BaseStorage:
         raise UserError(f"{shown} needs the PostgreSQL driver: pip install 'obowlab[postgresql]'.") from None
     except (OSError, ValueError, KeyError) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"Cannot use {shown} (--storage): {without_passwords(reason, url=url)}.") from None
+        raise UserError(f"Cannot use {shown} (--storage): {_first_line(reason, url=url)}.") from None
     # SQLAlchemy and the drivers raise families of their own; all of them mean that this storage cannot be used.
     except Exception as error:
-        reason = without_passwords(str(error.__cause__ or error), url=url)
+        reason = _first_line(str(error.__cause__ or error), url=url)
         raise UserError(f"Cannot use {shown} (--storage): {reason}.") from None
+
+
+def _first_line(message: str, *, url: str) -> str:
+    return " ".join(without_secrets(message, uri=url).splitlines()[:1]).strip().rstrip(".")
 
 
 def open_existing(name: str, *, url: str) -> optuna.Study | None:
@@ -134,13 +146,6 @@ def open_existing(name: str, *, url: str) -> optuna.Study | None:
         return optuna.load_study(study_name=name, storage=open_storage(url, make=False))
     except KeyError:
         return None
-
-
-def without_passwords(text: str, *, url: str) -> str:
-    """Return the first line of a message, with the password of the address struck out wherever it stands."""
-    line = shown_uri(" ".join(text.splitlines()[:1])).strip().rstrip(".")
-    secret = re.match(r"[^:]+://[^:@/]*:([^@]+)@", url)
-    return line.replace(secret[1], "***") if secret else line
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,9 +16,10 @@ from optuna.trial import FrozenTrial, TrialState
 from obowlab.config import Machine
 from obowlab.errors import UserError
 from obowlab.files import write_atomic
-from obowlab.runs.folder import RunFolder
-from obowlab.runs.info import TRAINED
+from obowlab.runs.folder import RunFolder, damage_of
+from obowlab.runs.info import DAMAGED, TRAINED
 from obowlab.runs.metrics import lookup
+from obowlab.runs.records import warn_once
 from obowlab.runs.results import unpack
 from obowlab.studies.schema import (
     STUDY_FILE,
@@ -176,7 +178,11 @@ def _folders(trial: FrozenTrial, *, machine: Machine) -> dict[int, RunFolder | N
     folders: dict[int, RunFolder | None] = {}
     for seed, name in trial.user_attrs.get("run_folders", {}).items():
         path = machine.runs_root / name
-        folders[int(seed)] = RunFolder.open(path) if (path / "run.json").is_file() else None
+        try:
+            folders[int(seed)] = RunFolder.open(path) if os.path.lexists(path / "run.json") else None
+        except DAMAGED as error:
+            warn_once(damage_of(path, error))
+            folders[int(seed)] = None
     return folders
 
 

@@ -14,13 +14,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obowlab.errors import UserError
-from obowlab.files import file_lock, is_held
+from obowlab.files import file_lock, is_held, locked, shared_folder
 
 if TYPE_CHECKING:
     from filelock import FileLock
 
 TRY_S = 0.3
 """Longest time to try for a trial, because a worker that only looks holds it for an instant."""
+
+
+TURN_S = 600.0
+"""Longest time to wait for another worker's turn, which may send a report to MLflow."""
 
 
 class TrialLocks:
@@ -36,14 +40,14 @@ class TrialLocks:
         self._turn = threading.Lock()
         self._held: dict[int, FileLock] = {}
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            shared_folder(shared_folder(folder.parent) / folder.name)
         except OSError as error:
             raise UserError(f"Cannot create {folder} (--runs-root): {error.strerror}.") from None
 
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Wait until no other worker of the study is deciding, and keep them waiting for as long as the context lasts."""
-        with self._turn, file_lock(self.folder / "turn.lock"):
+        with self._turn, locked(self.folder / "turn.lock", patience_s=TURN_S):
             yield
 
     def take(self, number: int) -> bool:

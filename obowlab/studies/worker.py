@@ -26,7 +26,7 @@ from optuna.trial import TrialState
 from obowlab.config import Machine
 from obowlab.errors import UserError
 from obowlab.launch.compute_command import CommandFactory, compute_command
-from obowlab.launch.processes import StopSignals
+from obowlab.launch.processes import STOPPING_RUNS, StopSignals
 from obowlab.studies.schema import STUDIES
 from obowlab.studies.spec import CategoricalParameter, FloatParameter, Parameter, Tuning, choice_label
 from obowlab.studies.trial import Outcome, TrialContext, TrialRunner, describe
@@ -160,7 +160,7 @@ class Worker:
         Raises:
             UserError: something that every trial would meet; the next worker resumes the open trials.
         """
-        signals, handled = StopSignals(), 0
+        signals, handled = StopSignals(notice=STOPPING_RUNS), 0
         with signals.listening(), ThreadPoolExecutor(self._slots) as pool:
             slots = [pool.submit(self._slot) for _ in range(self._slots)]
             while wait(slots, timeout=SIGNAL_POLL_S).not_done:

@@ -5,17 +5,18 @@ Everything shown is computed here from the records alone, so that a table can be
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from obowlab.config import Recipe
 from obowlab.errors import UserError
 from obowlab.runs.folder import run_id_of
 from obowlab.runs.info import TRAINED
 from obowlab.runs.metrics import lookup
 from obowlab.runs.records import Record, Records, store_records, store_runs
-from obowlab.runs.results import unpack
+from obowlab.runs.results import is_alike, unpack
 from obowlab.tables.model import Cell, Column, Estimate, Row, RunRef, Table, Verdict
 from obowlab.tables.spec import PlannedRow, PlannedTable, also_differs, load_table
 from obowlab.tables.statistics import Matrix, estimate, stacked, verdict
@@ -24,6 +25,7 @@ COMPARABLE = "paper"
 """The scale at which our numbers may be held against the paper's."""
 
 NOTICE = "At this scale values cannot be compared with the paper's; a row's direction against the base row can."
+OTHER_SETTINGS = "Measured with other evaluation settings than the table's recipe has now; `obowlab ablate` measures again."
 ONE_SEED = "One seed: interval and verdict speak for the episodes (or images) alone; other seeds may differ by more."
 
 
@@ -51,19 +53,16 @@ def build_table(planned: PlannedTable, *, seeds: Sequence[int], records: Records
         records: of the run store.
         at_paper: the same table at the paper's scale; loaded when it is absent.
     """
-    if at_paper is None and planned.scale != COMPARABLE:
-        at_paper = load_table_at_paper(planned)
     comparable = planned.scale == COMPARABLE
     base_runs = _runs_of(planned.base, seeds=seeds, records=records)
-    footnotes: list[str] = [] if comparable else [NOTICE]
+    footnotes: list[str] = [NOTICE] if not comparable and any(row.row.paper for row in planned.rows) else []
     footnotes += planned.file.footnotes
     rows = []
-    for number, row in enumerate(planned.rows):
+    for row, also in zip(planned.rows, also_differing(planned, at_paper=at_paper), strict=True):
         runs = _runs_of(row, seeds=seeds, records=records)
-        own = list(row.footnotes)
-        if at_paper is not None and not comparable:
-            also = also_differs(row, base=planned.base, paper_row=at_paper.rows[number], paper_base=at_paper.base)
-            own += [also] if also else []
+        own = [*row.footnotes, *also]
+        if any(_is_measured_otherwise(record, row=row, columns=planned.file.columns) for record in runs.values()):
+            own.append(OTHER_SETTINGS)
         if sum(run is not None and run.status in TRAINED for run in runs.values()) == 1:
             own.append(ONE_SEED)
         for text in own:
@@ -98,13 +97,34 @@ def build_table(planned: PlannedTable, *, seeds: Sequence[int], records: Records
         columns=tuple(Column(metric, label, lookup(metric).unit) for metric, label in planned.file.columns.items()),
         rows=tuple(rows),
         footnotes=tuple(footnotes),
+        changes=planned.changed,
     )
+
+
+def also_differing(planned: PlannedTable, *, at_paper: PlannedTable | None = None) -> list[tuple[str, ...]]:
+    """Return for every row what separates it from the base row at this scale alone, in a sentence, or nothing.
+
+    Args:
+        planned: the table at its scale; the copy that a run store keeps has these sentences among its footnotes.
+        at_paper: the same table at the paper's scale; loaded when it is absent.
+    """
+    if planned.scale == COMPARABLE:
+        at_paper = None
+    elif at_paper is None:
+        at_paper = load_table_at_paper(planned)
+    if at_paper is None:
+        return [()] * len(planned.rows)
+    pairs = zip(planned.rows, at_paper.rows, strict=True)
+    sentences = [also_differs(row, base=planned.base, paper_row=other, paper_base=at_paper.base) for row, other in pairs]
+    return [(sentence,) if sentence else () for sentence in sentences]
 
 
 def load_table_at_paper(planned: PlannedTable) -> PlannedTable | None:
     """Return the same table at the paper's scale, for comparison of its recipes; None when a row has no recipe there."""
+    if planned.path is None:
+        return None
     try:
-        return load_table(planned.path, scale=COMPARABLE)
+        return load_table(planned.path, scale=COMPARABLE, changes=planned.changes)
     except UserError:
         return None
 
@@ -168,7 +188,7 @@ def _reference(row: PlannedRow, *, seed: int, record: Record | None) -> RunRef:
         elapsed_s=record.trained_s,
         values={
             measurement["name"]: measurement["value"]
-            for result in record.results
+            for result in _by_settings(record.results, recipe=row.loaded.recipe)
             if result["subject"] == "student"
             for measurement in result["measurements"]
         },
@@ -185,16 +205,17 @@ def _cell(
     comparable: bool,
 ) -> Cell:
     paper, paper_base = row.row.paper.get(metric), base.row.paper.get(metric)
-    ours, problem = _measured(runs, metric=metric, subject="student")
-    random, _ = _measured(runs, metric=metric, subject="random")
-    reference, _ = _measured(base_runs, metric=metric, subject="student")
+    ours, problem = _measured(runs, recipe=row.loaded.recipe, metric=metric, subject="student")
+    random, _ = _measured(runs, recipe=row.loaded.recipe, metric=metric, subject="random")
+    reference, _ = _measured(base_runs, recipe=base.loaded.recipe, metric=metric, subject="student")
     mean = _mean(ours)
     against_base = None
     if not row.is_base and not problem:
         against_base, problem = _paired(ours, reference)
     direction: Verdict | None = None
-    if against_base is not None and paper is not None and paper_base is not None and paper != paper_base:
-        direction = verdict(against_base, paper=paper - paper_base)
+    theirs = paper - paper_base if paper is not None and paper_base is not None else None
+    if against_base is not None and theirs != 0:
+        direction = verdict(against_base, paper=theirs)
     return Cell(
         metric=metric,
         paper=paper,
@@ -207,21 +228,55 @@ def _cell(
     )
 
 
-def _measured(runs: Mapping[int, Record | None], *, metric: str, subject: str) -> tuple[dict[int, _Measured], str]:
-    """Return the newest measurement of every trained seed, and a sentence when they were not measured alike."""
+def mean_over_seeds(records: Iterable[Record], *, recipe: Recipe, metric: str) -> Estimate | None:
+    """Return the mean of a metric over the trained seeds of one training; None for nothing, or if they were measured differently.
+
+    Args:
+        records: one per seed.
+        recipe: says how it should be measured; other results count where there are none.
+        metric: as in `runs.metrics`.
+    """
+    measured, problem = _measured({record.seed: record for record in records}, recipe=recipe, metric=metric, subject="student")
+    return None if problem else _mean(measured)
+
+
+def _measured(
+    runs: Mapping[int, Record | None], *, recipe: Recipe, metric: str, subject: str
+) -> tuple[dict[int, _Measured], str]:
+    """Return a measurement of every trained seed, see `_results`, and a sentence when they were not measured alike."""
     found: dict[int, _Measured] = {}
     for seed, record in runs.items():
-        if record is None or record.status not in TRAINED:
-            continue
-        for result in record.results:
-            if result["subject"] != subject or result.get("details", {}).get("dataset") != record.recipe["data"]["dataset"]:
-                continue
-            for measurement in result["measurements"]:
-                if measurement["name"] == metric:
-                    found[seed] = _read(measurement, result)
+        if results := _results(record, recipe=recipe, metric=metric, subject=subject):
+            measurement = next(each for each in results[-1]["measurements"] if each["name"] == metric)
+            found[seed] = _read(measurement, results[-1])
     if len({each.basis for each in found.values()}) > 1:
         return found, "the seeds were measured with different protocols or images; `obowlab eval RUN` measures again"
     return found, ""
+
+
+def _results(record: Record | None, *, recipe: Recipe, metric: str, subject: str) -> list[dict[str, Any]]:
+    """Return the results of a trained run that measure a metric on its own data set: those with the recipe's settings last."""
+    if record is None or record.status not in TRAINED:
+        return []
+    return [
+        result
+        for result in _by_settings(record.results, recipe=recipe)
+        if result["subject"] == subject
+        and result.get("details", {}).get("dataset") == record.recipe["data"]["dataset"]
+        and any(measurement["name"] == metric for measurement in result["measurements"])
+    ]
+
+
+def _by_settings(results: Iterable[dict[str, Any]], *, recipe: Recipe) -> list[dict[str, Any]]:
+    """Return results, the oldest first, but those that were measured with the settings of a recipe last."""
+    return sorted(results, key=lambda result: is_alike(result, recipe=recipe))
+
+
+def _is_measured_otherwise(record: Record | None, *, row: PlannedRow, columns: Iterable[str]) -> bool:
+    """Return whether what a table shows of a run was measured with other settings than those of its row."""
+    recipe = row.loaded.recipe
+    shown = [_results(record, recipe=recipe, metric=metric, subject="student")[-1:] for metric in columns]
+    return any(not is_alike(result, recipe=recipe) for results in shown for result in results)
 
 
 def _read(measurement: Mapping[str, Any], result: Mapping[str, Any]) -> _Measured:

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Literal
 
 from obowlab.config import Machine
-from obowlab.launch.processes import StopSignals, start
+from obowlab.files import read_file, shared_folder
+from obowlab.launch.processes import STOPPING_RUNS, StopSignals, start
 from obowlab.runs.folder import RunFolder, RunSummary
 from obowlab.runs.locks import is_locked
 from obowlab.runs.records import store_runs
@@ -54,6 +55,7 @@ class Execution:
         slots: jobs at a time.
         say: prints one line.
         machine_file: where the machine's other settings are, for the jobs; None for the usual place.
+        again: fingerprints of finished jobs that are to be measured, see `plan.unmeasured`; those begun are taken out.
         labelled: runs that got new labels, in the order of labelling.
         signals: that asked to stop.
     """
@@ -63,8 +65,9 @@ class Execution:
     slots: int
     say: Callable[[str], None]
     machine_file: Path | None = None
+    again: set[str] = field(default_factory=set)
     labelled: list[RunFolder] = field(default_factory=list)
-    signals: StopSignals = field(default_factory=StopSignals)
+    signals: StopSignals = field(default_factory=lambda: StopSignals(notice=STOPPING_RUNS))
     _children: dict[str, _Child] = field(default_factory=dict)
     _announced: set[str] = field(default_factory=set)
     _with_labels: set[str] = field(default_factory=set)
@@ -116,7 +119,7 @@ class Execution:
             stage = ended.get(job.needs) if job.needs is not None else None
             if run is not None:
                 self._label(job, run.path)
-            if run is not None and run.state.status == "finished":
+            if run is not None and run.state.status == "finished" and job.fingerprint not in self.again:
                 ended[job.fingerprint] = Outcome(job, "finished")
             elif stage is not None and stage.status != "finished":
                 ended[job.fingerprint] = Outcome(job, "failed", "the stage before it failed")
@@ -125,6 +128,7 @@ class Execution:
                     self._say_once(f"{run.info.run_id} is being trained by another process; waiting for it.")
             elif free and (stage is not None or job.needs is None):
                 free -= 1
+                self.again.discard(job.fingerprint)
                 yield job, run
 
     # ------------------------------------------------------------------------------------------------- one job, in a thread
@@ -134,14 +138,16 @@ class Execution:
         run_id = run.info.run_id if run is not None else job.run_id
         path = run.path if run is not None else self.machine.runs_root / run_id
         log = self.machine.runs_root / LOGS / f"{run_id}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
+        shared_folder(log.parent)
         environment = dict(os.environ)
         if self.machine_file is not None:
             environment["OBOWLAB_MACHINE"] = str(self.machine_file.absolute())
         command = [sys.executable, "-m", "obowlab.cli", *job.command, *self.machine.local_args(), "--no-progress"]
         process = start(command, environment=environment, output=log)
         self._children[job.fingerprint] = _Child(process)
-        self.say(f"{'Continuing' if run is not None and run.state.step else 'Training'} {run_id} for {', '.join(job.places)}.")
+        is_finished = run is not None and run.state.status == "finished"
+        verb = "Measuring" if is_finished else "Continuing" if run is not None and run.state.step else "Training"
+        self.say(f"{verb} {run_id} for {', '.join(job.places)}.")
         while process.returncode is None:
             try:
                 process.wait(POLL_S)
@@ -199,5 +205,5 @@ class Execution:
 
 
 def _last_line(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = read_file(log).decode(errors="replace").splitlines()
     return lines[-1].removeprefix("Error: ")[:300] if lines else ""

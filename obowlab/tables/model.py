@@ -9,8 +9,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-Verdict = Literal["agrees", "disagrees", "indistinguishable"]
-"""Whether the direction of a row against the base row is the paper's; by a paired test on identical episodes and seeds."""
+Verdict = Literal["agrees", "disagrees", "higher", "lower", "indistinguishable"]
+"""How a row differs from the base row, by a paired test on identical episodes and seeds.
+
+In the paper's direction or the opposite; higher or lower where the paper has no value.
+"""
 
 Status = Literal["missing", "created", "running", "interrupted", "failed", "unevaluated", "finished"]
 
@@ -44,7 +47,8 @@ class Cell:
         random: the mean of the untrained weights of the same seeds; None when they were not measured.
         against_paper: ours minus the paper's, percent; only at the paper's scale.
         against_base: ours minus the base row's, over the seeds that both rows have; None for the base row itself.
-        verdict: how the sign of `against_base` compares with the paper's; None where one of them is not known.
+        verdict: of `against_base`: whether its sign is the paper's, or, where the paper has no value, which it is; None where
+            there is no difference here, or none in the paper.
         problem: one sentence when there are results that cannot be compared (another protocol, other images).
     """
 
@@ -153,6 +157,7 @@ class Table:
         columns: the metrics.
         rows: in the paper's order.
         footnotes: numbered from 1.
+        changes: what all rows change beside their own settings, as texts `key=value`.
     """
 
     name: str
@@ -164,10 +169,16 @@ class Table:
     columns: tuple[Column, ...]
     rows: tuple[Row, ...]
     footnotes: tuple[str, ...]
+    changes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the table as JSON values."""
         return asdict(self)
+
+    @property
+    def has_paper(self) -> bool:
+        """Whether the paper has any of these values; a user's own table has none."""
+        return any(cell.paper is not None for row in self.rows for cell in row.cells)
 
     @property
     def base(self) -> Row:

@@ -6,16 +6,16 @@ its own, and rows of any tables that resolve to the same recipe share one job.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from obowlab import text
 from obowlab.config import Loaded, Machine, nearest
 from obowlab.errors import UserError
 from obowlab.launch.cost import CostBook
-from obowlab.launch.preflight import data_checks
-from obowlab.runs.folder import RunSummary, run_id_of
-from obowlab.tables.spec import PlannedRow, PlannedTable
+from obowlab.launch.preflight import data_checks, to_measure
+from obowlab.runs.folder import RunFolder, RunSummary, run_id_of
+from obowlab.tables.spec import PlannedRow, PlannedTable, override_texts
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def make_plan(tables: Sequence[PlannedTable], *, seeds: Sequence[int], rows: Map
 
 def _jobs_of(row: PlannedRow, *, table: PlannedTable, seed: int) -> list[Job]:
     """Return the jobs of one row, earlier stages first."""
-    changes = [word for key, value in row.overrides.items() for word in ("--set", f"{key}={text.override(value)}")]
+    changes = [word for change in override_texts({**row.overrides, **table.changes}) for word in ("--set", change)]
     command = ("run", row.base_recipe, *changes, "--seed", str(seed))
     jobs: list[Job] = []
     stages = row.loaded.stages()
@@ -129,9 +129,10 @@ def select_rows(words: Iterable[str], *, tables: Sequence[PlannedTable]) -> dict
 
 
 def labels_of(job: Job, *, plan: Plan) -> dict[str, str]:
-    """Return the labels of a run: the rows it serves, and at which scale."""
+    """Return the labels of a run: the rows it serves, with what all rows of their table change, and at which scale."""
     places = [place.split("/", maxsplit=1) for place in job.places]
-    rows = {f"obowlab.{table}": f"{row} (stage)" if job.is_stage else row for table, row in places}
+    changed = {table.name: f" (--set {', '.join(table.changed)})" if table.changes else "" for table in plan.tables}
+    rows = {f"obowlab.{table}": f"{row}{changed[table]}{' (stage)' if job.is_stage else ''}" for table, row in places}
     return {**rows, "obowlab.scale": plan.tables[0].scale}
 
 
@@ -145,13 +146,52 @@ def check_images(jobs: Iterable[Job], *, machine: Machine, say: Callable[[str], 
         check()
 
 
+def unmeasured(plan: Plan, *, runs: Mapping[str, RunSummary], machine: Machine) -> set[str]:
+    """Return the jobs whose runs are finished and not measured as their rows ask now, as far as the images here can carry it.
+
+    Args:
+        plan: of the tables.
+        runs: of the run store, by fingerprint.
+        machine: where the images are.
+
+    Raises:
+        UserError: the images or a result are damaged.
+    """
+    finished = {key: RunFolder(run.path, run.info) for key, run in runs.items() if run.state.status == "finished"}
+    return {
+        job.fingerprint
+        for job in plan.jobs
+        if not job.is_stage
+        and job.fingerprint in finished
+        and to_measure(job.loaded.recipe, folder=finished[job.fingerprint], machine=machine)
+    }
+
+
+def due_jobs(plan: Plan, *, runs: Mapping[str, RunSummary], again: Collection[str]) -> list[Job]:
+    """Return the jobs that are to be trained, or at least measured.
+
+    Args:
+        plan: of the tables.
+        runs: of the run store, by fingerprint.
+        again: fingerprints of finished jobs that are to be measured, see `unmeasured`.
+    """
+    done = {key for key, run in runs.items() if run.state.status == "finished"} - set(again)
+    return [job for job in plan.jobs if job.fingerprint not in done]
+
+
 # ------------------------------------------------------------------------------------------------------------ what is left
 
 OVERVIEW_COLUMNS = ("run", "status", "steps", "training", "rows")
 
 
 def overview(
-    plan: Plan, *, runs: Mapping[str, RunSummary], book: CostBook, slots: int, on_cluster: bool
+    plan: Plan,
+    *,
+    runs: Mapping[str, RunSummary],
+    book: CostBook,
+    slots: int,
+    on_cluster: bool,
+    again: Collection[str] = (),
 ) -> tuple[list[tuple[str, ...]], list[str]]:
     """Describe a plan before it is executed.
 
@@ -161,6 +201,7 @@ def overview(
         book: what trainings cost.
         slots: trainings at a time.
         on_cluster: whether they are jobs of a cluster.
+        again: fingerprints of finished jobs that are to be measured, see `unmeasured`.
 
     Returns:
         A row of `OVERVIEW_COLUMNS` per training, and lines with what is done, running and missing, and how long the rest takes.
@@ -180,6 +221,8 @@ def overview(
             left_s += share * cost.seconds
         elif share:
             unknown += 1
+        if job.fingerprint in again:
+            status = "finished, to be measured"
         time_text = f"{text.duration(cost.seconds)} ({cost.source})" if cost.seconds is not None else "unknown"
         places = ", ".join(f"{place} (stage)" if job.is_stage else place for place in job.places)
         rows.append((run.info.run_id if run is not None else job.run_id, status, str(cost.steps or "?"), time_text, places))
@@ -189,7 +232,8 @@ def overview(
     lines = [
         f"{num_rows} rows at scale {plan.tables[0].scale}, {len(plan.seeds)} seed(s): "
         f"{len(plan.jobs) - num_stages} trainings{staged}; "
-        f"{counts['done']} done, {counts['running']} running, {counts['missing']} missing.",
+        f"{counts['done']} done{f' ({len(again)} to be measured with other settings)' if again else ''}, "
+        f"{counts['running']} running, {counts['missing']} missing.",
         *_lines_of_tables(plan),
     ]
     if left_s or not unknown:

@@ -19,7 +19,7 @@ def publish_tables(tables: Sequence[Table], *, machine: Machine) -> str | None:
     for table in tables:
         published = publish(
             "table",
-            name=f"{table.name} {table.scale}",
+            name=" ".join((table.name, table.scale, *table.changes)),
             machine=machine,
             files={
                 f"{table.name}.md": render.markdown(table),

@@ -15,8 +15,7 @@ from obowlab.tables.model import Cell, Estimate, Row, RunRef, Table
 
 Format = Literal["rich", "md", "json", "csv", "html"]
 
-MARKS = {"agrees": "✓", "disagrees": "✗", "indistinguishable": "≈"}
-LEGEND = "direction against the base row: ✓ as in the paper, ✗ the opposite, ≈ not distinguishable (paired test, 5 %)"
+MARKS = {"agrees": "✓", "disagrees": "✗", "higher": "↑", "lower": "↓", "indistinguishable": "≈"}
 NOT_COMPARABLE = "not comparable"
 HASH_DIGITS = 12
 CSV_COLUMNS = (
@@ -28,15 +27,29 @@ CSV_COLUMNS = (
 
 def heading(table: Table) -> str:
     """Return the title with scale, data set and the badge of tables that are not at the paper's scale."""
-    badge = "" if table.comparable else f" · {NOT_COMPARABLE} with the paper's values"
-    return f"{table.title} · scale {table.scale} ({table.dataset}){badge}"
+    badge = "" if table.comparable or not table.has_paper else f" · {NOT_COMPARABLE} with the paper's values"
+    changes = f" · all rows with {', '.join(table.changes)}" if table.changes else ""
+    return f"{table.title} · scale {table.scale} ({table.dataset}){changes}{badge}"
+
+
+def legend(table: Table) -> str:
+    """Return what the marks of a table mean."""
+    known = {cell.paper is not None for row in table.rows for cell in row.cells}
+    meanings = [
+        *(["✓ as in the paper, ✗ the opposite"] if True in known else []),
+        *(["↑ higher, ↓ lower" + (" (no value in the paper)" if True in known else "")] if known != {True} else []),
+    ]
+    return f"direction against the base row: {', '.join(meanings)}, ≈ not distinguishable (paired test, 5 %)"
 
 
 def overview(table: Table) -> tuple[list[str], list[list[str]]]:
-    """Return headings and rows for a terminal: ours with a mark of its direction, the paper's value, the row's verdict."""
+    """Return headings and rows for a terminal: ours with a mark of its direction, the paper's value, the row's verdict.
+
+    Of a table without values of the paper, the difference to the base row stands where they would.
+    """
     columns = ["row", "seeds"]
     for column in table.columns:
-        columns += [column.label, "paper", *(["Δ paper"] if table.comparable else [])]
+        columns += [column.label, *_beside(column.label, table=table)]
     rows = []
     for group, row in _grouped(table):
         if group is not None:
@@ -44,11 +57,29 @@ def overview(table: Table) -> tuple[list[str], list[list[str]]]:
         cells = [f"{row.label}{_superscript(row.notes)}", _seeds(row)]
         for cell in row.cells:
             mark = f" {MARKS[cell.verdict]}" if cell.verdict else ""
+            if not table.has_paper:
+                cells += [estimate_text(cell.ours), f"{estimate_text(cell.against_base, signed=True)}{mark}"]
+                continue
             cells += [f"{estimate_text(cell.ours)}{mark}", _number(cell.paper)]
             if table.comparable:
                 cells.append(_signed(cell.against_paper))
         rows.append([*cells, verdict_text(row)])
     return [*columns, "direction"], rows
+
+
+def expendable(table: Table) -> list[str]:
+    """Return the headings of `overview` that a narrow terminal can do without, in this order."""
+    (primary,) = (column.label for column in table.columns if column.metric == table.primary)
+    others = [column.label for column in reversed(table.columns) if column.label != primary]
+    beside = [heading for label in others for heading in reversed(_beside(label, table=table))]
+    return ["seeds", *beside, "direction", *others, *(reversed(_beside(primary, table=table)) if table.has_paper else [])]
+
+
+def _beside(label: str, *, table: Table) -> list[str]:
+    """Return the headings of what stands beside our values of a metric."""
+    if not table.has_paper:
+        return [f"{label} Δ base row"]
+    return [f"{label} paper", *([f"{label} Δ paper"] if table.comparable else [])]
 
 
 def remarks(table: Table) -> list[str]:
@@ -90,16 +121,19 @@ def runs_overview(table: Table) -> tuple[list[str], list[list[str]]]:
 def markdown(table: Table) -> str:
     """Return the table, its footnotes and the runs behind it as Markdown."""
     columns = ["row", "seeds"]
+    against_paper = table.comparable and table.has_paper
+    paper = ["paper"] if table.has_paper else []
     for column in table.columns:
-        columns += [column.label, "paper", "Δ paper" if table.comparable else "Δ base row", "direction"]
+        columns += [column.label, *paper, "Δ paper" if against_paper else "Δ base row", "direction"]
     rows = []
     for group, row in _grouped(table):
         if group is not None:
             rows.append([f"**{group}**", *[""] * (len(columns) - 1)])
         cells = [f"{row.label}{_superscript(row.notes)}", _seeds(row)]
         for cell in row.cells:
-            difference = _signed(cell.against_paper) if table.comparable else estimate_text(cell.against_base, signed=True)
-            cells += [estimate_text(cell.ours), _number(cell.paper), difference, _verdict_cell(row, cell)]
+            difference = _signed(cell.against_paper) if against_paper else estimate_text(cell.against_base, signed=True)
+            theirs = [_number(cell.paper)] if table.has_paper else []
+            cells += [estimate_text(cell.ours), *theirs, difference, _verdict_cell(row, cell)]
         rows.append(cells)
     lines = [
         f"# {heading(table)}",
@@ -175,7 +209,7 @@ def html(tables: Sequence[Table]) -> str:
     environment = Environment(
         loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    parts = {"overview": overview, "runs_overview": runs_overview, "remarks": remarks, "LEGEND": LEGEND}
+    parts = {"overview": overview, "runs_overview": runs_overview, "remarks": remarks, "legend": legend}
     style = Markup((folder / "report" / "style.css").read_text(encoding="utf-8"))  # ours, and the report's: one look
     return environment.get_template("table.html").render(tables=tables, style=style, **parts) + "\n"
 

@@ -6,7 +6,7 @@ recipes have the same fingerprint are one training.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -22,6 +22,7 @@ from obowlab.config import (
     flatten,
     load_recipe,
     nearest,
+    parse_override,
     parse_section,
     project_root,
     read_toml,
@@ -29,6 +30,7 @@ from obowlab.config import (
 from obowlab.config.scales import SCALES, recipe_for
 from obowlab.errors import UserError
 from obowlab.runs.metrics import lookup
+from obowlab.text import override
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
@@ -87,18 +89,33 @@ class PlannedRow:
 
 @dataclass(frozen=True)
 class PlannedTable:
-    """A table at one scale."""
+    """A table at one scale.
+
+    Attributes:
+        name: of its file, without the ending.
+        path: of its file; None for the copy that a run store keeps.
+        scale: one of `SCALES`.
+        file: what it says.
+        rows: in its order.
+        changes: what every row changes beside its own settings (`--set`), recipe key -> value.
+    """
 
     name: str
-    path: Path
+    path: Path | None
     scale: str
     file: TableFile
     rows: tuple[PlannedRow, ...] = field(repr=False)
+    changes: dict[str, Any] = field(default_factory=dict)
 
     @property
     def base(self) -> PlannedRow:
         """The row that the others are compared with."""
         return next(row for row in self.rows if row.is_base)
+
+    @property
+    def changed(self) -> tuple[str, ...]:
+        """What every row changes, as texts `key=value`."""
+        return override_texts(self.changes)
 
 
 def table_files() -> dict[str, Path]:
@@ -106,17 +123,52 @@ def table_files() -> dict[str, Path]:
     return {path.stem: path for path in sorted((project_root() / "ablations").glob("*.toml"))}
 
 
-def load_table(name: str | Path, *, scale: str) -> PlannedTable:
-    """Read a shipped table by name, or a TOML file by path, and resolve its rows' recipes at a scale.
+def load_tables(names: Sequence[str], *, scale: str, overrides: Sequence[str] = ()) -> list[PlannedTable]:
+    """Read the tables that a command names, see `resolve_names` and `load_table`.
 
     Raises:
-        UserError: no such table, scale, base recipe, metric or recipe key; two rows of one name; no base row, or several.
+        UserError: as `load_table`; two tables, or one and a shipped one, have the same name.
+    """
+    changes = dict(map(parse_override, overrides))
+    tables = [load_table(name, scale=scale, changes=changes) for name in resolve_names(names)]
+    shipped = table_files()
+    for place, table in enumerate(tables):
+        assert table.path is not None
+        others = [other.path for other in tables[:place] if other.name == table.name]
+        if table.name in shipped and table.path.read_bytes() != shipped[table.name].read_bytes():
+            others.append(shipped[table.name])
+        if others:
+            raise UserError(
+                f"{table.path}: there is another table '{table.name}' ({others[0]}): rename the file, as runs, MLflow and the "
+                "report know a table by the name of its file."
+            )
+    return tables
+
+
+def load_table(name: str | Path, *, scale: str, changes: Mapping[str, Any] | None = None) -> PlannedTable:
+    """Read a shipped table by name, or a TOML file by path, and resolve its rows' recipes at a scale.
+
+    Args:
+        name: of the table, or its file.
+        scale: one of `SCALES`.
+        changes: what every row changes beside its own settings, the base row too; recipe key -> value.
+
+    Raises:
+        UserError: no such table, scale, base recipe, metric or recipe key; two rows of one name; no base row, or several;
+            a row sets what all rows shall change.
     """
     path = name if isinstance(name, Path) else _find(name)
     file = _read(path)
-    base = cache(lambda: load_recipe(_base_recipe(file.base, folder=path.parent, scale=scale)).recipe.fingerprint(seed=0))
+    common = dict(changes or {})
+    texts = override_texts(common)
+    base = cache(
+        lambda: load_recipe(_base_recipe(file.base, folder=path.parent, scale=scale), overrides=texts).recipe.fingerprint(seed=0)
+    )
     try:
-        rows = tuple(_plan(row, file=file, folder=path.parent, scale=scale, base=base) for row in file.row)
+        if common:
+            _refuse_set_twice(file, scale=scale, changes=common)
+            base()  # a mistake in what all rows change is not that of a row
+        rows = tuple(_plan(row, file=file, folder=path.parent, scale=scale, base=base, changes=common) for row in file.row)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     bases = [row.row.key for row in rows if row.is_base]
@@ -126,7 +178,7 @@ def load_table(name: str | Path, *, scale: str) -> PlannedTable:
             f"{path}: {found} the base recipe '{file.base}' without changes; just one must be. What all rows share belongs "
             "into a recipe that 'base' names."
         )
-    return PlannedTable(name=path.stem, path=path, scale=scale, file=file, rows=rows)
+    return PlannedTable(name=path.stem, path=path, scale=scale, file=file, rows=rows, changes=common)
 
 
 def resolve_names(names: Sequence[str]) -> list[str]:
@@ -139,6 +191,11 @@ def resolve_names(names: Sequence[str]) -> list[str]:
     for name in wanted:
         _find(name)
     return list(dict.fromkeys(wanted))
+
+
+def override_texts(changes: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return changes of a recipe as texts `key=value`, as `--set` takes them."""
+    return tuple(f"{key}={override(value)}" for key, value in changes.items())
 
 
 def also_differs(row: PlannedRow, *, base: PlannedRow, paper_row: PlannedRow, paper_base: PlannedRow) -> str:
@@ -189,13 +246,26 @@ def _read(path: Path) -> TableFile:
     return file
 
 
-def _plan(row: TableRow, *, file: TableFile, folder: Path, scale: str, base: Callable[[], str]) -> PlannedRow:
+def _refuse_set_twice(file: TableFile, *, scale: str, changes: Mapping[str, Any]) -> None:
+    """Refuse to change for all rows what a row sets itself.
+
+    Raises:
+        UserError: names the first such row.
+    """
+    for row in file.row:
+        for key in changes.keys() & {**row.set, **row.at.get(scale, AtScale()).set}.keys():
+            raise UserError(f"row '{row.key}' sets '{key}' itself, so --set {key} cannot hold for all rows: leave it out.")
+
+
+def _plan(
+    row: TableRow, *, file: TableFile, folder: Path, scale: str, base: Callable[[], str], changes: Mapping[str, Any]
+) -> PlannedRow:
     """Resolve a row; `base` gives the fingerprint of the table's base recipe, called once the row itself is valid."""
     name = _base_recipe(row.base or file.base, folder=folder, scale=scale)
     here = row.at.get(scale, AtScale())
     overrides = {**row.set, **here.set}
     try:
-        loaded = load_recipe(name, changes=overrides)
+        loaded = load_recipe(name, changes={**overrides, **changes})
     except UserError as error:
         raise UserError(f"row '{row.key}': {error}") from None
     return PlannedRow(

@@ -71,14 +71,16 @@ def mean_variance(x: Matrix) -> tuple[float, float]:
     return total / (seeds * episodes), total**2 / spread
 
 
-def verdict(difference: Estimate, *, paper: float) -> Verdict:
-    """Say whether our difference to the base row has the direction of the paper's.
+def verdict(difference: Estimate, *, paper: float | None) -> Verdict:
+    """Say whether our difference to the base row has the direction of the paper's, or which direction it has.
 
     Args:
         difference: ours minus the base row's, paired.
-        paper: the same in the paper.
+        paper: the same in the paper; None where it has none.
     """
     assert difference.p is not None
     if difference.p >= LEVEL:
         return "indistinguishable"
+    if paper is None:
+        return "higher" if difference.value > 0 else "lower"
     return "agrees" if difference.value * paper > 0 else "disagrees"

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from obowlab.launch.slurm import JobRequest, Resources, check_slurm, live_runs
 from obowlab.launch.submit import Submitter
 from obowlab.runs.folder import RunFolder
 from obowlab.runs.records import store_runs
-from obowlab.tables.plan import Plan, check_images, labels_of
+from obowlab.tables.plan import Plan, check_images, due_jobs, labels_of
 
 
-def submit_plan(plan: Plan, *, submitter: Submitter, at_a_time: int) -> int | None:
+def submit_plan(plan: Plan, *, submitter: Submitter, at_a_time: int, again: Collection[str] = ()) -> int | None:
     """Submit the missing trainings of tables as arrays of jobs, earlier stages first.
 
     Args:
         plan: of the tables.
         submitter: makes the jobs, of one process each; with `wait`, this returns when they are over.
         at_a_time: how many jobs of an array may run together.
+        again: fingerprints of finished trainings that are to be measured, see `plan.unmeasured`.
 
     Returns:
         The exit code when there is nothing to show yet; None when nothing is left, or the waiting is over.
@@ -26,7 +29,7 @@ def submit_plan(plan: Plan, *, submitter: Submitter, at_a_time: int) -> int | No
     machine = submitter.machine
     runs = store_runs(machine.runs_root, fingerprints=plan.fingerprints)
     finished = {key for key, run in runs.items() if run.state.status == "finished"}
-    left = [job for job in plan.jobs if job.fingerprint not in finished]
+    left = due_jobs(plan, runs=runs, again=again)
     if not left:
         return None
     check_slurm()

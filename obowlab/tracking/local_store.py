@@ -19,6 +19,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from obowlab.errors import UserError
+from obowlab.files import kind_of, leads_astray
 
 SQLITE = "sqlite:///"
 ARTIFACTS = "mlartifacts"
@@ -32,6 +33,9 @@ PLACES = (
 """The columns in which MLflow writes where artifacts are."""
 
 BUSY_TIMEOUT_S = 30.0
+CHECK_S = 10.0
+"""Longest time to look for damaged pages, in seconds."""
+
 DAMAGES = ("malformed", "not a database")
 """What SQLite says of a file that is damaged."""
 
@@ -104,6 +108,27 @@ def problem_of(uri: str) -> str | None:
         return str(error)
 
 
+def damage_of(uri: str) -> str | None:
+    """Return one sentence when pages of a SQLite store are damaged, which its other pages do not tell; None when none are.
+
+    All of the file is read, for at most `CHECK_S`.
+    """
+    path = database_path(uri)
+    if path is None or not path.exists():
+        return None
+    end = time.monotonic() + CHECK_S
+    try:
+        with _opened(path) as database:
+            database.set_progress_handler(lambda: int(time.monotonic() > end), 10000)
+            try:
+                found = database.execute("PRAGMA quick_check(1)").fetchone()[0]
+            except sqlite3.OperationalError:  # the time is over, or the file is locked
+                return None
+        return None if found == "ok" else damage_sentence(path)
+    except UserError as error:
+        return str(error)
+
+
 def damage_sentence(path: Path) -> str:
     """Return one sentence on a damaged store, with the command that makes a new one."""
     return (
@@ -146,6 +171,9 @@ def put_aside(uri: str) -> Path:
 @contextmanager
 def _opened(path: Path) -> Iterator[sqlite3.Connection]:
     """Open a store that exists; a damaged one, or one that may not be read, is a UserError."""
+    kind = "a link that somebody made to what is not theirs" if leads_astray(path) else kind_of(path.stat().st_mode)
+    if kind is not None:
+        raise UserError(f"The MLflow store {path} is not used, for it is {kind}: let its owner move it away.")
     try:
         file = f"{path.as_uri()}?mode=rw"
         with closing(sqlite3.connect(file, uri=True, timeout=BUSY_TIMEOUT_S, isolation_level=None)) as database:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -21,12 +22,14 @@ from typing import TYPE_CHECKING
 
 from obowlab.config import flatten
 from obowlab.errors import UserError
-from obowlab.files import file_lock
+from obowlab.files import copy_file, copy_tree, file_lock, holder_name
 from obowlab.runs.folder import RunFolder
 from obowlab.runs.info import read_result
 from obowlab.runs.metrics import METRIC_FILES, mlflow_name
+from obowlab.runs.trash import store_of
+from obowlab.tracking.local_store import database_path
 from obowlab.tracking.model import save_encoder_model
-from obowlab.tracking.outbox import ENDED, MODEL_FOLDER, Outbox, Sent
+from obowlab.tracking.outbox import ENDED, MODEL_FOLDER, Outbox, Sent, digest_of
 from obowlab.tracking.server import (
     REQUEST_TIMEOUT_S,
     complaint,
@@ -58,12 +61,14 @@ class SyncReport:
     Attributes:
         sent: metric values, files and facts sent.
         pending: how many of these are still to be sent; 0 when a damaged file of the run keeps them from being counted.
+        left_out: what is never sent of the run's folder, with reasons.
         error: one sentence when the store could not be reached or refused; None when all is well.
     """
 
     sent: int
     pending: int
     error: str | None = None
+    left_out: tuple[str, ...] = ()
 
 
 class Mirror:
@@ -80,7 +85,7 @@ class Mirror:
             UserError: MLflow cannot write to such an address.
         """
         self.folder = folder
-        self.runs_root = folder.path.absolute().parent
+        self.runs_root = store_of(folder.path)
         self.uri = store_uri(tracking_uri, runs_root=self.runs_root)
         self.outbox = Outbox(folder, store=shown_uri(self.uri))
         self._turn = threading.Lock()
@@ -113,7 +118,8 @@ class Mirror:
             pending = self.pending()
         except (UserError, OSError) as damage:  # of the run folder: what follows it cannot be counted
             pending, error = 0, error or str(damage)
-        return SyncReport(sent=self._sent - before, pending=pending, error=error)
+        left_out = tuple(self.outbox.left_out())
+        return SyncReport(sent=self._sent - before, pending=pending, error=error, left_out=left_out)
 
     def sync_when_due(self, *, timeout_s: float = 10.0) -> SyncReport | None:
         """Do as `sync` does, but after failures wait a while first (`WAITS_S`); None while waiting."""
@@ -155,6 +161,9 @@ class Mirror:
 
     def _send_all(self, end: float) -> None:
         outbox, sent = self.outbox, self.outbox.load()
+        if outbox.is_deleted:
+            self._delete_run(sent)
+            return
         if self._client is None or sent.run_id is None:
             prepare_store(self.uri)
             client = connect(self.uri)
@@ -179,13 +188,38 @@ class Mirror:
             if outbox.is_new(path, sent=sent):
                 _in_time(end)
                 folder = path.parent.relative_to(self.folder.path).as_posix()
-                client.log_artifact(_id(sent), str(path), None if folder == "." else folder)
+                self._send_file(client, sent, path, folder=None if folder == "." else folder, owner=self.folder.owner)
                 outbox.mark(path, sent=sent)
                 self._done(sent)
         if outbox.model_is_new(sent):
             _in_time(end)
             fail_fast(request_s=max(REQUEST_TIMEOUT_S, end - time.monotonic()))  # the server may have to forward it
             self._register_model(client, sent)
+        if outbox.card_is_new(sent):
+            self._send_card(client, sent)
+
+    def _send_file(self, client: MlflowClient, sent: Sent, path: Path, *, folder: str | None, owner: int | None = None) -> None:
+        """Send a copy of a regular file: MLflow itself would open whatever has its name by then."""
+        with tempfile.TemporaryDirectory(prefix="obowlab-mirror-") as place:
+            copy_file(path, Path(place) / path.name, owner=owner)
+            client.log_artifact(_id(sent), str(Path(place) / path.name), folder)
+
+    def _delete_run(self, sent: Sent) -> None:
+        """Mark the run as deleted, as its user did; its registered model versions stay, and `_find_run` brings it back."""
+        path = database_path(self.uri)
+        if sent.run_id is None or sent.deleted:
+            return
+        if path is None or path.exists():
+            from mlflow.exceptions import MlflowException
+
+            prepare_store(self.uri)
+            try:
+                connect(self.uri).delete_run(sent.run_id)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+        sent.deleted = True
+        self._done(sent)
 
     def _find_run(self, client: MlflowClient, sent: Sent) -> None:
         """Find this run in the store by the remembered id, else by its tags, else create it."""
@@ -193,7 +227,13 @@ class Mirror:
 
         if sent.run_id is not None:
             try:
-                if client.get_run(sent.run_id).info.lifecycle_stage == "active":
+                is_active = client.get_run(sent.run_id).info.lifecycle_stage == "active"
+                if sent.deleted:  # with `obowlab runs delete`, and restored since
+                    if not is_active:
+                        client.restore_run(sent.run_id)
+                    is_active, sent.deleted = True, False
+                    self._done(sent)
+                if is_active:
                     self._forget_lost(client, sent)
                     return
             except MlflowException as error:
@@ -229,7 +269,7 @@ class Mirror:
         lost = lost_artifacts(client, _id(sent), names=[*sent.files, MODEL_FOLDER])
         sent.files = {name: stamp for name, stamp in sent.files.items() if name not in lost}
         if MODEL_FOLDER in lost:
-            sent.model_version = None
+            sent.model_version = sent.card = None
 
     def _send_params(self, client: MlflowClient, sent: Sent) -> None:
         if sent.params:
@@ -265,15 +305,17 @@ class Mirror:
 
     def _send_result(self, client: MlflowClient, sent: Sent, path: Path) -> None:
         result = read_result(path)
-        values = {}
-        for measurement in result["measurements"]:
-            values[measurement["name"]] = float(measurement["value"])
-            values[f"{measurement['name']}_ci95"] = float(measurement["interval"])
+        place = self.outbox.place(result)
+        values = {measurement["name"]: float(measurement["value"]) for measurement in result["measurements"]}
         # The time it was measured, which stays with copies of the file: sent again, a value is the same point.
         time_s = float(result.get("measured_at", path.stat().st_mtime_ns / 1e9))
-        metrics, odd = _metrics(values, step=self.folder.state.step, time_s=time_s, source=self.outbox.place(result))
+        # MLflow draws values of step 0 as bars, beside those of other runs. Its latest value is that of the highest step, and
+        # earlier versions sent the last one of the training.
+        known = [client.get_metric_history(_id(sent), mlflow_name(name, source=place)) for name in values]
+        step = max((point.step for points in known for point in points), default=0)
+        metrics, odd = _metrics(values, step=step, time_s=time_s, source=place)
         client.log_batch(_id(sent), metrics=metrics)
-        client.log_artifact(_id(sent), str(path), "results")
+        self._send_file(client, sent, path, folder="results")
         _count(odd, sent)
         self.outbox.mark(path, sent=sent)
         self._done(sent, count=len(metrics) + 1)
@@ -285,6 +327,10 @@ class Mirror:
         if changed:
             client.log_batch(_id(sent), tags=[RunTag(key, value) for key, value in changed.items()])
             sent.tags = {**sent.tags, **changed}
+            self._done(sent)
+        for name in self.outbox.dropped_tags(sent):
+            client.delete_tag(_id(sent), name)
+            del sent.tags[name]
             self._done(sent)
 
     def _send_dataset(self, client: MlflowClient, sent: Sent) -> None:
@@ -325,8 +371,7 @@ class Mirror:
         """Upload the encoder and make it a model version, unless a version of this run exists already."""
         from mlflow.exceptions import MlflowException
 
-        info, run_id = self.folder.info, _id(sent)
-        name = f"obowlab-{info.name}"
+        info, run_id, name = self.folder.info, _id(sent), self.outbox.model_name
         try:
             client.create_registered_model(name, tags={"obowlab.recipe": info.name})
         except MlflowException as error:
@@ -334,12 +379,23 @@ class Mirror:
                 raise
         found = list(client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'"))
         if not found or lost_artifacts(client, run_id, names=[MODEL_FOLDER]):
-            client.log_artifacts(run_id, str(self.folder.path / MODEL_FOLDER), MODEL_FOLDER)
+            with tempfile.TemporaryDirectory(prefix="obowlab-mirror-") as place:
+                copy_tree(self.folder.path / MODEL_FOLDER, Path(place), owner=self.folder.owner)
+                client.log_artifacts(run_id, place, MODEL_FOLDER)
         if not found:
             source = f"{client.get_run(run_id).info.artifact_uri}/{MODEL_FOLDER}"
             tags = {"obowlab.run_id": info.run_id, "obowlab.fingerprint": info.fingerprint}
             found = [client.create_model_version(name, source=source, run_id=run_id, tags=tags, await_creation_for=0)]
         sent.model_version = str(found[0].version)
+        self._done(sent)
+
+    def _send_card(self, client: MlflowClient, sent: Sent) -> None:
+        """Describe the model version: on its page, and in its folder."""
+        card = self.outbox.card(sent)
+        assert card is not None
+        client.update_model_version(self.outbox.model_name, str(sent.model_version), description=card)
+        client.log_text(_id(sent), card, f"{MODEL_FOLDER}/README.md")
+        sent.card = digest_of(card)
         self._done(sent)
 
     def _done(self, sent: Sent, *, count: int = 1) -> None:
@@ -351,7 +407,8 @@ class Mirror:
         try:
             lock = file_lock(self.folder.path / "mirror.lock", timeout_s=0).acquire()
         except TimeoutError:
-            raise UserError(f"Another process is mirroring {self.folder.run_id}; it sends what is pending.") from None
+            holder = holder_name(self.folder.path / "mirror.lock")
+            raise UserError(f"{self.folder.run_id} is being mirrored by {holder}, which sends what is pending.") from None
         with lock:
             yield
 

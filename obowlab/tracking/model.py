@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 import importlib.metadata
-import json
 import re
 import shutil
 import tempfile
-import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from obowlab.config import Recipe
 from obowlab.errors import UserError
 from obowlab.tracking.server import complaint, connect, fail_fast, refusal, store_uri
 
-EXAMPLE_SIZE = 64
+WEIGHTS = "model/data/model.pth"
+"""The artifact of a run that holds the module and its weights."""
+
+NEEDED = ("torch", "torchvision", "mlflow", "numpy")
+"""The packages that a model needs where it is loaded."""
+
 _SCHEME = "models:/"
 
 
@@ -26,16 +30,20 @@ class ModelVersion:
     """An encoder that a run left in MLflow.
 
     Attributes:
+        ref: its address, `models:/NAME/VERSION`.
+        uri: of the store.
+        mlflow_run_id: MLflow's id of the run.
         run_id: obowlab's id of the run.
         fingerprint: of the run.
-        recipe_values: its recipe, JSON values.
-        state: the weights by torchvision's names, tensors on the CPU.
+        recipe: of the run.
     """
 
+    ref: str
+    uri: str
+    mlflow_run_id: str
     run_id: str
     fingerprint: str
-    recipe_values: Mapping[str, Any]
-    state: Mapping[str, Any]
+    recipe: Recipe
 
 
 def is_model_version(ref: str) -> bool:
@@ -43,8 +51,8 @@ def is_model_version(ref: str) -> bool:
     return ref.startswith(_SCHEME)
 
 
-def read_model_version(ref: str, *, tracking_uri: str | None, runs_root: Path) -> ModelVersion:
-    """Read the encoder of a model version back, with what its run says about it.
+def find_model_version(ref: str, *, tracking_uri: str | None, runs_root: Path) -> ModelVersion:
+    """Find a model version, with what its run says about it.
 
     Args:
         ref: `models:/NAME/VERSION`.
@@ -61,71 +69,79 @@ def read_model_version(ref: str, *, tracking_uri: str | None, runs_root: Path) -
     refused = refusal(uri)
     if refused is not None:
         raise UserError(refused)
-    fail_fast()
-    from mlflow.exceptions import MlflowException
-
-    try:
+    with _answers(ref, uri=uri):
         client = connect(uri)
         version = client.get_model_version(parts[1], parts[2])
         run_id, fingerprint = version.tags.get("obowlab.run_id"), version.tags.get("obowlab.fingerprint")
         if run_id is None or fingerprint is None or version.run_id is None:
             raise UserError(f"{ref} was not made by obowlab: load it with mlflow.pytorch.load_model.")
         with tempfile.TemporaryDirectory() as folder:
-            recipe = Path(client.download_artifacts(version.run_id, "recipe.json", folder)).read_bytes()
-            state = _state(Path(client.download_artifacts(version.run_id, "model", folder)))
+            text = Path(client.download_artifacts(version.run_id, "recipe.json", folder)).read_text(encoding="utf-8")
+    try:
+        recipe = Recipe.model_validate_json(text)
+    except ValueError:
+        raise UserError(f"{ref} has a recipe of another version of obowlab; load it with mlflow.pytorch.load_model.") from None
+    return ModelVersion(ref, uri, mlflow_run_id=version.run_id, run_id=run_id, fingerprint=fingerprint, recipe=recipe)
+
+
+@contextmanager
+def downloaded_weights(version: ModelVersion) -> Iterator[Path]:
+    """Yield the torch file of a model version, which holds a pickled module (`save_encoder_model`).
+
+    Raises:
+        UserError: the store does not answer, or has no such file any more.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        with _answers(version.ref, uri=version.uri, instead=f"; its run may still have the file: '{version.run_id}'"):
+            path = Path(connect(version.uri).download_artifacts(version.mlflow_run_id, WEIGHTS, folder))
+        yield path
+
+
+@contextmanager
+def _answers(ref: str, *, uri: str, instead: str = "") -> Iterator[None]:
+    """Turn what a store raises into one sentence."""
+    fail_fast()
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
     except (MlflowException, OSError) as error:
-        raise UserError(f"Cannot load {ref} from {complaint(error, uri=uri)}.") from None
-    return ModelVersion(run_id, fingerprint, recipe_values=json.loads(recipe), state=state)
+        raise UserError(f"Cannot load {ref} from {complaint(error, uri=uri)}{instead}.") from None
 
 
-def _state(folder: Path) -> dict[str, Any]:
-    """Return the weights of a model folder, in memory of their own."""
-    import mlflow.pytorch
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = mlflow.pytorch.load_model(str(folder))
-    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-
-
-def save_encoder_model(encoder: Any, *, path: Path, example: Any) -> None:
+def save_encoder_model(encoder: Any, *, path: Path, example: Any, metadata: Mapping[str, Any] | None = None) -> None:
     """Write an encoder as an MLflow model directory for `mlflow.pytorch.load_model` and `mlflow.pyfunc.load_model`.
 
-    The format is torch.export's: a graph without pickled code, frozen in evaluation mode, for any number of images and any
-    size the encoder can take. (A pickled module would need this very package wherever it is loaded.) The folder appears
-    complete or not at all. This module imports no torch itself.
+    The module is pickled whole: what is loaded can be trained, which a graph of torch.export cannot. So it must be made of
+    classes that are there wherever it is loaded, those of torch and torchvision. The folder appears complete or not at all.
+    This module imports no torch itself.
 
     Args:
-        encoder: a torch module that maps [N, 3, H, W] to features [N, c]; left as it is.
+        encoder: a torch module on the CPU that maps float32 [N, 3, H, W] to features [N, c], in evaluation mode.
         path: the folder to write; an existing one is replaced.
-        example: float32 tensor [N, 3, H, W] with N >= 2; only its shape counts.
+        example: float32 tensor [N, 3, H, W] to keep as the input example; MLflow writes it as text.
+        metadata: JSON values to keep in the model's description.
     """
     import mlflow.pytorch
     import numpy as np
     from mlflow.models import ModelSignature
     from mlflow.types import Schema, TensorSpec
 
-    assert example.ndim == 4
-    assert example.shape[0] >= 2, "a batch of one would be frozen into the graph"
-    # A small example: MLflow keeps it as text beside the model.
-    example = example[:2, :, :EXAMPLE_SIZE, :EXAMPLE_SIZE].detach().cpu().float().contiguous()
-    frozen = copy.deepcopy(encoder).cpu().float().eval().requires_grad_(False)  # loads on any machine
     any_image = TensorSpec(np.dtype("float32"), (-1, example.shape[1], -1, -1))
-    features = TensorSpec(np.dtype("float32"), (-1, frozen(example).shape[1]))
+    features = TensorSpec(np.dtype("float32"), (-1, encoder(example).shape[1]))
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
         fail_fast()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch.export on how it copies channels-last weights
-            mlflow.pytorch.save_model(
-                frozen,
-                str(beside / "model"),
-                serialization_format="pt2",
-                input_example=example.numpy(),
-                signature=ModelSignature(inputs=Schema([any_image]), outputs=Schema([features])),
-                pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in ("torch", "mlflow", "numpy")],
-            )
+        mlflow.pytorch.save_model(
+            encoder,
+            str(beside / "model"),
+            serialization_format="pickle",
+            input_example=example.numpy(),
+            signature=ModelSignature(inputs=Schema([any_image]), outputs=Schema([features])),
+            pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in NEEDED],
+            metadata=dict(metadata or {}),
+        )
         if path.exists():
             shutil.rmtree(path)
         (beside / "model").replace(path)

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 from obowlab.config import Machine
 from obowlab.errors import UserError
-from obowlab.files import file_lock
+from obowlab.files import locked, share
+from obowlab.tracking.local_store import local_folder
 from obowlab.tracking.server import (
     complaint,
     connect,
@@ -107,7 +108,7 @@ class _Work:
         try:
             fail_fast(request_s=timeout_s)
             self.machine.runs_root.mkdir(parents=True, exist_ok=True)
-            with file_lock(self.machine.runs_root / LOCK):  # two processes must not both create the run
+            with locked(self.machine.runs_root / LOCK):  # two processes must not both create the run
                 prepare_store(self.uri)
                 self._send(connect(self.uri))
         except UserError as error:
@@ -127,7 +128,7 @@ class _Work:
             with tempfile.TemporaryDirectory(prefix="obowlab-publish-") as folder:
                 for name in new:
                     _put(self.files[name], Path(folder) / name)
-                client.log_artifacts(run_id, folder)
+                _log(client, run_id, Path(folder))
         now = round(time.time() * 1000)
         points = [Metric(key, value, now, 0) for key, value in self.metrics.items() if known.get(f"{METRIC}{key}") != repr(value)]
         wanted = {
@@ -145,7 +146,7 @@ class _Work:
 
     def _find(self, client: MlflowClient) -> tuple[str, dict[str, str]]:
         """Return the run's id and its tags; a deleted run is not found and a new one takes its place."""
-        experiment = experiment_id(client, uri=self.uri, runs_root=self.machine.runs_root)
+        experiment = experiment_id(client, uri=self.uri, runs_root=self.machine.runs_root, reports=True)
         alike = client.search_runs(
             [experiment], filter_string=f"tags.`{KIND}` = '{self.kind}'", order_by=["attributes.start_time ASC"], max_results=1000
         )
@@ -157,6 +158,21 @@ class _Work:
         made = client.create_run(experiment, run_name=run_name, tags=tags)
         client.set_terminated(made.info.run_id)
         return str(made.info.run_id), tags
+
+
+def _log(client: MlflowClient, run_id: str, folder: Path) -> None:
+    """Send files into a run that everybody of the store fills in turn: on this machine, its folders are the group's."""
+    place = local_folder(str(client.get_run(run_id).info.artifact_uri))
+    if place is None:
+        client.log_artifacts(run_id, str(folder))
+        return
+    names = sorted(path.relative_to(folder) for path in folder.rglob("*"))  # folders before what is in them
+    for name in names:
+        if (folder / name).is_file():
+            (place / name).unlink(missing_ok=True)  # one of another user could not be written over
+    client.log_artifacts(run_id, str(folder))
+    for path in (place.parent, place, *(place / name for name in names)):
+        share(path)
 
 
 def _warning(kind: str, name: str, reason: str) -> str:

@@ -5,15 +5,20 @@ mlflow is imported inside the functions only: the command line must start withou
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
+import secrets
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obowlab.errors import UserError
-from obowlab.files import file_lock
+from obowlab.files import locked, share, shared_folder
+from obowlab.runs.metrics import mlflow_name
+from obowlab.text import is_shown_whole, without_secrets
+from obowlab.text import shown_uri as shown_uri
 from obowlab.tracking.local_store import (
     ARTIFACTS,
     DAMAGES,
@@ -31,8 +36,25 @@ if TYPE_CHECKING:
 
 DATABASE = "mlflow.db"
 EXPERIMENT = "obowlab"
+REPORTS = "-reports"
+"""What the name of the experiment of reports, tables and studies ends in; the training runs' is the name before it."""
+
+RESULTS_VIEW = "results"
+"""Name of the view of the run list that shows results."""
+_RESULTS = ("linear_top1", "knn_top1", "fewshot_1shot", "fewshot_5shot")
+_COLUMNS = {
+    **{f"tags.`{mlflow_name(name, source='student')}`": 210 for name in _RESULTS},  # with intervals; no run has it: no column
+    "params.`recipe`": 160,
+    "params.`seed`": 60,
+    "params.`training.epochs`": 130,
+    "tags.`obowlab.status`": 130,
+}
+"""Columns of this view, with their widths in pixels."""
+
 REQUEST_TIMEOUT_S = 8.0
 _SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql")
+logger = logging.getLogger(__name__)
+QUOTE_HINT = "write @ / : ? # and spaces in a user's name, password or parameter as %40 %2F %3A %3F %23 %20"
 LOGIN_HINT = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or ~/.mlflow/credentials"
 
 
@@ -54,12 +76,9 @@ def store_uri(tracking_uri: str | None, *, runs_root: Path) -> str:
             f"MLflow cannot write to '{shown_uri(tracking_uri)}' (MLFLOW_TRACKING_URI or tracking_uri): "
             "name a server, http://HOST:PORT, or a database, sqlite:////FOLDER/mlflow.db."
         )
+    if not is_shown_whole(tracking_uri):
+        raise UserError(f"{shown_uri(tracking_uri)} (MLFLOW_TRACKING_URI or tracking_uri): {QUOTE_HINT}.")
     return tracking_uri
-
-
-def shown_uri(text: str) -> str:
-    """Return a text without the user names and passwords of the URIs in it."""
-    return re.sub(r"://[^/@\s]+@", "://", text)
 
 
 def complaint(error: Exception, *, uri: str) -> str:
@@ -72,15 +91,15 @@ def complaint(error: Exception, *, uri: str) -> str:
     answer = getattr(getattr(error, "response", None), "status_code", None)  # of a file; other requests have MLflow's own codes
     code = getattr(error, "error_code", None)
     if answer == 401 or code == "UNAUTHENTICATED":
-        return shown_uri(f"{uri} does not take the login ({LOGIN_HINT})")
+        return f"{shown_uri(uri)} does not take the login ({LOGIN_HINT})"
     if answer == 403 or code == "PERMISSION_DENIED":
-        return shown_uri(f"{uri} does not let this account write there; ask for the role of a writer")
-    path, reason = database_path(uri), " ".join(str(error).partition("[SQL:")[0].split())
+        return f"{shown_uri(uri)} does not let this account write there; ask for the role of a writer"
+    path, reason = database_path(uri), " ".join(without_secrets(str(error), uri=uri).partition("[SQL:")[0].split())
     if path is not None and any(word in reason for word in DAMAGES):
         return damage_sentence(path).removesuffix(".")
     if "out-of-date database schema" in reason:
         return upgrade_sentence(shown_uri(uri)).removesuffix(".")
-    return shown_uri(f"{uri}: {reason or type(error).__name__}")
+    return f"{shown_uri(uri)}: {reason or type(error).__name__}"
 
 
 def login(uri: str) -> tuple[str, str] | None:
@@ -166,21 +185,29 @@ def prepare_store(uri: str) -> None:
         return
     if _is_filled(path):
         make_usable(uri)
+        for shared in (path, path.parent / ARTIFACTS):
+            if shared.exists():
+                share(shared)
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with file_lock(path.with_name(f".{path.name}.lock")):
+        with locked(path.with_name(f".{path.name}.lock")):
             if _is_filled(path):
                 return
-            beside = path.with_name(f".{path.name}.new")
-            beside.unlink(missing_ok=True)
+            beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
             fail_fast()
             from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
             artifacts = artifact_location(uri, runs_root=path.parent)
             assert artifacts is not None
-            SqlAlchemyStore(f"{SQLITE}{beside}", artifacts).engine.dispose()  # type: ignore[no-untyped-call]
-            beside.replace(path)
+            try:
+                beside.open("xb").close()
+                SqlAlchemyStore(f"{SQLITE}{beside}", artifacts).engine.dispose()  # type: ignore[no-untyped-call]
+                share(beside)
+                shared_folder(path.parent / ARTIFACTS)
+                beside.replace(path)
+            finally:
+                beside.unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"Cannot create the MLflow store {path} (--runs-root): {error.strerror}.") from None
 
@@ -220,24 +247,26 @@ def refusal(uri: str) -> str | None:
     return None
 
 
-def experiment_id(client: MlflowClient, *, uri: str, runs_root: Path) -> str:
-    """Return the id of the experiment that everything of obowlab belongs to, creating it when it is not there yet.
+def experiment_id(client: MlflowClient, *, uri: str, runs_root: Path, reports: bool = False) -> str:
+    """Return the id of the experiment of the training runs, creating it when it is not there yet.
 
     Args:
         client: of the store.
         uri: of the store.
         runs_root: where runs are kept, and artifacts of a store without its own place for them.
+        reports: that of reports, tables and studies instead.
 
     Raises:
         UserError: it was deleted.
     """
     from mlflow.exceptions import MlflowException
 
-    name = os.environ.get("MLFLOW_EXPERIMENT_NAME") or EXPERIMENT
+    name = f"{os.environ.get('MLFLOW_EXPERIMENT_NAME') or EXPERIMENT}{REPORTS if reports else ''}"
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         try:
-            return str(client.create_experiment(name, artifact_location=artifact_location(uri, runs_root=runs_root)))
+            place = artifact_location(uri, runs_root=runs_root)
+            return str(client.create_experiment(name, artifact_location=place, tags=_experiment_tags(reports=reports)))
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
@@ -245,7 +274,42 @@ def experiment_id(client: MlflowClient, *, uri: str, runs_root: Path) -> str:
             assert experiment is not None
     if experiment.lifecycle_stage != "active":
         raise UserError(f"The MLflow experiment '{name}' was deleted; restore it there or set MLFLOW_EXPERIMENT_NAME to another.")
+    for key, value in _experiment_tags(reports=reports).items():
+        known = experiment.tags.get(key, "inferred")
+        if known != value and ("inferred" in known or key.endswith(RESULTS_VIEW)):
+            try:
+                client.set_experiment_tag(experiment.experiment_id, key, value)
+            except MlflowException as error:  # it is about how a page looks; runs go there all the same
+                logger.debug("%s", error)
     return str(experiment.experiment_id)
+
+
+def runs_page(uri: str, *, runs_root: Path) -> str:
+    """Return the page of the training runs with their results, relative to the server's address.
+
+    The front page where there is no such experiment and none can be made: it was deleted, or the store is read-only.
+
+    Args:
+        uri: of a database that MLflow can use.
+        runs_root: where runs are kept.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        experiment = experiment_id(connect(uri), uri=uri, runs_root=runs_root)
+    except (UserError, MlflowException):
+        return "/"
+    return f"/#/experiments/{experiment}/runs?workflowType=machine_learning&viewStateShareKey={RESULTS_VIEW}"
+
+
+def _experiment_tags(*, reports: bool) -> dict[str, str]:
+    """Return what MLflow's pages go by: without a kind, an experiment is taken for one of language models."""
+    kind = {"mlflow.experimentKind": "custom_model_development"}
+    if reports:
+        return {**kind, "mlflow.note.content": "Reports, tables and studies of the training runs, as `obowlab` sends them."}
+    # What "Share" in MLflow's list of runs would put there, as plain JSON.
+    view = {"selectedColumns": list(_COLUMNS), "columnOrder": list(_COLUMNS), "columnWidths": _COLUMNS}
+    return {**kind, f"mlflow.sharedViewState.{RESULTS_VIEW}": json.dumps(view)}
 
 
 def fail_fast(*, request_s: float = REQUEST_TIMEOUT_S) -> None:

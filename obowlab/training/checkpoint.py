@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import zipfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -19,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from obowlab.errors import UserError
+from obowlab.files import archive_damage
 from obowlab.methods import METHODS, Method, OneProcess
 from obowlab.runs.folder import RunFolder
+from obowlab.runs.info import CHECKPOINT_FILES, no_checkpoint
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -29,7 +30,7 @@ FORMAT = 1
 ADDED_LATER = ("logged_step", "measured_step", "window", "scaler")
 """Fields that checkpoints of earlier versions do not have."""
 
-CURRENT, PREVIOUS = "checkpoint.pt", "checkpoint.previous.pt"
+CURRENT, PREVIOUS = CHECKPOINT_FILES
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,8 @@ def _write(path: Path, *, content: dict[str, Any]) -> None:
     Raises:
         OSError: the disk refused.
     """
-    with path.open("wb") as file:
+    path.unlink(missing_ok=True)  # of a start that was killed
+    with path.open("xb") as file:
         refusable = _Refusable(file)
         torch.save(content, cast(BinaryIO, refusable))
         if refusable.refusal is not None:
@@ -216,13 +218,12 @@ def newest(folder: Path, *, fingerprint: str, map_location: torch.device) -> tup
 
 def _read(path: Path, *, map_location: torch.device) -> Checkpoint | str:
     """Load one file; return a sentence when it is damaged. torch checks no sums itself, the zip archive holds them."""
+    damage = archive_damage(path)
+    if damage is not None:
+        return damage
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            return f"{path} is damaged (record {damaged} does not match its checksum)."
         content = torch.load(path, map_location=map_location, weights_only=True)
-    except (OSError, zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except (OSError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         return f"{path} is damaged ({str(error).splitlines()[0]})."
     names = set(Checkpoint.__annotations__)
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT or {*content, *ADDED_LATER} != names:
@@ -245,14 +246,10 @@ def open_method(run: RunFolder, *, map_location: torch.device) -> tuple[Method[A
     Raises:
         UserError: the run has no usable checkpoint, or one of another version of obowlab.
     """
-    recipe, name = run.info.recipe, run.info.name
+    recipe = run.info.recipe
     found, complaints = newest(run.path, fingerprint=run.info.fingerprint, map_location=map_location)
     if found is None:
-        reason = " ".join(complaints) or f"There is no {CURRENT} in {run.path}."
-        raise UserError(
-            f"{reason} Run '{run.run_id}' can be looked into only with its checkpoint: train it with `obowlab run {name}`, or "
-            "bring it along with `obowlab runs export --checkpoint`."
-        )
+        raise no_checkpoint(run.info, reason=" ".join(complaints) or f"There is no {CURRENT} in {run.path}.")
     classes = found.method.get("monitor.fc.bias")  # of the data set, which need not be here
     method = METHODS[recipe.method.name](
         recipe.method,

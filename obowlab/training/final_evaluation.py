@@ -18,8 +18,11 @@ from obowlab.tracking.mirror import save_encoder_model
 from obowlab.training.context import RunContext
 from obowlab.training.loop import build, set_up_device, train
 from obowlab.weights.encoder_file import read_encoder, save_encoder
+from obowlab.weights.export import plain_network
 
 MODEL_FOLDER = "model"
+EXAMPLE_SIZE = 64
+"""The side of the images that the model keeps as an example, in pixels."""
 
 
 def encoder_of(run: RunContext) -> ResNet | None:
@@ -56,13 +59,17 @@ def keep(run: RunContext, *, encoder: ResNet) -> None:
     """
     run.stop.act_at_once()
     folder, recipe = run.folder, run.recipe
-    save_encoder(
+    info = save_encoder(
         encoder, path=folder.path / ENCODER_FILE, recipe=recipe, fingerprint=folder.info.fingerprint, source=folder.run_id
     )
     model_path = folder.path / MODEL_FOLDER
     if not model_path.exists():
-        size = recipe.views.original_size
-        save_encoder_model(encoder, path=model_path, example=torch.zeros(2, 3, size, size))
+        shown = {"resize": info.original_resize, "size": info.original_size, "mean": list(info.mean), "std": list(info.std)}
+        about = {"obowlab.run_id": folder.run_id, "obowlab.fingerprint": folder.info.fingerprint, "obowlab.preprocessing": shown}
+        side = min(info.original_size, EXAMPLE_SIZE)
+        save_encoder_model(
+            plain_network(encoder, info=info), path=model_path, example=torch.zeros(2, 3, side, side), metadata=about
+        )
 
 
 def measure(run: RunContext, *, encoder: ResNet) -> None:

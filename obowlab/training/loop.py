@@ -25,6 +25,7 @@ from obowlab.training.distributed import parallelise
 from obowlab.training.memory import peak_mib
 from obowlab.training.optimizers import build_optimizer, grad_norm, set_learning_rate
 from obowlab.training.render_ahead import rendered
+from obowlab.training.reporter import training_facts
 from obowlab.training.resume import check_logs, check_same, newest_checkpoint
 from obowlab.training.signals import Interrupted
 from obowlab.training.stages import Teacher, find_teacher, prepare
@@ -287,10 +288,15 @@ class Trainer:
         self._metric_log.append(self.step, values)
         self.run.reporter.step(
             done=self.step,
-            total=self.total_steps,
-            images_per_s=values["images_per_s"],
             left_s=(self.total_steps - self.step) * values["step_time_s"],
-            values={name: values[name] for name in SHOWN if name in values},
+            facts=training_facts(
+                epoch=values["epoch"],
+                epochs=self.run.recipe.training.epochs,
+                step=self.step,
+                steps=self.total_steps,
+                images_per_s=values["images_per_s"],
+                values={name: values[name] for name in SHOWN if name in values},
+            ),
         )
         self.run.folder.set_state(
             status="running",

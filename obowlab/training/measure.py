@@ -10,7 +10,7 @@ from obowlab.config import Machine
 from obowlab.evaluation import Result, evaluate
 from obowlab.methods import build_backbone
 from obowlab.training.distributed import join
-from obowlab.weights.encoder_file import load_encoder
+from obowlab.weights.encoder_file import read_source
 from obowlab.weights.subject import Subject
 
 
@@ -23,7 +23,7 @@ def measure(
     machine: Machine,
     report: Callable[[str], None],
 ) -> list[Result]:
-    """Measure the encoder of a run or file.
+    """Measure the encoder of a run, a file or a model version.
 
     Args:
         subject: what is measured, and how.
@@ -32,11 +32,15 @@ def measure(
         with_random: measure the untrained weights of the run's seed too.
         machine: where and with what.
         report: called with one line at a time.
+
+    Raises:
+        UserError: the encoder cannot be read, or does not fit the recipe named for it; as `evaluate`.
     """
     if machine.threads is not None:
         torch.set_num_threads(machine.threads)
-    place = subject.folder.path if subject.folder is not None else subject.file
-    encoders = {"student": load_encoder(str(place), runs_root=machine.runs_root).model}
+    student = read_source(subject.source)
+    subject.check(student.info.backbone)
+    encoders = {"student": student.model}
     if with_random:
         assert subject.folder is not None
         encoders["random"] = build_backbone(subject.recipe.backbone, seed=subject.folder.info.seed)

@@ -21,13 +21,10 @@ from torch import Tensor
 
 from obowlab.precision import full_precision
 from obowlab.views.draws import BLUR_PASSES, Draws, Recolouring
+from obowlab.views.views import MEAN, STD
 
 if TYPE_CHECKING:
     from obowlab.views.loaders import PixelBatch
-
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
-"""ImageNet's mean and standard deviation of each channel, for pixels in [0, 1]."""
 
 LUMA = (19595.0, 38470.0, 7471.0)
 """Weights of red, green and blue in PIL's grey value, times 2^16; with them the sum is exact in float32."""

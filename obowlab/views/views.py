@@ -16,6 +16,10 @@ import numpy as np
 from obowlab.config import Views
 from obowlab.randomness import Bools, Floats, Ints, Stream, uniforms
 
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+"""ImageNet's mean and standard deviation of each channel, for pixels in [0, 1]: every view is normalised with them."""
+
 CROP_TRIES = 10
 CROP_RATIO = (3 / 4, 4 / 3)
 """Tries and width-to-height range of torchvision's RandomResizedCrop, which the paper uses with its defaults."""

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from obowlab.data.decoding import check_size
 from obowlab.data.sources import list_images
 from obowlab.errors import UserError
 from obowlab.evaluation.features import BATCH_SIZE, REPORT_EVERY_S, frozen
@@ -142,6 +143,7 @@ def _batches(
     def read(name: str) -> tuple[str, Pixels | str]:
         try:
             with Image.open(folder / name) as image:
+                check_size(image)
                 return name, encoder.transform.pixels(image)
         except MemoryError:
             raise

@@ -6,53 +6,26 @@ An encoder file is safetensors: the state dict of the student's `ResNet` (torchv
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, cast
 
-import safetensors
 import safetensors.torch
 import torch
-import torchvision.models
-from pydantic import ValidationError
 from torch import Tensor, nn
 
-from obowlab.config import Backbone, Level, Recipe, Section, Views, load_machine
+from obowlab.config import Backbone, Level, Recipe, Views, load_machine
 from obowlab.errors import UserError
-from obowlab.evaluation.features import frozen, weights_hash
+from obowlab.evaluation.features import weights_hash
 from obowlab.files import write_atomic
 from obowlab.methods import OBoW, ResNet
 from obowlab.methods.backbones import LEVELS
-from obowlab.runs.folder import RunFolder
-from obowlab.runs.info import ENCODER_FILE
-from obowlab.tracking.model import is_model_version, read_model_version
+from obowlab.tracking.model import ModelVersion, downloaded_weights
 from obowlab.views.centre import CentreView
-from obowlab.views.photometric import MEAN, STD
-from obowlab.weights import WEIGHTS_SUFFIXES
-from obowlab.weights.reading import WeightsFile, read_weights
+from obowlab.weights.info import METADATA_KEY, EncoderInfo, encoder_info, refuse_own
+from obowlab.weights.reading import WeightsFile, read_module, read_weights
 from obowlab.weights.released import Kind, authors_name, build_encoder, build_model, infer_backbone, kind_of, torchvision_names
-
-METADATA_KEY = "obowlab"
-ROUND_TRIP_TOLERANCE = 1e-5
-"""Largest difference of a feature after export, on inputs of unit variance."""
-
-Format = Literal["torchvision", "safetensors"]
-
-
-class EncoderInfo(Section):
-    """What must be known to use an encoder: how to build it and what to show it."""
-
-    backbone: Backbone
-    original_resize: int
-    original_size: int
-    mean: tuple[float, float, float] = MEAN
-    std: tuple[float, float, float] = STD
-    source: str
-    fingerprint: str | None = None
-    weights_hash: str
+from obowlab.weights.source import Source, find_source
 
 
 class Encoder(nn.Module):
@@ -128,14 +101,7 @@ def save_encoder(encoder: nn.Module, *, path: Path, recipe: Recipe, fingerprint:
         fingerprint: of the run, if there is one.
         source: where the weights come from, for example the run id.
     """
-    info = EncoderInfo(
-        backbone=recipe.backbone,
-        original_resize=recipe.views.original_resize,
-        original_size=recipe.views.original_size,
-        source=source,
-        fingerprint=fingerprint,
-        weights_hash=weights_hash(encoder),
-    )
+    info = info_of(encoder, recipe=recipe, source=source, fingerprint=fingerprint)
     write_encoder(encoder, path=path, info=info)
     return info
 
@@ -173,53 +139,53 @@ def load_encoder(ref: str, *, runs_root: Path, tracking_uri: str | None = None) 
     Raises:
         UserError: as `load`.
     """
-    if is_model_version(ref):
-        return _model_version(ref, runs_root=runs_root, tracking_uri=tracking_uri)
-    path = Path(ref)
-    if path.is_file():
-        return read_encoder(path)
-    if path.suffix in WEIGHTS_SUFFIXES:
-        raise UserError(f"There is no weights file '{ref}'.")
-    folder = RunFolder.find(ref, runs_root=runs_root)
-    if not (folder.path / ENCODER_FILE).is_file():
-        raise UserError(f"Run '{folder.run_id}' has no encoder yet (it is {folder.state.status}); finish it with 'obowlab run'.")
-    return read_encoder(folder.path / ENCODER_FILE)
+    return read_source(find_source(ref, runs_root=runs_root, tracking_uri=tracking_uri))
+
+
+def read_source(source: Source) -> Encoder:
+    """Load an encoder that was found.
+
+    Raises:
+        UserError: it cannot be read, or its weights do not fit strictly.
+    """
+    if source.version is not None:
+        return _read_version(source.version)
+    assert source.path is not None
+    return read_encoder(source.path)
 
 
 def read_encoder(path: Path) -> Encoder:
     """Load the encoder from a weights file; see `load_encoder`."""
     file = read_weights(path)
-    if METADATA_KEY not in file.metadata:
+    info = encoder_info(file.metadata, origin=path)
+    if info is None:
         imported = _import(file, origin=path)
         return Encoder(model=imported.encoder, info=imported.info, path=path)
-    try:
-        info = EncoderInfo.model_validate_json(file.metadata[METADATA_KEY])
-    except ValidationError as error:
-        raise UserError(f"{path} was written by another version of obowlab: {error.errors()[0]['msg']}.") from None
-    if (info.mean, info.std) != (MEAN, STD):
-        raise UserError(
-            f"{path} expects pixels normalised with mean {info.mean} and deviation {info.std}, which obowlab does not do."
-        )
     model = build_encoder(file.state, backbone=info.backbone, origin=path)
     if weights_hash(model) != info.weights_hash:
         raise UserError(f"The weights in {path} are not those it was written with (hash differs); copy the file again.")
     return Encoder(model=model, info=info, path=path)
 
 
-def _model_version(ref: str, *, runs_root: Path, tracking_uri: str | None) -> Encoder:
-    """Load a model version: the weights of its graph in a ResNet that can be trained further."""
-    version = read_model_version(ref, tracking_uri=tracking_uri, runs_root=runs_root)
-    recipe, origin = Recipe.model_validate_json(json.dumps(version.recipe_values)), Path(ref)
-    model = build_encoder(version.state, backbone=recipe.backbone, origin=origin)
-    info = EncoderInfo(
+def _read_version(version: ModelVersion) -> Encoder:
+    """Load a model version: the weights of its module in a ResNet of ours."""
+    recipe, origin = version.recipe, Path(version.ref)
+    with downloaded_weights(version) as path:
+        model = build_encoder(read_module(path, origin=origin), backbone=recipe.backbone, origin=origin)
+    info = info_of(model, recipe=recipe, source=version.run_id, fingerprint=version.fingerprint)
+    return Encoder(model=model, info=info, path=origin)
+
+
+def info_of(encoder: nn.Module, *, recipe: Recipe, source: str, fingerprint: str | None) -> EncoderInfo:
+    """Return what must be known to use the encoder of a run; see `save_encoder`."""
+    return EncoderInfo(
         backbone=recipe.backbone,
         original_resize=recipe.views.original_resize,
         original_size=recipe.views.original_size,
-        source=version.run_id,
-        fingerprint=version.fingerprint,
-        weights_hash=weights_hash(model),
+        source=source,
+        fingerprint=fingerprint,
+        weights_hash=weights_hash(encoder),
     )
-    return Encoder(model=model, info=info, path=origin)
 
 
 def _foreign_info(model: ResNet, *, backbone: Backbone, source: str) -> EncoderInfo:
@@ -239,68 +205,6 @@ def _write(path: Path, content: bytes) -> None:
         write_atomic(path, content)
     except OSError as error:
         raise UserError(f"Cannot write {path}: {error.strerror}.") from None
-
-
-# --------------------------------------------------------------------------------------------------------------- export
-
-
-@dataclass(frozen=True)
-class Export:
-    """What was written: the file, and the largest difference of a feature between the encoder and the file read back."""
-
-    path: Path
-    max_difference: float
-
-
-def export(encoder: Encoder, *, format: Format, path: Path) -> Export:
-    """Write an encoder for use elsewhere, read it back and compare features on a random batch.
-
-    `torchvision` is a plain state dict without classifier. To load it: `model = torchvision.models.resnet18()`,
-    `model.fc = torch.nn.Identity()`, `model.load_state_dict(torch.load(path, weights_only=True))`. Inputs are RGB in [0, 1],
-    normalised with ImageNet's mean and deviation. `safetensors` is our own encoder file.
-
-    Raises:
-        UserError: torchvision has no such network (small stem, other width), or the file cannot be written.
-        RuntimeError: the features after the round trip differ by more than `ROUND_TRIP_TOLERANCE`; nothing is left behind.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{'.safetensors' if format == 'safetensors' else ''}")
-    try:
-        if format == "torchvision":
-            returned = _write_torchvision(encoder, temporary)
-        else:
-            write_encoder(encoder.model, path=temporary, info=encoder.info)
-            returned = read_encoder(temporary).model
-        difference = feature_difference(encoder.model, returned, size=encoder.info.original_size)
-        if not difference <= ROUND_TRIP_TOLERANCE:
-            raise RuntimeError(f"features differ by {difference:.3g} after writing and reading {path}; the file was not kept")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return Export(path=path, max_difference=difference)
-
-
-def _write_torchvision(encoder: Encoder, path: Path) -> nn.Module:
-    backbone = encoder.info.backbone
-    if backbone.stem != "imagenet" or backbone.width != 64:
-        raise UserError(
-            f"torchvision has no {backbone.arch} with stem '{backbone.stem}' and width {backbone.width}; use safetensors."
-        )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in encoder.model.state_dict().items()}, path)
-    except OSError as error:
-        raise UserError(f"Cannot write {path.parent}: {error.strerror}.") from None
-    model = cast(nn.Module, torchvision.models.get_model(backbone.arch, weights=None))
-    model.fc = nn.Identity()
-    model.load_state_dict(torch.load(path, weights_only=True), strict=True)
-    return model
-
-
-def feature_difference(first: nn.Module, second: nn.Module, *, size: int) -> float:
-    """Return the largest absolute difference of the features of two encoders on four images of Gaussian noise."""
-    images = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))
-    with frozen(first), frozen(second):
-        return float((first(images) - second(images)).abs().max())
 
 
 # --------------------------------------------------------------------------------------------------------------- import
@@ -336,8 +240,7 @@ def import_authors(path: Path) -> Imported:
         UserError: the file is not plain, finite tensors, or a key is missing, left over or of another shape.
     """
     file = read_weights(path)
-    if METADATA_KEY in file.metadata:
-        raise UserError(f"{path} is an encoder file of obowlab already; use it as it is.")
+    refuse_own(encoder_info(file.metadata, origin=path), path=path)
     return _import(file, origin=path)
 
 

@@ -15,10 +15,23 @@ from typing import Any
 
 import safetensors
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torchvision import transforms
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from obowlab.errors import UserError
-from obowlab.weights import WEIGHTS_SUFFIXES
+from obowlab.weights.info import (
+    DAMAGED,
+    beginning,
+    is_safetensors,
+    is_torch_archive,
+    no_torch_file,
+    only_member,
+    open_archive,
+    refuse_other_kinds,
+    unreadable,
+    unreadable_safetensors,
+)
 
 State = dict[str, Tensor]
 
@@ -27,9 +40,6 @@ WRAPPERS = ("network", "state_dict", "model")
 
 COUNTERS = re.compile(r"(num_batches_tracked|_embedding_ptr|_track_num_batches|_iteration)$")
 """The names of what may be integers."""
-
-LONGEST_HEADER = 100 * 2**20
-"""No header of a safetensors file is longer, in bytes."""
 
 
 @dataclass(frozen=True)
@@ -56,70 +66,37 @@ def read_weights(path: Path) -> WeightsFile:
         UserError: it is none of these, damaged, or holds anything but finite tensors of floating point under names.
     """
     try:
-        start = _beginning(path)
-        if _is_safetensors(start):
+        start = beginning(path)
+        if is_safetensors(start):
             state, metadata = _read_safetensors(path)
             return _without_prefix(state, metadata=metadata, origin=path)
-        what = _what_else(start)
-        if what is not None:
-            raise UserError(f"{path} is no weights file: {what}.")
+        refuse_other_kinds(start, path=path)
         if start.startswith(b"PK"):
-            if not zipfile.is_zipfile(path):
-                raise UserError(f"{path} is cut off: the end of a torch file or zip archive is missing; copy it again.")
-            with zipfile.ZipFile(path) as archive:
-                if not any(name.endswith("/data.pkl") for name in archive.namelist()):
+            with open_archive(path) as archive:
+                if not is_torch_archive(archive):
                     return _read_member(archive, path=path)
         return _without_prefix(_read_torch(path), metadata={}, origin=path)
     except (OSError, zipfile.BadZipFile) as error:
-        raise UserError(f"Cannot read {path}: {getattr(error, 'strerror', None) or error}.") from None
-
-
-def _beginning(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(512)
-
-
-def _is_safetensors(start: bytes) -> bool:
-    return len(start) > 8 and start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= LONGEST_HEADER
-
-
-def _what_else(start: bytes) -> str | None:
-    """Name what is often found in place of a weights file."""
-    text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if not start:
-        return "it is empty"
-    if text.startswith(b"version https://git-lfs"):
-        return "it is the pointer of git LFS in place of the file; `git lfs pull` fetches it"
-    if text.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
-        return "it is a web page (HTML), as a download link gives that needs a login or a click; download the file itself"
-    if start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ")) or start[257:262] == b"ustar":
-        return "it is a packed archive; unpack it and name the file in it"
-    if start.startswith(b"\x89HDF"):
-        return "it is an HDF5 file, as Keras writes; save a state dict of PyTorch"
-    return None
+        raise unreadable(path, error) from None
 
 
 def _read_member(archive: zipfile.ZipFile, *, path: Path) -> WeightsFile:
     """Read the one weights file of a zip archive, as the authors' release is."""
-    files = [name for name in archive.namelist() if not name.startswith("__MACOSX/")]
-    names = [name for name in files if name.lower().endswith(WEIGHTS_SUFFIXES)]
-    if len(names) != 1:
-        found = f"several weights files: {', '.join(names)}" if names else "no weights file"
-        raise UserError(f"{path} is a zip archive with {found}; unpack it and name one file.")
+    name = only_member(archive.namelist(), path=path)
     with tempfile.TemporaryDirectory(prefix="obowlab-weights-") as folder:
-        member = Path(archive.extract(names[0], folder))
+        member = Path(archive.extract(name, folder))
         try:
             return read_weights(member)
         except UserError as error:
-            raise UserError(str(error).replace(str(member), f"{path} ({names[0]})")) from None
+            raise UserError(str(error).replace(str(member), f"{path} ({name})")) from None
 
 
 def _read_safetensors(path: Path) -> tuple[State, dict[str, str]]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
-    except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"{path} is not a readable safetensors file: {error}.") from None
+    except safetensors.SafetensorError as error:
+        raise unreadable_safetensors(path, error) from None
 
 
 def _read_torch(path: Path) -> State:
@@ -127,7 +104,7 @@ def _read_torch(path: Path) -> State:
         with path.open("rb") as file:  # by a name, torch would guess the format from its ending
             content: Any = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or foreign file makes torch's reader fail in a dozen ways; all mean the same here
-        raise UserError(f"{path} is not a torch file of plain tensors: {_reason(str(error), path=path)}.") from None
+        raise no_torch_file(path, reason=_reason(str(error), path=path)) from None
     if isinstance(content, Mapping):
         content = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), content)
     if not isinstance(content, Mapping) or not content:
@@ -141,6 +118,34 @@ def _read_torch(path: Path) -> State:
     return {str(name): tensor for name, tensor in content.items()}
 
 
+def read_module(path: Path, *, origin: Path) -> State:
+    """Return the weights of a module that `torch.save` pickled whole, as MLflow keeps models; no other class is made from it.
+
+    Args:
+        path: the file.
+        origin: where it comes from, for messages.
+
+    Raises:
+        UserError: it is damaged, or holds anything but a ResNet of torchvision.
+    """
+    try:
+        with torch.serialization.safe_globals(list(_OF_A_RESNET)):
+            module: Any = torch.load(path, map_location="cpu", weights_only=True)
+        state: State = module.state_dict()
+    except Exception as error:  # as in `_read_torch`
+        raise UserError(f"{origin} holds no encoder of obowlab: {_reason(str(error), path=path)}.") from None
+    return _checked(WeightsFile(state=state), origin=origin).state
+
+
+_OF_A_RESNET = (
+    *(ResNet, BasicBlock, Bottleneck),
+    *(nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.Identity, nn.Sequential),
+    *(transforms.Compose, transforms.Resize, transforms.CenterCrop, transforms.ToTensor, transforms.Normalize),
+    transforms.InterpolationMode,
+)
+"""The classes of `obowlab.weights.export.plain_network`."""
+
+
 def _reason(message: str, *, path: Path) -> str:
     """Return what torch's reader found, without its advice to read the file unsafely."""
     found = re.search(r"GLOBAL ([\w.]+)", message)
@@ -151,7 +156,7 @@ def _reason(message: str, *, path: Path) -> str:
         )
     if zipfile.is_zipfile(path):
         return "its archive is damaged; copy it again"
-    return "it is damaged or of another kind; copy it again, or save model.state_dict() with torch.save"
+    return DAMAGED
 
 
 def _without_prefix(state: State, *, metadata: Mapping[str, str], origin: Path) -> WeightsFile:
@@ -181,6 +186,8 @@ def _checked(file: WeightsFile, *, origin: Path) -> WeightsFile:
             raise UserError(f"{origin} holds weights that are no floating-point numbers: {shown} is of type {kind}.")
         if tensor.layout != torch.strided or tensor.is_meta:
             raise UserError(f"{origin} holds weights that are not dense: {shown}.")
+        if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():  # strides of 0
+            raise UserError(f"{origin} holds fewer numbers than {shown} has: save the state dict with contiguous tensors.")
         if tensor.is_floating_point() and not bool(tensor.float().isfinite().all()):
             wrong = int((~tensor.float().isfinite()).sum())
             raise UserError(

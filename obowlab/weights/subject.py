@@ -1,4 +1,4 @@
-"""What `obowlab eval` measures: the encoder of a run, or of a weights file. Imports torch for weights files alone."""
+"""What `obowlab eval` measures: the encoder of a run, a weights file or a model version. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from obowlab.config import Recipe, Views, flatten, load_recipe, parse_override, recipe_from_values
+from obowlab.config import Backbone, Recipe, Views, flatten, load_recipe, parse_override, recipe_from_values
 from obowlab.errors import UserError
 from obowlab.runs.folder import RunFolder
-from obowlab.weights import WEIGHTS_SUFFIXES
+from obowlab.weights.source import Source, find_source
 
 
 @dataclass(frozen=True)
@@ -17,51 +17,69 @@ class Subject:
     """What is measured.
 
     Attributes:
-        recipe: with the evaluation settings; a run's own, or the one named for a file.
-        folder: the run's folder; None for a file.
-        file: the weights file; None for a run.
+        recipe: with the evaluation settings; that of the run or model version, or the one named for a file.
+        source: where the encoder is.
+        recipe_name: of a recipe that was named for a file.
     """
 
     recipe: Recipe
-    folder: RunFolder | None
-    file: Path | None
+    source: Source
+    recipe_name: str | None = None
+
+    @property
+    def folder(self) -> RunFolder | None:
+        """The run's folder; None for a file and a model version."""
+        return self.source.folder
 
     @property
     def name(self) -> str:
-        """The run id or the file's path."""
-        return self.folder.run_id if self.folder is not None else str(self.file)
+        """The run id, the file's path, or the model version's address."""
+        return self.source.name
+
+    def check(self, backbone: Backbone) -> None:
+        """Refuse a network that is not the one of the recipe that was named for it.
+
+        Raises:
+            UserError: asks for another recipe.
+        """
+        if self.recipe_name is not None and self.recipe.backbone != backbone:
+            raise UserError(
+                f"{self.name} holds a {backbone.arch} of another shape than recipe '{self.recipe_name}' trains; "
+                "choose another --recipe."
+            )
 
 
-def find_subject(ref: str, *, recipe_name: str | None, overrides: Sequence[str], runs_root: Path) -> Subject:
-    """Find a run or a weights file, and the settings with which it is measured.
+def find_subject(
+    ref: str, *, recipe_name: str | None, overrides: Sequence[str], runs_root: Path, tracking_uri: str | None = None
+) -> Subject:
+    """Find an encoder, and the settings with which it is measured.
 
     Args:
-        ref: run id, its beginning, run folder or weights file.
+        ref: as for `find_source`.
         recipe_name: for a weights file, the recipe whose evaluation settings apply.
         overrides: texts `evaluation.KEY=VALUE`.
         runs_root: where runs are.
+        tracking_uri: the MLflow store; that of the run store if absent.
 
     Raises:
-        UserError: there is no such run or file, or the settings do not fit it.
+        UserError: there is no such encoder, or the settings do not fit it.
     """
-    path = Path(ref)
-    if not path.is_file():
-        if path.suffix in WEIGHTS_SUFFIXES:
-            raise UserError(f"There is no weights file '{ref}'.")
-        folder = RunFolder.find(ref, runs_root=runs_root)
+    source = find_source(ref, runs_root=runs_root, tracking_uri=tracking_uri)
+    own = source.folder.info if source.folder is not None else source.version
+    if own is not None:
         if recipe_name is not None:
             raise UserError("--recipe is for weights files; a run has its own (change it with --set).")
-        return Subject(recipe=_override(folder.info.recipe, overrides), folder=folder, file=None)
-    from obowlab.weights.encoder_file import read_encoder
-
-    info = read_encoder(path).info
-    views = Views(original_size=info.original_size, original_resize=info.original_resize)
-    recipe = load_recipe(recipe_name).recipe if recipe_name is not None else Recipe(views=views)
-    if recipe_name is not None and recipe.backbone != info.backbone:
-        raise UserError(
-            f"{path} holds a {info.backbone.arch} of another shape than recipe '{recipe_name}' trains; choose another --recipe."
-        )
-    return Subject(recipe=_override(recipe.model_copy(update={"backbone": info.backbone}), overrides), folder=None, file=path)
+        return Subject(recipe=_override(own.recipe, overrides), source=source)
+    if recipe_name is not None:
+        recipe = load_recipe(recipe_name).recipe
+    elif source.info is not None:
+        recipe = Recipe(views=Views(original_size=source.info.original_size, original_resize=source.info.original_resize))
+    else:
+        recipe = Recipe()
+    subject = Subject(recipe=_override(recipe, overrides), source=source, recipe_name=recipe_name)
+    if source.backbone is not None:
+        subject.check(source.backbone)
+    return subject
 
 
 def _override(recipe: Recipe, overrides: Sequence[str]) -> Recipe:

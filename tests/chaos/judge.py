@@ -129,6 +129,7 @@ def audit(runs_root: Path, query: Query) -> Audit:
     tagged = Counter(str(row[0]) for row in query("SELECT value FROM tags WHERE key = 'obowlab.run_id'"))
     ids = {str(value): str(run) for value, run in query("SELECT value, run_uuid FROM tags WHERE key = 'obowlab.run_id'")}
     versions = Counter(str(row[0]) for row in query("SELECT run_id FROM model_versions"))
+    tags = {(str(run), str(key)): str(value) for run, key, value in query("SELECT run_uuid, key, value FROM tags")}
     there: dict[str, Counter[tuple[str, int, float]]] = {}
     for run, key, step, value in query("SELECT run_uuid, key, step, value FROM metrics"):
         there.setdefault(str(run), Counter())[str(key), int(step), float(value)] += 1
@@ -141,10 +142,13 @@ def audit(runs_root: Path, query: Query) -> Audit:
         places = Counter((key, step) for key, step, _ in found.elements() if not key.startswith("eval/"))
         places += Counter((key, 0) for key, _, _ in found.elements() if key.startswith("eval/"))
         twice = {place: count for place, count in places.items() if count > 1}
+        absent = [key for key, text in intervals(folder).items() if tags.get((run, key)) != text]
         wanted = 1 if folder.state.status == "finished" and (folder.path / "model" / "MLmodel").exists() else 0
-        lost += missing.total() + (tagged[folder.run_id] == 0) + max(0, wanted - versions[run])
+        lost += missing.total() + len(absent) + (tagged[folder.run_id] == 0) + max(0, wanted - versions[run])
         doubled += sum(twice.values()) - len(twice) + max(0, tagged[folder.run_id] - 1) + max(0, versions[run] - 1)
-        told += [f"lost {point}" for point in list(missing)[:2]] + [f"doubled {place}" for place in list(twice)[:2]]
+        told += [f"lost {point}" for point in [*list(missing)[:2], *absent[:2]]] + [
+            f"doubled {place}" for place in list(twice)[:2]
+        ]
         told += [f"{tagged[folder.run_id]} MLflow runs, {versions[run]} model versions"] * (tagged[folder.run_id] != 1)
     return Audit(lost=lost, doubled=doubled, told=tuple(told))
 
@@ -157,12 +161,22 @@ def expected_points(folder: RunFolder) -> Counter[tuple[str, int, float]]:
         for point in folder.metrics(name):
             wanted.update((mlflow_name(key, source=name), point.step, v) for key, v in point.values.items() if math.isfinite(v))
     for result in folder.results():
-        step = folder.state.step
         for measurement in result["measurements"]:
             name = mlflow_name(measurement["name"], source=outbox.place(result))
-            wanted[name, step, float(measurement["value"])] += 1
-            wanted[f"{name}_ci95", step, float(measurement["interval"])] += 1
+            wanted[name, 0, float(measurement["value"])] += 1
     return wanted
+
+
+def intervals(folder: RunFolder) -> dict[str, str]:
+    """Return every result with its interval as MLflow should have it, by the metric's name."""
+    outbox = Outbox(folder, store="none")
+    return {
+        mlflow_name(
+            measurement["name"], source=outbox.place(result)
+        ): f"{measurement['value']:6.2f} ± {measurement['interval']:.2f}"
+        for result in folder.results()
+        for measurement in result["measurements"]
+    }
 
 
 def sqlite_query(runs_root: Path) -> Query:

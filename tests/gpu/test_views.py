@@ -14,7 +14,8 @@ from torch import Tensor
 
 from obowlab.config import Views
 from obowlab.views.draws import box_weights
-from obowlab.views.photometric import STD, RenderedViews, blur
+from obowlab.views.photometric import RenderedViews, blur
+from obowlab.views.views import STD
 from tests.gpu.precision import precision
 from tests.test_photometric import batch_of, render_with
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from obowlab import text
 from obowlab.config import Level, Machine, Views
 from obowlab.data.datasets import Split
 from obowlab.errors import UserError
@@ -162,6 +163,5 @@ def find_patches(
                 last = time.monotonic()
                 rate = done / (last - started)
                 left_s = (len(indices) - done) / rate
-                left = f"{left_s / 60:.0f} min" if left_s >= 100 else f"{left_s:.0f} s"
-                report(f"{done}/{len(indices)} images · {rate:.0f} img/s · {left} left")
+                report(f"{text.duration(left_s)} left · {done}/{len(indices)} images · {rate:.0f} img/s")
     return tops, sizes

@@ -1,6 +1,6 @@
 """Every kind of fault, by name."""
 
-from tests.chaos.kinds import disks, fuzz, gpus, hostile, kills, tampering, tracking
+from tests.chaos.kinds import disks, fuzz, gpus, hostile, kills, shared, tampering, tracking
 from tests.chaos.ledger import Kind
 
 KINDS: dict[str, Kind] = {
@@ -10,5 +10,6 @@ KINDS: dict[str, Kind] = {
     **tracking.KINDS,
     **gpus.KINDS,
     **hostile.KINDS,
+    **shared.KINDS,
     **fuzz.KINDS,
 }
