@@ -5,7 +5,7 @@
 FROM python:3.12.13-slim-trixie AS server
 
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends postgresql-client-17 \
+    && apt-get install -y --no-install-recommends openssl postgresql-client-17 \
     && rm -rf /var/lib/apt/lists/*
 
 COPY .ci/locks /locks

@@ -1,6 +1,6 @@
 # Two commands are the contract: `make demo` and `make test`. Both install what they need into .venv first.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-gpu gpu-check lint format lock licences sbom mutants bench chaos slurm-demo golden clean secrets images backup restore services
+.PHONY: help install demo test test-all test-gpu gpu-check lint format lock licences sbom mutants bench chaos slurm-demo golden clean secrets images pin backup restore services
 BIN := .venv/bin
 CORES := $(shell nproc 2>/dev/null || echo 1)
 
@@ -73,14 +73,20 @@ secrets: ## Write .env for docker-compose.yml: settings and random passwords; wh
 images: ## Build the images of docker-compose.yml; runs made in them say which commit it was
 	@COMMIT="$$(git describe --always --abbrev=40 --dirty)" docker compose --profile worker build
 
-IN_BACKUP = mkdir -p backups && BACKUP_USER="$$(id -u):$$(id -g)" docker compose run --rm backup
+pin: ## Pin what docker-compose.yml pulls by content: the digests of the images that this machine has
+	@docker compose pull --quiet database objects web
+	@sed -nE 's/^ *image: ((postgres|chrislusf|caddy)[^@ ]*).*/\1/p' docker-compose.yml | while read -r image; do \
+	    digest="$$(docker image inspect --format '{{index .RepoDigests 0}}' "$$image" | sed 's/.*@//')" && test -n "$$digest" \
+	    && sed -i -E "s|(image: $$image)(@sha256:[0-9a-f]*)?$$|\1@$$digest|" docker-compose.yml && echo "$$image@$$digest"; done
+
+BACKUP_AS = mkdir -p backups && BACKUP_USER="$$(id -u):$$(id -g)" docker compose run --rm
 backup: ## Save the services' databases and objects to backups/ (WITH=--runs=/lab/runs: runs too)
-	@$(IN_BACKUP) save /backups $(WITH)
+	@$(BACKUP_AS) backup save /backups $(WITH)
 
 restore: ## Put a backup back: make restore FROM=backups/obowlab-... (WITH=--runs=/lab/runs: runs too)
 	@test -n "$(FROM)" || { echo "Say which: make restore FROM=backups/obowlab-..." >&2; exit 2; }
 	@docker compose stop web studies mlflow reporter
-	@$(IN_BACKUP) restore "/backups/$(notdir $(FROM:/=))" $(WITH)
+	@$(BACKUP_AS) restore restore "/backups/$(notdir $(FROM:/=))" $(WITH)
 	@docker compose up --detach
 
 services: .venv/.installed-test ## Run the same services without Docker, on this machine, until Ctrl-C (TO=folder)

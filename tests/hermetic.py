@@ -30,7 +30,18 @@ uname uniq wc which xargs
 """
 GROUPS = {
     "compilers": ("as", "c++", "cc", "g++", "gcc", "ld", "pkg-config"),
-    "postgresql": ("createdb", "dropdb", "initdb", "pg_ctl", "pg_dump", "pg_isready", "pg_restore", "postgres", "psql"),
+    "postgresql": (
+        "createdb",
+        "dropdb",
+        "initdb",
+        "openssl",
+        "pg_ctl",
+        "pg_dump",
+        "pg_isready",
+        "pg_restore",
+        "postgres",
+        "psql",
+    ),
     "chromium": ("chromium", "chromium-browser", "google-chrome", "chromedriver"),
 }
 """What `.ci/install.sh test` installs beside Python packages."""

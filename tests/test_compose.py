@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -96,6 +97,10 @@ def test_a_service_may_do_little_and_is_pinned(name: str) -> None:
     assert "no-new-privileges:true" in service["security_opt"]
     assert service["user"].split(":")[0] not in ("root", "0")
     assert re.search(r":v?\d+\.\d+", service["image"]), "a version, not `latest`"
+    assert all("size=" in place for place in service["tmpfs"])
+    assert "mem_limit" in service
+    if "worker" in name:
+        assert (service["mem_limit"], service["cpus"]) == ("${WORKER_MEMORY:-32g}", "${WORKER_CPUS:-0}")
     assert service["networks"] in (["inside"], ["inside", "outside"])
     for port in service.get("ports", []):
         assert port.startswith("${BIND_ADDRESS:-127.0.0.1}:")
@@ -136,6 +141,22 @@ def test_whatever_is_mounted_or_copied_is_there() -> None:
         if re.search(r" AS (server|worker)\n", stage):
             assert re.findall(r"^USER (.*)$", stage, re.MULTILINE)[-1] == "1000:1000"
             assert stage.index("USER") > stage.rindex("RUN")
+
+
+def test_images_are_pinned_by_the_digests_that_were_pulled(tmp_path: Path) -> None:
+    for name in ("Makefile", "docker-compose.yml"):
+        shutil.copyfile(ROOT / name, tmp_path / name)
+    tool = tmp_path / "docker"
+    tool.write_text("#!/bin/sh\ntest $1 = compose || echo \"$5@sha256:$(printf %s $5 | sha256sum | cut -d' ' -f1)\"\n")
+    tool.chmod(0o755)
+    for _ in range(2):
+        words = ["make", "pin"]
+        subprocess.run(words, cwd=tmp_path, env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, check=True, capture_output=True)
+        pinned = yaml.safe_load((tmp_path / "docker-compose.yml").read_text())["services"]
+        for name in ("database", "objects", "web"):
+            image = SERVICES[name]["image"]
+            assert pinned[name]["image"] == f"{image}@sha256:{hashlib.sha256(image.encode()).hexdigest()}"
+        assert pinned["mlflow"] == SERVICES["mlflow"]
 
 
 def test_images_install_what_is_locked_and_nothing_else() -> None:

@@ -6,6 +6,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import urllib.parse
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def test_a_store_writes_to_where_it_is(filled: Path, tmp_path: Path, is_copy: bo
     assert f"{first.as_uri()}/" not in every_text(second)
     for run in runs_of(second):
         assert run.info.artifact_uri.startswith(f"{second.as_uri()}/mlartifacts/")
-    (version,) = mlflow.MlflowClient(registry_uri=uri_of(second)).search_model_versions("name = 'obowlab-demo'")
+    (version,) = mlflow.MlflowClient(uri_of(second), uri_of(second)).search_model_versions("name = 'obowlab-demo'")
     assert version.source.startswith(f"{second.as_uri()}/mlartifacts/")
     assert {path: path.stat().st_mtime_ns for path in first.rglob("*")} == before
 
@@ -94,12 +95,14 @@ def test_a_moved_store_is_read_from_its_new_place_in_the_ui(filled: Path, tmp_pa
     server = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None
-        address = server.stdout.readline().split()[-1]
-        assert address.startswith(f"http://127.0.0.1:{port}/#/experiments/")
+        address = urllib.parse.urlsplit(server.stdout.readline().split()[-1])
+        assert (address.netloc, address.path) == (f"127.0.0.1:{port}", "/")
+        assert address.fragment.startswith("/experiments/1/runs?")
         direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         (run,) = runs_of(second)
         ask = f"http://127.0.0.1:{port}/get-artifact?path=recipe.json&run_uuid={run.info.run_id}"
-        with direct.open(ask, timeout=30) as answer:
+        login = {"Authorization": f"Bearer {address.query.removeprefix('token=')}"}
+        with direct.open(urllib.request.Request(ask, headers=login), timeout=30) as answer:
             assert answer.read() == (second / "mlartifacts" / run.info.run_id / "artifacts" / "recipe.json").read_bytes()
     finally:
         server.terminate()

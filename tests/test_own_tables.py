@@ -152,7 +152,13 @@ def test_a_damaged_copy_is_named(table: Path, tmp_path: Path) -> None:
     keep_table(load_table(table, scale="demo"), runs_root=tmp_path / "runs")
     path = tmp_path / "runs" / KEPT / "queue-demo.json"
     values = json.loads(path.read_text())
-    for content in ("{", "[]", json.dumps({**values, "rows": values["rows"][1:]}), json.dumps({**values, "file": {}})):
+    file = values["file"]
+    odd = (
+        json.dumps({**values, "scale": "../../elsewhere"}),
+        json.dumps({**values, "file": {**file, "primary": "loss"}}),
+        json.dumps({**values, "file": {**file, "columns": {**file["columns"], "unheard_of": "x"}}}),
+    )
+    for content in ("{", "[]", json.dumps({**values, "rows": values["rows"][1:]}), json.dumps({**values, "file": {}}), *odd):
         path.write_text(content)
         found = tables_at([], store=read_store(tmp_path / "runs"))
         (problem,) = found.problems

@@ -23,12 +23,14 @@ from obowlab.report import read as gather
 from obowlab.report.curves import CACHE, Curve, cached_curves, over_seeds, read_curves, reduce, with_point
 from obowlab.report.labels import in_short
 from obowlab.report.model import Gallery
+from obowlab.report.pages import build_site
 from obowlab.report.vocabulary_health import RULES, Finding, judge
-from obowlab.runs.folder import RunFolder, RunSummary
+from obowlab.runs.folder import TAG, RunFolder, RunSummary, list_runs
 from obowlab.runs.records import Record, store_records
 from obowlab.runs.results import Measured, tabulate
-from obowlab.studies.schema import read_studies, read_study
+from obowlab.studies.schema import StudyReport, read_studies, read_study
 from obowlab.tables.build import build_table
+from obowlab.tables.kept import keep_table
 from obowlab.tables.spec import load_table
 from tests.command_line import result
 from tests.report_store import add_gallery, add_row_runs, add_run, add_study, own_table
@@ -506,3 +508,26 @@ def test_everything_logged_is_shown_by_group(tmp_path: Path) -> None:
     assert [figure.title for figure in more["Machine"]] == ["Gpu memory 0"]
     assert more["Machine"][0].layout["xaxis"]["title"]["text"] == "seconds"
     assert [finding.healthy for finding in run.findings if finding.rule == "finite"] == [True], "of the training alone"
+
+
+def test_runs_of_a_table_that_the_store_does_not_know_are_said(tmp_path: Path) -> None:
+    table = load_table(own_table(tmp_path), scale="demo")
+    add_row_runs(table, runs_root=tmp_path / "runs", means={"base": 50})
+    (run,) = list_runs(tmp_path / "runs")
+    labels = {"obowlab.queue": "base", "obowlab.table3": "soft_dynamic", "obowlab.scale": "demo", "obowlab.study": "x"}
+    RunFolder.open(run.path).add_labels(labels)
+    (problem,) = gather.tables_at([], store=gather.read_store(tmp_path / "runs")).problems
+    assert problem.startswith("There are runs of a table 'queue', which this store does not know: `obowlab table FILE`")
+    keep_table(table, runs_root=tmp_path / "runs")
+    assert gather.tables_at([], store=gather.read_store(tmp_path / "runs")).problems == ()
+
+
+def test_tags_are_shown_and_studies_have_pages_of_their_own(tmp_path: Path) -> None:
+    folder = add_run(tmp_path / "runs")
+    folder.add_labels({f"{TAG}for the paper": ""})
+    assert read(folder).tags == ("for the paper",)
+    site = gather.gather(gather.read_store(tmp_path / "runs"), tables=gather.Tables())
+    studies = tuple(StudyReport(name=name) for name in ("a b", "a-b", "a.b", "größe"))
+    build_site(replace(site, studies=studies), out=tmp_path / "site")
+    assert len(list((tmp_path / "site").glob("study-*.html"))) == len(studies)
+    assert ">for the paper</span>" in (tmp_path / "site" / "runs.html").read_text(encoding="utf-8")

@@ -373,6 +373,25 @@ def test_sync_finishes_what_a_killed_delete_left(obowlab: Obowlab) -> None:
     assert "Would send" not in obowlab("runs", "sync", "--dry-run")[1]
 
 
+def test_emptying_keeps_what_mlflow_could_not_be_told(obowlab: Obowlab, monkeypatch: pytest.MonkeyPatch) -> None:
+    from obowlab.tracking.mirror import Mirror, SyncReport
+    from obowlab.tracking.outbox import Sent
+
+    Mirror(run("demo")).outbox.save(Sent(run_id="1234"))
+    put_aside(RunFolder.find("demo", runs_root=ROOT), deleted=True)
+    put_aside(run("demo-full"), deleted=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(Mirror, "sync", lambda self, timeout_s: SyncReport(sent=0, pending=1, error="no answer"))
+        code, out, err = obowlab("runs", "trash", "--empty", "--yes")
+    assert code == 1
+    assert out.startswith("Removed 1 run(s) for good")
+    assert "Kept 1 that MLflow still shows" in out
+    assert "no answer" in err
+    assert [each.run_id[:6] for each in trashed_runs(ROOT)] == ["demo-s"]
+    assert obowlab("runs", "trash", "--empty", "--yes")[0] == 0
+    assert trashed_runs(ROOT) == []
+
+
 def test_machine_of_a_deleted_run_names_the_store_it_came_from() -> None:
     from obowlab.tracking.mirror import Mirror
 

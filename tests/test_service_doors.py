@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import shutil
+import stat
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -179,6 +181,70 @@ def test_the_report_runs_only_its_own_scripts_and_shows_no_hidden_file(lab: Lab)
     assert "frame-ancestors 'none'" in policy
     for path in ("/.obowlab-report", "/.hidden/page.html", "/%2ehidden/page.html", "/x/../.obowlab-report"):
         assert lab.ask(path, port=8081, account=lab.worker).status_code == 404, path
+
+
+def test_the_object_store_wants_a_token_and_logs_no_key(lab: Lab, accounts: dict[str, tuple[str, str]]) -> None:
+    created = lab.ask("/api/2.0/mlflow/runs/create", account=accounts["will"], json={"experiment_id": "0"}).json()["run"]["info"]
+    place = f"/api/2.0/mlflow-artifacts/artifacts/0/{created['run_id']}/artifacts/note.txt"
+    assert ask(lab, "PUT", place, port=5000, account=accounts["will"], data=b"note" * 1000).status_code == 200
+    (key,) = [key for key in lab.objects() if created["run_id"] in key]
+    for method, path in (("GET", f"/buckets/mlflow/{key}"), ("DELETE", f"/buckets/mlflow/{key}"), ("GET", "/"), ("POST", "/x")):
+        assert ask(lab, method, path, port=8888, account=None).status_code == 401, (method, path)
+    assert ask(lab, "GET", place, port=5000, account=accounts["will"]).content == b"note" * 1000
+    for secret in ("OBJECTS_ACCESS_KEY", "OBJECTS_SECRET_KEY", "OBJECTS_TOKEN_KEY"):
+        assert lab.stack.settings[secret] not in lab.stack.log("objects")
+    (kept,) = lab.stack.root.glob("volumes/objects/s3.json")
+    assert stat.S_IMODE(kept.stat().st_mode) == 0o600
+
+
+def test_a_deleted_account_is_gone(lab: Lab) -> None:
+    name, password = account(lab, "gone")
+    done = lab.stack.call("setup", "delete", "gone")
+    assert (done.returncode, done.stdout) == (0, "The account gone is deleted; it may be let in for another minute.\n")
+    again = lab.stack.call("setup", "delete", "gone")
+    assert (again.returncode, again.stderr.splitlines()[-1]) == (1, "There is no account gone.")
+    assert lab.stack.call("setup", "delete", "worker").returncode == 1
+    assert lab.ask("/version", account=(name, password)).status_code == 401
+
+
+def test_the_role_of_backups_reads_and_changes_nothing_and_what_it_saves_can_be_encrypted(lab: Lab) -> None:
+    stack, folder = lab.stack, str(lab.stack.root / "backups")
+    stack._run_first_scripts()  # a second time changes nothing
+    for statement in ("DROP TABLE runs", "DELETE FROM experiments", "CREATE TABLE public.mine (x int)", "CREATE ROLE mine"):
+        refused = run_sql(stack, statement)
+        assert refused.returncode != 0
+        assert "permission denied" in refused.stderr or "must be" in refused.stderr, refused.stderr
+    assert run_sql(stack, "SELECT count(*) FROM experiments").returncode == 0
+    saved = stack.call("backup", "save", folder, BACKUP_PASSPHRASE="pass phrase")
+    assert saved.returncode == 0, saved.stderr
+    (backup,) = Path(folder).iterdir()
+    assert {path.suffix for path in backup.iterdir()} == {".enc", ".json"}
+    assert not [path for path in backup.glob("*.enc") if b"PGDMP" in path.read_bytes() or b"ustar" in path.read_bytes()]
+    for changed, said in (
+        ({}, "is encrypted: set BACKUP_PASSPHRASE"),
+        ({"BACKUP_PASSPHRASE": "another"}, "is damaged, or was made with another BACKUP_PASSPHRASE"),
+    ):
+        for action in ("check", "restore"):
+            done = stack.call("restore", action, str(backup), **changed)
+            assert done.returncode == 1
+            assert said in done.stderr
+    manifest = json.loads((backup / "manifest.json").read_text())
+    (forged := Path(shutil.copytree(backup, stack.root / "forged")) / "manifest.json").write_text(
+        json.dumps({key: value for key, value in manifest.items() if key not in ("signature", "salt")})
+    )
+    done = stack.call("restore", "check", str(forged.parent), BACKUP_PASSPHRASE="pass phrase")
+    assert "is neither encrypted nor signed" in done.stderr
+    before = lab.objects()
+    done = stack.call("restore", "restore", str(backup), BACKUP_PASSPHRASE="pass phrase")
+    assert done.returncode == 0, done.stderr
+    assert lab.objects() == before
+    assert stack.call("backup", "save", folder).returncode == 0, "the role may still read what was restored"
+
+
+def run_sql(stack: Stack, statement: str) -> Any:
+    words = ["psql", "--no-psqlrc", "--dbname=mlflow", f"--command={statement}"]
+    surroundings = {**stack._surroundings("backup"), **stack.environment("backup")}
+    return subprocess.run(words, env=surroundings, capture_output=True, text=True, check=False)
 
 
 class _Attack(BaseHTTPRequestHandler):

@@ -27,6 +27,7 @@ from obowlab.runs.results import unpack
 from obowlab.studies import storage as storages
 from obowlab.studies import trial as trials
 from obowlab.studies import worker as workers
+from obowlab.studies.overview import findings
 from obowlab.studies.schema import STUDY_FILE, StudyReport, read_study
 from obowlab.studies.storage import open_storage, quiet, storage_url
 from obowlab.studies.trial_locks import TrialLocks
@@ -34,7 +35,7 @@ from obowlab.studies.worker import distributions
 from obowlab.tables.statistics import estimate
 from tests.gpus import stand_in_gpus
 from tests.processes import NoMirror, wait_until
-from tests.studies import Search, stand_in, start_worker, tuning_of
+from tests.studies import STUDY, Search, stand_in, start_worker, tuning_of
 
 SECRET = "s3cret-pass"
 LEVELS = '[parameters."method.levels"]\nkind = "categorical"\nchoices = [["conv5"], ["conv4", "conv5"]]\n'
@@ -76,6 +77,46 @@ def test_a_study_is_worked_to_its_budget_and_says_who_is_who(tmp_path: Path) -> 
     assert search.work(budget=4).signum == 0
     assert len(search.open().trials) == 4
     assert set(attempts(tmp_path).values()) == {1}
+
+
+def test_the_recipes_own_point_comes_after_the_papers(tmp_path: Path) -> None:
+    other = tuning_of(tmp_path, text=STUDY.replace('"method.kappa" = 5.0', '"method.kappa" = 7.0'), pruner="median")
+    search = Search(tmp_path, tuning=other)
+    search.work(budget=3, delay=0.01)
+    report = search.report(budget=5)
+    assert [(trial.is_paper, trial.is_recipe) for trial in report.trials[:3]] == [(True, False), (False, True), (False, False)]
+    assert [trial.params["method.kappa"] for trial in report.trials[:2]] == [7.0, 5.0]
+    lines = findings(report)
+    assert lines[0].endswith("; budget 5, 2 left")
+    assert lines[1] == 'fixed by the file: training.epochs=6, evaluation.protocols=["fewshot"]'
+    assert any(line.startswith("recipe: ") and line.endswith("at kappa 5 (trial 1)") for line in lines)
+    assert any("trial 1: the recipe's point, kappa 5" in line for line in search.said)
+
+    both = Search(tmp_path / "both")
+    both.work(budget=2)
+    first, second = both.report().trials
+    assert (first.is_paper, first.is_recipe, second.is_recipe) == (True, True, False)
+
+    # A study that an earlier version began goes on as it is; a point outside of the search space is no trial.
+    begun = Search(tmp_path / "begun", tuning=tuning_of(tmp_path / "begun", text=STUDY.replace("= 5.0", "= 7.0")))
+    study = begun.open()
+    study.enqueue_trial({"method.kappa": 9.0})
+    for _ in range(2):
+        study.ask(workers.distributions(begun.tuning))
+    assert len(begun.open().trials) == 3
+    narrow = tuning_of(tmp_path / "narrow", text=STUDY.replace("low = 1.0", "low = 5.5").replace("= 5.0", "= 7.0"))
+    assert narrow.recipe_point() is None
+    assert [trial.user_attrs for trial in Search(tmp_path / "narrow", tuning=narrow).open().trials] == [{"paper": True}]
+
+
+def test_a_study_keeps_its_budget(tmp_path: Path) -> None:
+    search = Search(tmp_path)
+    assert workers.budget_of(None, tuning=search.tuning, asked=None) == 4
+    study = search.open()
+    assert workers.budget_of(study, tuning=search.tuning, asked=None) == 4
+    study.set_user_attr("budget", 7)
+    assert workers.budget_of(search.open(), tuning=search.tuning, asked=None) == 7
+    assert workers.budget_of(search.open(), tuning=search.tuning, asked=2) == 2
 
 
 def test_importances_are_computed_once_a_report_and_again_when_a_study_has_grown(

@@ -356,8 +356,8 @@ def test_every_long_command_says_what_an_interruption_leaves(
     monkeypatch.setattr(place, interrupted)
     monkeypatch.setattr("obowlab.data.sources.list_images", lambda folder: ["one"])
     known = SimpleNamespace(name="demo", folder=None, recipe=load_recipe("demo").recipe)
-    monkeypatch.setattr("obowlab.weights.source.find_source", lambda *_, **__: known)
     monkeypatch.setattr("obowlab.weights.subject.find_subject", lambda *_, **__: known)
+    monkeypatch.setattr("obowlab.weights.source.find_source", lambda *_, **__: known)  # second: the line above imports it
     monkeypatch.setattr("obowlab.launch.preflight.check_protocols", lambda *_, **__: None)
     before = signal.getsignal(signal.SIGINT)
     code, _, err = obowlab(*words.split())

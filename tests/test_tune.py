@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import urllib.error
@@ -36,8 +37,9 @@ def test_a_real_study_from_the_command_to_mlflow(
         return log_inputs(*words, **options)
 
     monkeypatch.setattr(mlflow.MlflowClient, "log_inputs", collides_once)
-    (workplace / "small.toml").write_text(REAL_STUDY.format(trials=1, epochs=2, pruner="median"))
-    words = ("tune", "small.toml", "--scale", "demo", "--data-root", str(data_root), "--loader", "torch", "--device", "cpu")
+    (workplace / "small.toml").write_text(REAL_STUDY.format(trials=5, epochs=2, pruner="median"))
+    searched = ("tune", "small.toml", "--scale", "demo", "--set", "optimizer.warmup_epochs=0.5")
+    words = (*searched, "--trials", "1", "--data-root", str(data_root), "--loader", "torch", "--device", "cpu")
     code, out, err = obowlab(*words)
     assert code == 0, err
     assert "1 completed; budget 1" in out
@@ -63,13 +65,24 @@ def test_a_real_study_from_the_command_to_mlflow(
     assert mirrored.data.tags["obowlab.trial"] == "0"
     assert mirrored.data.metrics["online/fewshot_1shot"] == trial["online"][0][1]
 
+    shown = obowlab("tune", "--list")[1]
+    assert re.search(r"small-demo +small.toml +1 completed; budget 1 +optimizer.warmup_epochs=0.5", shown)
+
     # Labels reach a run that was finished before, and the study's own run is renewed, not doubled.
     folder.add_labels({"obowlab.table3": "row, column"})
     code, out, err = obowlab("runs", "sync", folder.run_id)
     assert code == 0, err
     assert client.get_run(run["mlflow_run_id"]).data.tags["obowlab.table3"] == "row, column"
-    code, out, err = obowlab(*words, "--show")
+    code, out, err = obowlab(*searched, "--show")
     assert code == 0, err
+    assert "1 completed; budget 1\nfixed by the file: " in out  # the budget of the command, not the file's
+    assert "; with --set: optimizer.warmup_epochs=0.5\n" in out
+    code, out, err = obowlab(*searched, "--dry-run", "--trials", "3")
+    assert "1 of 3 trials completed" in out
+    assert "trials: 1 completed; budget 3, 2 left" in out
+    code, _, err = obowlab("tune", "small.toml", "--scale", "demo", "--show", "--name", "smal-demo")
+    assert code == 2
+    assert "Study 'smal-demo' (--name) is not in this storage; leave --show out to begin it. Did you mean 'small-demo'?" in err
     (summary,) = client.search_runs([experiment], filter_string="tags.`obowlab.kind` = 'study'")
     assert summary.data.tags["obowlab.study"] == "small-demo"
     assert summary.data.metrics["study/completed"] == 1.0

@@ -309,7 +309,7 @@ def test_files_that_are_no_plain_tensors(tmp_path: Path, capsys: pytest.CaptureF
     with pytest.raises(UserError, match="not a torch file of plain tensors"):
         import_authors(path)
     path.write_bytes(b"not a file of torch")
-    with pytest.raises(UserError, match="damaged or of another kind"):
+    with pytest.raises(UserError, match="it is a text, which begins with 'not a file of torch'"):
         import_authors(path)
     save(path, {"conv1.weight": torch.zeros(4, 3, 7, 7)}, legacy=True)
     for length in range(0, path.stat().st_size - 1, 23):
@@ -375,6 +375,73 @@ def test_what_is_no_checkpoint_is_named_for_what_it_is(tmp_path: Path, name: str
             read_encoder(path)
         assert "weights_only" not in str(told.value)
         assert "\n" not in str(told.value)
+
+
+def odd_files(folder: Path) -> dict[str, str]:
+    """Write files that are no weights file of ours, and return what each of them must be called."""
+    state = build_backbone(SMALL).state_dict()
+    whole = safetensors.torch.save(state)
+    half = {name: tensor for number, (name, tensor) in enumerate(state.items()) if number < 40}
+    files = {
+        **{f"cut{length}.safetensors": (whole[:length], "cut off") for length in (9, 100, 5000, len(whole) - 9)},
+        "longer.safetensors": (whole + b"xx", "its length is not what its header says"),
+        "header.safetensors": (whole[:20] + b"\xff" + whole[21:], "invalid UTF-8 in header"),
+        "model-00001-of-00002.safetensors": (safetensors.torch.save(half), "is one of 2 files that hold the weights together"),
+        "index.json": (b'{"metadata": {"total_size": 5}, "weight_map": {}}', "the index of weights that lie in several files"),
+        "zeros.pth": (bytes(4096), "it holds zeros"),
+        "denied.pth": (b"Access denied\n", "it is a text, which begins with 'Access denied'"),
+        "array.pth": (b"\x93NUMPY\x01\x00", "it is an array of numpy"),
+        "picture.pth": (b"\x89PNG\r\n\x1a\n", "it is damaged or of another kind"),
+        "script.pt": (zipped(folder / "other", {"a/data.pkl": b"", "a/code/__torch__.py": b""}), "it is a TorchScript module"),
+        "program.pt2": (zipped(folder / "other", {"a/archive_format": b"pt2"}), "it is a program of torch.export"),
+    }
+    locked = bytearray(zipped(folder / "other", {"a.pth": b"x"}))
+    locked[6] |= 1
+    locked[locked.index(b"PK\x01\x02") + 8] |= 1
+    files["locked.zip"] = (bytes(locked), "a zip archive with a password")
+    (folder / "other").unlink()
+    for name, (content, _) in files.items():
+        (folder / name).write_bytes(content)
+    return {name: message for name, (_, message) in files.items()}
+
+
+def test_odd_files_are_named_with_torch_and_without(tmp_path: Path) -> None:
+    for name, message in odd_files(tmp_path).items():
+        for look in (info.peek, read_encoder):
+            with pytest.raises(UserError, match=message) as told:
+                look(tmp_path / name)
+            assert str(told.value).count(". ") == 0, "one sentence"
+
+
+def test_a_folder_is_no_weights_file(tmp_path: Path) -> None:
+    (tmp_path / "net").mkdir()
+    with pytest.raises(UserError, match=r"net is a folder, not a weights file\."):
+        load_encoder(str(tmp_path / "net"), runs_root=tmp_path)
+    (tmp_path / "net" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(UserError, match=r"name the file in it: model\.safetensors"):
+        load_encoder(str(tmp_path / "net"), runs_root=tmp_path)
+    with pytest.raises(UserError, match="There is no run 'neither'"):
+        load_encoder("neither", runs_root=tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_weights_of_other_floating_point_types_become_float32(tmp_path: Path, dtype: torch.dtype, suffix: str) -> None:
+    state = worn(build_backbone(NARROW, seed=2)).state_dict()
+    other = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    path = tmp_path / f"net{suffix}"
+    torch.save(other, path) if suffix == ".pth" else safetensors.torch.save_file(other, path)
+    found = read_encoder(path).model.state_dict()
+    assert all(found[name].dtype == tensor.dtype for name, tensor in state.items())
+    assert all(torch.equal(found[name], other[name].to(found[name].dtype)) for name in state)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "encoder.", "module.encoder_q.", "_orig_mod.", "model.backbone."])
+def test_names_may_have_a_prefix(tmp_path: Path, prefix: str) -> None:
+    model = worn(build_backbone(NARROW, seed=2))
+    state = {f"{prefix}{name}": tensor for name, tensor in model.state_dict().items()}
+    torch.save({"state_dict": {**state, "queue": torch.zeros(3)} if prefix != "module." else state}, tmp_path / "net.pth")
+    assert torch.equal(features(read_encoder(tmp_path / "net.pth").model), features(model))
 
 
 @pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors", "weights.zip"])

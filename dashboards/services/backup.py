@@ -7,12 +7,15 @@ request, and `manifest.json` with sizes and SHA-256. It is written beside and re
 Databases come first, objects after them: files that a saved run names are older than its row, and MLflow deletes none by itself.
 Addresses and passwords come from the environment: PGHOST, PGPORT, PGUSER, PGPASSWORD, AWS_ENDPOINT_URL_S3 and the keys
 (docker-compose.yml, service `backup`). Objects are streamed; no member of `objects.tar` ever becomes a file.
+With BACKUP_PASSPHRASE every file but the manifest is encrypted by openssl (AES-256, names end in `.enc`); the manifest, with the
+hashes of what is encrypted, is signed.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import hmac
 import json
 import os
 import shutil
@@ -20,14 +23,22 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 VERSION = 1
 BUCKET = "mlflow"
 OWNERS = {"mlflow": "mlflow", "mlflow_auth": "mlflow", "optuna": "optuna"}
 """Databases and the roles that own them, as databases.sh makes them."""
 MANIFEST, OBJECTS, RUNS = "manifest.json", "objects.tar", "runs.tar"
+READER = "backup"
+"""The role that reads every database."""
+
+PASSPHRASE = "BACKUP_PASSPHRASE"
+ROUNDS = 600_000
+CIPHER = ("openssl", "enc", "-aes-256-ctr", "-pbkdf2", "-iter", str(ROUNDS), "-md", "sha256", "-pass", f"env:{PASSPHRASE}")
 
 
 def save(folder: Path, *, runs: Path | None = None) -> Path:
@@ -52,9 +63,16 @@ def save(folder: Path, *, runs: Path | None = None) -> Path:
         if runs is not None:
             with tarfile.open(beside / RUNS, "w") as archive:
                 archive.add(runs, arcname=".")
+        if os.environ.get(PASSPHRASE):
+            for path in sorted(beside.iterdir()):
+                _call(*CIPHER, "-salt", "-in", str(path), "-out", f"{path}.enc")
+                path.unlink()
         paths = sorted(beside.iterdir())
         files = {path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)} for path in paths}
         manifest = {"version": VERSION, "created_at": time.time(), "objects": objects, "object_bytes": size, "files": files}
+        if os.environ.get(PASSPHRASE):
+            manifest["salt"] = os.urandom(16).hex()
+            manifest["signature"] = _signature(manifest)
         (beside / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         beside.rename(folder / name)
     except BaseException:
@@ -77,7 +95,17 @@ def check(backup: Path) -> dict[str, Any]:
         raise SystemExit(f"{backup} is no backup: it has no {MANIFEST}.") from None
     if manifest.get("version") != VERSION:
         raise SystemExit(f"{backup} is a backup of version {manifest.get('version')}; this script reads version {VERSION}.")
-    for name in (*(f"{database}.dump" for database in OWNERS), OBJECTS):
+    encrypted = "signature" in manifest
+    if encrypted and not os.environ.get(PASSPHRASE):
+        raise SystemExit(f"{backup} is encrypted: set {PASSPHRASE} in .env. Nothing was changed.")
+    if not encrypted and os.environ.get(PASSPHRASE):
+        raise SystemExit(
+            f"{backup} is neither encrypted nor signed: to restore it, empty {PASSPHRASE} in .env. Nothing was changed."
+        )
+    if encrypted and not hmac.compare_digest(str(manifest["signature"]), _signature(manifest)):
+        raise SystemExit(f"{backup} is damaged, or was made with another {PASSPHRASE}. Nothing was changed.")
+    ending = ".enc" if encrypted else ""
+    for name in (f"{each}{ending}" for each in (*(f"{database}.dump" for database in OWNERS), OBJECTS)):
         if name not in manifest["files"]:
             raise SystemExit(f"{backup} is damaged: {MANIFEST} does not name {name}. Nothing was changed.")
     for name, file in manifest["files"].items():
@@ -99,18 +127,20 @@ def restore(backup: Path, *, runs: Path | None = None) -> None:
     """
     manifest = check(backup)
     if runs is not None:
-        if RUNS not in manifest["files"]:
+        if not {RUNS, f"{RUNS}.enc"} & set(manifest["files"]):
             raise SystemExit(f"{backup} was made without --runs: it has no run store. Nothing was changed.")
         _refuse_strays(backup / RUNS, folder=runs)
     for database, owner in OWNERS.items():
         _call("dropdb", "--if-exists", "--force", database)
         _call("createdb", f"--owner={owner}", database)
-        _call("psql", "--quiet", "--no-psqlrc", "--dbname=postgres", f"--command=REVOKE ALL ON DATABASE {database} FROM PUBLIC")
+        rights = f"REVOKE ALL ON DATABASE {database} FROM PUBLIC; GRANT CONNECT ON DATABASE {database} TO {READER}"
+        _call("psql", "--quiet", "--no-psqlrc", "--dbname=postgres", f"--command={rights}")
         words = ("--exit-on-error", "--single-transaction", "--no-owner", f"--role={owner}", f"--dbname={database}")
-        _call("pg_restore", *words, str(backup / f"{database}.dump"))
+        with _opened(backup / f"{database}.dump") as dump:
+            _call("pg_restore", *words, stdin=dump)
     objects = _restore_objects(backup / OBJECTS)
     if runs is not None:
-        with tarfile.open(backup / RUNS) as archive:
+        with _opened(backup / RUNS) as file, tarfile.open(fileobj=file, mode="r|") as archive:
             archive.extractall(runs, filter="data")
     print(f"{backup}: {len(OWNERS)} databases and {objects} objects are as they were")
 
@@ -134,12 +164,12 @@ def _restore_objects(path: Path) -> int:
     if BUCKET not in [bucket["Name"] for bucket in store.list_buckets()["Buckets"]]:
         store.create_bucket(Bucket=BUCKET)
     wanted = set()
-    with tarfile.open(path) as archive:
+    with _opened(path) as file, tarfile.open(fileobj=file, mode="r|") as archive:
         for member in archive:
             body = archive.extractfile(member)
             if body is None:
                 raise SystemExit(f"{path} holds something that is no object: {member.name!r}.")
-            store.upload_fileobj(body, BUCKET, member.name)
+            store.upload_fileobj(_Once(body), BUCKET, member.name)
             wanted.add(member.name)
     for key in set(_keys(store)) - wanted:
         store.delete_object(Bucket=BUCKET, Key=key)
@@ -148,7 +178,7 @@ def _restore_objects(path: Path) -> int:
 
 def _refuse_strays(path: Path, *, folder: Path) -> None:
     """Refuse an archive with a member that would leave the folder it is unpacked to."""
-    with tarfile.open(path) as archive:
+    with _opened(path) as file, tarfile.open(fileobj=file, mode="r|") as archive:
         for member in archive:
             try:
                 tarfile.data_filter(member, str(folder))
@@ -173,8 +203,35 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _call(*words: str) -> None:
-    done = subprocess.run(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
+class _Once:
+    """A file that can only be read, once: what is decrypted cannot be read again, and boto3 would try."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.read = file.read
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """Yield the content of a file of a backup, decrypted where it is encrypted."""
+    sealed = path.with_name(f"{path.name}.enc")
+    if not sealed.exists():
+        with path.open("rb") as file:
+            yield file
+        return
+    with subprocess.Popen([*CIPHER, "-d", "-in", str(sealed)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        yield process.stdout
+
+
+def _signature(manifest: dict[str, Any]) -> str:
+    """Return the HMAC of a manifest, its signature left out, with a key of the passphrase."""
+    rest = {key: value for key, value in manifest.items() if key != "signature"}
+    key = hashlib.pbkdf2_hmac("sha256", os.environ[PASSPHRASE].encode(), bytes.fromhex(manifest["salt"]), ROUNDS)
+    return hmac.new(key, json.dumps(rest, sort_keys=True).encode(), "sha256").hexdigest()
+
+
+def _call(*words: str, stdin: IO[bytes] | int = subprocess.DEVNULL) -> None:
+    done = subprocess.run(words, stdin=stdin, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{words[0]} failed: {' '.join(done.stderr.split())[:500]}")
 

@@ -1,16 +1,19 @@
 """Prepare the services for use: the bucket, the tables of the studies, the role of those who may write, the accounts of MLflow.
 
-Usage: python setup.py prepare | user NAME [--reader]. What is there already stays as it is. Addresses and passwords come from the
-environment (docker-compose.yml, service `setup`); accounts are made through MLflow, as its administrator.
+Usage: python setup.py prepare | user NAME [--reader] | delete NAME | key FILE. What is there already stays as it is. Addresses
+and passwords come from the environment (docker-compose.yml, service `setup`); accounts are made through MLflow, as its
+administrator.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import secrets
 import sys
+from pathlib import Path
 from typing import Any
 
 BUCKET = "mlflow"
@@ -87,6 +90,32 @@ def make_user(client: Any, *, name: str, password: str, writer: bool) -> None:
         client.unassign_role(name, role)
 
 
+def delete_user(client: Any, *, name: str) -> None:
+    """Delete an account; its runs and models stay.
+
+    Raises:
+        SystemExit: there is none.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.delete_user(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        raise SystemExit(f"There is no account {name}.") from None
+
+
+def write_key(path: Path) -> None:
+    """Write the key of the object store to a file of its owner: SeaweedFS logs a key that it gets from the environment."""
+    credentials = [{"accessKey": os.environ["AWS_ACCESS_KEY_ID"], "secretKey": os.environ["AWS_SECRET_ACCESS_KEY"]}]
+    beside = path.with_name(f"{path.name}.new")
+    beside.unlink(missing_ok=True)
+    with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+        json.dump({"identities": [{"name": BUCKET, "credentials": credentials, "actions": ["Admin"]}]}, file)
+    beside.replace(path)
+
+
 def main(words: list[str]) -> None:
     """Do what the words say."""
     parser = argparse.ArgumentParser(description="Prepare the services for use.")
@@ -95,7 +124,12 @@ def main(words: list[str]) -> None:
     user = actions.add_parser("user", help="make an account, or give an existing one a new password, and print it")
     user.add_argument("name")
     user.add_argument("--reader", action="store_true", help="may look at everything, change nothing of others")
+    actions.add_parser("delete", help="delete an account").add_argument("name")
+    actions.add_parser("key", help="write the key of the object store to a file").add_argument("file", type=Path)
     given = parser.parse_args(words)
+    if given.action == "key":
+        write_key(given.file)
+        return
     if given.action == "prepare":
         make_bucket()
         make_tables()
@@ -104,6 +138,10 @@ def main(words: list[str]) -> None:
         return
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,62}", given.name) or given.name in ("admin", "worker"):
         raise SystemExit("A user's name is letters, digits and ._@- and neither admin nor worker, which .env is about.")
+    if given.action == "delete":
+        delete_user(login_app(), name=given.name)
+        print(f"The account {given.name} is deleted; it may be let in for another minute.")
+        return
     password = secrets.token_urlsafe(18)
     make_user(login_app(), name=given.name, password=password, writer=not given.reader)
     print(f"MLFLOW_TRACKING_USERNAME={given.name}\nMLFLOW_TRACKING_PASSWORD={password}")

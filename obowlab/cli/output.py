@@ -184,7 +184,8 @@ def print_results(folder: RunFolder) -> None:
     """Print what was measured on a run, with its random initialisation beside it."""
     results = folder.results()
     if not results:
-        click.echo("No results yet.")
+        nothing = "The recipe measures nothing (evaluation.protocols)."
+        click.echo("No results yet." if folder.info.recipe.evaluation.protocols else nothing)
         return
     print_measurements(results)
 

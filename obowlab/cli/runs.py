@@ -31,9 +31,11 @@ from obowlab.cli.output import print_facts, print_json, print_results, print_tab
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
+    from obowlab.config import Machine
     from obowlab.runs.folder import RunFolder
     from obowlab.runs.info import State
     from obowlab.runs.selection import Entry
+    from obowlab.runs.trash import Trashed
     from obowlab.tracking.mirror import Mirror
 
 BUNDLED = (
@@ -343,6 +345,15 @@ def delete(names: tuple[str, ...], yes: bool, options: MachineOptions, dry_run: 
     return 0
 
 
+def _still_in_mlflow(runs: list[Trashed], *, machine: Machine) -> list[Trashed]:
+    """Tell MLflow which runs were deleted, and return those that it could not be told of."""
+    from obowlab.tracking.mirror import Mirror
+
+    deleted = [run for run in runs if run.was_deleted and run.is_intact()]
+    send_to_mlflow([run.folder() for run in deleted], machine=machine)
+    return [run for run in deleted if Mirror(run.folder(), tracking_uri=machine.tracking_uri).pending()]
+
+
 @runs.command("restore")
 @click.argument("run")
 @machine_options("runs_root", "machine_file")
@@ -397,10 +408,14 @@ def trash(names: tuple[str, ...], empty: bool, yes: bool, as_json: bool, options
         if there and not confirm(f"Remove {len(there)} run(s), {text.size(sum(sizes))}, for good?", yes=yes):
             click.echo("Nothing was removed.")
             return 1
-        send_to_mlflow([run.folder() for run in there if run.was_deleted and run.is_intact()], machine=machine)
-        remove_for_good(there, runs_root=root)
-        click.echo(f"Removed {len(there)} run(s) for good, {text.size(sum(sizes))}.")
-        return 0
+        unknown = _still_in_mlflow(there, machine=machine)
+        gone = [run for run in there if run not in unknown]
+        freed = sum(num_bytes for run, num_bytes in zip(there, sizes, strict=True) if run in gone)
+        remove_for_good(gone, runs_root=root)
+        click.echo(f"Removed {len(gone)} run(s) for good, {text.size(freed)}.")
+        if unknown:
+            click.echo(f"Kept {len(unknown)} that MLflow still shows: the same command removes them once it answers.")
+        return int(bool(unknown))
     if as_json:
         print_json(
             [

@@ -35,7 +35,9 @@ SCALES = ("paper", "tiny", "demo")
 
 @click.command()
 @click.argument("study", required=False)
-@click.option("--trials", type=click.IntRange(min=1), metavar="N", help="Completed trials wanted in all. [default: the study's]")
+@click.option(
+    "--trials", type=click.IntRange(min=1), metavar="N", help="Completed trials wanted in all. [default: as last, or the file's]"
+)
 @click.option("--scale", type=click.Choice(SCALES), default="paper", show_default=True, help="Which base recipe.")
 @click.option("--gpus", type=click.IntRange(min=1), metavar="N", help="N trials at a time, each on a GPU of its own.")
 @click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="N trials at a time. [default: 1]")
@@ -74,7 +76,7 @@ def tune(
     study, on several machines too, when they share --storage and --runs-root.
     """
     if list_studies:
-        return _list(as_json=as_json)
+        return _list(options.machine(), as_json=as_json)
     if study is None:
         raise UserError("Name a study or its TOML file; `obowlab tune --list` lists them.")
     if gpus is not None:
@@ -85,13 +87,13 @@ def tune(
 
     tuning = plan_study(study, scale=scale, overrides=overrides, study_name=study_name)
     machine = options.machine()
-    budget, slots = trials or tuning.spec.trials, gpus or jobs or 1
+    slots = gpus or jobs or 1
     if show:
-        return _show(tuning, machine=machine, storage=storage, budget=budget, as_json=as_json)
+        return _show(tuning, machine=machine, storage=storage, asked=trials, as_json=as_json)
     if dry_run:
-        return _dry_run(tuning, machine=machine, storage=storage, budget=budget, slots=slots, gpus=gpus)
+        return _dry_run(tuning, machine=machine, storage=storage, asked=trials, slots=slots, gpus=gpus)
     if machine.launcher == "slurm":
-        words = ["tune", absolute(study), "--scale", scale, "--name", tuning.name, "--trials", str(budget)]
+        words = ["tune", absolute(study), "--scale", scale, "--name", tuning.name, *(["--trials", str(trials)] if trials else [])]
         words += [word for text in overrides for word in ("--set", text)]
         from obowlab.studies.storage import storage_url
         from obowlab.studies.submit import submit_workers
@@ -103,10 +105,13 @@ def tune(
         from obowlab.launch.gpu_leases import check_gpus
 
         check_gpus(machine.model_copy(update={"procs": gpus}))
-    return _work(tuning, machine=machine, storage=storage, budget=budget, slots=slots)
+    return _work(tuning, machine=machine, storage=storage, asked=trials, slots=slots)
 
 
-def _list(*, as_json: bool) -> int:
+def _list(machine: Machine, *, as_json: bool) -> int:
+    """Print the study files, and the studies that were begun in the run store with what they fixed and how far they are."""
+    from obowlab.studies.overview import counts
+    from obowlab.studies.schema import read_studies
     from obowlab.studies.spec import load_study, study_files
 
     studies = {name: load_study(name)[1] for name in study_files()}
@@ -119,16 +124,21 @@ def _list(*, as_json: bool) -> int:
     ]
     columns = ("study", "base", "objective", "trials", "parameters", "title")
     print_table(columns, rows, right=("trials",), prose=("parameters", "title"), hide=("base",))
+    begun = read_studies(machine.runs_root)
+    if begun:
+        lines = [(s.name, s.study, counts(s) if s.counts else "", ", ".join(s.fixed), *s.problems[:1]) for s in begun]
+        heads = ("begun", "file", "trials", "fixed", "remark")
+        print_table(heads, [(*line, "")[:5] for line in lines], prose=("trials", "fixed", "remark"), hide=("file",))
     return 0
 
 
-def _work(tuning: Tuning, *, machine: Machine, storage: str | None, budget: int, slots: int) -> int:
+def _work(tuning: Tuning, *, machine: Machine, storage: str | None, asked: int | None, slots: int) -> int:
     from obowlab.launch.preflight import data_checks
     from obowlab.studies.overview import expected_time
     from obowlab.studies.storage import open_storage, quiet, storage_url
     from obowlab.studies.summary import Reporter
     from obowlab.studies.trial_locks import TrialLocks
-    from obowlab.studies.worker import MAX_FAILURES, Worker, open_study, study_folder
+    from obowlab.studies.worker import BUDGET, MAX_FAILURES, Worker, budget_of, open_study, study_folder
 
     url = storage_url(storage, runs_root=machine.runs_root)
     for check in data_checks(tuning.base.stages(), machine=machine, dry_run=False, say=click.echo, required=tuning.protocol):
@@ -138,9 +148,14 @@ def _work(tuning: Tuning, *, machine: Machine, storage: str | None, budget: int,
         with locks.alone():  # two workers must not make the tables at once
             opened = open_storage(url)
         study = open_study(tuning, storage=opened, locks=locks)
+        budget = budget_of(study, tuning=tuning, asked=asked)
+        if study.user_attrs.get(BUDGET) != budget:
+            study.set_user_attr(BUDGET, budget)
         reporter = Reporter(study, tuning=tuning, machine=machine, locks=locks, budget=budget, storage=url)
         report = reporter.write()
         _say(f"study {tuning.name} in {report.storage}: {report.counts['completed']} of {budget} trials completed")
+        if report.fixed:
+            _say(f"fixed: {', '.join(report.fixed)}")
         cost = expected_time(tuning, machine=machine, left=budget - report.counts["completed"], slots=slots)
         if cost:
             _say(cost)
@@ -167,18 +182,21 @@ def _work(tuning: Tuning, *, machine: Machine, storage: str | None, budget: int,
     return 0
 
 
-def _show(tuning: Tuning, *, machine: Machine, storage: str | None, budget: int, as_json: bool) -> int:
-    from obowlab.studies.storage import open_existing, quiet, storage_url
+def _show(tuning: Tuning, *, machine: Machine, storage: str | None, asked: int | None, as_json: bool) -> int:
+    from obowlab.config import nearest
+    from obowlab.studies.storage import open_existing, quiet, storage_url, study_names
     from obowlab.studies.summary import Reporter
     from obowlab.studies.trial_locks import TrialLocks
-    from obowlab.studies.worker import check_own, study_folder
+    from obowlab.studies.worker import budget_of, check_own, study_folder
 
     url = storage_url(storage, runs_root=machine.runs_root)
     with quiet():
         study = open_existing(tuning.name, url=url)
         if study is None:
-            raise UserError(f"Study '{tuning.name}' is not in this storage; leave --show out to begin it.")
+            hint = nearest(tuning.name, study_names(url))
+            raise UserError(f"Study '{tuning.name}' (--name) is not in this storage; leave --show out to begin it.{hint}")
         check_own(study, tuning=tuning)
+        budget = budget_of(study, tuning=tuning, asked=asked)
         locks = TrialLocks(study_folder(tuning, machine=machine))
         reporter = Reporter(study, tuning=tuning, machine=machine, locks=locks, budget=budget, storage=url)
         report, problem = reporter.send()
@@ -190,13 +208,13 @@ def _show(tuning: Tuning, *, machine: Machine, storage: str | None, budget: int,
     return 0
 
 
-def _dry_run(tuning: Tuning, *, machine: Machine, storage: str | None, budget: int, slots: int, gpus: int | None) -> int:
+def _dry_run(tuning: Tuning, *, machine: Machine, storage: str | None, asked: int | None, slots: int, gpus: int | None) -> int:
     from obowlab.launch.stages import find_obstacles
     from obowlab.studies.overview import plan_lines
     from obowlab.studies.storage import open_existing, quiet, storage_url
     from obowlab.studies.summary import collect
     from obowlab.studies.trial_locks import TrialLocks
-    from obowlab.studies.worker import check_own, study_folder
+    from obowlab.studies.worker import budget_of, check_own, study_folder
 
     url = storage_url(storage, runs_root=machine.runs_root)
     folder = study_folder(tuning, machine=machine)
@@ -205,6 +223,7 @@ def _dry_run(tuning: Tuning, *, machine: Machine, storage: str | None, budget: i
         study = open_existing(tuning.name, url=url)
         if study is not None:
             check_own(study, tuning=tuning)
+        budget = budget_of(study, tuning=tuning, asked=asked)
         if study is not None and folder.is_dir():
             locks = TrialLocks(folder)
             report = collect(study, tuning=tuning, machine=machine, locks=locks, budget=budget, storage=url, analyse=False)

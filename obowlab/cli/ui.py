@@ -79,7 +79,7 @@ def _serve_runs(machine: Machine, *, port: int, dry_run: bool, opened: bool) -> 
     return _serve(
         command,
         cwd=machine.runs_root,
-        environment={STORE_VARIABLE: store, ARTIFACTS_VARIABLE: artifacts},
+        environment={STORE_VARIABLE: store, ARTIFACTS_VARIABLE: artifacts, "PYTHONWARNINGS": "ignore"},  # MLflow's own
         port=port,
         health="/health",
         page=lambda: runs_page(store, runs_root=machine.runs_root),

@@ -91,7 +91,7 @@ def check_data(
 def data_checks(
     due: Sequence[Loaded], *, machine: Machine, dry_run: bool, say: Callable[[str], None], required: str | None = None
 ) -> Iterator[Callable[[], None]]:
-    """Yield the checks of the run store and of each recipe, then `check_data`, once for all that measure the same images alike.
+    """Yield the checks of the run store and of the recipes, then `check_data`, once for all that measure the same images alike.
 
     Each sentence is said once.
 

@@ -101,6 +101,7 @@ class Run:
         mlflow_run_id: in the tracking store; None when it was never sent.
         mlflow_page: address of its page there; None when it was never sent.
         mlflow_local: whether that page is there while `obowlab ui` runs only.
+        tags: that a user gave it.
         starts: how often it was started.
         machine: what it ran on, name to value.
         versions: package to version.
@@ -141,6 +142,7 @@ class Run:
     curves: Mapping[str, Curve] = field(default_factory=dict)
     findings: tuple[Finding, ...] = ()
     gallery: Gallery | None = None
+    tags: tuple[str, ...] = ()
     mlflow_page: str | None = None
     mlflow_local: bool = False
 

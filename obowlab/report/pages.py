@@ -16,7 +16,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from obowlab import text
-from obowlab.config import project_root
+from obowlab.config import canonical_hash, project_root
 from obowlab.errors import UserError
 from obowlab.files import folder_written
 from obowlab.report import figures, result_figures
@@ -88,6 +88,7 @@ def _write(site: Site, *, folder: Path) -> int:
             "unit": unit_of,
             "meaning": meaning_of,
             "table_path": table_path,
+            "study_path": study_path,
             "table_name": table_name,
         }
     )
@@ -248,7 +249,7 @@ def _study_page(study: StudyReport) -> _Page:
     def charts() -> dict[str, list[Figure]]:
         return {"study": result_figures.study_figures(study)}
 
-    return _Page(f"study-{anchor(study.name)}.html", "study.html", f"Study {study.name}", "Studies", {"study": study}, charts)
+    return _Page(study_path(study), "study.html", f"Study {study.name}", "Studies", {"study": study}, charts)
 
 
 def _run_page(run: Run) -> _Page:
@@ -271,6 +272,12 @@ def _recipe_charts(recipes: Mapping[str, figures.Family], *, metrics: Sequence[s
 def table_path(table: Table) -> str:
     """Return the page of a table."""
     return f"{identity(table.name, scale=table.scale, changes=table.changes)}.html"
+
+
+def study_path(study: StudyReport) -> str:
+    """Return the page of a study; different names have different ones."""
+    word = anchor(study.name)
+    return f"study-{word}.html" if word == study.name else f"study-{word}-{canonical_hash(study.name)[:8]}.html"
 
 
 def table_name(table: Table) -> str:

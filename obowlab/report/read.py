@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -84,6 +84,9 @@ class Store:
         return {key: record_of[run.info.run_id] for key, run in by_fingerprint(run for run, _ in self.runs).items()}
 
 
+NO_TABLES = ("obowlab.scale", "obowlab.study", "obowlab.trial", "obowlab.pruned")
+"""Labels of a run that do not name a table."""
+
 LOCAL_UI = "http://127.0.0.1:5000"
 """Where `obowlab ui` shows a store without a server."""
 
@@ -154,7 +157,8 @@ def tables_at(scales: Iterable[str], *, store: Store) -> Tables:
         found_seeds = seeds_with_runs(table, records=records)
         if table.scale in asked or (not asked and found_seeds):
             tables.append(build_table(table, seeds=found_seeds or (0,), records=records))
-    return Tables(tuple(tables), (*problems, *wrong))
+    known = {*table_files(), *(table.name for table in own)}
+    return Tables(tuple(tables), (*problems, *wrong, *_unknown_tables(store, known=known)))
 
 
 def read_run(summary: RunSummary, *, record: Record) -> Run:
@@ -193,6 +197,7 @@ def read_run(summary: RunSummary, *, record: Record) -> Run:
         dirty=facts.get("dirty"),
         data_hash=facts.get("data_hash"),
         mlflow_run_id=mlflow_run_id,
+        tags=tuple(folder.tags()),
         mlflow_page=mlflow_page(mlflow_run_id, store=store),
         mlflow_local=not store.startswith("http"),
         starts=len(attempts),
@@ -382,6 +387,20 @@ def _planned(scale: str) -> tuple[list[PlannedTable], list[str]]:
         except UserError as error:
             wrong.append(f"{name} at scale {scale} cannot be shown: {error}")
     return found, wrong
+
+
+def _unknown_tables(store: Store, *, known: Collection[str]) -> list[str]:
+    """Return a sentence on each table that runs were trained for and that the store does not remember, as of earlier versions."""
+    named: set[str] = set()
+    for summary, _ in store.runs:
+        with suppress(*DAMAGED):
+            labels = RunFolder(summary.path, summary.info).labels()
+            if "obowlab.scale" in labels:  # beside which every label without a further point is a table, or a study
+                named |= {name.removeprefix("obowlab.") for name in labels if name not in NO_TABLES and name.count(".") == 1}
+    return [
+        f"There are runs of a table '{name}', which this store does not know: `obowlab table FILE` tells it, by the table's file."
+        for name in sorted(named - set(known))
+    ]
 
 
 def _cannot_be_shown(run: RunSummary, error: Exception) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import json
 import logging
-from codecs import BOM_UTF8
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -162,7 +161,7 @@ def read_records(folder: Path) -> dict[str, Record]:
     records = {}
     for path in sorted(folder.glob("*.json")):
         try:
-            record = Record.model_validate_json(read_file(path).removeprefix(BOM_UTF8))
+            record = Record.model_validate_json(read_file(path).decode("utf-8-sig"))
         except (OSError, ValueError):
             raise UserError(f"{path} is not a run record; remove it or restore it.") from None
         records[record.fingerprint] = record

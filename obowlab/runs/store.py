@@ -21,7 +21,7 @@ TRACKING = ("mlflow.db", "mlflow.db-journal", "mlflow.db-wal", "mlflow.db-shm", 
 TURNS = (".publish.lock", ".report.lock", ".logs", ".trash", ".jobs", ".studies")
 """What commands need to take turns, and to keep what they say."""
 
-CACHES = (".features", ".drawn", ".hashed", ".costs.json")
+CACHES = (".features", ".drawn", ".hashed", ".tables", ".costs.json")
 """What only saves time: where it cannot be written, it is computed again."""
 
 

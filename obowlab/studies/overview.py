@@ -41,9 +41,14 @@ def parameter_names(report: StudyReport) -> list[str]:
 def findings(report: StudyReport) -> list[str]:
     """Return lines that say how far a study is, what is best beside the paper's point, and which parameters matter."""
     lines = [counts(report)]
+    if report.overrides:
+        own = [change for change in report.overrides if change not in report.fixed]
+        words = [f"by the file: {', '.join(own)}"] * bool(own) + [f"with --set: {', '.join(report.fixed)}"] * bool(report.fixed)
+        lines.append(f"fixed {'; '.join(words)}")
     by_number = {trial.number: trial for trial in report.trials}
     names = parameter_names(report)
-    for word, number in (("best", report.best), ("paper", report.paper)):
+    recipe = next((trial.number for trial in report.completed if trial.is_recipe and not trial.is_paper), None)
+    for word, number in (("best", report.best), ("paper", report.paper), ("recipe", recipe)):
         if number is not None:
             trial = by_number[number]
             values = [_value(trial.params[parameter.key]) for parameter in report.parameters]
@@ -61,9 +66,11 @@ def findings(report: StudyReport) -> list[str]:
 
 
 def counts(report: StudyReport) -> str:
-    """Return how many trials ended how, and the budget."""
+    """Return how many trials ended how, the budget, and how much of it is left."""
     there = {status: number for status, number in report.counts.items() if number or status == "completed"}
-    return f"{', '.join(f'{number} {status}' for status, number in there.items())}; budget {report.budget}"
+    left = max(0, (report.budget or 0) - report.counts["completed"])
+    budget = f"; budget {report.budget}{f', {left} left' if left else ''}" if report.budget else ""
+    return f"{', '.join(f'{number} {status}' for status, number in there.items())}{budget}"
 
 
 def plan_lines(tuning: Tuning, *, machine: Machine, url: str, report: StudyReport | None) -> list[str]:
@@ -80,12 +87,15 @@ def plan_lines(tuning: Tuning, *, machine: Machine, url: str, report: StudyRepor
     if tuning.online_metric:
         pruning += f", {tuning.online_metric} every {tuning.every_epochs(epochs)} of {epochs} epochs"
     paper = ", ".join(f"{key} = {value}" for key, value in spec.paper.items())
+    own = tuning.recipe_point() if tuning.recipe_point() != tuning.paper_point() else None
     return [
         f"storage: {shown_uri(url)}",
-        f"recipe: {', '.join((tuning.base.name, *tuning.overrides))}",
+        f"recipe: {tuning.base.name}",
+        *([f"fixed: {', '.join(tuning.overrides)}"] if tuning.overrides else []),
         f"objective: {spec.objective}, {'more' if tuning.maximize else 'less'} is better, mean over seeds {list(spec.seeds)}",
         *(f"parameter: {key} {_range(parameter.model_dump())}" for key, parameter in spec.parameters.items()),
         *([f"first: the paper's {paper}"] if paper else []),
+        *([f"{'then' if paper else 'first'}: the recipe's {', '.join(f'{key} = {v}' for key, v in own.items())}"] if own else []),
         f"pruning: {pruning}",
         f"runs: {machine.runs_root}",
         *([f"trials: {counts(report)}"] if report is not None else []),
@@ -115,7 +125,7 @@ def _range(parameter: Mapping[str, object]) -> str:
 
 
 def _remark(trial: StudyTrial) -> str:
-    words = ["paper"] if trial.is_paper else []
+    words = ["paper"] if trial.is_paper else ["recipe"] if trial.is_recipe else []
     if trial.resumed:
         words.append(f"resumed {trial.resumed}×" if trial.resumed > 1 else "resumed")
     if isinstance(trial.repeat_of, int):

@@ -91,6 +91,7 @@ class StudyTrial(_Part):
             for one seed; None without a final value.
         online: results during training of the first seed, [epoch, value] in order.
         is_paper: whether it is the paper's own point.
+        is_recipe: whether it is the base recipe's own point.
         resumed: how many times another worker resumed it.
         repeat_of: the earlier trial with the same point, or `finished runs` when others had trained it; nothing was trained.
         message: why it was pruned or failed.
@@ -106,6 +107,7 @@ class StudyTrial(_Part):
     interval: float | None = None
     online: tuple[tuple[int, float], ...] = ()
     is_paper: bool = False
+    is_recipe: bool = False
     resumed: int = 0
     repeat_of: int | str | None = None
     message: str = ""
@@ -153,6 +155,7 @@ class StudyReport(_Part):
         scale: `paper`, `tiny` or `demo`.
         recipe: base recipe.
         overrides: what all trials change of it, as `key=value`.
+        fixed: those of them that `--set` gave, beside the study file's own.
         storage: address without passwords.
         written_at: seconds since 1970.
         metric: the objective; empty when unknown.
@@ -182,6 +185,7 @@ class StudyReport(_Part):
     scale: str = ""
     recipe: str = ""
     overrides: tuple[str, ...] = ()
+    fixed: tuple[str, ...] = ()
     storage: str = ""
     written_at: float = 0.0
     metric: str = ""

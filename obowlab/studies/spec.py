@@ -139,6 +139,7 @@ class Tuning:
         scale: `paper`, `tiny` or `demo`.
         base: the base recipe with what all trials change of it.
         overrides: these changes, as `key=value`.
+        fixed: those of them that are not the file's: `--set`.
     """
 
     name: str
@@ -147,6 +148,7 @@ class Tuning:
     scale: str
     base: Loaded
     overrides: tuple[str, ...]
+    fixed: tuple[str, ...] = ()
 
     @property
     def maximize(self) -> bool:
@@ -195,6 +197,12 @@ class Tuning:
     def paper_point(self) -> dict[str, Any] | None:
         """Return the paper's values as Optuna takes them; None when the study names none."""
         return {key: choice_label(value) for key, value in self.spec.paper.items()} or None
+
+    def recipe_point(self) -> dict[str, Any] | None:
+        """Return the base recipe's own values as Optuna takes them; None when they are not in the search space."""
+        values = flatten(self.base.recipe)
+        point = {key: choice_label(values[key]) for key in self.spec.parameters}
+        return point if all(_is_in(p, point[key]) for key, p in self.spec.parameters.items()) else None
 
     def definition(self) -> dict[str, Any]:
         """Return what must stay the same for the trials of a study to be comparable: dotted key to value.
@@ -261,7 +269,7 @@ def plan_study(name: str, *, scale: str, overrides: Sequence[str] = (), study_na
         raise UserError(f"Study name '{chosen}' (--name, or the file's): only letters, digits and '._-' will do for a folder.")
     changes = (*(f"{key}={text.toml(value)}" for key, value in spec.overrides.items()), *overrides)
     base = load_recipe(recipe_for(spec.base, scale), overrides=changes)
-    tuning = Tuning(name=chosen, file=path, spec=spec, scale=scale, base=base, overrides=changes)
+    tuning = Tuning(name=chosen, file=path, spec=spec, scale=scale, base=base, overrides=changes, fixed=tuple(overrides))
     _check_objective(tuning)
     _check_keys(tuning)
     _check_points(tuning)
@@ -286,6 +294,13 @@ def _parameter(key: str, values: Any, *, place: str) -> Section:
     if not isinstance(kind, str) or kind not in PARAMETERS:
         raise UserError(f"{where}: 'kind' must be one of {', '.join(PARAMETERS)}{f', not {kind!r}' if kind is not None else ''}.")
     return parse_section(PARAMETERS[kind], values, place=where)
+
+
+def _is_in(parameter: Parameter, value: Any) -> bool:
+    """Return whether a value, or the label of a choice, is one that a parameter may take."""
+    if isinstance(parameter, CategoricalParameter):
+        return value in [choice_label(choice) for choice in parameter.choices]
+    return isinstance(value, int | float) and not isinstance(value, bool) and parameter.low <= value <= parameter.high
 
 
 def _moves_weights(key: str) -> bool:
@@ -341,13 +356,11 @@ def _check_keys(tuning: Tuning) -> None:
         raise UserError(f"[paper] of {place} must give a value to every parameter and to nothing else; look at '{odd}'.")
     for key, value in spec.paper.items():
         parameter = spec.parameters[key]
+        if _is_in(parameter, choice_label(value)):
+            continue
         if isinstance(parameter, CategoricalParameter):
-            if choice_label(value) not in [choice_label(choice) for choice in parameter.choices]:
-                raise UserError(f"'{key}' in [paper] of {place} is not one of its choices.")
-        elif isinstance(value, bool) or not isinstance(value, int | float) or not parameter.low <= value <= parameter.high:
-            raise UserError(
-                f"'{key}' in [paper] of {place} must lie between {parameter.low} and {parameter.high}, not at {value!r}."
-            )
+            raise UserError(f"'{key}' in [paper] of {place} is not one of its choices.")
+        raise UserError(f"'{key}' in [paper] of {place} must lie between {parameter.low} and {parameter.high}, not at {value!r}.")
 
 
 def _check_points(tuning: Tuning) -> None:

@@ -148,6 +148,18 @@ def open_existing(name: str, *, url: str) -> optuna.Study | None:
         return None
 
 
+def study_names(url: str) -> list[str]:
+    """Return the names of the studies in a storage; none where there is no storage.
+
+    Args:
+        url: as `storage_url` returns it.
+
+    Raises:
+        UserError: as `open_storage`.
+    """
+    return optuna.get_all_study_names(open_storage(url, make=False)) if exists(url) else []
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep Optuna's own messages and its warnings about experimental options off the terminal."""

@@ -21,6 +21,7 @@ from obowlab.runs.info import DAMAGED, TRAINED
 from obowlab.runs.metrics import lookup
 from obowlab.runs.records import warn_once
 from obowlab.runs.results import unpack
+from obowlab.studies.overview import findings
 from obowlab.studies.schema import (
     STUDY_FILE,
     StudyDifference,
@@ -111,6 +112,7 @@ def collect(
         scale=tuning.scale,
         recipe=tuning.base.name,
         overrides=tuning.overrides,
+        fixed=tuning.fixed,
         storage=shown_uri(storage),
         written_at=round(time.time(), 3),
         metric=tuning.spec.objective,
@@ -148,7 +150,7 @@ def send_report(report: StudyReport, *, machine: Machine) -> str | None:
             **{f"figures/{name}.plotly.json": figure.model_dump_json() for name, figure in report.figures.items()},
         },
         tags={
-            "mlflow.note.content": report.title,
+            "mlflow.note.content": "\n\n".join(filter(None, [report.title, *findings(report)])),
             "obowlab.study": report.name,
             "obowlab.recipe": report.recipe,
             "obowlab.scale": report.scale,
@@ -208,6 +210,7 @@ def _trial(
         interval=_interval(list(measured.values())) if trial.state == TrialState.COMPLETE else None,
         online=tuple(sorted(trial.intermediate_values.items())),
         is_paper=bool(attributes.get("paper")),
+        is_recipe=bool(attributes.get("recipe")),
         resumed=len(attributes.get("resumed", [])),
         repeat_of=attributes.get("repeat_of"),
         message=str(attributes.get("message", "")),

@@ -225,8 +225,9 @@ class TrialRunner:
                 signals.send(signal.SIGTERM, reason=reason)
 
     def _should_prune(self) -> bool:
-        """Return whether the results so far are bad enough; the paper's own point is never pruned."""
-        return not self._trial.user_attrs.get("paper") and bool(self._context.retry(self._trial.should_prune))
+        """Return whether the results so far are bad enough; the paper's point and the recipe's are never pruned."""
+        known = {"paper", "recipe"} & self._trial.user_attrs.keys()
+        return not known and bool(self._context.retry(self._trial.should_prune))
 
     # --------------------------------------------------------------------------------------------- duplicates
 

@@ -39,6 +39,8 @@ MAX_FAILURES = 3
 """After so many failed trials in a row a worker gives up: something is wrong that another point will not fix."""
 DEFINITION = "definition"
 """Attribute of a study: what must stay the same."""
+BUDGET = "budget"
+"""Attribute of a study: completed trials wanted, as the last `--trials` said."""
 
 
 class Stopped(Exception):  # noqa: N818 - not an error: open trials are resumed later
@@ -76,11 +78,25 @@ def open_study(tuning: Tuning, *, storage: BaseStorage, locks: TrialLocks) -> op
             study.set_user_attr("title", tuning.spec.title)
             study.set_user_attr(DEFINITION, tuning.definition())
         study.set_metric_names([tuning.spec.objective])
-        paper = tuning.paper_point()
-        if paper is not None and not any(trial.user_attrs.get("paper") for trial in study.get_trials(deepcopy=False)):
-            study.enqueue_trial(paper, user_attrs={"paper": True})
+        _put_known_points_first(study, tuning=tuning)
     study.pruner = _pruner(tuning)
     return study
+
+
+def _put_known_points_first(study: optuna.Study, *, tuning: Tuning) -> None:
+    """Enqueue the paper's point, and after it the recipe's own in a study of which no trial has begun."""
+    trials = study.get_trials(deepcopy=False)
+    paper, own = tuning.paper_point(), tuning.recipe_point()
+    if paper is not None and not any(trial.user_attrs.get("paper") for trial in trials):
+        study.enqueue_trial(paper, user_attrs={"paper": True, **({"recipe": True} if paper == own else {})})
+    begun = any(trial.state != TrialState.WAITING or trial.user_attrs.get("recipe") for trial in trials)
+    if own is not None and own != paper and not begun:
+        study.enqueue_trial(own, user_attrs={"recipe": True})
+
+
+def budget_of(study: optuna.Study | None, *, tuning: Tuning, asked: int | None) -> int:
+    """Return how many completed trials are wanted: as asked for, else as the last time, else as the file says."""
+    return asked or (study.user_attrs.get(BUDGET) if study is not None else None) or tuning.spec.trials
 
 
 def check_own(study: optuna.Study, *, tuning: Tuning) -> None:
@@ -239,7 +255,8 @@ class Worker:
             taken = self.locks.take(chosen.number)
             assert taken, "no other worker can know of this trial"
         with self._released_on_error(chosen.number):
-            kind = "the paper's point, " if chosen.user_attrs.get("paper") else ""
+            known = next((name for name in ("paper", "recipe") if chosen.user_attrs.get(name)), None)
+            kind = f"the {known}'s point, " if known is not None else ""
             self._say(f"trial {chosen.number}: {kind}{describe(chosen.params)}")
         return chosen, []
 

@@ -13,10 +13,11 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from obowlab.config import canonical_hash
+from obowlab.config.scales import SCALES
 from obowlab.errors import UserError
-from obowlab.files import write_atomic
+from obowlab.files import read_file, shared_folder, write_atomic
 from obowlab.tables.build import also_differing
-from obowlab.tables.spec import PlannedTable, table_files
+from obowlab.tables.spec import PlannedTable, is_result, table_files
 
 KEPT = ".tables"
 """Folder of the run store."""
@@ -55,9 +56,9 @@ def keep_table(planned: PlannedTable, *, runs_root: Path) -> str | None:
     content = _CONTENT.dump_json(replace(planned, path=None, rows=rows), indent=1)
     path = runs_root / KEPT / f"{identity(planned.name, scale=planned.scale, changes=planned.changed)}.json"
     try:
-        if path.is_file() and path.read_bytes() == content:
+        if path.is_file() and read_file(path) == content:
             return None
-        path.parent.mkdir(parents=True, exist_ok=True)
+        shared_folder(path.parent)
         write_atomic(path, content)
     except OSError as error:
         return f"`obowlab report` will not show {planned.name} as it is now: cannot write {path} ({error.strerror})."
@@ -77,9 +78,11 @@ def kept_tables(runs_root: Path) -> tuple[list[PlannedTable], list[str]]:
 
 def _read(path: Path) -> PlannedTable:
     try:
-        planned = _CONTENT.validate_json(path.read_bytes())
+        planned = _CONTENT.validate_json(read_file(path))
     except ValidationError:
         raise UserError(f"{path} is damaged, or of another version.") from None
-    if sum(row.is_base for row in planned.rows) != 1:
-        raise UserError(f"{path} has no base row, or several.")
+    file = planned.file
+    known = planned.scale in SCALES and file.primary in file.columns and all(map(is_result, file.columns))
+    if not known or sum(row.is_base for row in planned.rows) != 1:
+        raise UserError(f"{path} is of another version.")
     return replace(planned, path=None)

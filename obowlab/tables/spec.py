@@ -198,6 +198,14 @@ def override_texts(changes: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(f"{key}={override(value)}" for key, value in changes.items())
 
 
+def is_result(metric: str) -> bool:
+    """Return whether an evaluation measures this."""
+    try:
+        return lookup(metric).group == "eval"
+    except KeyError:
+        return False
+
+
 def also_differs(row: PlannedRow, *, base: PlannedRow, paper_row: PlannedRow, paper_base: PlannedRow) -> str:
     """Return in words what separates a row from its base row at this scale and not at the paper's; empty for nothing.
 
@@ -230,11 +238,7 @@ def _read(path: Path) -> TableFile:
     if len(set(keys)) != len(keys):
         raise UserError(f"{path}: two rows have the key '{next(key for key in keys if keys.count(key) > 1)}'.")
     for metric in (*file.columns, file.primary, *(metric for row in file.row for metric in row.paper)):
-        try:
-            known = lookup(metric).group == "eval"
-        except KeyError:
-            known = False
-        if not known:
+        if not is_result(metric):
             hint = nearest(metric, ["fewshot_1shot", "fewshot_5shot", "linear_top1", "knn_top1"])
             raise UserError(f"{path}: '{metric}' is not a metric of an evaluation.{hint}")
     if file.primary not in file.columns:

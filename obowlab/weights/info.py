@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import safetensors
@@ -21,6 +22,7 @@ METADATA_KEY = "obowlab"
 PICKLE = b"\x80"
 """How files of older versions of torch begin."""
 
+STATE_DICT = "where it was made, save model.state_dict() with torch.save"
 DAMAGED = "it is damaged or of another kind; copy it again, or save model.state_dict() with torch.save"
 
 LONGEST_HEADER = 100 * 2**20
@@ -48,6 +50,7 @@ def peek(path: Path) -> EncoderInfo | None:
     """
     try:
         start = beginning(path)
+        refuse_part(path)
         if is_safetensors(start):
             return encoder_info(safetensors_metadata(path), origin=path)
         refuse_other_kinds(start, path=path)
@@ -106,6 +109,19 @@ def beginning(path: Path) -> bytes:
         return file.read(512)
 
 
+def refuse_part(path: Path) -> None:
+    """Refuse one of several files that hold the weights together, as their names say.
+
+    Raises:
+        UserError: it is one of these.
+    """
+    found = re.search(r"-\d+-of-(\d+)\.", path.name)
+    if found is not None and int(found[1]) > 1:
+        raise UserError(
+            f"{path} is one of {int(found[1])} files that hold the weights together; save them as one file where they were made."
+        )
+
+
 def _inside(folder: Path) -> str:
     names = sorted(file.name for file in folder.iterdir() if file.name.endswith(WEIGHTS_SUFFIXES))
     return f"; name the file in it: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}" if names else ""
@@ -132,8 +148,8 @@ def safetensors_metadata(path: Path) -> dict[str, str]:
 def unreadable_safetensors(path: Path, error: Exception) -> UserError:
     """Return the error for a safetensors file that its library refuses."""
     found = re.sub(r"^Error while deserializing header: |\.$", "", str(error))
-    known = {"incomplete metadata": "it is cut off", "header too large": "it is cut off", "metadata incomplete": "it is cut off"}
-    why = next((text for start, text in known.items() if found.lower().startswith(start)), found)
+    lengths = ("incomplete metadata", "metadata incomplete", "invalid header length", "header too")
+    why = "its length is not what its header says, as of a file that is cut off" if found.lower().startswith(lengths) else found
     return UserError(f"{path} is not a readable safetensors file: {why}; copy it again.")
 
 
@@ -170,22 +186,32 @@ def _what_else(start: bytes) -> str | None:
         return "it is an HDF5 file, as Keras writes; save a state dict of PyTorch"
     if start.startswith(b"\x93NUMPY"):
         return "it is an array of numpy; save a state dict of PyTorch"
+    if re.fullmatch(rb"[\t\r\n -~]+", start):
+        return f"it is a text, which begins with '{start[:40].decode().strip()}'"
     return None
 
 
-def open_archive(path: Path) -> zipfile.ZipFile:
+@contextmanager
+def open_archive(path: Path) -> Iterator[zipfile.ZipFile]:
     """Open a file that begins as a zip archive, as torch's files do.
 
     Raises:
-        UserError: its end is missing, or it would inflate to what no weights need.
+        UserError: it is damaged, encrypted, would inflate to what no weights need, or is what torch writes besides plain tensors.
     """
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path} is cut off: the end of a torch file or zip archive is missing; copy it again.")
-    archive = zipfile.ZipFile(path)
-    inflated = inflated_record(archive)
-    if inflated is not None:
-        raise UserError(f"{path} is no weights file: {inflated}.")
-    return archive
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        if any(name.endswith("/archive_format") for name in names):
+            raise no_torch_file(path, reason=f"it is a program of torch.export; {STATE_DICT}")
+        if is_torch_archive(archive) and any("/code/" in name for name in names):
+            raise no_torch_file(path, reason=f"it is a TorchScript module; {STATE_DICT}")
+        if any(member.flag_bits & 1 for member in archive.infolist()):
+            raise UserError(f"{path} is a zip archive with a password; unpack it and name the file in it.")
+        inflated = inflated_record(archive)
+        if inflated is not None:
+            raise UserError(f"{path} is no weights file: {inflated}.")
+        yield archive
 
 
 def is_torch_archive(archive: zipfile.ZipFile) -> bool:

@@ -29,6 +29,7 @@ from obowlab.weights.info import (
     only_member,
     open_archive,
     refuse_other_kinds,
+    refuse_part,
     unreadable,
     unreadable_safetensors,
 )
@@ -67,6 +68,7 @@ def read_weights(path: Path) -> WeightsFile:
     """
     try:
         start = beginning(path)
+        refuse_part(path)
         if is_safetensors(start):
             state, metadata = _read_safetensors(path)
             return _without_prefix(state, metadata=metadata, origin=path)
@@ -128,6 +130,11 @@ def read_module(path: Path, *, origin: Path) -> State:
     Raises:
         UserError: it is damaged, or holds anything but a ResNet of torchvision.
     """
+    try:
+        with open_archive(path):
+            pass  # its records are looked at, none is read
+    except UserError as error:
+        raise UserError(str(error).replace(str(path), str(origin))) from None
     try:
         with torch.serialization.safe_globals(list(_OF_A_RESNET)):
             module: Any = torch.load(path, map_location="cpu", weights_only=True)

@@ -11,7 +11,7 @@ from obowlab.runs.folder import RunFolder
 from obowlab.runs.info import ENCODER_FILE
 from obowlab.tracking.model import ModelVersion, find_model_version, is_model_version
 from obowlab.weights import WEIGHTS_SUFFIXES
-from obowlab.weights.info import EncoderInfo, peek
+from obowlab.weights.info import EncoderInfo, beginning, peek
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,12 @@ def find_source(ref: str, *, runs_root: Path, tracking_uri: str | None = None) -
         return Source(ref, path=path, info=peek(path))
     if path.suffix in WEIGHTS_SUFFIXES and not path.is_dir():
         raise UserError(f"There is no weights file '{ref}'.")
-    folder = RunFolder.find(ref, runs_root=runs_root)
+    try:
+        folder = RunFolder.find(ref, runs_root=runs_root)
+    except UserError:
+        if path.is_dir() and not (path / "run.json").exists():
+            beginning(path)  # says what is in it
+        raise
     file = folder.path / ENCODER_FILE
     if not file.is_file():
         raise UserError(f"Run '{folder.run_id}' has no encoder yet (it is {folder.state.status}); finish it with 'obowlab run'.")

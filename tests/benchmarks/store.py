@@ -60,11 +60,10 @@ OF_METHOD = {
 MODEL_SCRIPT = """
 import sys, torch
 from pathlib import Path
-from obowlab.methods.backbones import ResNet, build_backbone
-from obowlab.config import Backbone
 from obowlab.tracking.model import save_encoder_model
-encoder = build_backbone(Backbone(stem="small", width=4), seed=0)
-save_encoder_model(encoder, path=Path(sys.argv[1]), example=torch.zeros(2, 3, 32, 32))
+from obowlab.weights.standalone import build
+torch.manual_seed(0)
+save_encoder_model(build("resnet18", stem="small", width=4).eval(), path=Path(sys.argv[1]), example=torch.zeros(2, 3, 32, 32))
 """
 
 
