@@ -20,7 +20,7 @@ printf '%s\n' torch torchvision >"$work/torch.in"
 printf '%s\n' boto3 'mlflow[auth]' optuna optuna-dashboard 'psycopg[binary]' >"$work/server.in"
 
 # All parts are resolved together, so that they agree on every version.
-mkdir -p locks
+mkdir -p .ci/locks
 [ -n "${UPGRADE:-}" ] || cat .ci/locks/*.txt >"$work/all" 2>/dev/null || true
 resolve "$work/all" --all-extras pyproject.toml "$work/build.in" "$work/server.in" -c constraints.txt
 
