@@ -1,6 +1,6 @@
 # Two commands are the contract: `make demo` and `make test`. Both install what they need into .venv first.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all test-gpu gpu-check lint format lock licences sbom mutants bench chaos slurm-demo golden clean secrets images pin backup restore services
+.PHONY: help install demo test test-all test-optimized test-gpu gpu-check lint format lock licences sbom mutants bench chaos slurm-demo golden clean secrets images pin backup restore services
 BIN := .venv/bin
 CORES := $(shell nproc 2>/dev/null || echo 1)
 
@@ -23,6 +23,9 @@ test: .venv/.installed-test ## Install, then run the tests (HIDE=postgresql,chro
 
 test-all: .venv/.installed-test ## The tests, with all rounds of the slow ones
 	@OBOWLAB_TEST_ALL=1 $(PYTEST_ALL) $(PYTEST)
+
+test-optimized: .venv/.installed-test ## The tests, on the package as PYTHONOPTIMIZE=1 makes it: without its asserts
+	@OBOWLAB_TEST_OPTIMIZE=1 $(PYTEST_ALL) $(PYTEST)
 
 test-gpu: .venv/.installed-test ## The tests that need an NVIDIA GPU, which `make test` hides
 	@OBOWLAB_TEST_GPU=1 $(BIN)/pytest -m gpu $(PYTEST)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from tests import hermetic
+from tests import hermetic, optimized
 
-# Before anything is imported that reads the environment.
+# Before anything is imported that reads the environment, or is obowlab's.
 PLACE = hermetic.enter()
+optimized.enter()
 
 import os
 import shutil

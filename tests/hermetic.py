@@ -7,6 +7,7 @@ home folder and git's settings are those of nobody in particular, and GPUs are h
 Variables that steer the tests (`make test` and its siblings set them):
     OBOWLAB_TEST_HIDE: groups of programs to hide as well, separated by commas: `postgresql`, `chromium`, `compilers`.
     OBOWLAB_TEST_ALL: 1 plays all rounds of the slow tests.
+    OBOWLAB_TEST_OPTIMIZE: 1 plays them on a package without its asserts (tests/optimized.py).
     OBOWLAB_TEST_GPU: 1 shows the machine's GPUs, or those that CUDA_VISIBLE_DEVICES names.
     OBOWLAB_TEST_DOCKER: 1 shows `docker`.
     OBOWLAB_TEST_PHOTOS: the folder of photographs.
