@@ -315,6 +315,25 @@ def _give_to_postgres(path: Path) -> None:
         shutil.chown(path, "postgres", "postgres")
 
 
+def close_site(site: Path, *, root: Path) -> None:
+    """Close the folder of the report to everybody else: Caddy follows the links in it, with the rights of who started it.
+
+    Args:
+        site: what Caddy serves a part of; made where it is missing.
+        root: folder of the stack.
+
+    Raises:
+        SystemExit: a link is there, or others could put a folder of their own in its place.
+    """
+    site.mkdir(parents=True, exist_ok=True)
+    for folder in (root, *(each for each in site.parents if root in each.parents)):
+        if folder.stat().st_mode & 0o022:
+            raise SystemExit(f"Cannot start: others may write to {folder} (chmod go-w {folder}).")
+    site.chmod(0o700)
+    if links := [path for path in (site, *sorted(site.rglob("*"))) if path.is_symlink()]:
+        raise SystemExit(f"Cannot start: {links[0]} is a link, and the report's pages would show where it leads; remove it.")
+
+
 def main(words: Sequence[str]) -> None:
     """Keep the services running at the ports of docker-compose.yml until Ctrl-C; their volumes lie in FOLDER."""
     if len(words) != 1:
@@ -325,15 +344,17 @@ def main(words: Sequence[str]) -> None:
         raise SystemExit(f"Cannot start: port {taken[0]} of {LOOPBACK} is taken.")
     root = Path(words[0]).absolute()
     root.mkdir(parents=True, exist_ok=True)
+    os.umask(0o066)  # PostgreSQL's user passes through; nobody else reads or writes what the services make here
     if subprocess.run([*_as_postgres(), "test", "-x", str(root)], check=False).returncode:
         raise SystemExit(f"Cannot start: PostgreSQL's user cannot enter {root}; choose another folder (make services TO=FOLDER).")
     stack = Stack(root, ports=PORTS)
+    site = stack.folders("worker")["/lab/site"]
+    close_site(site, root=root)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         stack.start("web")
         print(f"MLflow   {stack.address(5000)}   as admin, password MLFLOW_ADMIN_PASSWORD of {stack.root / '.env'}")
-        site = stack.folders("worker")["/lab/site"] / "report"
-        print(f"Report   {stack.address(8081)}   once it is written: obowlab report --out {site}")
+        print(f"Report   {stack.address(8081)}   once it is written: obowlab report --out {site / 'report'}")
         print(f"Studies  {stack.address(8082)}")
         print("\nFor obowlab in another terminal:")
         print("\n".join(f"export {name}='{value}'" for name, value in stack.environment("worker").items()), flush=True)

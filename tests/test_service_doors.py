@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import shutil
+import socket
+import ssl
 import stat
 import subprocess
 import tempfile
@@ -16,11 +19,16 @@ from typing import Any
 
 import pytest
 import requests
+import yaml
 
 from dashboards.services.login import ATTEMPTS, WINDOW_S, Attempts
+from dashboards.services.setup import CERTIFICATE, PRIVATE_KEY, draw_certificate
+from dashboards.services.write_env import SECRET
+from obowlab.report.model import Site
+from obowlab.report.pages import build_site
 from tests.lab import Lab
 from tests.processes import wait_until
-from tests.services import Stack, missing_tools
+from tests.services import COMPOSE, GRPC, LOOPBACK, Stack, close_site, missing_tools
 
 OTHER = "http://127.0.0.1:8081"
 """A page of another port of the same machine."""
@@ -165,11 +173,7 @@ def test_uploads_have_a_limit(lab: Lab, accounts: dict[str, tuple[str, str]]) ->
         (8082, "/api/studies", b"x" * (40 * 10**6)),
     ):
         method = "PUT" if "artifacts" in path else "POST"
-        try:
-            answer = ask(lab, method, path, port=port, account=writer, data=body)
-        except requests.ConnectionError:  # the server does not listen to the rest
-            continue
-        assert answer.status_code in (413, 500, 502), path
+        assert ask(lab, method, path, port=port, account=writer, data=body).status_code == 413, path
     listed = lab.ask(f"/api/2.0/mlflow/artifacts/list?run_id={created['run_id']}", account=writer).json()
     assert [file["path"] for file in listed["files"]] == ["a.bin"]
 
@@ -183,18 +187,56 @@ def test_the_report_runs_only_its_own_scripts_and_shows_no_hidden_file(lab: Lab)
         assert lab.ask(path, port=8081, account=lab.worker).status_code == 404, path
 
 
-def test_the_object_store_wants_a_token_and_logs_no_key(lab: Lab, accounts: dict[str, tuple[str, str]]) -> None:
+def test_the_object_store_wants_a_certificate_and_logs_no_key(lab: Lab, accounts: dict[str, tuple[str, str]]) -> None:
     created = lab.ask("/api/2.0/mlflow/runs/create", account=accounts["will"], json={"experiment_id": "0"}).json()["run"]["info"]
     place = f"/api/2.0/mlflow-artifacts/artifacts/0/{created['run_id']}/artifacts/note.txt"
     assert ask(lab, "PUT", place, port=5000, account=accounts["will"], data=b"note" * 1000).status_code == 200
     (key,) = [key for key in lab.objects() if created["run_id"] in key]
-    for method, path in (("GET", f"/buckets/mlflow/{key}"), ("DELETE", f"/buckets/mlflow/{key}"), ("GET", "/"), ("POST", "/x")):
-        assert ask(lab, method, path, port=8888, account=None).status_code == 401, (method, path)
+    attacks = (
+        (8888, "GET", f"/buckets/mlflow/{key}"),
+        (8888, "DELETE", f"/buckets/mlflow/{key}"),
+        (9333, "GET", "/col/delete?collection=mlflow"),
+        (9333, "GET", "/dir/assign"),
+        (9340, "GET", "/ui/index.html"),
+    )
+    folder = lab.stack.folders("objects")["/data"]
+    foreign = lab.stack.root / "foreign"
+    foreign.mkdir()
+    draw_certificate(foreign)
+    for port, method, path in attacks:
+        assert ask(lab, method, path, port=port, account=None).status_code == 400, "HTTP where HTTPS is wanted"
+        address = lab.stack.address(port).replace("http:", "https:") + path
+        for shown in (None, foreign):
+            pair = None if shown is None else (str(shown / CERTIFICATE), str(shown / PRIVATE_KEY))
+            with pytest.raises(requests.RequestException, match=r"(?i)certificate.required|unknown.ca"):
+                requests.request(method, address, cert=pair, verify=str(folder / CERTIFICATE), timeout=60)
+    for port in (9333, 9340, 8888, 8333):
+        assert grpc_answer(lab.stack.ports[port] + GRPC, folder=None) == b"", port
+        assert grpc_answer(lab.stack.ports[port] + GRPC, folder=folder) != b"", "what is refused is there"
     assert ask(lab, "GET", place, port=5000, account=accounts["will"]).content == b"note" * 1000
     for secret in ("OBJECTS_ACCESS_KEY", "OBJECTS_SECRET_KEY", "OBJECTS_TOKEN_KEY"):
         assert lab.stack.settings[secret] not in lab.stack.log("objects")
-    (kept,) = lab.stack.root.glob("volumes/objects/s3.json")
-    assert stat.S_IMODE(kept.stat().st_mode) == 0o600
+    for name in ("s3.json", "security.toml", CERTIFICATE, PRIVATE_KEY):
+        assert stat.S_IMODE((folder / name).stat().st_mode) == 0o600
+    drawn = (folder / PRIVATE_KEY).read_bytes()
+    assert lab.stack.call("key").returncode == 0
+    assert (folder / PRIVATE_KEY).read_bytes() == drawn, "what runs keeps its certificate"
+
+
+def grpc_answer(port: int, *, folder: Path | None) -> bytes:
+    """Return what gRPC answers to the first words of HTTP/2, with the certificate of a folder or none; empty: it refuses."""
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_alpn_protocols(["h2"])
+    if folder is not None:
+        context.load_cert_chain(folder / CERTIFICATE, folder / PRIVATE_KEY)
+    with socket.create_connection((LOOPBACK, port), timeout=30) as plain:
+        try:
+            with context.wrap_socket(plain) as sealed:
+                sealed.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0")
+                return sealed.recv(100)
+        except (ssl.SSLError, ConnectionError):
+            return b""
 
 
 def test_a_deleted_account_is_gone(lab: Lab) -> None:
@@ -280,6 +322,46 @@ def test_in_a_browser_another_port_makes_no_account(lab: Lab, browser: Any) -> N
 
 
 # -------------------------------------------------------------------------------------------------------- without services
+
+
+def test_nobody_else_can_put_a_link_into_the_site_of_make_services(tmp_path: Path) -> None:
+    root = tmp_path / "services"
+    site = root / "volumes" / "site"
+    (report := site / "report").mkdir(parents=True)
+    (report / "index.html").write_text("report")
+    for folder in (site, report):
+        folder.chmod(0o777)
+    for folder in (root, site.parent):
+        for mode in (0o775, 0o757):
+            folder.chmod(mode)
+            with pytest.raises(SystemExit, match=f"others may write to {folder} \\(chmod go-w {folder}\\)"):
+                close_site(site, root=root)
+        folder.chmod(0o755)
+    close_site(site, root=root)
+    assert stat.S_IMODE(site.stat().st_mode) == 0o700
+    for link, target in ((report / "key.txt", "/etc/hostname"), (report / "folder", "/etc"), (site / "report.old", "report")):
+        link.symlink_to(target)
+        with pytest.raises(SystemExit, match=f"{link} is a link"):
+            close_site(site, root=root)
+        link.unlink()
+    close_site(site, root=root)
+
+
+def test_a_report_takes_away_the_links_of_the_one_before(tmp_path: Path) -> None:
+    out = tmp_path / "report"
+    build_site(Site(as_of="", version="0"), out=out)
+    (out / "link.txt").symlink_to("/etc/hostname")
+    (out / "runs").symlink_to("/etc")
+    build_site(Site(as_of="", version="0"), out=out)
+    assert not [path for path in out.rglob("*") if path.is_symlink()]
+
+
+def test_a_link_in_the_container_of_the_report_leads_to_no_secret() -> None:
+    web = yaml.safe_load(COMPOSE.read_text(encoding="utf-8"))["services"]["web"]
+    sources = [volume["source"] if isinstance(volume, dict) else volume.split(":")[0] for volume in web["volumes"]]
+    assert sources == ["./dashboards/services/Caddyfile", "site"]
+    assert not [name for name in re.findall(r"\$\{(\w+)", str(web["environment"])) if SECRET.fullmatch(name)]
+    assert web["read_only"]
 
 
 def test_attempts_are_counted_by_address_and_account() -> None:

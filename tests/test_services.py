@@ -316,7 +316,7 @@ def test_what_was_lost_is_there_again_after_a_restore(lab: Lab, client: Any) -> 
     assert any(f"/{extra.info.run_id}/" in key for key in lab.objects())
     assert stack.call("restore", "restore", str(backup)).returncode == 0
     assert not any(f"/{extra.info.run_id}/" in key for key in lab.objects())
-    stack.start("mlflow")
+    stack.start("web")
     assert {run.info.run_id for run in lab.runs_in_mlflow(client)} == set(before)
 
 

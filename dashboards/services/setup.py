@@ -1,6 +1,6 @@
 """Prepare the services for use: the bucket, the tables of the studies, the role of those who may write, the accounts of MLflow.
 
-Usage: python setup.py prepare | user NAME [--reader] | delete NAME | key FILE. What is there already stays as it is. Addresses
+Usage: python setup.py prepare | user NAME [--reader] | delete NAME | keys FOLDER. What is there already stays as it is. Addresses
 and passwords come from the environment (docker-compose.yml, service `setup`); accounts are made through MLflow, as its
 administrator.
 """
@@ -12,6 +12,7 @@ import json
 import os
 import re
 import secrets
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,11 @@ WRITER = "writer"
 WORKSPACE = "default"
 GRANTS = ("experiment", "registered_model")
 """What a writer may change, whatever account created it: runs belong to their experiment, versions to their model."""
+
+PARTS = ("master", "volume", "filer")
+"""Parts of SeaweedFS that talk HTTP and gRPC with each other; people and MLflow use the S3 gateway, which asks for keys."""
+CERTIFICATE = "tls.crt"
+PRIVATE_KEY = "tls.key"
 
 
 def make_bucket() -> None:
@@ -106,13 +112,53 @@ def delete_user(client: Any, *, name: str) -> None:
         raise SystemExit(f"There is no account {name}.") from None
 
 
-def write_key(path: Path) -> None:
-    """Write the key of the object store to a file of its owner: SeaweedFS logs a key that it gets from the environment."""
+def write_keys(folder: Path) -> None:
+    """Write what SeaweedFS starts with, for its owner only.
+
+    `s3.json` holds the key of the gateway: SeaweedFS logs one that it gets from the environment. `security.toml` makes its parts
+    ask each other for a certificate, which is drawn once; the master takes no token.
+    """
+    os.umask(0o077)
     credentials = [{"accessKey": os.environ["AWS_ACCESS_KEY_ID"], "secretKey": os.environ["AWS_SECRET_ACCESS_KEY"]}]
+    identity = {"name": BUCKET, "credentials": credentials, "actions": ["Admin"]}
+    if not (folder / CERTIFICATE).exists():
+        draw_certificate(folder)
+    _write(folder / "s3.json", json.dumps({"identities": [identity]}))
+    _write(folder / "security.toml", _security(folder))
+
+
+def draw_certificate(folder: Path) -> None:
+    """Make a private key and its certificate in a folder: whoever has both counts as a part of the object store."""
+    words = "openssl req -x509 -nodes -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -days 36500 -subj /CN=objects"
+    extensions = ("subjectAltName=IP:127.0.0.1", "extendedKeyUsage=serverAuth,clientAuth")
+    key, certificate = (folder / f"{name}.new" for name in (PRIVATE_KEY, CERTIFICATE))
+    for each in (key, certificate):
+        each.unlink(missing_ok=True)
+    added = [word for extension in extensions for word in ("-addext", extension)]
+    subprocess.run(
+        [*words.split(), *added, "-keyout", str(key), "-out", str(certificate)],
+        stderr=subprocess.DEVNULL,
+        check=True,
+    )
+    key.replace(folder / PRIVATE_KEY)
+    certificate.replace(folder / CERTIFICATE)
+
+
+def _security(folder: Path) -> str:
+    """Return SeaweedFS's security.toml: gRPC and HTTP of every part, with a certificate on both sides."""
+    authority = f"ca = {json.dumps(str(folder / CERTIFICATE))}\n"
+    own = f"cert = {json.dumps(str(folder / CERTIFICATE))}\nkey = {json.dumps(str(folder / PRIVATE_KEY))}\n"
+    sections = [f"[grpc]\n{authority}", f"[https.client]\nenabled = true\n{own}{authority}"]
+    sections += [f"[grpc.{part}]\n{own}" for part in (*PARTS, "s3", "client")]
+    sections += [f"[https.{part}]\n{own}{authority}" for part in PARTS]
+    return "\n".join(sections)
+
+
+def _write(path: Path, text: str) -> None:
     beside = path.with_name(f"{path.name}.new")
     beside.unlink(missing_ok=True)
     with os.fdopen(os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-        json.dump({"identities": [{"name": BUCKET, "credentials": credentials, "actions": ["Admin"]}]}, file)
+        file.write(text)
     beside.replace(path)
 
 
@@ -125,10 +171,10 @@ def main(words: list[str]) -> None:
     user.add_argument("name")
     user.add_argument("--reader", action="store_true", help="may look at everything, change nothing of others")
     actions.add_parser("delete", help="delete an account").add_argument("name")
-    actions.add_parser("key", help="write the key of the object store to a file").add_argument("file", type=Path)
+    actions.add_parser("keys", help="write the keys of the object store to a folder").add_argument("folder", type=Path)
     given = parser.parse_args(words)
-    if given.action == "key":
-        write_key(given.file)
+    if given.action == "keys":
+        write_keys(given.folder)
         return
     if given.action == "prepare":
         make_bucket()
