@@ -63,7 +63,7 @@ def root(tmp_path_factory):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{number:02d}.JPEG").write_bytes(jpeg(height, width, seed=number))
     data_root = tmp_path_factory.mktemp("data")
-    prepare("little", source=source, data_root=data_root)
+    prepare("little", source=source, data_root=data_root, val_fraction=0.0)
     return data_root
 
 

@@ -145,7 +145,6 @@ FAULTS: dict[str, tuple[Callable[[], None], str]] = {
     "checkpoint cannot be written": (lambda: at_step(9, block_the_checkpoint), "Cannot write the checkpoint"),
     "data changes": (lambda: at_step(9, touch_the_data), "was changed or replaced"),
     "state is damaged": (lambda: at_step(9, damage_the_state), "state.json is damaged"),
-    "measuring fails": (patch(online, "few_shot", raising(UserError("No images to measure on."))), "No images to measure on."),
     "evaluation fails": (patch(final, "save_encoder", raising(full_disk("encoder.safetensors"))), NO_SPACE),
 }
 ON_RANK_1 = ("data set cannot be opened", "no teacher", "checkpoint cannot be read", "checkpoint of another run")
@@ -279,7 +278,13 @@ def wait_in(path: str, where: str) -> int:
     if where == "measuring":
         online.few_shot = acting_at_once(stays)  # type: ignore[assignment]
     else:
-        final.save_encoder = stays  # type: ignore[assignment]
+        save_encoder = final.save_encoder
+
+        def stays_and_saves(*arguments: Any, **keywords: Any) -> Any:
+            stays()
+            return save_encoder(*arguments, **keywords)
+
+        final.save_encoder = stays_and_saves
         final.save_encoder_model = lambda *_, **__: None
     return main([path])
 
@@ -290,6 +295,21 @@ def acting_at_once(stays: Callable[..., dict[str, float]]) -> Callable[..., dict
             return stays()
 
     return few_shot
+
+
+def measuring_fails(path: str, _: str) -> int:
+    torch.set_num_threads(1)
+    if os.environ["RANK"] == "0":
+        online.few_shot = raising(UserError("No images to measure on."))
+    return main([path])
+
+
+def test_a_measurement_that_fails_on_rank_0_costs_its_point_alone(tmp_path: Path, trained: RunFolder) -> None:
+    folder = copy_of(trained, tmp_path)
+    codes, said = end(two_ranks(folder, measuring_fails, ""))
+    assert codes == [0, 0], said
+    assert "Warning: epoch 1 is not measured, and training continues. No images to measure on." in " ".join(said.split())
+    assert (folder.state.status, folder.metrics("online")) == ("finished", [])
 
 
 def test_ranks_wait_for_a_measurement_longer_than_for_a_tensor(tmp_path: Path, trained: RunFolder) -> None:
