@@ -342,9 +342,9 @@ def main(words: Sequence[str]) -> None:
         raise SystemExit(f"Cannot start: {lacks}.")
     if taken := [port for port in PORTS if not _is_free(port)]:
         raise SystemExit(f"Cannot start: port {taken[0]} of {LOOPBACK} is taken.")
+    os.umask(0o066)  # PostgreSQL's user passes through; nobody else reads or writes what the services make here
     root = Path(words[0]).absolute()
     root.mkdir(parents=True, exist_ok=True)
-    os.umask(0o066)  # PostgreSQL's user passes through; nobody else reads or writes what the services make here
     if subprocess.run([*_as_postgres(), "test", "-x", str(root)], check=False).returncode:
         raise SystemExit(f"Cannot start: PostgreSQL's user cannot enter {root}; choose another folder (make services TO=FOLDER).")
     stack = Stack(root, ports=PORTS)
