@@ -43,10 +43,17 @@ def refusal_of(error: OSError, *, file: object = None) -> str:
 def memory_sentence(error: BaseException) -> str | None:
     """Return one sentence for an error that means that memory ran out, of the machine or of a GPU; None for another."""
     message = str(error).lower()
-    marks = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "unable to allocate")
+    marks: tuple[str, ...] = (
+        "out of memory",
+        "can't allocate memory",
+        "cannot allocate memory",
+        "not enough memory",
+        "unable to allocate",
+    )
+    marks += ("bad_alloc", "could not create a primitive", "can't start new thread", "return without exception set")
     on_gpu = type(error).__name__ == "OutOfMemoryError" or "cuda" in message
     is_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    if not is_memory and not (isinstance(error, RuntimeError | OSError) and any(mark in message for mark in marks)):
+    if not is_memory and not (isinstance(error, RuntimeError | OSError | SystemError) and any(mark in message for mark in marks)):
         return None
     return (
         f"The memory of the {'GPU' if on_gpu else 'machine'} ran out: lower training.batch_size (--set), or --workers; in an "

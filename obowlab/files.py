@@ -125,10 +125,10 @@ def read_file(path: Path, *, limit: int = LARGEST_RECORD) -> bytes:
         OSError: it cannot be read.
     """
     with open_file(path) as file:
-        content = file.read(limit + 1) if os.fstat(file.fileno()).st_size <= limit else None
-    if content is None or len(content) > limit:
-        raise UnusableFileError(path, f"it is larger than {limit // 2**20} MiB")
-    return content
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise UnusableFileError(path, f"it is larger than {limit // 2**20} MiB")
+        return file.read(size)  # not more: so many bytes are reserved before the first is read
 
 
 def copy_file(source: Path, target: Path, *, owner: int | None = None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,11 +14,13 @@ import torch
 
 from obowlab.config import Loaded, Recipe
 from obowlab.errors import UserError, memory_sentence, refusal_of
+from obowlab.files import read_file
 from obowlab.methods.backbones import build_backbone
 from obowlab.runs.folder import RunFolder, damaged_runs, list_runs
 from obowlab.runs.info import ENCODER_FILE
 from obowlab.runs.trash import put_aside
 from obowlab.training import __main__ as compute
+from obowlab.training.reporter import Reporter
 from obowlab.weights.encoder_file import save_encoder
 from tests.command_line import Obowlab
 
@@ -33,6 +36,8 @@ OUT_OF_MEMORY = [
         "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
     ),
     OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)),
+    RuntimeError("could not create a primitive"),
+    SystemError("error return without exception set"),
 ]
 
 
@@ -80,6 +85,42 @@ def test_memory_that_runs_out_in_a_command(
 def test_other_errors_are_not_taken_for_memory() -> None:
     for error in (RuntimeError("shapes differ"), ValueError("out of memory"), KeyError("memory"), OSError(5, "I/O error")):
         assert memory_sentence(error) is None
+
+
+def test_a_run_that_cannot_be_read_for_want_of_open_files_blames_no_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = made(tmp_path)
+
+    def refuse(path: Path, **options: Any) -> bytes:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
+
+    monkeypatch.setattr("obowlab.files.read_file", refuse)
+    with pytest.raises(UserError, match=r"run.json \(Too many open files\): fix that and run the command again"):
+        RunFolder.open(folder.path)
+
+
+def test_a_small_file_is_read_with_little_memory_whatever_its_limit(tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    path.write_bytes(b"a line\n")
+    tracemalloc.start()
+    try:
+        assert read_file(path, limit=2**28) == b"a line\n"
+        assert tracemalloc.get_traced_memory()[1] < 2**22
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_is_said_is_printed_where_the_console_cannot_open_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **options: Any) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr("rich.console.Console.print", refuse)
+    Reporter(tmp_path / "log.txt").say("Error: the reason.")
+    assert capsys.readouterr().err == "Error: the reason.\n"
+    assert "the reason" in (tmp_path / "log.txt").read_text()
 
 
 def test_a_disk_without_room_for_files_says_how_to_see_it() -> None:

@@ -54,10 +54,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 
 UNUSABLE = (
-    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EMLINK),
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EMLINK, errno.EMFILE, errno.ENFILE),
     *(errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN, errno.ETIMEDOUT),
 )
-"""What a disk may refuse anything with that a command reads or writes: it is full, not ours, or gone for a while."""
+"""What a disk may refuse anything with that a command reads or writes: full, not ours, gone for a while, or too much is open."""
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """What a file system without locks answers."""
@@ -197,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if error.errno in UNUSABLE:
             return _complain(refusal_of(error))
         return _complain(_memory(error))
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, SystemError) as error:
         return _complain(_memory(error))
     except click.Abort:  # Ctrl-C before the command began
         return INTERRUPTED

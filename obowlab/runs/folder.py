@@ -40,7 +40,7 @@ from obowlab.files import (
     with_checksum,
     write_atomic,
 )
-from obowlab.runs.info import DAMAGED, RunInfo, State, read_info, read_result, read_state
+from obowlab.runs.info import DAMAGED, RunInfo, State, cannot_be_read, read_info, read_result, read_state
 from obowlab.runs.locks import Lock, hold, is_locked
 from obowlab.runs.metric_log import MetricLog, Point, parse_point, read_points
 
@@ -420,7 +420,7 @@ def damage_of(path: Path, error: Exception) -> str:
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError):
-        return f"{error.filename or path} cannot be read ({error.strerror}): ask the owner of the folder for the right to."
+        return cannot_be_read(error.filename or path, error)
     return f"{path} cannot be read ({type(error).__name__}: {error}): it is damaged, or of another version of obowlab."
 
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from obowlab import __version__
 from obowlab.config import Recipe
-from obowlab.errors import UserError
+from obowlab.errors import UserError, refusal_of
 from obowlab.files import UnusableFileError, parse_checked, read_checked, read_file
 
 Status = Literal["created", "running", "interrupted", "failed", "unevaluated", "finished"]
@@ -96,7 +96,7 @@ def read_info(path: Path) -> RunInfo:
     except FileNotFoundError:
         raise UserError(f"{path} is not a run folder: it has no run.json.") from None
     except OSError as error:
-        raise UserError(_cannot_be_read(file, error)) from None
+        raise UserError(cannot_be_read(file, error)) from None
     except ValueError:
         if isinstance(version, str) and _is_newer(version):
             raise UserError(_newer(file, f"obowlab {version}")) from None
@@ -117,7 +117,7 @@ def read_state(path: Path) -> State:
     except FileNotFoundError:
         return State()
     except OSError as error:
-        raise UserError(_cannot_be_read(file, error)) from None
+        raise UserError(cannot_be_read(file, error)) from None
     except ValueError:
         if isinstance(status, str) and re.fullmatch(r"[a-z][a-z_-]*", status) and status not in get_args(Status):
             raise UserError(_newer(file, f"a newer version of obowlab, which knows the status '{status[:40]}'")) from None
@@ -147,7 +147,7 @@ def read_result(path: Path) -> dict[str, Any]:
         result = read_checked(path)
         _check_result(result)
     except OSError as error:
-        raise UserError(_cannot_be_read(path, error)) from None
+        raise UserError(cannot_be_read(path, error)) from None
     except (ValueError, TypeError, KeyError, AttributeError):
         raise UserError(f"{path} is damaged: put a copy back, or remove it and measure again with 'obowlab eval'.") from None
     return result
@@ -175,7 +175,10 @@ def _newer(file: Path, made_by: str) -> str:
     return f"{file} was written by {made_by}; this is {__version__}: update obowlab to read it, and leave the file as it is."
 
 
-def _cannot_be_read(file: Path, error: OSError) -> str:
+def cannot_be_read(file: Path | str, error: OSError) -> str:
+    """Return one sentence on a file of a run that the operating system refuses to read."""
     if isinstance(error, UnusableFileError):
         return f"{file} is not used, for {error.strerror}: let its owner move it away."
-    return f"{file} cannot be read ({error.strerror}): ask the owner of the folder for the right to."
+    if isinstance(error, PermissionError):
+        return f"{file} cannot be read ({error.strerror}): ask the owner of the folder for the right to."
+    return refusal_of(error, file=file)

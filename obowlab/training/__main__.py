@@ -57,9 +57,12 @@ def main(argv: list[str]) -> int:
     except (UserError, OSError) as error:  # before there was a run to record it in
         return refuse(error, folder=folder, alone=alone)
     except Exception as error:
-        if alone:
+        if not alone:
+            end_at_once(error)
+        shortage = memory_sentence(error)
+        if shortage is None:
             raise
-        end_at_once(error)
+        return refuse(UserError(shortage), folder=folder, alone=True)
 
 
 def work(folder: RunFolder, *, machine: Machine) -> int:

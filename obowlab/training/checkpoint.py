@@ -100,7 +100,7 @@ def save(folder: Path, *, checkpoint: Checkpoint) -> None:
     """Write the checkpoint and keep the one before it; at no moment is there no valid file.
 
     Raises:
-        UserError: the disk refused; what was there is untouched.
+        UserError: the disk refused; the newest checkpoint that was there is still there, under one of the two names.
     """
     temporary = folder / f"{CURRENT}.tmp"
     try:

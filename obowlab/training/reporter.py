@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,7 +38,10 @@ class Reporter:
         """Print one line and log it with the time."""
         if self._log is None:
             return
-        self._console.print(line, markup=False)
+        try:
+            self._console.print(line, markup=False)
+        except OSError:  # no file is left for what rich reads before its first line
+            print(line, file=sys.stderr)
         self.log(line)
 
     def log(self, line: str) -> None:

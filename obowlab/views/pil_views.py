@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from obowlab.config import Views
-from obowlab.errors import UserError
+from obowlab.errors import UserError, memory_sentence
 from obowlab.randomness import Ints
 from obowlab.views.draws import PIECE_PIXELS, Draws, draw
 from obowlab.views.packed import Packed, pack
@@ -126,6 +126,8 @@ def decode(split: Split, index: int) -> Image.Image:
         with Image.open(io.BytesIO(split.jpeg(index))) as image:
             rgb = image.convert("RGB")
     except (OSError, ValueError, SyntaxError) as error:
+        if memory_sentence(error) is not None:
+            raise
         raise broken_record(split, index, str(error)) from None
     if rgb.size != (split.widths[index], split.heights[index]):
         raise broken_record(

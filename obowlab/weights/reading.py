@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torchvision import transforms
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from obowlab.errors import UserError
+from obowlab.errors import UserError, memory_sentence
 from obowlab.weights.info import (
     DAMAGED,
     beginning,
@@ -99,6 +99,10 @@ def _read_safetensors(path: Path) -> tuple[State, dict[str, str]]:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118 (not a dict)
     except safetensors.SafetensorError as error:
         raise unreadable_safetensors(path, error) from None
+    except RuntimeError as error:  # the system refuses to open or to map it
+        if memory_sentence(error) is not None:
+            raise
+        raise unreadable(path, error) from None
 
 
 def _read_torch(path: Path) -> State:

@@ -1,12 +1,13 @@
 """Every kind of fault, by name."""
 
-from tests.chaos.kinds import disks, fuzz, gpus, hostile, kills, shared, tampering, tracking
+from tests.chaos.kinds import disks, fuzz, gpus, hostile, kills, scarce, shared, tampering, tracking
 from tests.chaos.ledger import Kind
 
 KINDS: dict[str, Kind] = {
     **kills.KINDS,
     **tampering.KINDS,
     **disks.KINDS,
+    **scarce.KINDS,
     **tracking.KINDS,
     **gpus.KINDS,
     **hostile.KINDS,

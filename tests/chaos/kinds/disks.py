@@ -97,10 +97,10 @@ def read_only(case: Case) -> None:
 
 
 @contextmanager
-def mounted(disk: Path) -> Iterator[None]:
-    """Mount a small disk of its own."""
+def mounted(disk: Path, *, options: str = "") -> Iterator[None]:
+    """Mount a small disk of its own, with further options of tmpfs."""
     disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m", "chaos", str(disk)], check=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_MIB}m,{options}".rstrip(","), "chaos", str(disk)], check=True)
     try:
         yield
     finally:
