@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from obowlab.config import Machine
+from obowlab.errors import UserError
 from obowlab.runs.folder import RunFolder
+from obowlab.training import checkpoint
 from tests.runs import complete, points, small_recipe, start, weights
 
 NUM_KILLS = 20 if os.environ.get("OBOWLAB_TEST_ALL") else 5
@@ -91,3 +93,14 @@ def test_damaged_checkpoint_falls_back(tmp_path: Path, data_root: Path, uninterr
         path.write_bytes(content)
     assert_same_run(complete(loaded, machine=machine), uninterrupted)
     assert "damaged" in (folder.path / "log.txt").read_text()
+
+
+def test_a_newer_versions_checkpoint_is_refused_and_left(tmp_path: Path) -> None:
+    for name in ("checkpoint.pt", "checkpoint.previous.pt"):
+        path = tmp_path / name
+        torch.save({"format": checkpoint.FORMAT + 1, "weights": {}}, path)
+        written = path.read_bytes()
+        with pytest.raises(UserError, match=rf"{name} was written by a newer version of obowlab: update obowlab"):
+            checkpoint.newest(tmp_path, fingerprint="", map_location=torch.device("cpu"))
+        assert path.read_bytes() == written
+        path.unlink()

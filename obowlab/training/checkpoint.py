@@ -199,7 +199,7 @@ def newest(folder: Path, *, fingerprint: str, map_location: torch.device) -> tup
     """Return the newest valid checkpoint, or None, and a sentence for every damaged file that was passed over.
 
     Raises:
-        UserError: a checkpoint belongs to another recipe or seed.
+        UserError: a checkpoint belongs to another recipe or seed, or is of a newer version of obowlab.
     """
     complaints: list[str] = []
     for name in (CURRENT, PREVIOUS):
@@ -226,6 +226,9 @@ def _read(path: Path, *, map_location: torch.device) -> Checkpoint | str:
     except (OSError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         return f"{path} is damaged ({str(error).splitlines()[0]})."
     names = set(Checkpoint.__annotations__)
+    written = content.get("format") if isinstance(content, dict) else None
+    if isinstance(written, int) and written > FORMAT:  # passed over, it would be written over
+        raise UserError(f"{path} was written by a newer version of obowlab: update obowlab, and leave the file as it is.")
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT or {*content, *ADDED_LATER} != names:
         return f"{path} is not a checkpoint of this version of obowlab."
     return Checkpoint(**content)
