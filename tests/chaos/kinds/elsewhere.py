@@ -1,17 +1,21 @@
-"""What is not as it was: a store that vanishes, a second host, another time zone."""
+"""What is not as it was: a store that vanishes, files of a newer version, a second host, another time zone."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import socket
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+from obowlab.files import parse_checked, with_checksum
 from tests.chaos import forks
-from tests.chaos.judge import BrokenError, ended_well, sentence, settle
+from tests.chaos.judge import BrokenError, ended_well, sentence, settle, valuables
 from tests.chaos.ledger import Case, Kind
 from tests.chaos.stage import TOTAL_STEPS
 
@@ -63,6 +67,80 @@ def vanished(case: Case) -> None:
             settle(case, folder, expected=case.stage.reference())
             shutil.rmtree(folder.path.parent)
             folder = case.stage.copy("halfway", case.place)
+    settle(case, folder, expected=case.stage.reference())
+
+
+# ------------------------------------------------------------------------------------------------------------ newer files
+
+
+def _json(name: str, **changes: Any) -> Callable[[Path], Path]:
+    def harm(path: Path) -> Path:
+        file = next(path.glob(name))
+        file.write_text(with_checksum(json.dumps({**parse_checked(file.read_bytes()), **changes})))
+        return file
+
+    return harm
+
+
+def _checkpoints(path: Path) -> Path:
+    import torch
+
+    for file in path.glob("checkpoint*.pt"):
+        torch.save({**torch.load(file, weights_only=True), "format": 99, "moments": {}}, file)
+    return path / "checkpoint.pt"
+
+
+def _study(path: Path) -> Path:
+    file = path.parent / ".studies" / "ours" / "study.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"format": 99, "name": "ours", "trials": {"of": "study"}}))
+    return file
+
+
+NEWER: dict[str, tuple[Callable[[Path], Path], tuple[str, ...]]] = {
+    "run.json of another shape": (_json("run.json", version="99.1.0", seed={"of": "weights"}), ("run", "show", "list")),
+    "run.json of another format": (_json("run.json", format=99), ("run", "show", "list")),
+    "a recipe with new settings": (_json("run.json", version="99.1.0", recipe={"warp": {"factor": 9}}), ("run",)),
+    "a new status": (_json("state.json", status="paused"), ("run", "show", "list")),
+    "state.json of another format": (_json("state.json", format=99, step={"of": "training"}), ("run", "show", "list")),
+    "a result of another format": (_json("results/*.json", format=99), ("show", "list", "report")),
+    "checkpoints of another format": (_checkpoints, ("run",)),
+    "study.json of another format": (_study, ("report",)),
+}
+"""What a newer version may have written, which returns the file, and who reads it."""
+
+
+def newer(case: Case) -> None:
+    """Let files of a newer version lie in a run store: who cannot read them says to update, not to remove, and leaves them."""
+    for _ in range(case.num_faults):
+        shutil.rmtree(case.place / "runs", ignore_errors=True)
+        name = case.dice.choice(list(NEWER))
+        harm, readers = NEWER[name]
+        folder = case.stage.copy("finished" if "result" in name else "halfway", case.place)
+        pristine = case.place / "pristine"
+        shutil.copytree(folder.path, pristine)
+        shutil.rmtree(case.place / "out", ignore_errors=True)
+        file = harm(folder.path)
+        content, whole, root = file.read_bytes(), valuables(folder.path), ["--runs-root", str(folder.path.parent)]
+        commands = {
+            "run": case.stage.words(case.place),
+            "show": ["runs", "show", folder.run_id, *root],
+            "list": ["runs", "list", *root],
+            "report": ["report", "--wait", "--out", str(case.place / "out"), *root],
+        }
+        reader = case.dice.choice(readers)
+        case.fault(f"{name}, {reader}")
+        child = forks.obowlab(commands[reader], place=case.place)
+        ended_well(child, codes=(0, 2))
+        said = " ".join(child.said().split())
+        pages = "".join(page.read_text() for page in (case.place / "out").rglob("*.html")) if reader == "report" else ""
+        if "update obowlab" not in said + pages or "remove" in said or "--fresh" in said:
+            raise BrokenError(f"{reader} does not say that {name} is newer: {said[-600:]}")
+        case.sentence(said[-200:])
+        if file.read_bytes() != content or valuables(folder.path) != whole:
+            raise BrokenError(f"{reader} changed the run, whose {file.name} is newer")
+        shutil.rmtree(folder.path)
+        pristine.rename(folder.path)
     settle(case, folder, expected=case.stage.reference())
 
 
@@ -131,7 +209,7 @@ def zones(case: Case) -> None:
         child.send(case.dice.choice((signal.SIGTERM, signal.SIGKILL)))
         ended_well(child, codes=(0, -signal.SIGKILL, 128 + signal.SIGTERM))
         words = case.dice.choice(
-            (["runs", "list", *root], ["runs", "sync", *root], ["report", "--out", str(case.place / "out"), *root])
+            (["runs", "list", *root], ["runs", "sync", *root], ["report", "--wait", "--out", str(case.place / "out"), *root])
         )
         reader = partial(_in_zone, case.dice.choice(ZONES), words)
         ended_well(forks.fork(reader, place=case.place, name="reader"))
@@ -149,6 +227,7 @@ def _in_zone(zone: str, words: list[str]) -> int:
 
 KINDS = {
     "vanished": Kind("run store or run away for moments", vanished, share=20, per_case=4),
+    "newer": Kind("files of a newer version", newer, share=30, per_case=6),
     "hosts": Kind("two hosts on one run", hosts, share=20, per_case=4),
     "zones": Kind("another time zone at each start", zones, share=10, per_case=4),
 }
