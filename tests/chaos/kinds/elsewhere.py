@@ -1,4 +1,4 @@
-"""What is not as it was: a store that vanishes, files of a newer version, a second host, another time zone."""
+"""What is not as it was: a store that vanishes, files of a newer version, a second host, another time zone or umask."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from obowlab.files import parse_checked, with_checksum
+from obowlab.runs.folder import RunFolder
 from tests.chaos import forks
 from tests.chaos.judge import BrokenError, ended_well, sentence, settle, valuables
 from tests.chaos.ledger import Case, Kind
@@ -203,9 +204,7 @@ def zones(case: Case) -> None:
         zone = case.dice.choice(ZONES)
         child = forks.train(folder.path, place=case.place, environment={"TZ": zone}, first=time.tzset)
         case.fault(f"TZ={zone!r}")
-        wanted = 22 + (number * 18) // case.num_faults
-        while child.poll() is None and folder.state.step < wanted:
-            time.sleep(0.004)
+        _reach(child, folder, step=22 + (number * 18) // case.num_faults)
         child.send(case.dice.choice((signal.SIGTERM, signal.SIGKILL)))
         ended_well(child, codes=(0, -signal.SIGKILL, 128 + signal.SIGTERM))
         words = case.dice.choice(
@@ -219,15 +218,48 @@ def zones(case: Case) -> None:
     settle(case, folder, expected=case.stage.reference())
 
 
+def _reach(child: forks.Child, folder: RunFolder, *, step: int) -> None:
+    """Wait until this process trains, and has come to a step; or has ended."""
+    while child.poll() is None and not (folder.state.pid == child.pid and folder.state.step >= step):
+        time.sleep(0.004)
+
+
 def _in_zone(zone: str, words: list[str]) -> int:
     os.environ["TZ"] = zone
     time.tzset()
     return forks.main(words)
 
 
+# ----------------------------------------------------------------------------------------------------------------- umask
+
+
+def umask(case: Case) -> None:
+    """Change the umask from one start to the next: every new file of the run has the rights of that umask, no more, no less."""
+    folder = case.stage.copy("halfway", case.place)
+    for number in range(case.num_faults):
+        mask = case.dice.choice((0o022, 0o002, 0o077, 0o027))
+        before = {path.stat().st_ino for path in folder.path.rglob("*")}
+        child = forks.train(folder.path, place=case.place, first=partial(_set_umask, mask))
+        case.fault(f"umask {mask:03o}")
+        _reach(child, folder, step=22 + (number * 18) // case.num_faults)
+        if number < case.num_faults - 1:
+            child.send(case.dice.choice((signal.SIGTERM, signal.SIGKILL)))
+        ended_well(child, codes=(0, -signal.SIGKILL, 128 + signal.SIGTERM))
+        for path in folder.path.rglob("*"):
+            mode, right = path.stat().st_mode & 0o777, (0o777 if path.is_dir() else 0o666) & ~mask
+            if path.stat().st_ino not in before and not path.name.endswith("lock") and mode != right:
+                raise BrokenError(f"{path.relative_to(folder.path)} has mode {mode:03o} under umask {mask:03o}, not {right:03o}")
+    settle(case, folder, expected=case.stage.reference())
+
+
+def _set_umask(mask: int) -> None:
+    os.umask(mask)
+
+
 KINDS = {
     "vanished": Kind("run store or run away for moments", vanished, share=20, per_case=4),
     "newer": Kind("files of a newer version", newer, share=30, per_case=6),
     "hosts": Kind("two hosts on one run", hosts, share=20, per_case=4),
+    "umask": Kind("another umask at each start", umask, share=10, per_case=4),
     "zones": Kind("another time zone at each start", zones, share=10, per_case=4),
 }
