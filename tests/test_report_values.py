@@ -197,6 +197,8 @@ def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
     later = {**json.loads(path.read_text()), "format": 2, "unheard_of": 1}
     path.write_text(json.dumps(later))
     assert read_study(path) == study.model_copy(update={"format": 2})
+    path.write_text(json.dumps({**later, "trials": {"of": "another shape"}}))
+    assert "newer version of obowlab: update obowlab" in read_study(path).problems[0]
 
 
 def test_sparse_and_damaged_study_files_do_not_stop_a_report(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from obowlab.config import Loaded, Machine, Recipe
 from obowlab.errors import UserError
-from obowlab.files import folder_written, read_checked
+from obowlab.files import folder_written, read_checked, with_checksum
 from obowlab.runs import METRICS, MetricLog, RunFolder, list_runs, locks, lookup, provenance
 from obowlab.runs.locks import LOCK_TOKEN_VARIABLE, RunTakenError, holder_of, is_locked
 from obowlab.runs.metrics import mlflow_name
@@ -292,6 +292,24 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         RunFolder.open(run.path)
     with pytest.raises(UserError, match="not a run folder"):
         RunFolder.open(tmp_path)
+
+
+def test_files_of_a_newer_version_are_told_from_damaged_ones_and_left(tmp_path: Path) -> None:
+    run = create(tmp_path)
+    result = run.add_result({"subject": "student", "protocol": "knn", "protocol_hash": "a", "measurements": [], "format": 2})
+    info = read_checked(run.path / "run.json")
+    newer = {"state.json": {"status": "running", "step": 3, "format": 2}, "run.json": {**info, "format": 2}}
+    with pytest.raises(UserError, match=f"{result.name} was written by a newer version of obowlab; .*: update obowlab"):
+        run.results()
+    for name, read in (("state.json", lambda: run.state), ("run.json", lambda: RunFolder.open(run.path))):
+        content = with_checksum(json.dumps(newer[name]))
+        (run.path / name).write_text(content)
+        with pytest.raises(UserError, match=f"{name} was written by a newer version of obowlab; .*: update obowlab"):
+            read()
+        assert (run.path / name).read_text() == content
+    (run.path / "run.json").write_text(with_checksum(json.dumps({**info, "version": "99.0", "recipe": {"warp": 9}})))
+    with pytest.raises(UserError, match=r"created by obowlab 99\.0, .*: update obowlab, and leave the run as it is"):
+        _ = RunFolder.open(run.path).info.recipe
 
 
 def test_every_metric_is_described() -> None:

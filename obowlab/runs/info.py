@@ -31,6 +31,9 @@ DAMAGED = (UserError, OSError, ValueError, LookupError, TypeError, AttributeErro
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,254}$"
 """What recipes and runs may be called: files are named after them."""
 
+FORMAT = 1
+"""Of `run.json`, `state.json` and results that name none. A file that names a higher one is of a newer version, and not read."""
+
 LAST_SECOND = 4102444800.0
 """Times are before the year 2100, in seconds since 1970."""
 
@@ -59,6 +62,11 @@ class RunInfo(BaseModel):
         try:
             return Recipe.model_validate_json(json.dumps(self.recipe_values))
         except ValueError:
+            if _is_newer(self.version):
+                raise UserError(
+                    f"Run '{self.run_id}' was created by obowlab {self.version}, whose recipe version {__version__} cannot read: "
+                    "update obowlab, and leave the run as it is."
+                ) from None
             raise UserError(
                 f"Run '{self.run_id}' was created by obowlab {self.version}, whose recipe version {__version__} cannot read; "
                 "install that version, or start the run again with --fresh."
@@ -91,6 +99,7 @@ def read_info(path: Path) -> RunInfo:
     file, version = path / "run.json", None
     try:
         values = read_checked(file)
+        _refuse_newer(file, values)
         version = values.get("version")
         return RunInfo.model_validate(values)
     except FileNotFoundError:
@@ -112,6 +121,7 @@ def read_state(path: Path) -> State:
     file, status = path / "state.json", None
     try:
         values = parse_checked(read_file(file))
+        _refuse_newer(file, values)
         status = values.get("status")
         return State.model_validate(values)
     except FileNotFoundError:
@@ -141,10 +151,11 @@ def read_result(path: Path) -> dict[str, Any]:
     """Read one evaluation result.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: the file is damaged, or of a newer version.
     """
     try:
         result = read_checked(path)
+        _refuse_newer(path, result)
         _check_result(result)
     except OSError as error:
         raise UserError(cannot_be_read(path, error)) from None
@@ -169,6 +180,13 @@ def _is_newer(version: str) -> bool:
     """Return whether a version, such as 1.20.0, is later than this one; False for what is no version."""
     ours, theirs = ([int(number) for number in re.findall(r"\d{1,9}", one)[:3]] for one in (__version__, version[:40]))
     return theirs > ours
+
+
+def _refuse_newer(file: Path, values: dict[str, Any]) -> None:
+    """Raise a `UserError` for a file of a higher format than ours, also where it could be read: its words may mean others."""
+    written = values.get("format")
+    if isinstance(written, int) and written > FORMAT:
+        raise UserError(_newer(file, "a newer version of obowlab"))
 
 
 def _newer(file: Path, made_by: str) -> str:

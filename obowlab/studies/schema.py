@@ -5,6 +5,7 @@ Knows nothing of Optuna. `FORMAT` is raised when a field changes its meaning or 
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -237,13 +238,25 @@ def read_studies(runs_root: Path) -> tuple[StudyReport, ...]:
 
 
 def read_study(path: Path) -> StudyReport:
-    """Read one `study.json`, of this or an earlier version; a damaged one gives a report that holds nothing but the reason."""
+    """Read one `study.json`, of a newer version too as far as it can be read; else return a report of nothing but the reason."""
+    content = b""
     try:
-        return StudyReport.model_validate_json(read_file(path, limit=LARGEST_STUDY))
+        content = read_file(path, limit=LARGEST_STUDY)
+        return StudyReport.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
         reason = f"{'.'.join(map(str, first['loc'])) or 'it'}: {first['msg']}"
+        if _is_newer(content):
+            reason = "it was written by a newer version of obowlab: update obowlab, and leave the file as it is"
     except OSError as error:
         reason = str(error.strerror)
     name = path.parent.name
     return StudyReport(name=name, problems=(f"{STUDIES}/{name}/{STUDY_FILE} cannot be read: {reason}.",))
+
+
+def _is_newer(content: bytes) -> bool:
+    try:
+        values = json.loads(content)
+        return isinstance(values, dict) and int(values["format"]) > FORMAT
+    except (ValueError, TypeError, LookupError, RecursionError):
+        return False

@@ -1,6 +1,6 @@
 """Every kind of fault, by name."""
 
-from tests.chaos.kinds import disks, fuzz, gpus, hostile, kills, scarce, shared, tampering, tracking
+from tests.chaos.kinds import disks, elsewhere, fuzz, gpus, hostile, kills, scarce, shared, tampering, tracking
 from tests.chaos.ledger import Kind
 
 KINDS: dict[str, Kind] = {
@@ -12,5 +12,6 @@ KINDS: dict[str, Kind] = {
     **gpus.KINDS,
     **hostile.KINDS,
     **shared.KINDS,
+    **elsewhere.KINDS,
     **fuzz.KINDS,
 }

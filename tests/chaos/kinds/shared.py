@@ -90,6 +90,8 @@ HARMS: dict[str, Callable[[Path], object]] = {
     "info-is-deep": lambda path: (path / "run.json").write_text('{"a": ' + "[" * 99_000 + "]" * 99_000 + "}"),
     "info-is-huge": _instead("run.json", "huge file"),
     "info-is-newer": lambda path: _info(path, version="99.1.0", seed={"of": "weights"}),
+    "info-of-newer-format": lambda path: _info(path, format=2),
+    "state-of-newer-format": lambda path: _state(path, format=2),
     "info-not-utf8": lambda path: (path / "run.json").write_bytes(b'{"name": "\xff\xfe"}'),
     "time-without-end": lambda path: _info(path, created_at=1e300),
     "name-is-path": lambda path: _info(path, run_id="../../escape"),
