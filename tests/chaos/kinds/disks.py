@@ -6,6 +6,7 @@ import os
 import resource
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -110,9 +111,16 @@ def mounted(disk: Path, *, options: str = "") -> Iterator[None]:
 @contextmanager
 def frozen(folder: Path) -> Iterator[None]:
     """Make a folder and all below it read-only, also for root, by a mount over itself."""
-    subprocess.run(["mount", "--rbind", str(folder), str(folder)], check=True)
+    # In one step, as what was opened for writing through a mount keeps it writable: it is made read-only elsewhere, then copied.
+    aside = Path(tempfile.mkdtemp(prefix="obowlab-chaos-frozen-"))
+    subprocess.run(["mount", "--rbind", str(folder), str(aside)], check=True)
     try:
-        subprocess.run(["mount", "-o", "remount,ro,bind", str(folder)], check=True)
+        subprocess.run(["mount", "-o", "remount,ro,bind", str(aside)], check=True)
+        subprocess.run(["mount", "--rbind", str(aside), str(folder)], check=True)
+    finally:
+        subprocess.run(["umount", "--lazy", str(aside)], check=True)
+        aside.rmdir()
+    try:
         yield
     finally:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
