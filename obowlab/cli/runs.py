@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 import sys
-import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,22 +35,6 @@ if TYPE_CHECKING:
     from obowlab.runs.selection import Entry
     from obowlab.runs.trash import Trashed
     from obowlab.tracking.mirror import Mirror
-
-BUNDLED = (
-    "run.json",
-    "state.json",
-    "attempts.jsonl",
-    "metrics.jsonl",
-    "online.jsonl",
-    "system.jsonl",
-    "labels.json",
-    "results",
-    "words",
-    "encoder.safetensors",
-    "log.txt",
-    "dirty.diff",
-)
-"""What `runs export` takes along: everything that is known about a run, and nothing that belongs to this machine."""
 
 CHECKPOINT = "checkpoint.pt"
 TAG = "obowlab.tag."
@@ -517,6 +499,8 @@ def export(run: str, out: Path | None, checkpoint: bool, options: MachineOptions
 
     Unpacked into another runs folder it is a run again there: `obowlab runs show` and `obowlab runs sync` work on it.
     """
+    from obowlab.runs.bundle import BUNDLED, is_kept, write_bundle
+
     folder = _find(run, options=options)
     target = out or Path(f"{folder.run_id}.tar.gz")
     names = [name for name in (*BUNDLED, *([CHECKPOINT] if checkpoint else [])) if is_kept(folder.path / name)]
@@ -532,33 +516,6 @@ def export(run: str, out: Path | None, checkpoint: bool, options: MachineOptions
     write_bundle(folder, names=names, target=target)
     click.echo(f"Wrote {target} ({text.size(target.stat().st_size)}): {', '.join(names)}.")
     return None
-
-
-def is_kept(path: Path) -> bool:
-    """Return whether a file or folder of a run goes along: links stay, whatever they lead to."""
-    return path.exists() and not path.is_symlink()
-
-
-def _kept(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
-    return member if member.isreg() or member.isdir() else None
-
-
-def write_bundle(folder: RunFolder, *, names: list[str], target: Path) -> None:
-    """Write files of a run folder into a .tar.gz under the run's id, beside and renamed.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    beside = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        with tarfile.open(beside, "x:gz") as bundle:
-            for name in names:
-                bundle.add(folder.path / name, arcname=f"{folder.run_id}/{name}", filter=_kept)
-        beside.replace(target)
-    except OSError as error:
-        raise UserError(f"Cannot write {target} (--out): {error.strerror or error}.") from None
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _find(run: str, *, options: MachineOptions) -> RunFolder:
