@@ -223,11 +223,51 @@ def shared_folder(path: Path) -> Path:
         UnusableFileError: it is a link to what is not its maker's.
         OSError: it cannot be made.
     """
+    if not os.path.lexists(path) and _is_shared(path.parent):
+        beside = _beside(path)
+        beside.mkdir()
+        share(beside)
+        with suppress(OSError):  # another user was first, and has files in it
+            beside.rename(path)
+        with suppress(FileNotFoundError):
+            beside.rmdir()
     path.mkdir(parents=True, exist_ok=True)
     if leads_astray(path):
         raise UnusableFileError(path, "it is a link that somebody made to what is not theirs")
     share(path)
     return path
+
+
+def shared_file(path: Path) -> Path:
+    """Let everybody write to a file who may write to the folder it lies in, and return it; an absent one is made, empty.
+
+    It appears with the right to write: another user may open it in the same moment. Where it cannot be made, nothing is: who
+    opens it then says why.
+    """
+    if not os.path.lexists(path) and _is_shared(path.parent):
+        beside = _beside(path)
+        with suppress(OSError):  # another user was first, or the disk refuses
+            beside.open("xb").close()
+            share(beside)
+            os.link(beside, path)
+        with suppress(OSError):
+            beside.unlink()
+    with suppress(FileNotFoundError):
+        share(path)
+    return path
+
+
+def _is_shared(folder: Path) -> bool:
+    """Return whether a folder is there and its group may write to it."""
+    try:
+        return bool(folder.stat().st_mode & stat.S_IWGRP)
+    except FileNotFoundError:
+        return False
+
+
+def _beside(path: Path) -> Path:
+    """Return a name that nothing has, beside a path."""
+    return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
 
 
 def share(path: Path) -> None:
@@ -335,7 +375,7 @@ def append_whole(file: FileIO | IO[bytes], line: bytes) -> None:
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write beside, sync and rename: a reader sees the old file or the new one, never a part."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    beside = _beside(path)
     try:
         with beside.open("xb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
@@ -374,7 +414,7 @@ def folder_written(path: Path) -> Iterator[Path]:
 
     An error or Ctrl-C in the block leaves what was there before, and nothing else.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    beside = _beside(path)
     before = beside.with_name(f"{beside.name}.before")
     beside.mkdir(parents=True)
     try:
@@ -414,10 +454,10 @@ def file_lock(path: Path, *, timeout_s: float = -1.0) -> FileLock:
         reason = kind_of(path.lstat().st_mode)
         if reason is not None:
             raise UnusableFileError(path, f"it is {reason}")
-        share(path)
+    shared_file(path)
     lock = partial(FileLock, path, timeout=timeout_s, thread_local=False, fallback_to_soft=False)
     # No fallback to files whose presence is the lock: such a file outlives its process.
-    return lock(mode=0o664) if path.parent.stat().st_mode & stat.S_IWGRP else lock()
+    return lock(mode=0o664) if _is_shared(path.parent) else lock()
 
 
 @contextmanager

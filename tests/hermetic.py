@@ -26,8 +26,8 @@ from pathlib import Path
 
 BASE = """
 awk basename bash cat chmod chown cp cut date dirname echo env expr false find getent git grep head hostname id kill ldconfig ln
-ls mkdir mktemp mount mv nice nproc ps pwd readlink rm rmdir runuser sed seq setsid sh sleep sort stat tail tar tee test touch tr
-true umount uname uniq wc which xargs
+ls mkdir mktemp mount mv nice nproc ps pwd readlink rm rmdir runuser sed seq setpriv setsid sh sleep sort stat tail tar tee test
+touch tr true umount uname uniq unshare wc which xargs
 """
 GROUPS = {
     "compilers": ("as", "c++", "cc", "g++", "gcc", "ld", "pkg-config"),

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -40,6 +41,7 @@ from obowlab.files import (
     parse_checked,
     read_file,
     share,
+    shared_file,
     shared_folder,
 )
 from obowlab.launch.jobs import reap, stop
@@ -52,6 +54,7 @@ from obowlab.runs.info import RunInfo
 from obowlab.runs.locks import RunTakenError
 from obowlab.runs.store import check_store
 from obowlab.tracking.local_store import damage_of, make_usable
+from obowlab.tracking.mirror import Mirror
 from obowlab.tracking.outbox import Outbox
 from obowlab.training import checkpoint
 from obowlab.training.reporter import Reporter
@@ -491,6 +494,14 @@ def check(root: Path, uid: int) -> int:
     return 0
 
 
+def send_of(root: Path, run_id: str) -> int:
+    """Send a run as the second user, and say what became of it."""
+    become(BOB, 0o022)
+    report = Mirror(RunFolder.open(root / run_id), tracking_uri="http://127.0.0.1:9").sync(timeout_s=1)
+    print(report.error, file=sys.stderr)
+    return int(report.error is not None)
+
+
 def outcome(child: Fork) -> tuple[int | None, str]:
     """Return the exit code of a process and what it complained of."""
     _, errors = child.communicate()
@@ -526,6 +537,70 @@ def test_what_the_first_of_a_group_makes_the_second_can_use(shared_root: Path, u
     assert outcome(Fork(keep, shared_root, ALICE, umask)) == (0, "")
     assert (shared_root / ".features").stat().st_mode & 0o2070 == 0o2070
     assert outcome(Fork(keep, shared_root, BOB, umask)) == (0, "")
+
+
+def take(root: Path, uid: int, at: float) -> int:
+    """Make the same locks, folders and files as another user does, in the same moments."""
+    become(uid, 0o022)
+    for number in range(100):
+        while time.time() < at + number / 200:
+            pass
+        with locked(root / f".{number}.lock", patience_s=10):
+            pass
+        (shared_folder(root / f".{number}") / str(uid)).mkdir()
+        with open_file(shared_file(root / f".{number}.log"), "ab") as file:
+            file.write(b"x")
+    return 0
+
+
+@as_root
+def test_two_users_may_make_what_they_share_in_the_same_moment(shared_root: Path) -> None:
+    at = time.time() + 0.5
+    users = [Fork(take, shared_root, uid, at) for uid in (ALICE, BOB)]
+    assert [outcome(user) for user in users] == [(0, ""), (0, "")]
+    assert len(list(shared_root.iterdir())) == 300  # nothing is left beside them
+    assert all(path.read_bytes() == b"xx" for path in shared_root.glob("*.log"))
+    assert all(len(list((shared_root / f".{number}").iterdir())) == 2 for number in range(100))
+
+
+def prepare_again(place: Path, uid: int) -> int:
+    """Prepare a data set anew as a user, in a process that has imported what that takes before."""
+    words = ["data", "prepare", "small", "--source", str(place / "images"), "--force", "--workers", "1", "--data-root"]
+    with tempfile.TemporaryDirectory() as empty:
+        main([*words, empty])
+    become(uid, 0o022)
+    return main([*words, str(place / "runs")])
+
+
+@as_root
+def test_a_data_set_of_a_group_is_replaced_by_any_of_them(shared_root: Path, image_folder: Path) -> None:
+    place = shared_root.parent
+    shutil.copytree(image_folder, place / "images")
+    (place / "images").chmod(0o755)
+    for uid in (ALICE, BOB):
+        code, complaint = outcome(Fork(prepare_again, place, uid))
+        assert code == 0, complaint
+    (shared_root / "small").chmod(0o755)
+    said = f"Error: You may not write to {shared_root / 'small'}, which belongs to user {ALICE}: "
+    code, complaint = outcome(Fork(prepare_again, place, BOB))
+    assert (code, complaint.startswith(said)) == (2, True), complaint
+    left = shared_root / ".small.preparing"
+    left.mkdir()
+    (left / "train.beton").touch()
+    os.chown(left, ALICE, GROUP)
+    code, complaint = outcome(Fork(prepare_again, place, BOB))
+    assert (code, f"let user {ALICE} remove it" in complaint) == (2, True), complaint
+
+
+@as_root
+def test_the_run_of_another_is_left_to_them_by_name_too(shared_root: Path) -> None:
+    run = finished_run(shared_root)
+    (run.path / "mirror.lock").touch()
+    for path in (run.path, *run.path.rglob("*")):
+        os.chown(path, ALICE, GROUP)
+    code, said = outcome(Fork(send_of, shared_root, run.run_id))
+    assert code == 1
+    assert f"the run belongs to user {ALICE}, who types `obowlab runs sync {run.run_id}`" in said
 
 
 @as_root

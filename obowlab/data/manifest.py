@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from obowlab.data.beton import fix_for
 from obowlab.data.sources import SPLITS
 from obowlab.errors import UserError
-from obowlab.files import file_lock, read_checked, with_checksum
+from obowlab.files import file_lock, read_checked, shared_folder, user_name, with_checksum
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 
@@ -131,19 +131,38 @@ def workplace(data_root: Path, dataset: str, *, wait: bool) -> Iterator[Path]:
             f"Cannot write to the data root {data_root} ({error.strerror}): choose another with --data-root."
         ) from None
     with lock:
-        if working.exists():
-            shutil.rmtree(working)
-        working.mkdir()
+        try:
+            if working.exists():
+                shutil.rmtree(working)
+        except OSError as error:
+            raise UserError(
+                f"Cannot remove {working}, which an interrupted command left ({error.strerror}): let "
+                f"{user_name(working.lstat().st_uid)} remove it."
+            ) from None
+        shared_folder(working)  # whoever comes next may remove what is left in it
         try:
             yield working
         finally:
             shutil.rmtree(working)
 
 
+def refuse_closed(data_root: Path, dataset: str) -> None:
+    """Refuse to write a data set that is there and that this user may not write to; an absent one passes.
+
+    Raises:
+        UserError: names its owner.
+    """
+    target = data_root / dataset
+    if target.exists() and not os.access(target, os.W_OK | os.X_OK):
+        raise UserError(
+            f"You may not write to {target}, which belongs to {user_name(target.stat().st_uid)}: let them type the command, "
+            "or choose another name or --data-root."
+        )
+
+
 def publish(working: Path, data_root: Path, dataset: str) -> None:
     """Move finished files into DATA_ROOT/NAME; manifests leave first and come last, so no reader sees a mixture."""
-    target = data_root / dataset
-    target.mkdir(exist_ok=True)
+    target = shared_folder(data_root / dataset)
     for suffix in (".json", ".beton"):
         for split in SPLITS:
             (target / f"{split}{suffix}").unlink(missing_ok=True)

@@ -29,6 +29,7 @@ from obowlab.data.manifest import (
     file_sha256,
     publish,
     read_manifest,
+    refuse_closed,
     workplace,
     write_manifest,
 )
@@ -193,6 +194,7 @@ def prepare(
                 _refuse_another(name, found, present=present)
             if _is_complete(contents, present=present, data_root=data_root):
                 return PrepareReport(tuple(present), already_prepared=True, elapsed_s=time.monotonic() - start, notes=())
+        refuse_closed(data_root, name)
         if found is not None:
             plan = _plan(name, found, data_root=data_root, workers=workers)
             if plan.num_bytes * 1.02 + (64 << 20) > plan.free_bytes:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict
 
 from obowlab.config import Machine
-from obowlab.files import is_regular, locked, open_file, read_file, share, shared_folder
+from obowlab.files import is_regular, locked, open_file, read_file, shared_file, shared_folder
 from obowlab.tracking.local_store import make_usable
 from obowlab.tracking.publish import Published, publish
 from obowlab.tracking.server import shown_uri, store_uri
@@ -118,8 +118,7 @@ def send_in_background(upload: Upload) -> Path:
     make_usable(store_uri(upload.machine.tracking_uri, runs_root=upload.machine.runs_root))
     log = upload.machine.runs_root / LOG
     shared_folder(log.parent)
-    with open_file(log, "ab") as sink:
-        share(log)
+    with open_file(shared_file(log), "ab") as sink:
         sender = subprocess.Popen(
             [sys.executable, "-m", "obowlab.report.publish"],
             stdin=subprocess.PIPE,

@@ -18,7 +18,7 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 
 from obowlab.errors import UserError
-from obowlab.files import share, shared_folder
+from obowlab.files import shared_file, shared_folder
 from obowlab.studies.schema import STUDIES
 from obowlab.text import is_shown_whole, shown_uri, without_secrets
 from obowlab.tracking.server import QUOTE_HINT
@@ -103,14 +103,12 @@ def open_storage(url: str, *, make: bool = True) -> BaseStorage:
     try:
         if kind == "journal":
             shared_folder(Path(path).parent)
-            storage = JournalStorage(JournalFileBackend(path))
-            share(Path(path))
-            return storage
+            return JournalStorage(JournalFileBackend(str(shared_file(Path(path)))))
         if kind == "sqlite":
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            opened = RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}}, skip_table_creation=not make)
-            share(Path(path))
-            return opened
+            if make:
+                shared_file(Path(path))
+            return RDBStorage(url, engine_kwargs={"connect_args": {"timeout": 60}}, skip_table_creation=not make)
         # A trial lasts hours: connections that a server or a router dropped meanwhile are replaced before use.
         arguments = {"connect_timeout": CONNECT_TIMEOUT_S}
         engine = {"pool_pre_ping": True, "connect_args": arguments}

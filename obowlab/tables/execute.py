@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from obowlab.config import Machine
-from obowlab.files import read_file, shared_folder
+from obowlab.files import read_file, shared_file, shared_folder
 from obowlab.launch.processes import STOPPING_RUNS, StopSignals, start
 from obowlab.runs.folder import RunFolder, RunSummary
 from obowlab.runs.locks import is_locked
@@ -137,8 +137,7 @@ class Execution:
         """Train a job in a process of its own; None if it has to be looked at again."""
         run_id = run.info.run_id if run is not None else job.run_id
         path = run.path if run is not None else self.machine.runs_root / run_id
-        log = self.machine.runs_root / LOGS / f"{run_id}.log"
-        shared_folder(log.parent)
+        log = shared_file(shared_folder(self.machine.runs_root / LOGS) / f"{run_id}.log")  # of another user, perhaps
         environment = dict(os.environ)
         if self.machine_file is not None:
             environment["OBOWLAB_MACHINE"] = str(self.machine_file.absolute())

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from obowlab.config import flatten
 from obowlab.errors import UserError
-from obowlab.files import copy_file, copy_tree, file_lock, holder_name
+from obowlab.files import copy_file, copy_tree, file_lock, holder_name, is_others, user_name
 from obowlab.runs.folder import RunFolder
 from obowlab.runs.info import read_result
 from obowlab.runs.metrics import METRIC_FILES, mlflow_name
@@ -412,6 +412,11 @@ class Mirror:
         except TimeoutError:
             holder = holder_name(self.folder.path / "mirror.lock")
             raise UserError(f"{self.folder.run_id} is being mirrored by {holder}, which sends what is pending.") from None
+        except PermissionError:
+            if not is_others(self.folder.path):
+                raise
+            owner = user_name(self.folder.owner)
+            raise UserError(f"the run belongs to {owner}, who types `obowlab runs sync {self.folder.run_id}`") from None
         with lock:
             yield
 
