@@ -128,3 +128,39 @@ def sent(log: Path) -> list[str]:
 def _is_open(path: Path) -> bool:
     facts = path.stat()
     return facts.st_gid == GROUP and facts.st_mode & 0o060 == 0o060
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mode", [0o755, 0o700])
+def test_caches_of_another_user_are_computed_again(place: Path, mode: int) -> None:
+    alice, bob = settled(place, umask=0o022)
+    runs, machine = place / "runs", place / "machine.toml"
+
+    def good(user: User, command: str) -> tuple[str, list[str]]:
+        done = ended(user.start(*command.split(), machine=machine))
+        assert done.code == 0, f"{command}: {done}"
+        assert "Traceback" not in done.err, f"{command}: {done}"
+        return done.out, [line for line in done.err.splitlines() if line.startswith("Warning: ")]
+
+    good(alice, f"data prepare small --source {place}/images")
+    closed = [runs / name for name in CACHES] + [place / "data" / "small" / ".hashed"]
+    for path in closed:
+        if path.suffix:
+            path.write_text("{}")
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+            path.mkdir()
+        path.chmod(mode & (0o666 if path.suffix else 0o777))
+        os.chown(path, alice.uid, GROUP)
+    out, warnings = good(bob, "run small.toml")
+    assert "knn_top1" in out
+    kept = runs / ".features"
+    assert warnings == [f"Warning: {kept} cannot be used, so features are not kept: chmod -R g+rwX {kept}, by its owner."]
+    out, warnings = good(bob, "ablate codes.toml")
+    assert "1 trainings; 1 done" in out
+    assert len(warnings) == 1
+    assert f"cannot write {runs}/.tables" in warnings[0]
+    out, warnings = good(bob, "report --wait")
+    assert "1 run, 0 tables" in out
+    assert len(warnings) == 1  # of the table that nobody could keep
+    assert "a table 'codes', which this store does not know" in warnings[0]

@@ -28,7 +28,7 @@ from torch import nn
 from obowlab.config import Recipe, Views, canonical_hash
 from obowlab.data.datasets import Split, open_split, subset
 from obowlab.errors import UserError
-from obowlab.files import UnusableFileError, open_file, read_file, shared_folder
+from obowlab.files import UnusableFileError, open_file, read_file, share, shared_folder
 from obowlab.views.loaders import centre_loader
 from obowlab.views.photometric import normalise
 from obowlab.views.views import MEAN, STD
@@ -38,6 +38,8 @@ FEATURES_VERSION = 1
 
 BATCH_SIZE = 128
 REPORT_EVERY_S = 20.0
+_TOLD: set[Path] = set()
+"""Folders of kept features that cannot be used, of which this process has said so."""
 
 View = Literal["centre", "mirrored"]
 """The centre crop of an image (`Views.original_resize`, `original_size`), or its horizontal mirror image."""
@@ -171,7 +173,7 @@ class FeatureStore:
     def _entry(self, key: dict[str, Any]) -> Path:
         """Return where an entry is, or where it is to be written."""
         entries = [place / canonical_hash(key) for place in self._places]
-        return next((entry for entry in entries if entry.is_dir()), entries[0])
+        return next((entry for entry in entries if _is_there(entry)), entries[0])
 
     def _writable(self) -> Path:
         """Return where entries are written: where they are kept, or for this object only what may not be written there."""
@@ -190,19 +192,24 @@ class FeatureStore:
     def _give_up_keeping(self) -> None:
         if self._own is None:
             kept = self._places[0]
-            self.report(f"Warning: {kept} cannot be written to, so these features are not kept: chmod g+w {kept}, by its owner.")
+            if kept not in _TOLD:
+                _TOLD.add(kept)
+                self.report(f"Warning: {kept} cannot be used, so features are not kept: chmod -R g+rwX {kept}, by its owner.")
             self._own = tempfile.TemporaryDirectory(prefix="obowlab-features-")
             self._places.insert(0, Path(self._own.name))
 
     def _is_sound(self, key: dict[str, Any]) -> bool:
         """Tell whether an entry is there and unharmed; a damaged one is reported and removed."""
         entry = self._entry(key)
-        if not entry.is_dir():
+        if not _is_there(entry):
             return False
         try:
             written = json.loads(read_file(entry / "entry.json"))
             with open_file(entry / "features.npy") as file:
                 sound = bool(written == {"key": key, "sha256": hashlib.file_digest(file, "sha256").hexdigest()})
+        except PermissionError:  # another user's alone
+            self._give_up_keeping()
+            return False
         except (OSError, ValueError, RecursionError):
             sound = False
         if not sound:
@@ -281,16 +288,27 @@ def _entry_writer(entry: Path, *, key: dict[str, Any], count: int) -> Iterator[_
     temporary = entry.with_name(f".{entry.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
         temporary.mkdir()
+        share(temporary)
         with (temporary / "features.npy").open("xb") as file:
             writer = _EntryWriter(file, count=count)
             yield writer
         (temporary / "entry.json").write_text(json.dumps({"key": key, "sha256": writer.digest.hexdigest()}), encoding="utf-8")
+        for path in temporary.iterdir():
+            share(path)
         if not entry.exists():  # another process may have been first; its features are as good
             temporary.rename(entry)
     except OSError as error:
         raise UserError(_refused(entry.parent, error)) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _is_there(entry: Path) -> bool:
+    """Return whether there is an entry; not in a folder that is another user's alone."""
+    try:
+        return entry.is_dir()
+    except PermissionError:
+        return False
 
 
 def _refused(place: Path, error: OSError) -> str:
