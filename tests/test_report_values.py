@@ -28,7 +28,7 @@ from obowlab.report.vocabulary_health import RULES, Finding, judge
 from obowlab.runs.folder import TAG, RunFolder, RunSummary, list_runs
 from obowlab.runs.records import Record, store_records
 from obowlab.runs.results import Measured, tabulate
-from obowlab.studies.schema import StudyReport, read_studies, read_study
+from obowlab.studies.schema import FORMAT, StudyReport, read_studies, read_study
 from obowlab.tables.build import build_table
 from obowlab.tables.kept import keep_table
 from obowlab.tables.spec import load_table
@@ -199,6 +199,7 @@ def test_what_is_written_is_what_is_read(tmp_path: Path) -> None:
     assert read_study(path) == study.model_copy(update={"format": 2})
     path.write_text(json.dumps({**later, "trials": {"of": "another shape"}}))
     assert "newer version of obowlab: update obowlab" in read_study(path).problems[0]
+    assert read_study(path).format > FORMAT
 
 
 def test_sparse_and_damaged_study_files_do_not_stop_a_report(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from obowlab.studies import worker as workers
 from obowlab.studies.overview import findings
 from obowlab.studies.schema import STUDY_FILE, StudyReport, read_study
 from obowlab.studies.storage import open_storage, quiet, storage_url
+from obowlab.studies.summary import Reporter
 from obowlab.studies.trial_locks import TrialLocks
 from obowlab.studies.worker import distributions
 from obowlab.tables.statistics import estimate
@@ -156,6 +157,34 @@ def test_importances_are_computed_once_a_report_and_again_when_a_study_has_grown
     (search.locks.folder / STUDY_FILE).write_text("{")
     assert grow().analysed == 22
     assert len(evaluated) == 3
+
+
+def test_a_report_never_replaces_a_later_one(tmp_path: Path) -> None:
+    search = Search(tmp_path)
+    path = search.locks.folder / STUDY_FILE
+    search.work(budget=1)
+    early = search.report()
+    search.work(budget=2)
+    reporter = Reporter(
+        search.open(), tuning=search.tuning, machine=search.machine, locks=search.locks, budget=2, storage=search.url
+    )
+    collect, late = reporter._collect, [early]
+
+    def overtaken(**options: Any) -> StudyReport:
+        """Return what was so before another process wrote a later report, and then what is so."""
+        search.report()
+        return late.pop() if late else collect(**options)
+
+    reporter._collect = overtaken
+    assert len(reporter.write().completed) == 2
+    assert len(read_study(path).completed) == 2
+    reporter._collect = lambda **_: early
+    reporter.write()  # a storage that was put back to what it was
+    assert len(read_study(path).completed) == 1
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
+    content = path.read_bytes()
+    reporter.write()
+    assert path.read_bytes() == content
 
 
 def test_the_same_study_chooses_the_same_points_however_often_it_is_stopped(tmp_path: Path) -> None:

@@ -227,6 +227,13 @@ class StudyReport(_Part):
         """The parameters, the most important first."""
         return tuple(sorted(self.parameters, key=lambda parameter: (-(parameter.importance or 0.0), parameter.key)))
 
+    def is_later_than(self, other: StudyReport) -> bool:
+        """Return whether this tells more of the same study: trials are added and end, and neither is ever undone."""
+        both = (self, other)
+        begun = [(report.storage, [trial.started_at for trial in report.trials[:1]]) for report in both]
+        told = [(len(report.trials), sum(trial.finished_at is not None for trial in report.trials)) for report in both]
+        return begun[0] == begun[1] and told[0] > told[1]
+
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON values."""
         return self.model_dump(mode="json")
@@ -251,7 +258,8 @@ def read_study(path: Path) -> StudyReport:
     except OSError as error:
         reason = str(error.strerror)
     name = path.parent.name
-    return StudyReport(name=name, problems=(f"{STUDIES}/{name}/{STUDY_FILE} cannot be read: {reason}.",))
+    written = FORMAT + 1 if _is_newer(content) else FORMAT
+    return StudyReport(format=written, name=name, problems=(f"{STUDIES}/{name}/{STUDY_FILE} cannot be read: {reason}.",))
 
 
 def _is_newer(content: bytes) -> bool:

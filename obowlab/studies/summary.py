@@ -23,6 +23,7 @@ from obowlab.runs.records import warn_once
 from obowlab.runs.results import unpack
 from obowlab.studies.overview import findings
 from obowlab.studies.schema import (
+    FORMAT,
     STUDY_FILE,
     StudyDifference,
     StudyFigure,
@@ -392,7 +393,16 @@ class Reporter:
             return report, send_report(report, machine=self._machine)
 
     def _write(self, *, earlier: StudyReport | None) -> StudyReport:
+        """Write the report; collect it again where another process wrote a later one meanwhile, and leave a newer version's."""
+        path, before = self._locks.folder / STUDY_FILE, None
         with self._turn:
-            report = self._collect(earlier=earlier)
-            write_atomic(self._locks.folder / STUDY_FILE, report.model_dump_json(indent=1))
-            return report
+            while True:
+                report = self._collect(earlier=earlier)
+                with self._locks.alone():
+                    there = read_study(path)
+                    if there.format > FORMAT:
+                        return report
+                    if there == before or not there.is_later_than(report):  # the former: of a storage that was put back
+                        write_atomic(path, report.model_dump_json(indent=1))
+                        return report
+                before = there
