@@ -307,6 +307,19 @@ def test_files_of_a_newer_version_are_told_from_damaged_ones_and_left(tmp_path: 
         with pytest.raises(UserError, match=f"{name} was written by a newer version of obowlab; .*: update obowlab"):
             read()
         assert (run.path / name).read_text() == content
+    for name, values in (
+        ("machine.json", {"procs": 1, "warp": 9}),
+        ("machine.json", {"version": "99.0", "procs": {"of": "node"}}),
+        ("machine.json", {"format": 2, "procs": 1}),
+        ("labels.json", {"format": 2, "obowlab.table": ["table3"]}),
+    ):
+        (run.path / name).write_text(json.dumps(values))
+        with pytest.raises(UserError, match=rf"{name} was written by .*; this is .*: update obowlab") as refused:
+            _ = run.machine if name == "machine.json" else run.labels()
+        assert "remove" not in str(refused.value)
+    (run.path / "machine.json").write_text('{"procs": "two"}')
+    with pytest.raises(UserError, match=r"machine\.json is damaged; start the run again"):
+        _ = run.machine
     (run.path / "run.json").write_text(with_checksum(json.dumps({**info, "version": "99.0", "recipe": {"warp": 9}})))
     with pytest.raises(UserError, match=r"created by obowlab 99\.0, .*: update obowlab, and leave the run as it is"):
         _ = RunFolder.open(run.path).info.recipe

@@ -34,13 +34,23 @@ from obowlab.files import (
     open_file,
     read_all,
     read_checked,
-    read_file,
     read_lines,
     user_name,
     with_checksum,
     write_atomic,
 )
-from obowlab.runs.info import DAMAGED, RunInfo, State, cannot_be_read, read_info, read_result, read_state
+from obowlab.runs.info import (
+    DAMAGED,
+    RunInfo,
+    State,
+    cannot_be_read,
+    read_info,
+    read_machine,
+    read_result,
+    read_state,
+    refuse_newer,
+    write_machine,
+)
 from obowlab.runs.locks import Lock, hold, is_locked
 from obowlab.runs.metric_log import MetricLog, Point, parse_point, read_points
 
@@ -202,17 +212,11 @@ class RunFolder:
     @property
     def machine(self) -> Machine:
         """The machine of the last launch; without its tracking server, which may hold a password."""
-        path = self.path / "machine.json"
-        try:
-            return Machine.model_validate_json(read_file(path))
-        except FileNotFoundError:
-            return Machine()
-        except ValueError:
-            raise UserError(f"{path} is damaged; start the run again with 'obowlab run' to replace it.") from None
+        return read_machine(self.path)
 
     def write_machine(self, machine: Machine) -> None:
         """Write where and with what the run is trained."""
-        write_atomic(self.path / "machine.json", machine.model_dump_json(indent=1, exclude={"tracking_uri"}))
+        write_machine(self.path, machine)
 
     def append_attempt(self, facts: Mapping[str, Any]) -> int:
         """Add one line to `attempts.jsonl` and return the attempt's number, from 1."""
@@ -313,6 +317,7 @@ class RunFolder:
         """Return the labels that studies, tables and users gave this run: MLflow tag name to text."""
         try:
             labels = read_checked(self.path / "labels.json")
+            refuse_newer(self.path / "labels.json", labels)
             if not all(isinstance(text, str) for text in labels.values()):
                 raise ValueError("a label is no text")
             return labels

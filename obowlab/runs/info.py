@@ -9,12 +9,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from obowlab import __version__
-from obowlab.config import Recipe
+from obowlab.config import Machine, Recipe
 from obowlab.errors import UserError, refusal_of
-from obowlab.files import UnusableFileError, parse_checked, read_checked, read_file
+from obowlab.files import UnusableFileError, parse_checked, read_checked, read_file, write_atomic
 
 Status = Literal["created", "running", "interrupted", "failed", "unevaluated", "finished"]
 """`unevaluated`: the training is done, and its evaluation could not be made."""
@@ -99,7 +99,7 @@ def read_info(path: Path) -> RunInfo:
     file, version = path / "run.json", None
     try:
         values = read_checked(file)
-        _refuse_newer(file, values)
+        refuse_newer(file, values)
         version = values.get("version")
         return RunInfo.model_validate(values)
     except FileNotFoundError:
@@ -121,7 +121,7 @@ def read_state(path: Path) -> State:
     file, status = path / "state.json", None
     try:
         values = parse_checked(read_file(file))
-        _refuse_newer(file, values)
+        refuse_newer(file, values)
         status = values.get("status")
         return State.model_validate(values)
     except FileNotFoundError:
@@ -132,6 +132,38 @@ def read_state(path: Path) -> State:
         if isinstance(status, str) and re.fullmatch(r"[a-z][a-z_-]*", status) and status not in get_args(Status):
             raise UserError(_newer(file, f"a newer version of obowlab, which knows the status '{status[:40]}'")) from None
         raise UserError(f"{file} is damaged; remove it; the run then continues from its checkpoint.") from None
+
+
+def read_machine(path: Path) -> Machine:
+    """Read `machine.json` of a run folder; the defaults when there is none.
+
+    Raises:
+        UserError: it is damaged, or of a newer version.
+    """
+    file, version = path / "machine.json", None
+    try:
+        values = parse_checked(read_file(file))
+        refuse_newer(file, values)
+        version = values.pop("version", None)
+        return Machine.model_validate_json(json.dumps(values))
+    except FileNotFoundError:
+        return Machine()
+    except OSError as error:
+        raise UserError(cannot_be_read(file, error)) from None
+    except ValueError as error:
+        if isinstance(version, str) and _is_newer(version):
+            raise UserError(_newer(file, f"obowlab {version}")) from None
+        # One that names no version: nothing is wrong with it but what we do not know.
+        if isinstance(error, ValidationError) and {one["type"] for one in error.errors()} == {"extra_forbidden"}:
+            names = ", ".join(str(one["loc"][-1])[:40] for one in error.errors()[:3])
+            raise UserError(_newer(file, f"a newer version of obowlab, which knows the setting {names}")) from None
+        raise UserError(f"{file} is damaged; start the run again with 'obowlab run' to replace it.") from None
+
+
+def write_machine(path: Path, machine: Machine) -> None:
+    """Write `machine.json` of a run folder, without the tracking server, which may hold a password."""
+    values = {"version": __version__, **machine.model_dump(mode="json", exclude={"tracking_uri"})}
+    write_atomic(path / "machine.json", json.dumps(values, indent=1))
 
 
 def no_checkpoint(info: RunInfo, *, reason: str) -> UserError:
@@ -155,7 +187,7 @@ def read_result(path: Path) -> dict[str, Any]:
     """
     try:
         result = read_checked(path)
-        _refuse_newer(path, result)
+        refuse_newer(path, result)
         _check_result(result)
     except OSError as error:
         raise UserError(cannot_be_read(path, error)) from None
@@ -182,7 +214,7 @@ def _is_newer(version: str) -> bool:
     return theirs > ours
 
 
-def _refuse_newer(file: Path, values: dict[str, Any]) -> None:
+def refuse_newer(file: Path, values: dict[str, Any]) -> None:
     """Raise a `UserError` for a file of a higher format than ours, also where it could be read: its words may mean others."""
     written = values.get("format")
     if isinstance(written, int) and written > FORMAT:
