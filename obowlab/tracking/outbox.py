@@ -300,7 +300,7 @@ class Outbox:
             f"recipe `{info.name}`, seed {info.seed}",
             f"data `{info.recipe.data.dataset}` {facts.get('data_hash', '')[:12]}",
         ]
-        if "commit" in facts:
+        if facts.get("commit"):  # None where git was not to be had
             origin.append(f"commit {facts['commit'][:12]}{' with changes' if facts.get('dirty') else ''}")
         paragraphs = [info.recipe.title, "\n".join(table) if rows else "", " · ".join(origin)]
         return "\n\n".join(paragraph for paragraph in paragraphs if paragraph)
