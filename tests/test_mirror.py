@@ -24,6 +24,7 @@ from obowlab.runs import RunFolder
 from obowlab.runs.trash import put_aside, restore, trashed_runs
 from obowlab.tracking.mirror import Mirror
 from obowlab.tracking.server import prepare_store, runs_page, shown_uri, store_uri
+from tests.command_line import Obowlab
 
 mlflow = pytest.importorskip("mlflow")
 
@@ -144,6 +145,16 @@ def test_a_run_and_all_its_facts_arrive_in_the_local_store(root: Path) -> None:
     assert "log.txt" in {item.path for item in client_of(mirror.uri).list_artifacts(run.info.run_id)}
     idle = mirror.sync(timeout_s=60)
     assert (idle.sent, idle.pending) == (0, 0)
+
+
+def test_a_run_whose_commit_is_not_known_is_sent(root: Path) -> None:
+    folder = create(root)
+    folder.append_attempt({"commit": None, "branch": None, "dirty": None, "data_hash": "d" * 64})
+    mirror = Mirror(folder)
+    report = mirror.sync(timeout_s=60)
+    assert (report.error, report.pending) == (None, 0)
+    note = the_run(mirror.uri).data.tags["mlflow.note.content"]
+    assert note.endswith(f"recipe `demo`, seed 0 · data `{folder.info.recipe.data.dataset}` dddddddddddd")
 
 
 def test_a_deleted_run_is_deleted_in_the_store_and_comes_back_with_its_tags(root: Path) -> None:
@@ -540,6 +551,30 @@ def test_every_run_has_one_model_version_however_often_it_is_sent(root: Path) ->
     assert Mirror(folders[0]).sync(timeout_s=60).error is None
     versions = client_of(Mirror(folders[0]).uri).search_model_versions("name = 'obowlab-demo'")
     assert sorted(version.tags["obowlab.run_id"] for version in versions) == sorted(folder.run_id for folder in folders)
+
+
+def test_the_model_version_of_a_deleted_run_stays_and_says_so(root: Path, obowlab: Obowlab) -> None:
+    folder = create(root)
+    train(folder, 1)
+    (folder.path / "model").mkdir()
+    (folder.path / "model" / "MLmodel").write_text("flavors: {}\nmodel_uuid: 0\n")
+    folder.set_state(status="finished")
+    mirror = Mirror(folder)
+    assert mirror.sync(timeout_s=60).error is None
+
+    def tag() -> str | None:
+        """Return what the version says of its run."""
+        return client_of(mirror.uri).get_model_version("obowlab-demo", "1").tags.get("obowlab.deleted")
+
+    assert tag() is None
+    code, out, _ = obowlab("runs", "delete", folder.run_id, "--yes", "--runs-root", str(root))
+    assert (code, tag()) == (0, folder.run_id)
+    assert f"The model version obowlab-demo/1 of {folder.run_id} stays in MLflow, tagged obowlab.deleted" in out
+    assert obowlab("runs", "restore", folder.run_id, "--runs-root", str(root))[0] == 0
+    assert tag() is None
+    client_of(mirror.uri).delete_model_version("obowlab-demo", "1")  # by somebody, in MLflow
+    assert obowlab("runs", "delete", folder.run_id, "--yes", "--runs-root", str(root))[::2] == (0, "")
+    assert obowlab("runs", "restore", folder.run_id, "--runs-root", str(root))[::2] == (0, "")
 
 
 def test_a_launched_run_is_mirrored_while_it_trains_and_after(root: Path) -> None:

@@ -289,6 +289,7 @@ def delete(names: tuple[str, ...], yes: bool, options: MachineOptions, dry_run: 
     from obowlab.runs.folder import RunFolder
     from obowlab.runs.lineage import waiting_students
     from obowlab.runs.trash import check_deletable, find_trashed, put_aside
+    from obowlab.tracking.mirror import DELETED_TAG, Mirror
 
     machine = options.machine()
     folders: dict[str, RunFolder] = {}
@@ -324,6 +325,10 @@ def delete(names: tuple[str, ...], yes: bool, options: MachineOptions, dry_run: 
         moved.append(put_aside(folder, deleted=True))
         click.echo(f"{folder.run_id} is in the trash; `obowlab runs restore {folder.run_id}` brings it back.")
     send_to_mlflow([RunFolder.open(path) for path in moved], machine=machine)
+    for outbox in (Mirror(RunFolder.open(path), tracking_uri=machine.tracking_uri).outbox for path in moved):
+        if version := outbox.load().model_version:
+            stays = f"The model version {outbox.model_name}/{version} of {outbox.folder.run_id} stays in MLflow"
+            click.echo(f"{stays}, tagged {DELETED_TAG}; it can still be loaded.")
     return 0
 
 

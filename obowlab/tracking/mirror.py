@@ -48,6 +48,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Mirror", "SyncReport", "save_encoder_model"]
 
+DELETED_TAG = "obowlab.deleted"
+"""On a model version whose run was deleted; its text is the run's name."""
+
 METRICS_PER_REQUEST = 1000
 PARAMS_PER_REQUEST = 100
 WAITS_S = (0.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
@@ -208,7 +211,7 @@ class Mirror:
             client.log_artifact(_id(sent), str(Path(place) / path.name), folder)
 
     def _delete_run(self, sent: Sent) -> None:
-        """Mark the run as deleted, as its user did; its registered model versions stay, and `_find_run` brings it back."""
+        """Mark the run and its model version as deleted, as its user did; `_find_run` brings the run back."""
         path = database_path(self.uri)
         if sent.run_id is None or sent.deleted:
             return
@@ -216,13 +219,30 @@ class Mirror:
             from mlflow.exceptions import MlflowException
 
             prepare_store(self.uri)
+            client = connect(self.uri)
+            self._mark_version(client, sent, deleted=True)
             try:
-                connect(self.uri).delete_run(sent.run_id)
+                client.delete_run(sent.run_id)
             except MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
         sent.deleted = True
         self._done(sent)
+
+    def _mark_version(self, client: MlflowClient, sent: Sent, *, deleted: bool) -> None:
+        """Tag the model version of a deleted run, or take the tag off: the version stays, for others may load it."""
+        from mlflow.exceptions import MlflowException
+
+        if sent.model_version is None:
+            return
+        try:
+            if deleted:
+                client.set_model_version_tag(self.outbox.model_name, sent.model_version, DELETED_TAG, self.folder.run_id)
+            else:
+                client.delete_model_version_tag(self.outbox.model_name, sent.model_version, DELETED_TAG)
+        except MlflowException as error:  # somebody deleted the version, or took the tag off
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
 
     def _find_run(self, client: MlflowClient, sent: Sent) -> None:
         """Find this run in the store by the remembered id, else by its tags, else create it."""
@@ -234,6 +254,7 @@ class Mirror:
                 if sent.deleted:  # with `obowlab runs delete`, and restored since
                     if not is_active:
                         client.restore_run(sent.run_id)
+                    self._mark_version(client, sent, deleted=False)
                     is_active, sent.deleted = True, False
                     self._done(sent)
                 if is_active:
