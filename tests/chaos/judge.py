@@ -7,7 +7,7 @@ import math
 import re
 import sqlite3
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,18 @@ PASSING = ("log.txt", "state.json", "machine.json", "terminal.txt", "attempts.js
 # ------------------------------------------------------------------------------------------------------ equal, or a sentence
 
 
-def equal(found: RunFolder, expected: RunFolder) -> None:
+def unmeasured(child: Child) -> set[int]:
+    """Return the epochs of which a training says that it could not measure them, and that it continues."""
+    return {int(epoch) for epoch in re.findall(r"epoch (\d+) is not measured", " ".join(child.said().split()))}
+
+
+def equal(found: RunFolder, expected: RunFolder, *, missed: Collection[int] = ()) -> None:
     """Compare weights, metrics, results and encoder bit by bit.
+
+    Args:
+        found: the run that was disturbed.
+        expected: the one that was not.
+        missed: epochs whose measurement during training may be absent, and nothing else; what is there has to be equal.
 
     Raises:
         BrokenError: names the first difference.
@@ -43,9 +53,11 @@ def equal(found: RunFolder, expected: RunFolder) -> None:
     different = [name for name, value in theirs.items() if name not in ours or not torch.equal(value, ours[name])]
     if different or ours.keys() != theirs.keys():
         raise BrokenError(f"{len(different)} of {len(theirs)} tensors differ from the undisturbed run's, {different[:1]}")
+    online = _values(found)
+    wanted = [point for point in _values(expected) if point in online or point[1]["epoch"] not in missed]
     for name, one, other in (
         ("metrics.jsonl", points(found), points(expected)),
-        ("online.jsonl", _values(found), _values(expected)),
+        ("online.jsonl", online, wanted),
         ("results", _measured(found), _measured(expected)),
     ):
         if one != other:
@@ -192,14 +204,22 @@ def sqlite_query(runs_root: Path) -> Query:
     return ask
 
 
-def settle(case: Case, folder: RunFolder, *, expected: RunFolder, uri: str | None = None, query: Query | None = None) -> None:
+def settle(
+    case: Case,
+    folder: RunFolder,
+    *,
+    expected: RunFolder,
+    uri: str | None = None,
+    query: Query | None = None,
+    missed: Collection[int] = (),
+) -> None:
     """Bring a run to its end with the ordinary command, and compare it with the undisturbed run and with MLflow.
 
     Raises:
         BrokenError: the run does not end, or differs.
     """
     again(case, folder)
-    equal(folder, expected)
+    equal(folder, expected, missed=missed)
     reconcile(case, folder, uri=uri, query=query)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from obowlab.runs.folder import RunFolder
 from tests.chaos import forks
-from tests.chaos.judge import BrokenError, ended_well, equal, sentence, settle, valuables
+from tests.chaos.judge import BrokenError, ended_well, equal, sentence, settle, unmeasured, valuables
 from tests.chaos.kinds.disks import mounted, no_mounts
 from tests.chaos.ledger import Case, Kind
 from tests.chaos.stage import TOTAL_STEPS
@@ -24,11 +24,13 @@ CALLS = ("fsync", "rename", "replace")
 
 def memory(case: Case) -> None:
     """Let a training process have only some more memory than it begins with."""
-    folder = case.stage.copy("halfway", case.place)
+    folder, missed = case.stage.copy("halfway", case.place), set[int]()
     for _ in range(case.num_faults):
         more = int(2 ** case.dice.uniform(16, 26))
-        folder = _starve(case, folder, partial(_limit_memory, more), note=f"{more // 1024} KiB more than at the start")
-    settle(case, folder, expected=case.stage.reference())
+        folder = _starve(
+            case, folder, partial(_limit_memory, more), note=f"{more // 1024} KiB more than at the start", missed=missed
+        )
+    settle(case, folder, expected=case.stage.reference(), missed=missed)
 
 
 def _limit_memory(more: int) -> None:
@@ -39,11 +41,12 @@ def _limit_memory(more: int) -> None:
 
 def descriptors(case: Case) -> None:
     """Let a training process open only a few files more than it begins with."""
-    folder = case.stage.copy("halfway", case.place)
+    folder, missed = case.stage.copy("halfway", case.place), set[int]()
     for _ in range(case.num_faults):
         more = case.dice.randint(1, 16)
-        folder = _starve(case, folder, partial(_limit_files, more), note=f"{more} files more than at the start")
-    settle(case, folder, expected=case.stage.reference())
+        note = f"{more} files more than at the start"
+        folder = _starve(case, folder, partial(_limit_files, more), note=note, missed=missed)
+    settle(case, folder, expected=case.stage.reference(), missed=missed)
 
 
 def _limit_files(more: int) -> None:
@@ -54,10 +57,17 @@ def _limit_files(more: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
 
 
-def _starve(case: Case, folder: RunFolder, first: Callable[[], None], *, note: str) -> RunFolder:
+def _starve(case: Case, folder: RunFolder, first: Callable[[], None], *, note: str, missed: set[int]) -> RunFolder:
     """Train under a limit: to the end, or to a sentence and a state that says the same; return the run to go on with.
 
-    A measurement during training that cannot be made is left out with a warning, by design: such a run is judged no further.
+    A measurement during training that cannot be made is left out with a warning, by design; nothing else may differ.
+
+    Args:
+        case: whose fault this is.
+        folder: the run, as earlier faults have left it.
+        first: sets the limit, in the training process.
+        note: the limit in words.
+        missed: epochs that could not be measured, of this run; changed.
     """
     whole = valuables(folder.path)
     child = forks.train(folder.path, place=case.place, first=first)
@@ -67,11 +77,11 @@ def _starve(case: Case, folder: RunFolder, first: Callable[[], None], *, note: s
         if folder.current_state().status in ("running", "finished"):
             raise BrokenError(f"the run was refused, and its state is {folder.current_state().status}")
     _nothing_gone(folder, whole)
-    is_whole = "is not measured" not in child.said()
-    if is_whole and child.code == 2:
+    missed |= unmeasured(child)
+    if child.code == 2:
         return folder
-    if is_whole:
-        equal(folder, case.stage.reference())
+    equal(folder, case.stage.reference(), missed=missed)
+    missed.clear()
     shutil.rmtree(folder.path.parent)
     return case.stage.copy("halfway", case.place)
 
@@ -86,7 +96,7 @@ def inodes(case: Case) -> None:
     """Take the last inodes of the disk of the run store at a random moment: as with bytes, a sentence, and later it goes on."""
     disk = case.place / "disk"
     with mounted(disk, options="nr_inodes=400"):
-        folder = case.stage.copy("halfway", disk)
+        folder, missed = case.stage.copy("halfway", disk), set[int]()
         for number in range(case.num_faults):
             child = forks.train(folder.path, place=case.place)
             wanted = min(TOTAL_STEPS - 2, 22 + (number * 18) // case.num_faults + case.dice.randint(0, 2))
@@ -99,10 +109,8 @@ def inodes(case: Case) -> None:
                 case.sentence(sentence(child))
             for path in files:
                 path.unlink()
-            if "is not measured" in child.said():
-                shutil.rmtree(folder.path.parent)
-                folder = case.stage.copy("halfway", disk)
-        settle(case, folder, expected=case.stage.reference())
+            missed |= unmeasured(child)
+        settle(case, folder, expected=case.stage.reference(), missed=missed)
 
 
 def _take_inodes(place: Path, *, leave: int) -> list[Path]:
