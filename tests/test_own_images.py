@@ -490,5 +490,5 @@ def test_transparent_palettes_are_read_without_a_warning(tmp_path: Path) -> None
         (tmp_path / "x" / name).parent.mkdir(parents=True, exist_ok=True)
         palette.save(tmp_path / "x" / name, transparency=bytes([0, 128] + [255] * 14))
     words = ["data", "prepare", "own", "--source", str(tmp_path / "x"), "--data-root", str(tmp_path / "data")]
-    done = subprocess.run([sys.executable, "-m", "obowlab", *words], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-m", "obowlab.cli", *words], capture_output=True, text=True, check=True)
     assert "Warning" not in done.stderr
