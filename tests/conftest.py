@@ -22,6 +22,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+HELPERS = ("chaos", "contracts", "fork_server", "gpu", "lab", "processes", "runs", "services")
+pytest.register_assert_rewrite(*(f"tests.{name}" for name in HELPERS))  # their asserts stay, also without the package's
+
 from tests.browser import chromium
 from tests.command_line import Obowlab, finished_run
 

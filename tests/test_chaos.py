@@ -32,6 +32,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def chaos(work: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """Play faults as `make chaos` does: in a process without threads, which may fork."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment.pop("PYTHONOPTIMIZE", None)  # the suite keeps its own asserts; `optimized` takes those of the package
     command = [sys.executable, "-m", "tests.chaos", "--work", str(work), *words]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 

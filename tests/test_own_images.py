@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
@@ -473,3 +474,21 @@ def test_pets_are_split_as_published(tmp_path: Path) -> None:
 def test_torchvision_data_sets_that_are_not_there(tmp_path: Path, spec: str, complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
         open_source(spec.replace("{root}", str(tmp_path)))
+
+
+def test_an_archive_of_archives_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "ILSVRC2012_img_train.tar", "w") as tar:
+        for name in ("n01440764.tar", "n01443537.tar"):
+            tar.addfile(tarfile.TarInfo(name))
+    with pytest.raises(UserError, match=r"holds 2 archives, such as n01440764\.tar, and no image; .* unpack each archive into"):
+        open_source(tmp_path / "ILSVRC2012_img_train.tar")
+
+
+def test_transparent_palettes_are_read_without_a_warning(tmp_path: Path) -> None:
+    palette = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).quantize(16)
+    for name in ("a/1.png", "a/2.png"):
+        (tmp_path / "x" / name).parent.mkdir(parents=True, exist_ok=True)
+        palette.save(tmp_path / "x" / name, transparency=bytes([0, 128] + [255] * 14))
+    words = ["data", "prepare", "own", "--source", str(tmp_path / "x"), "--data-root", str(tmp_path / "data")]
+    done = subprocess.run([sys.executable, "-m", "obowlab.cli", *words], capture_output=True, text=True, check=True)
+    assert "Warning" not in done.stderr

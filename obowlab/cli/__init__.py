@@ -166,6 +166,22 @@ def _refuse_command(name: str, *, known: list[str], before: str) -> None:
     raise UserError(f"There is no command '{before} {name}'.{nearest(name, known)}")
 
 
+def _nearest_option(error: click.NoSuchOption) -> str:
+    """Return a hint: the nearest option, or the key of a recipe that is named like it where `--set` sets one."""
+    near = error.possibilities or []
+    if error.ctx is not None and any("--set" in parameter.opts for parameter in error.ctx.command.params):
+        from obowlab.config import METHOD_SECTIONS, Recipe, known_keys
+
+        keys = [*known_keys(Recipe), *(key for section in METHOD_SECTIONS.values() for key in known_keys(section, "method."))]
+        keys.sort(key=lambda key: -key.count("."))  # of equal names the outermost, which comes last: epochs of training
+        names = {f"--{name}": key for key in keys for name in (key, key.rpartition(".")[2])}
+        word = "--" + error.option_name.lstrip("-").replace("-", "_")
+        best = difflib.get_close_matches(word, [*near, *names], n=1, cutoff=0.8)
+        if best and best[0] not in near:
+            return f" Did you mean '--set {names[best[0]]}=...'?"
+    return f" Did you mean '{near[0]}'?" if near else ""
+
+
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(__version__, prog_name="obowlab", message="%(prog)s %(version)s")
 def cli() -> None:
@@ -183,9 +199,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return _complain(str(error))
     except click.NoSuchOption as error:
-        hint = f" Did you mean '{error.possibilities[0]}'?" if error.possibilities else ""
         where = error.ctx.command_path if error.ctx is not None else "obowlab"
-        return _complain(f"There is no option '{error.option_name}' of '{where}'.{hint}")
+        return _complain(f"There is no option '{error.option_name}' of '{where}'.{_nearest_option(error)}")
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
         return 0

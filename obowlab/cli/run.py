@@ -86,7 +86,7 @@ def run(
         if options.device not in (None, "cuda") or procs not in (None, gpus):
             raise UserError("--gpus N stands for --device cuda --procs N; leave those out.")
         options, procs = replace(options, device="cuda"), gpus
-    when_interrupted("what was trained is saved, and the same command continues.")
+    when_interrupted("the same command continues from what is saved.")
     loaded = load_recipe(name, overrides=overrides)
     machine = options.machine(procs=procs, nodes=nodes)
     if machine.launcher == "slurm":

@@ -33,7 +33,7 @@ from obowlab.config.recipe import (
     Training,
     Views,
 )
-from obowlab.config.validation import nearest, parse_section, read_toml, set_by
+from obowlab.config.validation import known_keys, nearest, parse_section, read_toml, set_by
 
 __all__ = [
     "FINGERPRINT_VERSION",
@@ -66,6 +66,7 @@ __all__ = [
     "find_file",
     "find_recipe",
     "flatten",
+    "known_keys",
     "layer",
     "load_machine",
     "load_recipe",

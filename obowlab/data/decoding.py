@@ -15,6 +15,7 @@ MAX_PIXELS = 89_000_000
 """What Pillow, too, decodes without a warning: 270 MB as RGB."""
 
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # such images are refused, in a sentence
+warnings.filterwarnings("ignore", "Palette images with Transparency", UserWarning)  # its colours are kept
 
 JPEG_QUALITY = 95
 """Of images that are not RGB or grayscale JPEG files already."""

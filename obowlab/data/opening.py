@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from obowlab.data.list_files import LIST_SUFFIXES, read_list
-from obowlab.data.sources import LAYOUT, NoImageError, Source, SourceImage, SourceSplit, is_hidden, read_source
+from obowlab.data.sources import ARCHIVE_SUFFIXES, LAYOUT, NoImageError, Source, SourceImage, SourceSplit, is_hidden, read_source
 from obowlab.data.tables import files_of_folder, files_of_saved, read_tables
 from obowlab.data.torchvision_sets import PREFIX, read_torchvision
 from obowlab.data.webdataset import is_webdataset, read_webdataset
@@ -17,8 +17,6 @@ from obowlab.errors import UserError
 
 VAL_FRACTION = 0.1
 """Share of every class that becomes val where a source has none and nothing else is said."""
-
-_ARCHIVES = (".zip", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".7z", ".rar")
 
 
 def open_source(
@@ -111,7 +109,7 @@ def _read(spec: str | Path, *, labelled: bool) -> Source:
         return read_list(path, labelled=labelled)
     if name.endswith((".parquet", ".arrow")):
         return read_tables(path, [(None, path)], labelled=labelled)
-    if name.endswith(_ARCHIVES):
+    if name.endswith(ARCHIVE_SUFFIXES) and not name.endswith(".tar"):
         raise UserError(f"--source {path} is a compressed archive: unpack it and give the folder, or make a plain .tar of it.")
     if is_webdataset(path):
         return read_webdataset(path, [path], labelled=labelled)

@@ -20,6 +20,7 @@ from obowlab.data.archive import list_members
 from obowlab.errors import UserError
 
 SPLITS = ("train", "val")
+ARCHIVE_SUFFIXES = (".tar", ".zip", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".7z", ".rar")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 _HIDDEN = ("@eadir", "__macosx", "thumbs.db", "desktop.ini", "lost+found", "$recycle.bin", "#recycle", "#snapshot")
 """Besides names that begin with a dot: what NAS, desktops and file systems put into folders; in lower case."""
@@ -144,7 +145,10 @@ def read_source(path: Path, *, labelled: bool = True) -> Source:
     shown = [file for file in files if not is_hidden(file.name)]
     images = [file for file in shown if file.name.lower().endswith(IMAGE_SUFFIXES)]
     if not images:
-        raise NoImageError(f"--source {path} holds no image; expected {LAYOUT}.")
+        archives = [file.name for file in shown if file.name.lower().endswith(ARCHIVE_SUFFIXES)]
+        inner = f"holds {len(archives)} archives, such as {archives[0]}, and" if archives else "holds"
+        unpack = "; unpack each archive into a folder of its name" if archives else ""
+        raise NoImageError(f"--source {path} {inner} no image; expected {LAYOUT}{unpack}.")
     layout = _layout(path, [tuple(image.name.split("/")) for image in images], labelled=labelled)
     splits = _splits(path, layout, images, labelled=labelled)
     found = [name for name in folders if not is_hidden(name)]

@@ -15,6 +15,10 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 
+from tests import optimized
+
+optimized.enter()  # before the package is imported
+
 from tests.chaos import forks, ledger
 from tests.chaos.kinds import KINDS
 from tests.chaos.ledger import Case, Outcome
