@@ -35,6 +35,7 @@ def train_here(
     machine = Machine(data_root=data_root, runs_root=root / "runs", device="cpu", loader="torch", workers=0)
     loaded = small_recipe(root, dataset="small", epochs=epochs, overrides=overrides)
     folder = RunFolder.create(loaded, seed=0, runs_root=machine.runs_root)
+    (folder.path / ".online.killed" / "entry").mkdir(parents=True, exist_ok=True)  # of a process that was
     with StopRequest().listening() as stop, join(machine) as world:
         run = RunContext(folder, machine=machine, world=world, reporter=Reporter(None), stop=stop)
         method = train(run)

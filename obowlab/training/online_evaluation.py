@@ -5,6 +5,7 @@ Measuring has no effect on training: it uses no random generator and restores th
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -17,6 +18,9 @@ from obowlab.training.context import RunContext
 
 ONLINE = "online"
 """Name of the metric file, and of the group in MLflow."""
+
+FEATURES = ".online."
+"""How the folder of a run begins in which features lie for as long as they are measured."""
 
 
 def is_due(run: RunContext, *, epoch: int) -> bool:
@@ -67,10 +71,12 @@ def last_step(run: RunContext) -> int:
 
 def few_shot(run: RunContext, *, method: Method[Any]) -> dict[str, float]:
     """Return the student's accuracy in percent by metric name."""
+    for left in run.folder.path.glob(f"{FEATURES}*"):  # of a process that was killed, gigabytes perhaps
+        shutil.rmtree(left, ignore_errors=True)
     # The next step changes these weights, so their features are not cached with those of finished encoders.
     with (
         run.stop.acting_at_once(),
-        tempfile.TemporaryDirectory(prefix=".online.", dir=run.folder.path) as cache,
+        tempfile.TemporaryDirectory(prefix=FEATURES, dir=run.folder.path) as cache,
     ):
         results = evaluate(
             method.encoder,
