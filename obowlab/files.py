@@ -373,14 +373,22 @@ def append_whole(file: FileIO | IO[bytes], line: bytes) -> None:
         raise
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write beside, sync and rename: a reader sees the old file or the new one, never a part."""
+def write_atomic(path: Path, content: str | bytes, *, shared: bool = False) -> None:
+    """Write beside, sync and rename: a reader sees the old file or the new one, never a part.
+
+    Args:
+        path: the file.
+        content: all of it.
+        shared: whether everybody may read and write it who may write to its folder, whatever the umask.
+    """
     beside = _beside(path)
     try:
         with beside.open("xb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
+        if shared:
+            share(beside)
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)

@@ -43,6 +43,7 @@ from obowlab.files import (
     share,
     shared_file,
     shared_folder,
+    write_atomic,
 )
 from obowlab.launch.jobs import reap, stop
 from obowlab.launch.processes import start
@@ -479,6 +480,9 @@ def keep(root: Path, uid: int, umask: int) -> int:
     path = root / "mlflow.db"
     path.open("ab").close()
     share(path)  # as `prepare_store` does
+    if (root / ".costs.json").exists():
+        read_file(root / ".costs.json")
+    write_atomic(root / ".costs.json", "{}", shared=True)
     check_store(root, tracking=True)
     return 0
 
@@ -568,7 +572,7 @@ def prepare_again(place: Path, uid: int) -> int:
     words = ["data", "prepare", "small", "--source", str(place / "images"), "--force", "--workers", "1", "--data-root"]
     with tempfile.TemporaryDirectory() as empty:
         main([*words, empty])
-    become(uid, 0o022)
+    become(uid, 0o077)
     return main([*words, str(place / "runs")])
 
 
@@ -580,6 +584,7 @@ def test_a_data_set_of_a_group_is_replaced_by_any_of_them(shared_root: Path, ima
     for uid in (ALICE, BOB):
         code, complaint = outcome(Fork(prepare_again, place, uid))
         assert code == 0, complaint
+        assert all(path.stat().st_mode & 0o060 == 0o060 for path in (shared_root / "small").iterdir())
     (shared_root / "small").chmod(0o755)
     said = f"Error: You may not write to {shared_root / 'small'}, which belongs to user {ALICE}: "
     code, complaint = outcome(Fork(prepare_again, place, BOB))

@@ -125,7 +125,8 @@ def _note(path: Path, *, digest: str, places: Sequence[Path]) -> None:
     for place in places:
         try:
             shared_folder(place.parent)
-            return write_atomic(place, with_checksum(json.dumps({"file": str(path.absolute()), "sha256": digest})))
+            content = with_checksum(json.dumps({"file": str(path.absolute()), "sha256": digest}))
+            return write_atomic(place, content, shared=True)
         except OSError:
             continue
     return None

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from obowlab.data.beton import fix_for
 from obowlab.data.sources import SPLITS
 from obowlab.errors import UserError
-from obowlab.files import file_lock, read_checked, shared_folder, user_name, with_checksum
+from obowlab.files import file_lock, read_checked, share, shared_folder, user_name, with_checksum
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 
@@ -169,6 +169,7 @@ def publish(working: Path, data_root: Path, dataset: str) -> None:
     for suffix in (".beton", ".json"):
         for split in SPLITS:
             if (working / f"{split}{suffix}").exists():
+                share(working / f"{split}{suffix}")
                 (working / f"{split}{suffix}").replace(target / f"{split}{suffix}")
     for folder in (target, data_root):
         descriptor = os.open(folder, os.O_RDONLY)

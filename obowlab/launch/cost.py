@@ -26,7 +26,7 @@ from obowlab import text
 from obowlab.config import Machine, Recipe
 from obowlab.data.datasets import num_training_images
 from obowlab.errors import UserError
-from obowlab.files import read_file, read_lines, share, write_atomic
+from obowlab.files import read_file, read_lines, write_atomic
 from obowlab.launch.compute_command import compute_command, environment_of, threads_of
 from obowlab.launch.gpu_leases import leased
 from obowlab.launch.system import count_gpus
@@ -202,8 +202,7 @@ class CostBook:
         values = {place: measured.model_dump() for place, measured in self._measured.items()}
         with suppress(OSError):  # measured again next time
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(self._path, json.dumps(values, indent=1, sort_keys=True))
-            share(self._path)
+            write_atomic(self._path, json.dumps(values, indent=1, sort_keys=True), shared=True)
         return problem
 
     def _note(self, folder: RunFolder) -> None:

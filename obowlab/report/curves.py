@@ -80,7 +80,7 @@ def cached_curves(run: Path, *, epochs: int) -> dict[str, Curve]:
         with suppress(OSError):  # a store that may only be read
             shared_folder(path.parent)
             cached = {name: asdict(curve) for name, curve in curves.items()}
-            write_atomic(path, pydantic_core.to_json({"stamp": stamp, "curves": cached}))
+            write_atomic(path, pydantic_core.to_json({"stamp": stamp, "curves": cached}), shared=True)
     return curves
 
 

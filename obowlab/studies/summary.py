@@ -403,6 +403,6 @@ class Reporter:
                     if there.format > FORMAT:
                         return report
                     if there == before or not there.is_later_than(report):  # the former: of a storage that was put back
-                        write_atomic(path, report.model_dump_json(indent=1))
+                        write_atomic(path, report.model_dump_json(indent=1), shared=True)
                         return report
                 before = there

@@ -59,7 +59,7 @@ def keep_table(planned: PlannedTable, *, runs_root: Path) -> str | None:
         if path.is_file() and read_file(path) == content:
             return None
         shared_folder(path.parent)
-        write_atomic(path, content)
+        write_atomic(path, content, shared=True)
     except OSError as error:
         return f"`obowlab report` will not show {planned.name} as it is now: cannot write {path} ({error.strerror})."
     return None
