@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import signal
 import socket
 import sqlite3
@@ -297,6 +298,25 @@ def test_a_run_killed_from_outside_goes_on_and_failures_end_a_worker(tmp_path: P
     report = broken.report()
     assert [trial.status for trial in report.trials] == ["failed"] * 3
     assert "the loss is not finite" in report.trials[0].message
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a run of another user needs tests that run as root")
+def test_the_trial_that_another_user_left_stops_nobody(tmp_path: Path) -> None:
+    search = Search(tmp_path)
+    study = search.open()
+    trial = study.ask(distributions(search.tuning))
+    loaded = search.tuning.recipe(trial.params)
+    folder = RunFolder.create(loaded, seed=0, runs_root=search.machine.runs_root)
+    folder.set_state(status="interrupted", step=1)
+    trial.set_user_attr("run_folders", {"0": folder.run_id})
+    os.chown(folder.path, 50001, -1)
+    search.work(budget=1)
+    assert [one.state for one in study.get_trials()] == [TrialState.RUNNING, TrialState.COMPLETE]
+    said = "trial 0: left by user 50001, who continues it with the same command; another takes its place"
+    assert [line for line in search.said if "trial 0" in line] == [said]
+    os.chown(folder.path, os.geteuid(), -1)  # its owner
+    search.work(budget=2)
+    assert [one.state for one in study.get_trials()] == [TrialState.COMPLETE] * 2
 
 
 def test_jobs_work_side_by_side_each_on_its_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,12 +21,14 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.exceptions import StorageInternalError
 from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
 from obowlab.config import Machine
 from obowlab.errors import UserError
+from obowlab.files import is_others, user_name
 from obowlab.launch.compute_command import CommandFactory, compute_command
 from obowlab.launch.processes import STOPPING_RUNS, StopSignals
+from obowlab.runs.info import TRAINED, read_state
 from obowlab.studies.schema import STUDIES
 from obowlab.studies.spec import CategoricalParameter, FloatParameter, Parameter, Tuning, choice_label
 from obowlab.studies.trial import Outcome, TrialContext, TrialRunner, describe
@@ -166,6 +168,7 @@ class Worker:
         self._after_trial = after_trial
         self._command = command
         self._stopping = threading.Event()
+        self._left: set[int] = set()
         self._guard = threading.Lock()
         self._running: list[StopSignals] = []
         self._failures = 0
@@ -239,7 +242,7 @@ class Worker:
                 completed = sum(trial.state == TrialState.COMPLETE for trial in trials)
                 if completed >= self.budget:
                     return None, []
-                running = [trial for trial in trials if trial.state == TrialState.RUNNING]
+                running = [trial for trial in trials if trial.state == TrialState.RUNNING and not self._is_anothers(trial)]
                 left = next((trial for trial in running if self.locks.take(trial.number)), None)
                 if left is None:
                     break
@@ -259,6 +262,26 @@ class Worker:
             kind = f"the {known}'s point, " if known is not None else ""
             self._say(f"trial {chosen.number}: {kind}{describe(chosen.params)}")
         return chosen, []
+
+    def _is_anothers(self, trial: FrozenTrial) -> bool:
+        """Return whether a trial that nobody works on has an unfinished run of another user, who alone can continue it."""
+        if trial.number in self._left:
+            return True
+        if self.locks.is_held(trial.number):
+            return False
+        for path in (self._machine.runs_root / name for name in trial.user_attrs.get("run_folders", {}).values()):
+            try:
+                if not is_others(path) or read_state(path).status in TRAINED:
+                    continue
+            except FileNotFoundError:
+                continue
+            except UserError:  # not for us to read
+                pass
+            self._left.add(trial.number)
+            owner = user_name(path.lstat().st_uid)
+            self._say(f"trial {trial.number}: left by {owner}, who continues it with the same command; another takes its place")
+            return True
+        return False
 
     @contextmanager
     def _released_on_error(self, number: int) -> Iterator[None]:
