@@ -54,6 +54,7 @@ from obowlab.runs.folder import RunFolder, damaged_runs, list_runs
 from obowlab.runs.info import RunInfo
 from obowlab.runs.locks import RunTakenError
 from obowlab.runs.store import check_store
+from obowlab.runs.trash import put_aside, remove_for_good, trashed_runs
 from obowlab.tracking.local_store import damage_of, make_usable
 from obowlab.tracking.mirror import Mirror
 from obowlab.tracking.outbox import Outbox
@@ -638,6 +639,28 @@ def test_a_run_of_somebody_else_is_looked_at_and_not_trained(shared_root: Path, 
     code, out, _ = obowlab("runs", "sync", "--runs-root", str(shared_root))
     assert code == 0
     assert "There are no runs" in out
+
+
+@as_root
+def test_the_trash_is_emptied_of_ones_own_runs(shared_root: Path, obowlab: Obowlab) -> None:
+    theirs, ours = (RunFolder.create(load_recipe("demo"), seed=seed, runs_root=shared_root) for seed in (0, 1))
+    os.chown(put_aside(theirs, deleted=True), ALICE, GROUP)
+    put_aside(ours, deleted=True)
+    killed = shared_root / ".trash" / ".killed"
+    killed.mkdir()
+    os.chown(killed, ALICE, GROUP)
+    root = ("--runs-root", str(shared_root))
+    code, _, err = obowlab("runs", "restore", theirs.run_id, *root)
+    assert (code, err) == (2, f"Error: Run '{theirs.run_id}' in the trash belongs to user {ALICE}: ask them to restore it.\n")
+    code, _, err = obowlab("runs", "trash", theirs.run_id, "--empty", "--yes", *root)
+    assert (code, f"belongs to user {ALICE}: ask them to remove it" in err) == (2, True)
+    code, out, _ = obowlab("runs", "trash", "--empty", "--yes", *root)
+    assert code == 0
+    assert out.startswith("1 run(s) of other users are left to them.\nRemoved 1 run(s) for good")
+    assert [run.run_id for run in trashed_runs(shared_root)] == [theirs.run_id]
+    assert killed.exists()
+    with pytest.raises(UserError, match=f"belongs to user {ALICE}"):
+        remove_for_good(trashed_runs(shared_root), runs_root=shared_root)
 
 
 @as_root

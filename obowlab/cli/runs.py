@@ -375,6 +375,7 @@ def restore(run: str, options: MachineOptions, dry_run: bool) -> None:
 @dry_run_option
 def trash(names: tuple[str, ...], empty: bool, yes: bool, as_json: bool, options: MachineOptions, dry_run: bool) -> int:
     """List what is in the trash, of deleted runs and of those that --fresh put aside; or empty it."""
+    from obowlab.files import is_others
     from obowlab.runs.trash import find_trashed, remove_for_good, size_of, trashed_runs
 
     machine = options.machine()
@@ -387,6 +388,13 @@ def trash(names: tuple[str, ...], empty: bool, yes: bool, as_json: bool, options
             )
     if names:
         there = [run for name in names for run in find_trashed(name, runs_root=root)]
+    if empty:
+        own = [run for run in there if not is_others(run.path)]
+        for run in there if names else ():
+            run.refuse_others("remove")
+        if len(own) < len(there):
+            click.echo(f"{len(there) - len(own)} run(s) of other users are left to them.")
+        there = own
     sizes = [size_of(run.path) for run in there]
     if dry_run:
         would(f"{'remove' if empty else 'list'} {len(there)} run(s) in the trash of {root}, {text.size(sum(sizes))}")

@@ -41,6 +41,16 @@ class Trashed:
     since: float
     was_deleted: bool
 
+    def refuse_others(self, verb: str) -> None:
+        """Refuse to do to a run of another user what they alone may do.
+
+        Raises:
+            UserError: names its owner.
+        """
+        if is_others(self.path):
+            owner = user_name(self.path.lstat().st_uid)
+            raise UserError(f"Run '{self.run_id}' in the trash belongs to {owner}: ask them to {verb} it.")
+
     def is_intact(self) -> bool:
         """Return whether there is still a run of this user to open in it."""
         try:
@@ -152,8 +162,9 @@ def restore(run: Trashed, *, runs_root: Path) -> RunFolder:
     """Move a run from the trash back to its place and return it.
 
     Raises:
-        UserError: there is a run of the same name, the folder is damaged, or the disk refuses.
+        UserError: it is another user's, there is a run of the same name, the folder is damaged, or the disk refuses.
     """
+    run.refuse_others("restore")
     run.folder()
     target = runs_root / run.run_id
     if target.exists() or target.is_symlink():
@@ -171,14 +182,17 @@ def remove_for_good(runs: Iterable[Trashed], *, runs_root: Path) -> None:
     """Remove runs in the trash for good, and what an earlier call that was killed has left of others; links are not followed.
 
     Raises:
-        UserError: the disk refuses.
+        UserError: a run is another user's, or the disk refuses.
     """
-    trash = _trash_of(runs_root)
+    trash, runs = _trash_of(runs_root), list(runs)
+    for run in runs:
+        run.refuse_others("remove")
     try:
         for run in runs:
             run.path.rename(trash / f"{GONE}{run.path.name}")  # from here on it is in no list and cannot come back in part
         for rest in trash.glob(f"{GONE}*"):
-            shutil.rmtree(rest)
+            if not is_others(rest):
+                shutil.rmtree(rest)
     except OSError as error:
         raise UserError(
             f"Cannot remove {error.filename} for good: {error.strerror}; the same command removes what is left."
