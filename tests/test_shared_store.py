@@ -687,6 +687,11 @@ def test_a_folder_of_mode_700_is_one_line_for_others(shared_root: Path) -> None:
         code, said = outcome(Fork(look, shared_root, BOB, words))
         assert said == f"Warning: {line}\n"
         assert code == 0
+    code, said = outcome(Fork(look, shared_root, BOB, ["run", "demo", "--seed", "1", "--dry-run", "--device", "cpu"]))
+    assert (code, f"The run folder {closed.path} belongs to root: train the run in a --runs-root of your own" in said) == (
+        2,
+        True,
+    )
 
 
 @as_root

@@ -28,7 +28,7 @@ from obowlab.launch.nodes import POLL_S, RENDEZVOUS_VARIABLE, Rendezvous, Round
 from obowlab.launch.preflight import to_measure
 from obowlab.launch.processes import StopSignals, kill_family, shell_code, start
 from obowlab.launch.system import SystemSampler, count_gpus
-from obowlab.runs.folder import RunFolder, refuse_others, run_id_of
+from obowlab.runs.folder import RunFolder, has_run, refuse_others, run_id_of
 from obowlab.runs.info import ENCODER_FILE, TRAINED, Status
 from obowlab.runs.locks import Lock, RunTakenError
 from obowlab.runs.metric_log import MetricLog
@@ -104,7 +104,7 @@ def plan(loaded: Loaded, *, seed: int, machine: Machine, fresh: bool, command: C
     """
     run_id = run_id_of(loaded, seed=seed)
     path = machine.runs_root / run_id
-    state = RunFolder.open(path).current_state() if (path / "run.json").is_file() else None
+    state = RunFolder.open(path).current_state() if has_run(path) else None
     if state is None:
         action = "new"
     elif fresh:
@@ -169,7 +169,7 @@ def launch(
     machine = machine.model_copy(update={"threads": threads_of(machine)})
     store_uri(machine.tracking_uri, runs_root=machine.runs_root)  # refuses a wrong address before anything is touched
     path = machine.runs_root / run_id_of(loaded, seed=seed)
-    if fresh and (path / "run.json").is_file():
+    if fresh and has_run(path):
         put_aside(RunFolder.open(path))
     folder = RunFolder.create(loaded, seed=seed, runs_root=machine.runs_root)
     if is_others(path):

@@ -11,7 +11,7 @@ from obowlab.errors import AbsentError, UserError
 from obowlab.launch.cost import Cost, quoted
 from obowlab.launch.gpu_leases import check_gpus
 from obowlab.launch.preflight import check_compiler, check_loader, check_nodes, data_checks, to_measure
-from obowlab.runs.folder import RunFolder, refuse_others, run_id_of
+from obowlab.runs.folder import RunFolder, has_run, refuse_others, run_id_of
 from obowlab.runs.lineage import stages_of
 
 
@@ -60,7 +60,7 @@ def open_stages(loaded: Loaded, *, seed: int, machine: Machine, last: int | None
     found = []
     for number, each in enumerate(stages[:last], start=1):
         path = machine.runs_root / run_id_of(each, seed=seed)
-        folder = RunFolder.open(path) if (path / "run.json").is_file() else None
+        folder = RunFolder.open(path) if has_run(path) else None
         is_last = number == (last or len(stages))
         fresh = is_last and resume is False
         is_due = fresh or folder is None or folder.current_state().status != "finished"

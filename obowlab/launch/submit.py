@@ -11,7 +11,7 @@ from obowlab.errors import UserError
 from obowlab.launch import jobs as cluster_jobs
 from obowlab.launch import slurm
 from obowlab.launch.slurm import JobRequest, Resources, SlurmJob, check_slurm, live_runs
-from obowlab.runs.folder import RunFolder, run_id_of
+from obowlab.runs.folder import RunFolder, has_run, run_id_of
 from obowlab.runs.trash import put_aside
 
 logger = logging.getLogger(__name__)
@@ -119,7 +119,7 @@ def submit_run(
         submitter.say(f"Run {runs[-1]} has job {job.id} already.")
         jobs = [job]
     else:
-        if fresh and (machine.runs_root / runs[-1] / "run.json").is_file():
+        if fresh and has_run(machine.runs_root / runs[-1]):
             put_aside(RunFolder.open(machine.runs_root / runs[-1]))
         for each in due:
             RunFolder.create(each, seed=seed, runs_root=machine.runs_root)

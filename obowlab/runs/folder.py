@@ -398,6 +398,14 @@ def meaning_of(ref: str, *, known: Collection[str]) -> tuple[str, list[str]]:
     return next((item for item in meanings.items() if item[1]), ("", []))
 
 
+def has_run(path: Path) -> bool:
+    """Return whether a folder is a run's; not of one that is another user's alone, of which `refuse_others` tells."""
+    try:
+        return (path / "run.json").is_file()
+    except PermissionError:
+        return False
+
+
 def read_runs(runs_root: Path) -> tuple[list[RunSummary], list[str]]:
     """Return every run, newest first, from two small files each, and a sentence for every folder that cannot be read."""
     runs, errors = [], []

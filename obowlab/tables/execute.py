@@ -20,7 +20,7 @@ from typing import Literal
 from obowlab.config import Machine
 from obowlab.files import read_file, shared_file, shared_folder
 from obowlab.launch.processes import STOPPING_RUNS, StopSignals, start
-from obowlab.runs.folder import RunFolder, RunSummary
+from obowlab.runs.folder import RunFolder, RunSummary, has_run
 from obowlab.runs.locks import is_locked
 from obowlab.runs.records import store_runs
 from obowlab.tables.plan import Job, Plan, labels_of
@@ -164,7 +164,7 @@ class Execution:
 
     def _label(self, job: Job, path: Path) -> None:
         """Write into a run, once its folder is there, which rows it serves; its mirror makes tags of that in MLflow."""
-        if job.fingerprint not in self._with_labels and (path / "run.json").is_file():
+        if job.fingerprint not in self._with_labels and has_run(path):
             self._with_labels.add(job.fingerprint)
             folder = RunFolder.open(path)
             if folder.add_labels(labels_of(job, plan=self.plan)):
