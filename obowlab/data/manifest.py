@@ -16,7 +16,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from obowlab.data.beton import fix_for
 from obowlab.data.sources import SPLITS
 from obowlab.errors import UserError
-from obowlab.files import file_lock, read_checked, with_checksum
+from obowlab.files.locks import file_lock
+from obowlab.files.records import read_checked, with_checksum
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 

@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from obowlab import __version__
 from obowlab.config import Recipe
 from obowlab.errors import UserError, refusal_of
-from obowlab.files import UnusableFileError, parse_checked, read_checked, read_file
+from obowlab.files.opening import UnusableFileError, read_file
+from obowlab.files.records import parse_checked, read_checked
 
 Status = Literal["created", "running", "interrupted", "failed", "unevaluated", "finished"]
 """`unevaluated`: the training is done, and its evaluation could not be made."""
