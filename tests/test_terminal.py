@@ -354,7 +354,7 @@ def test_every_long_command_says_what_an_interruption_leaves(
         time.sleep(5)
 
     monkeypatch.setattr(place, interrupted)
-    monkeypatch.setattr("obowlab.data.sources.list_images", lambda folder: ["one"])
+    monkeypatch.setattr("obowlab.data.image_folder.list_images", lambda folder: ["one"])
     known = SimpleNamespace(name="demo", folder=None, recipe=load_recipe("demo").recipe)
     monkeypatch.setattr("obowlab.weights.subject.find_subject", lambda *_, **__: known)
     monkeypatch.setattr("obowlab.weights.source.find_source", lambda *_, **__: known)  # second: the line above imports it

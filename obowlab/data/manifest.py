@@ -14,7 +14,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from obowlab.data.beton import fix_for
-from obowlab.data.sources import SPLITS
+from obowlab.data.split_names import SPLITS
 from obowlab.errors import UserError
 from obowlab.files.locks import file_lock
 from obowlab.files.records import read_checked, with_checksum
