@@ -23,7 +23,7 @@ from obowlab.cli import words as words_module
 from obowlab.cli.output import print_table
 from obowlab.config import Evaluation, Level, Machine
 from obowlab.config.scales import SCALES
-from obowlab.data.sources import SPLITS
+from obowlab.data.split_names import SPLITS
 from obowlab.runs.folder import RunFolder
 from tests.command_line import Obowlab, contents
 

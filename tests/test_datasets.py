@@ -24,7 +24,7 @@ from obowlab.data.beton import BetonWriter, ContentHash, Record, page_size_for, 
 from obowlab.data.catalogue import check_spelling
 from obowlab.data.datasets import DATASETS, list_datasets, open_split, plan_prepare, prepare, subset, verify
 from obowlab.data.identity import NOTES
-from obowlab.data.sources import read_source
+from obowlab.data.image_folder import read_source
 from obowlab.errors import UserError
 from tests.conftest import draw_photo
 

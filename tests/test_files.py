@@ -21,16 +21,8 @@ from obowlab.data.datasets import open_split
 from obowlab.data.identity import NOTES
 from obowlab.data.manifest import file_sha256
 from obowlab.errors import UserError
-from obowlab.files import (
-    append_whole,
-    checksum_fits,
-    cut_torn_tail,
-    only_we_write,
-    parse_checked,
-    read_all,
-    read_lines,
-    with_checksum,
-)
+from obowlab.files.records import append_whole, checksum_fits, cut_torn_tail, parse_checked, read_all, read_lines, with_checksum
+from obowlab.files.sharing import only_we_write
 from obowlab.runs.folder import RunFolder, damaged_runs, list_runs
 from obowlab.runs.metric_log import parse_point
 from obowlab.tracking.outbox import Outbox, Sent

@@ -14,7 +14,7 @@ import pytest
 
 from obowlab.config import Loaded, Machine, Recipe
 from obowlab.errors import UserError
-from obowlab.files import file_lock
+from obowlab.files.locks import file_lock
 from obowlab.launch import gpu_leases as leases
 from obowlab.launch import system
 from obowlab.launch.compute_command import compute_command

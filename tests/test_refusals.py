@@ -14,7 +14,7 @@ import torch
 
 from obowlab.config import Loaded, Recipe
 from obowlab.errors import UserError, memory_sentence, refusal_of
-from obowlab.files import read_file
+from obowlab.files.opening import read_file
 from obowlab.methods.backbones import build_backbone
 from obowlab.runs.folder import RunFolder, damaged_runs, list_runs
 from obowlab.runs.info import ENCODER_FILE
@@ -95,7 +95,7 @@ def test_a_run_that_cannot_be_read_for_want_of_open_files_blames_no_owner(
     def refuse(path: Path, **options: Any) -> bytes:
         raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), str(path))
 
-    monkeypatch.setattr("obowlab.files.read_file", refuse)
+    monkeypatch.setattr("obowlab.files.records.read_file", refuse)
     with pytest.raises(UserError, match=r"run.json \(Too many open files\): fix that and run the command again"):
         RunFolder.open(folder.path)
 

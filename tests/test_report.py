@@ -23,7 +23,7 @@ import pytest
 from obowlab.config import Machine
 from obowlab.config import validation as checking
 from obowlab.errors import UserError
-from obowlab.files import read_checked
+from obowlab.files.records import read_checked
 from obowlab.report import curves, figures
 from obowlab.report import pages as build
 from obowlab.report import read as gather_module

@@ -17,7 +17,7 @@ import pytest
 
 from obowlab import text
 from obowlab.config import load_recipe
-from obowlab.files import read_checked
+from obowlab.files.records import read_checked
 from obowlab.report import curves, figures
 from obowlab.report import read as gather
 from obowlab.report.curves import CACHE, Curve, cached_curves, over_seeds, read_curves, reduce, with_point

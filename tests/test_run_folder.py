@@ -15,7 +15,8 @@ import pytest
 
 from obowlab.config import Loaded, Machine, Recipe
 from obowlab.errors import UserError
-from obowlab.files import folder_written, read_checked, with_checksum
+from obowlab.files.records import read_checked, with_checksum
+from obowlab.files.replacing import folder_written
 from obowlab.runs import METRICS, MetricLog, RunFolder, list_runs, locks, lookup, provenance
 from obowlab.runs.locks import LOCK_TOKEN_VARIABLE, RunTakenError, holder_of, is_locked
 from obowlab.runs.metrics import mlflow_name

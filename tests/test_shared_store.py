@@ -27,24 +27,11 @@ from obowlab.cli import main
 from obowlab.config import load_recipe
 from obowlab.data.decoding import UnreadableImageError, to_jpeg
 from obowlab.errors import UserError
-from obowlab.files import (
-    UnusableFileError,
-    copy_file,
-    copy_tree,
-    file_lock,
-    is_held,
-    leads_astray,
-    lock_holder,
-    locked,
-    open_file,
-    overwrite,
-    parse_checked,
-    read_file,
-    share,
-    shared_file,
-    shared_folder,
-    write_atomic,
-)
+from obowlab.files.locks import file_lock, is_held, lock_holder, locked
+from obowlab.files.opening import UnusableFileError, copy_file, copy_tree, open_file, overwrite, read_file
+from obowlab.files.records import parse_checked
+from obowlab.files.replacing import write_atomic
+from obowlab.files.sharing import leads_astray, share, shared_file, shared_folder
 from obowlab.launch.jobs import reap, stop
 from obowlab.launch.processes import start
 from obowlab.launch.slurm import submitted_jobs

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from obowlab.config import Loaded, Machine, load_recipe
-from obowlab.files import read_checked
+from obowlab.files.records import read_checked
 from obowlab.methods import build_backbone
 from obowlab.runs.folder import RunFolder
 from obowlab.runs.lineage import find_run

@@ -313,11 +313,11 @@ def test_a_reader_that_leaves_ends_a_command_quietly(words: list[str]) -> None:
 
 def test_the_first_interruption_is_answered_at_once_with_what_is_kept(store: None) -> None:
     script = (
-        "import sys, time\n"
+        "import os, sys, time\n"
         "from obowlab.cli import main\n"
         "from obowlab.cli import doctor\n"
         "def probe(code):\n"
-        "    print('waiting', flush=True)\n"
+        "    os.write(1, b'waiting\\n')\n"  # whole: several threads say it
         "    time.sleep(1.5)\n"  # a thread that does not stop: the answer comes before it is over
         "    return 'x'\n"
         "doctor.probe = probe\n"
@@ -354,7 +354,7 @@ def test_every_long_command_says_what_an_interruption_leaves(
         time.sleep(5)
 
     monkeypatch.setattr(place, interrupted)
-    monkeypatch.setattr("obowlab.data.sources.list_images", lambda folder: ["one"])
+    monkeypatch.setattr("obowlab.data.image_folder.list_images", lambda folder: ["one"])
     known = SimpleNamespace(name="demo", folder=None, recipe=load_recipe("demo").recipe)
     monkeypatch.setattr("obowlab.weights.subject.find_subject", lambda *_, **__: known)
     monkeypatch.setattr("obowlab.weights.source.find_source", lambda *_, **__: known)  # second: the line above imports it

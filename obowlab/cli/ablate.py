@@ -239,7 +239,7 @@ def _warn(warning: str | None) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    from obowlab.files import write_atomic
+    from obowlab.files.replacing import write_atomic
 
     try:
         write_atomic(path, text)

@@ -32,7 +32,7 @@ def embed(subject: str, folder: Path, out: Path, force: bool, batch_size: int, o
     """
     machine = options.machine()
     _check_target(out, force=force)
-    from obowlab.data.sources import list_images
+    from obowlab.data.image_folder import list_images
 
     count = len(list_images(folder))
     from obowlab.weights.source import find_source

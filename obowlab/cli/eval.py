@@ -113,7 +113,7 @@ def evaluate(
     values = [result.to_json() for result in results]
     print_measurements(values)
     if json_file is not None:
-        from obowlab.files import write_atomic
+        from obowlab.files.replacing import write_atomic
 
         try:
             write_atomic(json_file, json_line(values) + "\n")

@@ -15,7 +15,8 @@ from obowlab.cli import Family
 from obowlab.cli.options import MachineOptions, dry_run_option, json_flag, machine_options, would
 from obowlab.cli.output import print_json, print_table
 from obowlab.errors import UserError
-from obowlab.files import LARGEST_LINES, open_file, read_file
+from obowlab.files.opening import open_file, read_file
+from obowlab.files.records import LARGEST_LINES
 
 if TYPE_CHECKING:
     from obowlab.launch.jobs import Job, Overview

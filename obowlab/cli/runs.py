@@ -375,7 +375,7 @@ def restore(run: str, options: MachineOptions, dry_run: bool) -> None:
 @dry_run_option
 def trash(names: tuple[str, ...], empty: bool, yes: bool, as_json: bool, options: MachineOptions, dry_run: bool) -> int:
     """List what is in the trash, of deleted runs and of those that --fresh put aside; or empty it."""
-    from obowlab.files import is_others
+    from obowlab.files.sharing import is_others
     from obowlab.runs.trash import find_trashed, remove_for_good, size_of, trashed_runs
 
     machine = options.machine()
@@ -443,7 +443,7 @@ def sync(run: tuple[str, ...], timeout_s: float, rebuild: bool, options: Machine
 
     Nothing is sent twice, so it may be repeated at will. The exit code is 1 when something could not be sent.
     """
-    from obowlab.files import is_others
+    from obowlab.files.sharing import is_others
     from obowlab.runs.folder import RunFolder, read_runs
     from obowlab.runs.trash import trashed_runs
     from obowlab.tracking.local_store import put_aside

@@ -95,7 +95,7 @@ def _show(
     import torch
 
     from obowlab.evaluation.words.gallery import show_words
-    from obowlab.files import folder_written
+    from obowlab.files.replacing import folder_written
     from obowlab.launch.gpu_leases import using_gpus
     from obowlab.report.words_page import render_words
     from obowlab.training.checkpoint import open_method
@@ -161,7 +161,7 @@ def _check_checkpoints(folder: RunFolder) -> None:
     Raises:
         UserError: it has none, or only damaged ones.
     """
-    from obowlab.files import archive_damage
+    from obowlab.files.replacing import archive_damage
     from obowlab.runs.info import CHECKPOINT_FILES, no_checkpoint
 
     there = [path for name in CHECKPOINT_FILES if (path := folder.path / name).exists()]

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from obowlab.data import synthetic
-from obowlab.data.sources import LAYOUT, SPLITS, Source
+from obowlab.data.sources import LAYOUT, Source
+from obowlab.data.split_names import SPLITS
 from obowlab.errors import UserError
 
 _MISSPELT = 0.9

@@ -16,7 +16,7 @@ from obowlab.data.catalogue import DATASETS, DatasetInfo
 from obowlab.data.identity import FileIdentity, identify, is_written_file
 from obowlab.data.manifest import Manifest, Skipped, beton_path, check_name, read_manifest
 from obowlab.data.prepare import Plan, PrepareReport, Progress, plan_prepare, prepare, synthetic_is_drawn
-from obowlab.data.sources import SPLITS
+from obowlab.data.split_names import SPLITS
 from obowlab.data.verification import Problem, VerifyReport, verify
 from obowlab.errors import AbsentError, UserError
 

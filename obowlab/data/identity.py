@@ -21,7 +21,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from obowlab.data.manifest import Manifest, beton_path, file_sha256
-from obowlab.files import file_lock, read_checked, shared_folder, with_checksum, write_atomic
+from obowlab.files.locks import file_lock
+from obowlab.files.records import read_checked, with_checksum
+from obowlab.files.replacing import write_atomic
+from obowlab.files.sharing import shared_folder
 
 NOTES = ".hashed"
 PATIENCE_S = 3600.0

@@ -14,9 +14,12 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from obowlab.data.beton import fix_for
-from obowlab.data.sources import SPLITS
+from obowlab.data.split_names import SPLITS
 from obowlab.errors import UserError
-from obowlab.files import file_lock, read_checked, share, shared_folder, user_name, with_checksum
+from obowlab.files.locks import file_lock
+from obowlab.files.opening import user_name
+from obowlab.files.records import read_checked, with_checksum
+from obowlab.files.sharing import share, shared_folder
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from obowlab.data.image_folder import is_hidden, read_source
 from obowlab.data.list_files import LIST_SUFFIXES, read_list
-from obowlab.data.sources import ARCHIVE_SUFFIXES, LAYOUT, NoImageError, Source, SourceImage, SourceSplit, is_hidden, read_source
+from obowlab.data.sources import ARCHIVE_SUFFIXES, LAYOUT, NoImageError, Source, SourceImage, SourceSplit
 from obowlab.data.tables import files_of_folder, files_of_saved, read_tables
 from obowlab.data.torchvision_sets import PREFIX, read_torchvision
 from obowlab.data.webdataset import is_webdataset, read_webdataset

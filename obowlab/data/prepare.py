@@ -34,7 +34,8 @@ from obowlab.data.manifest import (
     write_manifest,
 )
 from obowlab.data.opening import open_source
-from obowlab.data.sources import SPLITS, Source, SourceImage, SourceSplit
+from obowlab.data.sources import Source, SourceImage, SourceSplit
+from obowlab.data.split_names import SPLITS
 from obowlab.errors import UserError
 from obowlab.runs.provenance import num_cores
 

@@ -14,7 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from obowlab.data.sources import Entry, FetchedImage, Source, SourceImage, source_of_entries, splits_of_shards
+from obowlab.data.sources import Entry, FetchedImage, Source, SourceImage, source_of_entries
+from obowlab.data.split_names import splits_of_shards
 from obowlab.errors import UserError
 
 NEEDS_PYARROW = "Reading Parquet and Arrow files needs pyarrow, which comes with mlflow: `pip install pyarrow`."

@@ -15,7 +15,8 @@ from obowlab.data.beton import BetonIndex, ContentHash, fix_for, read_index
 from obowlab.data.decoding import UnreadableImageError, to_jpeg
 from obowlab.data.manifest import Manifest, beton_path, check_name, file_sha256, read_manifest
 from obowlab.data.opening import is_there, open_source
-from obowlab.data.sources import SPLITS, UNLABELLED, Source
+from obowlab.data.sources import UNLABELLED, Source
+from obowlab.data.split_names import SPLITS
 from obowlab.errors import UserError
 
 SAME_PIXELS = 4.0

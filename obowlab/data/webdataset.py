@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from obowlab.data.archive import Member, list_members
-from obowlab.data.sources import IMAGE_SUFFIXES, Entry, Source, SourceImage, source_of_entries, splits_of_shards
+from obowlab.data.sources import IMAGE_SUFFIXES, Entry, Source, SourceImage, source_of_entries
+from obowlab.data.split_names import splits_of_shards
 from obowlab.errors import UserError
 
 _LABEL_KEYS = ("cls", "label", "class", "class_id", "label_id", "class_name", "category", "target")

@@ -28,7 +28,8 @@ from torch import nn
 from obowlab.config import Recipe, Views, canonical_hash
 from obowlab.data.datasets import Split, open_split, subset
 from obowlab.errors import UserError
-from obowlab.files import UnusableFileError, open_file, read_file, share, shared_folder
+from obowlab.files.opening import UnusableFileError, open_file, read_file
+from obowlab.files.sharing import share, shared_folder
 from obowlab.views.loaders import centre_loader
 from obowlab.views.photometric import normalise
 from obowlab.views.views import MEAN, STD

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from obowlab.config import Machine
-from obowlab.files import private_folder
+from obowlab.files.sharing import private_folder
 from obowlab.launch.system import count_gpus
 from obowlab.runs.locks import LOCK_TOKEN_VARIABLE
 from obowlab.runs.provenance import num_cores

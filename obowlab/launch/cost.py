@@ -26,7 +26,9 @@ from obowlab import text
 from obowlab.config import Machine, Recipe
 from obowlab.data.datasets import num_training_images
 from obowlab.errors import UserError
-from obowlab.files import read_file, read_lines, write_atomic
+from obowlab.files.opening import read_file
+from obowlab.files.records import read_lines
+from obowlab.files.replacing import write_atomic
 from obowlab.launch.compute_command import compute_command, environment_of, threads_of
 from obowlab.launch.gpu_leases import leased
 from obowlab.launch.system import count_gpus

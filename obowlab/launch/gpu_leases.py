@@ -25,7 +25,7 @@ from typing import Literal, get_args
 
 from obowlab.config import Machine
 from obowlab.errors import AbsentError, UserError
-from obowlab.files import process_name
+from obowlab.files.locks import process_name
 from obowlab.launch.system import count_gpus, visible_gpus
 
 GPUS_VARIABLE = "OBOWLAB_GPUS"

@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from obowlab.errors import UserError
-from obowlab.files import is_others, lock_holder, process_name, user_name
+from obowlab.files.locks import lock_holder, process_name
+from obowlab.files.opening import user_name
+from obowlab.files.sharing import is_others
 from obowlab.launch.slurm import SlurmJob, SlurmState, cancel, log_files, states, submitted_jobs
 from obowlab.runs.folder import RunFolder, RunSummary, damage_of, list_runs, read_runs
 from obowlab.runs.info import DAMAGED, Status

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from obowlab.config import Loaded, Machine
-from obowlab.files import is_others
+from obowlab.files.sharing import is_others
 from obowlab.launch.compute_command import PATIENCE_VARIABLE, CommandFactory, compute_command, environment_of, threads_of
 from obowlab.launch.cost import Cost, write_actual_cost, write_quote
 from obowlab.launch.gpu_leases import check_gpus, leased

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from obowlab.files import write_atomic
+from obowlab.files.replacing import write_atomic
 
 RENDEZVOUS_VARIABLE = "OBOWLAB_RENDEZVOUS"
 """The rendezvous folder of this job; set for the command on node 0."""

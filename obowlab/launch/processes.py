@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from obowlab.files import open_file
+from obowlab.files.opening import open_file
 from obowlab.launch.system import process_tree
 from obowlab.signals import on_signals
 

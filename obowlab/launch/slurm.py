@@ -26,7 +26,10 @@ from typing import Any
 
 from obowlab.config import Machine, Slurm
 from obowlab.errors import UserError
-from obowlab.files import is_others, only_we_write, parse_checked, private_folder, read_file, shared_folder, write_atomic
+from obowlab.files.opening import read_file
+from obowlab.files.records import parse_checked
+from obowlab.files.replacing import write_atomic
+from obowlab.files.sharing import is_others, only_we_write, private_folder, shared_folder
 from obowlab.launch.compute_command import PATIENCE_VARIABLE
 from obowlab.launch.nodes import RENDEZVOUS_VARIABLE, Rendezvous
 from obowlab.launch.processes import shell_code, start

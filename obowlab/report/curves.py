@@ -18,7 +18,10 @@ import numpy as np
 import numpy.typing as npt
 import pydantic_core
 
-from obowlab.files import LARGEST_RECORD, read_all, read_file, shared_folder, write_atomic
+from obowlab.files.opening import LARGEST_RECORD, read_file
+from obowlab.files.records import read_all
+from obowlab.files.replacing import write_atomic
+from obowlab.files.sharing import shared_folder
 from obowlab.runs.metrics import METRIC_FILES
 
 CURVES_VERSION = 2

@@ -18,7 +18,7 @@ from plotly.offline import get_plotlyjs
 from obowlab import text
 from obowlab.config import canonical_hash, project_root
 from obowlab.errors import UserError
-from obowlab.files import folder_written
+from obowlab.files.replacing import folder_written
 from obowlab.report import figures, result_figures
 from obowlab.report.model import Figure, Run, Site
 from obowlab.report.vocabulary_health import RULES

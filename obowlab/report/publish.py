@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict
 
 from obowlab.config import Machine
-from obowlab.files import is_regular, locked, open_file, read_file, shared_file, shared_folder
+from obowlab.files.locks import locked
+from obowlab.files.opening import is_regular, open_file, read_file
+from obowlab.files.sharing import shared_file, shared_folder
 from obowlab.tracking.local_store import make_usable
 from obowlab.tracking.publish import Published, publish
 from obowlab.tracking.server import shown_uri, store_uri

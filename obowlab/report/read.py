@@ -17,7 +17,7 @@ from obowlab.config import Recipe, canonical_hash, flatten, load_recipe, recipe_
 from obowlab.config.scales import SCALES
 from obowlab.config.validation import flat_pairs
 from obowlab.errors import UserError
-from obowlab.files import files_in
+from obowlab.files.opening import files_in
 from obowlab.report.curves import Curve, cached_curves, with_point
 from obowlab.report.labels import in_short
 from obowlab.report.model import Gallery, Run, Setting, Site

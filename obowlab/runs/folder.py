@@ -24,21 +24,11 @@ from typing import Any
 from obowlab import __version__
 from obowlab.config import Evaluation, Loaded, Machine, canonical_hash, recipe_files
 from obowlab.errors import UserError
-from obowlab.files import (
-    UnusableFileError,
-    append_whole,
-    cut_torn_tail,
-    is_others,
-    leads_astray,
-    locked,
-    open_file,
-    read_all,
-    read_checked,
-    read_lines,
-    user_name,
-    with_checksum,
-    write_atomic,
-)
+from obowlab.files.locks import locked
+from obowlab.files.opening import UnusableFileError, open_file, user_name
+from obowlab.files.records import append_whole, cut_torn_tail, read_all, read_checked, read_lines, with_checksum
+from obowlab.files.replacing import write_atomic
+from obowlab.files.sharing import is_others, leads_astray
 from obowlab.runs.info import (
     DAMAGED,
     RunInfo,

@@ -14,7 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from obowlab import __version__
 from obowlab.config import Machine, Recipe
 from obowlab.errors import UserError, refusal_of
-from obowlab.files import UnusableFileError, parse_checked, read_checked, read_file, write_atomic
+from obowlab.files.opening import UnusableFileError, read_file
+from obowlab.files.records import parse_checked, read_checked
+from obowlab.files.replacing import write_atomic
 
 Status = Literal["created", "running", "interrupted", "failed", "unevaluated", "finished"]
 """`unevaluated`: the training is done, and its evaluation could not be made."""

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from obowlab.errors import UserError
-from obowlab.files import file_lock, is_held, lock_holder, overwrite, process_name, read_file
+from obowlab.files.locks import file_lock, is_held, lock_holder, process_name
+from obowlab.files.opening import overwrite, read_file
 from obowlab.runs.info import read_state
 
 LAUNCHER, WORKER = "lock", "worker.lock"

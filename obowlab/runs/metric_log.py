@@ -12,7 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from obowlab.files import append_whole, cut_torn_tail, open_file, read_all, read_lines, with_checksum
+from obowlab.files.opening import open_file
+from obowlab.files.records import append_whole, cut_torn_tail, read_all, read_lines, with_checksum
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from obowlab.errors import UserError
-from obowlab.files import read_file, write_atomic
+from obowlab.files.opening import read_file
+from obowlab.files.replacing import write_atomic
 from obowlab.runs.folder import RunFolder, RunSummary, damage_of, read_runs
 from obowlab.runs.info import DAMAGED, Status
 

@@ -13,7 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from obowlab.errors import UserError
-from obowlab.files import share, user_name
+from obowlab.files.opening import user_name
+from obowlab.files.sharing import share
 
 TRACKING = ("mlflow.db", "mlflow.db-journal", "mlflow.db-wal", "mlflow.db-shm", "mlartifacts", ".mlflow.db.lock")
 """What the MLflow store of a run store consists of."""

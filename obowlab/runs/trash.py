@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from obowlab.errors import UserError
-from obowlab.files import is_others, shared_folder, user_name
+from obowlab.files.opening import user_name
+from obowlab.files.sharing import is_others, shared_folder
 from obowlab.runs.folder import RunFolder, meaning_of, split_run_id
 
 TRASH = ".trash"

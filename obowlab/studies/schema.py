@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from obowlab.files import read_file
+from obowlab.files.opening import read_file
 
 STUDIES = ".studies"
 """Folder of the run store for everything about studies."""

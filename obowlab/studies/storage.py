@@ -18,7 +18,7 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 
 from obowlab.errors import UserError
-from obowlab.files import shared_file, shared_folder
+from obowlab.files.sharing import shared_file, shared_folder
 from obowlab.studies.schema import STUDIES
 from obowlab.text import is_shown_whole, shown_uri, without_secrets
 from obowlab.tracking.server import QUOTE_HINT

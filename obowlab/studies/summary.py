@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from obowlab.config import Machine
 from obowlab.errors import UserError
-from obowlab.files import write_atomic
+from obowlab.files.replacing import write_atomic
 from obowlab.runs.folder import RunFolder, damage_of
 from obowlab.runs.info import DAMAGED, TRAINED
 from obowlab.runs.metrics import lookup

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obowlab.errors import UserError
-from obowlab.files import file_lock, is_held, locked, shared_folder
+from obowlab.files.locks import file_lock, is_held, locked
+from obowlab.files.sharing import shared_folder
 
 if TYPE_CHECKING:
     from filelock import FileLock

@@ -25,7 +25,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from obowlab.config import Machine
 from obowlab.errors import UserError
-from obowlab.files import is_others, user_name
+from obowlab.files.opening import user_name
+from obowlab.files.sharing import is_others
 from obowlab.launch.compute_command import CommandFactory, compute_command
 from obowlab.launch.processes import STOPPING_RUNS, StopSignals
 from obowlab.runs.info import TRAINED, read_state

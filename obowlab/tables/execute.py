@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Literal
 
 from obowlab.config import Machine
-from obowlab.files import read_file, shared_file, shared_folder
+from obowlab.files.opening import read_file
+from obowlab.files.sharing import shared_file, shared_folder
 from obowlab.launch.processes import STOPPING_RUNS, StopSignals, start
 from obowlab.runs.folder import RunFolder, RunSummary, has_run
 from obowlab.runs.locks import is_locked

@@ -15,7 +15,9 @@ from pydantic import TypeAdapter, ValidationError
 from obowlab.config import canonical_hash
 from obowlab.config.scales import SCALES
 from obowlab.errors import UserError
-from obowlab.files import read_file, shared_folder, write_atomic
+from obowlab.files.opening import read_file
+from obowlab.files.replacing import write_atomic
+from obowlab.files.sharing import shared_folder
 from obowlab.tables.build import also_differing
 from obowlab.tables.spec import PlannedTable, is_result, table_files
 

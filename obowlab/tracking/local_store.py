@@ -19,7 +19,8 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 from obowlab.errors import UserError
-from obowlab.files import kind_of, leads_astray
+from obowlab.files.opening import kind_of
+from obowlab.files.sharing import leads_astray
 
 SQLITE = "sqlite:///"
 ARTIFACTS = "mlartifacts"

@@ -22,7 +22,9 @@ from typing import TYPE_CHECKING
 
 from obowlab.config import flatten
 from obowlab.errors import UserError
-from obowlab.files import copy_file, copy_tree, file_lock, holder_name, is_others, user_name
+from obowlab.files.locks import file_lock, holder_name
+from obowlab.files.opening import copy_file, copy_tree, user_name
+from obowlab.files.sharing import is_others
 from obowlab.runs.folder import RunFolder
 from obowlab.runs.info import read_result
 from obowlab.runs.metrics import METRIC_FILES, mlflow_name

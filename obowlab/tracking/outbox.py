@@ -13,18 +13,9 @@ from typing import Any, BinaryIO
 
 from pydantic import BaseModel, ConfigDict
 
-from obowlab.files import (
-    damaged_line,
-    files_in,
-    is_regular,
-    kind_of,
-    open_file,
-    parse_checked,
-    read_checked,
-    read_lines,
-    with_checksum,
-    write_atomic,
-)
+from obowlab.files.opening import files_in, is_regular, kind_of, open_file
+from obowlab.files.records import damaged_line, parse_checked, read_checked, read_lines, with_checksum
+from obowlab.files.replacing import write_atomic
 from obowlab.runs.folder import TAG, RunFolder
 from obowlab.runs.info import Status
 from obowlab.runs.metric_log import Point, parse_point

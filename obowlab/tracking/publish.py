@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 from obowlab.config import Machine
 from obowlab.errors import UserError
-from obowlab.files import locked, share
+from obowlab.files.locks import locked
+from obowlab.files.sharing import share
 from obowlab.tracking.local_store import local_folder
 from obowlab.tracking.server import (
     complaint,

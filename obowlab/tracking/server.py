@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from obowlab.errors import UserError
-from obowlab.files import locked, share, shared_folder
+from obowlab.files.locks import locked
+from obowlab.files.sharing import share, shared_folder
 from obowlab.runs.metrics import mlflow_name
 from obowlab.text import is_shown_whole, without_secrets
 from obowlab.text import shown_uri as shown_uri

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from obowlab.errors import UserError
-from obowlab.files import archive_damage
+from obowlab.files.replacing import archive_damage
 from obowlab.methods import METHODS, Method, OneProcess
 from obowlab.runs.folder import RunFolder
 from obowlab.runs.info import CHECKPOINT_FILES, no_checkpoint

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from obowlab import text
-from obowlab.files import open_file
+from obowlab.files.opening import open_file
 from obowlab.launch.compute_command import NO_PROGRESS_VARIABLE
 
 PLAIN_LINE_EVERY_S = 15.0

@@ -19,7 +19,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from obowlab.files import only_we_write
+from obowlab.files.sharing import only_we_write
 
 Pixels = npt.NDArray[np.uint8]
 Ints = npt.NDArray[np.int64]

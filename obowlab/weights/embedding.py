@@ -16,7 +16,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from obowlab.data.decoding import check_size
-from obowlab.data.sources import list_images
+from obowlab.data.image_folder import list_images
 from obowlab.errors import UserError
 from obowlab.evaluation.features import BATCH_SIZE, REPORT_EVERY_S, frozen
 from obowlab.views.photometric import normalise

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from obowlab.config import Backbone, Level, Recipe, Views, load_machine
 from obowlab.errors import UserError
 from obowlab.evaluation.features import weights_hash
-from obowlab.files import write_atomic
+from obowlab.files.replacing import write_atomic
 from obowlab.methods import OBoW, ResNet
 from obowlab.methods.backbones import LEVELS
 from obowlab.tracking.model import ModelVersion, downloaded_weights

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from obowlab.config import Backbone, Section
 from obowlab.errors import UserError
-from obowlab.files import inflated_record
+from obowlab.files.replacing import inflated_record
 from obowlab.views.views import MEAN, STD
 from obowlab.weights import WEIGHTS_SUFFIXES
 

@@ -11,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from xml.sax.saxutils import escape
 
-from obowlab.files import write_atomic
+from obowlab.files.replacing import write_atomic
 
 
 def serve(root: Path, *, port: int) -> int:

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from obowlab.files import parse_checked, with_checksum
+from obowlab.files.records import parse_checked, with_checksum
 from obowlab.runs.folder import RunFolder
 from tests.chaos import forks
 from tests.chaos.judge import BrokenError, ended_well, sentence, settle, valuables

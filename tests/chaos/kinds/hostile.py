@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from obowlab.data.beton import read_index
-from obowlab.files import with_checksum
+from obowlab.files.records import with_checksum
 from obowlab.runs.folder import RunFolder
 from obowlab.runs.info import RunInfo
 from tests.chaos import forks

@@ -19,7 +19,7 @@ from typing import Any
 
 from PIL import Image
 
-from obowlab.files import parse_checked, with_checksum
+from obowlab.files.records import parse_checked, with_checksum
 from tests.chaos import forks
 from tests.chaos.judge import BrokenError, ended_well, equal, sentence, settle, valuables
 from tests.chaos.ledger import Case, Kind
