@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from obowlab.config import Loaded, Recipe
+from obowlab.data.manifest import read_manifest
 from obowlab.errors import UserError, memory_sentence, refusal_of
 from obowlab.files.opening import read_file
 from obowlab.methods.backbones import build_backbone
@@ -87,9 +88,7 @@ def test_other_errors_are_not_taken_for_memory() -> None:
         assert memory_sentence(error) is None
 
 
-def test_a_run_that_cannot_be_read_for_want_of_open_files_blames_no_owner(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_read_for_want_of_open_files_blames_no_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = made(tmp_path)
 
     def refuse(path: Path, **options: Any) -> bytes:
@@ -98,6 +97,8 @@ def test_a_run_that_cannot_be_read_for_want_of_open_files_blames_no_owner(
     monkeypatch.setattr("obowlab.files.records.read_file", refuse)
     with pytest.raises(UserError, match=r"run.json \(Too many open files\): fix that and run the command again"):
         RunFolder.open(folder.path)
+    with pytest.raises(UserError, match=r"train.json \(Too many open files\): fix that and run the command again"):
+        read_manifest(tmp_path, "mine", "train")
 
 
 def test_a_small_file_is_read_with_little_memory_whatever_its_limit(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from obowlab.data.beton import fix_for
 from obowlab.data.split_names import SPLITS
-from obowlab.errors import UserError
+from obowlab.errors import UserError, refusal_of
 from obowlab.files.locks import file_lock
 from obowlab.files.opening import user_name
 from obowlab.files.records import read_checked, with_checksum
@@ -83,6 +84,8 @@ def read_manifest(data_root: Path, dataset: str, split: str) -> Manifest | None:
     except FileNotFoundError:
         return None
     except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP):
+            raise UserError(refusal_of(error, file=path)) from None  # the machine's fault, not the file's
         raise UserError(f"{path} cannot be read ({error.strerror}): fix its permissions, or {fix_for(dataset)}.") from None
     except ValidationError as error:
         first = error.errors()[0]
