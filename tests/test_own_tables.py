@@ -24,22 +24,23 @@ from obowlab.tables.kept import KEPT, identity, keep_table, kept_tables
 from obowlab.tables.model import Table
 from obowlab.tables.plan import labels_of, make_plan
 from obowlab.tables.spec import PlannedTable, load_table, load_tables
+from obowlab.tables.statistics import estimate
 from tests.command_line import Obowlab
 from tests.report_store import add_row_runs, observed, own_table
 
 MEANS = {"base": 50, "small": 30, "large": 50}
 
 
-def built(path: Path, *, runs_root: Path, seeds: tuple[int, ...] = (0,)) -> Table:
+def built(path: Path, *, runs_root: Path, seeds: tuple[int, ...] = (0, 1)) -> Table:
     planned = load_table(path, scale="demo")
     return build_table(planned, seeds=seeds, records=store_records(runs_root))
 
 
 @pytest.fixture
 def table(tmp_path: Path) -> Path:
-    """A table file and a store with a run of every row, in one folder."""
+    """A table file and a store with two seeds of every row, in one folder."""
     path = own_table(tmp_path)
-    add_row_runs(load_table(path, scale="demo"), runs_root=tmp_path / "runs", means=MEANS)
+    add_row_runs(load_table(path, scale="demo"), runs_root=tmp_path / "runs", means=MEANS, seeds=(0, 1))
     return path
 
 
@@ -50,20 +51,38 @@ def test_without_values_of_the_paper_rows_are_tested_against_the_base_row(table:
     shown = built(table, runs_root=tmp_path / "runs")
     assert not shown.has_paper
     assert [row.verdict for row in shown.rows] == [None, "lower", "indistinguishable"]
-    cell = shown.rows[1].cells[0]
-    ours, base = (25.0 * np.array(observed(MEANS[key])) for key in ("small", "base"))
-    slow = stats.ttest_rel(ours, base)
-    low, high = slow.confidence_interval(0.95)
-    assert cell.against_base is not None
-    assert cell.against_base.value == pytest.approx((ours - base).mean())
-    assert cell.against_base.interval == pytest.approx((high - low) / 2)
-    assert cell.against_base.p == pytest.approx(slow.pvalue)
+    ours, base = (25.0 * np.array([observed(MEANS[key] + seed) for seed in (0, 1)]) for key in ("small", "base"))
+    assert shown.rows[1].cells[0].against_base == estimate(ours - base)
     (better,) = [row for row in built_with(tmp_path, table, {"base": 30, "large": 60}).rows if row.key == "large"]
     assert better.verdict == "higher"
 
 
+def test_of_one_seed_difference_and_interval_are_shown_and_no_direction(table: Path, tmp_path: Path) -> None:
+    shown = built(table, runs_root=tmp_path / "runs", seeds=(0,))
+    assert [row.verdict for row in shown.rows] == [None, "one seed", "one seed"]
+    cell = shown.rows[1].cells[0]
+    ours, base = (25.0 * np.array(observed(MEANS[key])) for key in ("small", "base"))
+    low, high = stats.ttest_rel(ours, base).confidence_interval(0.95)
+    assert cell.against_base is not None
+    assert cell.against_base.value == pytest.approx((ours - base).mean())
+    assert cell.against_base.interval == pytest.approx((high - low) / 2)
+    assert cell.against_base.p is cell.p_holm is None
+    shown_texts = "".join((render.markdown(shown), render.as_csv([shown]), render.html([shown]).partition("</h1>")[2]))
+    assert shown_texts.count("○ one seed") > 4
+    for mark in ("↓ lower<", "| ↓", ",lower,", " ↑<", " ↓<"):
+        assert mark not in shown_texts, mark
+    store = read_store(tmp_path / "runs")
+    site = gather(store, tables=replace(tables_at([], store=store), tables=[shown]))
+    build_site(site, out=tmp_path / "site")
+    for page in ("index.html", "queue-demo.html"):
+        content = (tmp_path / "site" / page).read_text(encoding="utf-8").partition("</h1>")[2]
+        assert '<span class="verdict one-seed">○ one seed</span>' in content
+        assert 'class="lower"' not in content
+        assert "verdict lower" not in content
+
+
 def built_with(tmp_path: Path, table: Path, means: dict[str, int]) -> Table:
-    add_row_runs(load_table(table, scale="demo"), runs_root=tmp_path / "others", means=means)
+    add_row_runs(load_table(table, scale="demo"), runs_root=tmp_path / "others", means=means, seeds=(0, 1))
     return built(table, runs_root=tmp_path / "others")
 
 
@@ -72,10 +91,14 @@ def test_no_column_of_the_paper_is_shown_where_there_is_none(table: Path, tmp_pa
     for form in (render.markdown(shown), render.html([shown]).partition("<main>")[2], "\n".join(render.overview(shown)[0])):
         assert "paper" not in form.lower(), form
     assert "↓ lower" in render.markdown(shown)
-    assert render.legend(shown) == ("direction against the base row: ↑ higher, ↓ lower, ≈ not distinguishable (paired test, 5 %)")
+    assert render.legend(shown) == (
+        "direction against the base row: ↑ higher, ↓ lower, ≈ not distinguishable (paired test, 5 % after Holm's correction over "
+        "the rows)"
+    )
     assert not [note for note in shown.footnotes if "paper" in note]
     columns, rows = render.overview(shown)
-    assert columns == ["row", "seeds", "5-shot", "5-shot Δ base row", "linear", "linear Δ base row", "direction"]
+    assert columns[:6] == ["row", "seeds", "5-shot", "5-shot Δ base row", "5-shot p", "5-shot p (Holm)"]
+    assert columns[6:] == ["linear", "linear Δ base row", "direction"]
     assert all(len(row) == len(columns) for row in rows)
 
 
@@ -84,7 +107,7 @@ def test_a_row_without_a_value_of_the_paper_beside_rows_with_one(table: Path, tm
         'label = "as in the recipe"', 'label = "as in the recipe"\npaper = { fewshot_5shot = 60.0 }'
     )
     table.write_text(content.replace('label = "64 words"', 'label = "64 words"\npaper = { fewshot_5shot = 70.0 }'))
-    add_row_runs(load_table(table, scale="demo"), runs_root=tmp_path / "more", means={**MEANS, "large": 70})
+    add_row_runs(load_table(table, scale="demo"), runs_root=tmp_path / "more", means={**MEANS, "large": 70}, seeds=(0, 1))
     shown = built(table, runs_root=tmp_path / "more")
     assert [row.verdict for row in shown.rows] == [None, "disagrees", "higher"]
     assert "↑ higher, ↓ lower (no value in the paper)" in render.legend(shown)

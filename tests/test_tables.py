@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from obowlab.config import load_recipe
 from obowlab.config.scales import SCALES, recipe_for
@@ -223,6 +224,54 @@ def test_a_difference_within_the_noise_is_indistinguishable(table3: PlannedTable
     assert build_table(table3, seeds=range(3), records=records).rows[1].verdict == "indistinguishable"
 
 
+def noisy(table: PlannedTable, *, differences: dict[str, tuple[int, ...]]) -> dict[str, Record]:
+    """Return the records of a base row at 40, and of other rows at so much more with each seed."""
+    rows = {row.row.key: row for row in table.rows}
+    made = [record(rows[key], seed=seed, value=40 + more) for key, all_ in differences.items() for seed, more in enumerate(all_)]
+    return records_of(*(record(table.base, seed=seed, value=40) for seed in range(3)), *made)
+
+
+def test_the_corrected_p_of_all_rows_decides(table3: PlannedTable) -> None:
+    """A difference that would pass alone, beside a row that differs in nothing; all columns hold the same observations."""
+    differences = {"hard_dynamic": (-5, -6, -9), "soft_fixed": (-1, 2, 0)}
+    p = [stats.ttest_1samp(values, 0.0).pvalue for values in differences.values()]
+    assert p[0] < 0.05 < 2 * p[0]
+    both = build_table(table3, seeds=range(3), records=noisy(table3, differences=differences))
+    assert [row.cells[0].p_holm for row in both.rows] == [None, pytest.approx(2 * p[0]), pytest.approx(p[1])]
+    assert [row.verdict for row in both.rows] == [None, "indistinguishable", "indistinguishable"]
+    del differences["soft_fixed"]
+    alone = build_table(table3, seeds=range(3), records=noisy(table3, differences=differences)).rows[1]
+    assert (alone.cells[0].p_holm, alone.verdict) == (pytest.approx(p[0]), "agrees")
+    for number in (p[0], 2 * p[0]):
+        assert f"{number:.6g}" in render.as_csv([both])
+        assert f"| {number:.3g} |" in render.markdown(both)
+    assert {"5-shot p", "5-shot p (Holm)", "5-shot Δ base row"} <= set(render.overview(both)[0])
+    expendable = render.expendable(both)
+    assert expendable.index("5-shot p") < expendable.index("5-shot paper") < expendable.index("5-shot p (Holm)")
+
+
+@pytest.mark.parametrize("scale", ["tiny", "paper"])
+def test_one_seed_never_has_a_direction(scale: str) -> None:
+    table3 = load_table("table3", scale=scale)
+    values = dict(zip((row.row.key for row in table3.rows), (40, 45, 2), strict=True))
+    once = [record(row, seed=0, value=values[row.row.key], spread=0) for row in table3.rows]
+    again = [record(row, seed=1, value=values[row.row.key] + 1, spread=0) for row in table3.rows[:2]]  # not of the last row
+    for made, expected in ((once, ["one seed", "one seed"]), ([*once, *again], ["disagrees", "one seed"])):
+        table = build_table(table3, seeds=range(2), records=records_of(*made))
+        assert [row.verdict for row in table.rows[1:]] == expected
+        assert [[cell.verdict for cell in row.cells] for row in table.rows[1:]] == [[word] * 3 for word in expected]
+        last = table.rows[2]
+        assert ONE_SEED in [table.footnotes[number - 1] for number in last.notes]
+        assert [(cell.against_base and cell.against_base.p, cell.p_holm) for cell in last.cells] == [(None, None)] * 3
+        assert [cell.against_base and cell.against_base.value for cell in last.cells] == pytest.approx([-38.0] * 3)
+        assert render.overview(table)[1][-1][-1] == "○ one seed"
+        assert render.markdown(table).count("○ one seed") == 3 * expected.count("one seed")
+        assert "○ one seed" in render.legend(table)
+    shown = "".join(form([build_table(table3, seeds=[0], records=records_of(*once))]) for form in (render.as_json, render.as_csv))
+    assert not [word for word in ("agrees", "higher", "lower", "indistinguishable") if word in shown]
+    assert "✓ as in" in render.legend(table), "the marks are explained"
+
+
 def test_only_seeds_that_both_rows_have_are_compared(table3: PlannedTable) -> None:
     base, hard, fixed = table3.rows
     records = records_of(
@@ -299,8 +348,9 @@ def test_damaged_records_are_one_sentence(tmp_path: Path) -> None:
 
 
 def test_every_format_holds_every_number_and_where_it_comes_from(table3: PlannedTable) -> None:
-    made = [record(row, seed=0, value=value) for row, value in zip(table3.rows, (40, 45, 2), strict=True)]
-    table = build_table(table3, seeds=[0], records=records_of(*made))
+    values = zip(table3.rows, (40, 45, 2), strict=True)
+    made = [record(row, seed=seed, value=value + seed) for row, value in values for seed in range(2)]
+    table = build_table(table3, seeds=range(2), records=records_of(*made))
     text = render.markdown(table)
     for run in made:
         for origin in (run.run_id, run.mlflow_run_id, run.fingerprint[:12], "c" * 12, "d" * 12):
@@ -315,7 +365,7 @@ def test_every_format_holds_every_number_and_where_it_comes_from(table3: Planned
     lines = list(csv.DictReader(io.StringIO(render.as_csv([table]))))
     assert len(lines) == 9
     assert float(lines[0]["ours"]) == pytest.approx(table.rows[0].cells[0].ours.value, rel=1e-5)  # type: ignore[union-attr]
-    assert lines[3]["run_ids"] == "hard_dynamic-s0"
+    assert lines[3]["run_ids"] == "hard_dynamic-s0 hard_dynamic-s1"
     assert json.loads(render.as_json([table]))[0]["rows"][1]["cells"][0]["verdict"] == "disagrees"
     columns, rows = render.overview(table)
     assert all(len(line) == len(columns) for line in rows)

@@ -27,7 +27,7 @@ from obowlab.runs.metrics import lookup, unit_of
 from obowlab.studies.schema import StudyReport
 from obowlab.tables.kept import identity
 from obowlab.tables.model import Table
-from obowlab.tables.render import MARKS, estimate_text, legend
+from obowlab.tables.render import MARKS, estimate_text, legend, p_text
 
 TEMPLATES = "dashboards/report"
 ASSETS = ("style.css", "page.js", "charts.js")
@@ -78,6 +78,7 @@ def _write(site: Site, *, folder: Path) -> int:
         {
             "estimate": estimate_text,
             "signed": signed,
+            "p_value": p_text,
             "measurement": text.measurement,
             "duration": text.duration,
             "short": short_hash,

@@ -6,7 +6,7 @@ Everything shown is computed here from the records alone, so that a table can be
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,19 @@ from obowlab.runs.info import TRAINED
 from obowlab.runs.metrics import lookup
 from obowlab.runs.records import Record, Records, store_records, store_runs
 from obowlab.runs.results import is_alike, unpack
-from obowlab.tables.model import Cell, Column, Estimate, Row, RunRef, Table, Verdict
+from obowlab.tables.model import Cell, Column, Estimate, Row, RunRef, Table
 from obowlab.tables.spec import PlannedRow, PlannedTable, also_differs, load_table
-from obowlab.tables.statistics import Matrix, estimate, stacked, verdict
+from obowlab.tables.statistics import Matrix, estimate, holm, stacked, verdict
 
 COMPARABLE = "paper"
 """The scale at which our numbers may be held against the paper's."""
 
 NOTICE = "At this scale values cannot be compared with the paper's; a row's direction against the base row can."
 OTHER_SETTINGS = "Measured with other evaluation settings than the table's recipe has now; `obowlab ablate` measures again."
-ONE_SEED = "One seed: interval and verdict speak for the episodes (or images) alone; other seeds may differ by more."
+ONE_SEED = (
+    "One seed, or one in common with the base row: the interval speaks for the episodes (or images) alone, other seeds may "
+    "differ by more, and no direction is stated."
+)
 
 
 @dataclass(frozen=True)
@@ -54,24 +57,22 @@ def build_table(planned: PlannedTable, *, seeds: Sequence[int], records: Records
         at_paper: the same table at the paper's scale; loaded when it is absent.
     """
     comparable = planned.scale == COMPARABLE
-    base_runs = _runs_of(planned.base, seeds=seeds, records=records)
+    runs_of = [_runs_of(row, seeds=seeds, records=records) for row in planned.rows]
+    columns = [_column(metric, planned=planned, runs=runs_of) for metric in planned.file.columns]
     footnotes: list[str] = [NOTICE] if not comparable and any(row.row.paper for row in planned.rows) else []
     footnotes += planned.file.footnotes
     rows = []
-    for row, also in zip(planned.rows, also_differing(planned, at_paper=at_paper), strict=True):
-        runs = _runs_of(row, seeds=seeds, records=records)
+    differing = also_differing(planned, at_paper=at_paper)
+    for row, runs, cells, also in zip(planned.rows, runs_of, zip(*columns, strict=True), differing, strict=True):
         own = [*row.footnotes, *also]
         if any(_is_measured_otherwise(record, row=row, columns=planned.file.columns) for record in runs.values()):
             own.append(OTHER_SETTINGS)
-        if sum(run is not None and run.status in TRAINED for run in runs.values()) == 1:
+        trained = sum(run is not None and run.status in TRAINED for run in runs.values())
+        if trained == 1 or any(cell.verdict == "one seed" for cell in cells):
             own.append(ONE_SEED)
         for text in own:
             if text not in footnotes:
                 footnotes.append(text)
-        cells = tuple(
-            _cell(metric, row=row, base=planned.base, runs=runs, base_runs=base_runs, comparable=comparable)
-            for metric in planned.file.columns
-        )
         rows.append(
             Row(
                 key=row.row.key,
@@ -195,6 +196,36 @@ def _reference(row: PlannedRow, *, seed: int, record: Record | None) -> RunRef:
     )
 
 
+def _column(metric: str, *, planned: PlannedTable, runs: Sequence[Mapping[int, Record | None]]) -> list[Cell]:
+    """Return the cells of a metric, their verdicts corrected for the number of rows that are tested.
+
+    Args:
+        metric: as in `runs.metrics`.
+        planned: the table.
+        runs: of every row, by seed.
+    """
+    base, comparable = planned.base, planned.scale == COMPARABLE
+    (base_runs,) = (of_row for row, of_row in zip(planned.rows, runs, strict=True) if row.is_base)
+    cells = [
+        _cell(metric, row=row, base=base, runs=of_row, base_runs=base_runs, comparable=comparable)
+        for row, of_row in zip(planned.rows, runs, strict=True)
+    ]
+    plain = {i: cell.against_base.p for i, cell in enumerate(cells) if cell.against_base and cell.against_base.p is not None}
+    corrected = dict(zip(plain, holm(list(plain.values())), strict=True))
+    for i, (row, cell) in enumerate(zip(planned.rows, cells, strict=True)):
+        if cell.against_base is not None:
+            p, theirs = corrected.get(i), paper_difference(row, base=base, metric=metric)
+            direction = None if theirs == 0 else verdict(cell.against_base, p=p, paper=theirs)
+            cells[i] = replace(cell, p_holm=p, verdict=direction)
+    return cells
+
+
+def paper_difference(row: PlannedRow, *, base: PlannedRow, metric: str) -> float | None:
+    """Return how far a row is from the base row in the paper, percent; None where one of them has no value there."""
+    ours, theirs = row.row.paper.get(metric), base.row.paper.get(metric)
+    return None if ours is None or theirs is None else ours - theirs
+
+
 def _cell(
     metric: str,
     *,
@@ -204,18 +235,16 @@ def _cell(
     base_runs: Mapping[int, Record | None],
     comparable: bool,
 ) -> Cell:
-    paper, paper_base = row.row.paper.get(metric), base.row.paper.get(metric)
+    """Return a cell without its verdict, which needs those of the other rows."""
+    paper = row.row.paper.get(metric)
     ours, problem = _measured(runs, recipe=row.loaded.recipe, metric=metric, subject="student")
     random, _ = _measured(runs, recipe=row.loaded.recipe, metric=metric, subject="random")
     reference, _ = _measured(base_runs, recipe=base.loaded.recipe, metric=metric, subject="student")
     mean = _mean(ours)
     against_base = None
     if not row.is_base and not problem:
-        against_base, problem = _paired(ours, reference)
-    direction: Verdict | None = None
-    theirs = paper - paper_base if paper is not None and paper_base is not None else None
-    if against_base is not None and theirs != 0:
-        direction = verdict(against_base, paper=theirs)
+        differences, problem = _paired(ours, reference)
+        against_base = None if differences is None else _difference(differences)
     return Cell(
         metric=metric,
         paper=paper,
@@ -223,7 +252,7 @@ def _cell(
         random=_mean(random),
         against_paper=mean.value - paper if comparable and mean is not None and paper is not None else None,
         against_base=against_base,
-        verdict=direction,
+        verdict=None,
         problem=problem,
     )
 
@@ -296,8 +325,14 @@ def _mean(measured: Mapping[int, _Measured]) -> Estimate | None:
     return Estimate(mean.value, mean.interval, mean.seeds)  # without p: an accuracy is not tested against 0
 
 
-def _paired(ours: Mapping[int, _Measured], base: Mapping[int, _Measured]) -> tuple[Estimate | None, str]:
-    """Return our difference to the base row over the seeds that both have, on identical episodes or images."""
+def _difference(differences: Matrix) -> Estimate:
+    """Return the mean of paired differences; without p if they are of one seed, as p over its episodes is no test of two rows."""
+    mean = estimate(differences)
+    return mean if mean.seeds > 1 else replace(mean, p=None)
+
+
+def _paired(ours: Mapping[int, _Measured], base: Mapping[int, _Measured]) -> tuple[Matrix | None, str]:
+    """Return our differences to the base row on identical episodes or images [S, E], of the seeds that both have."""
     seeds = [seed for seed in ours if seed in base]
     if not seeds:
         return None, ""
@@ -307,4 +342,4 @@ def _paired(ours: Mapping[int, _Measured], base: Mapping[int, _Measured]) -> tup
     second = stacked([base[seed].observations for seed in seeds])
     if first is None or second is None:
         return None, ""
-    return estimate(first - second), ""
+    return first - second, ""

@@ -9,10 +9,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-Verdict = Literal["agrees", "disagrees", "higher", "lower", "indistinguishable"]
-"""How a row differs from the base row, by a paired test on identical episodes and seeds.
+Verdict = Literal["agrees", "disagrees", "higher", "lower", "indistinguishable", "one seed"]
+"""How a row differs from the base row, by a paired test on identical episodes and seeds, corrected for the number of rows.
 
-In the paper's direction or the opposite; higher or lower where the paper has no value.
+In the paper's direction or the opposite; higher or lower where the paper has no value. One seed cannot tell, whatever its
+episodes say: another seed would be another network.
 """
 
 Status = Literal["missing", "created", "running", "interrupted", "failed", "unevaluated", "finished"]
@@ -27,7 +28,7 @@ class Estimate:
         interval: half-width of the 95 % interval, percent; over seeds and episodes (or images) when there are several seeds,
             over episodes (or images) alone when there is one.
         seeds: how many seeds it is the mean of.
-        p: two-sided p value of the hypothesis that it is 0; only for differences.
+        p: two-sided p value of the hypothesis that it is 0; in a table only for differences over two or more seeds.
     """
 
     value: float
@@ -49,6 +50,7 @@ class Cell:
         against_base: ours minus the base row's, over the seeds that both rows have; None for the base row itself.
         verdict: of `against_base`: whether its sign is the paper's, or, where the paper has no value, which it is; None where
             there is no difference here, or none in the paper.
+        p_holm: p of `against_base` after Holm's correction over the rows of the table, which decides the verdict; None without p.
         problem: one sentence when there are results that cannot be compared (another protocol, other images).
     """
 
@@ -59,6 +61,7 @@ class Cell:
     against_paper: float | None
     against_base: Estimate | None
     verdict: Verdict | None
+    p_holm: float | None = None
     problem: str = ""
 
 

@@ -5,22 +5,22 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 from obowlab import text
 from obowlab.config import project_root
 from obowlab.runs.info import TRAINED
-from obowlab.tables.model import Cell, Estimate, Row, RunRef, Table
+from obowlab.tables.model import Cell, Column, Estimate, Row, RunRef, Table
 
 Format = Literal["rich", "md", "json", "csv", "html"]
 
-MARKS = {"agrees": "✓", "disagrees": "✗", "higher": "↑", "lower": "↓", "indistinguishable": "≈"}
+MARKS = {"agrees": "✓", "disagrees": "✗", "higher": "↑", "lower": "↓", "indistinguishable": "≈", "one seed": "○"}
 NOT_COMPARABLE = "not comparable"
 HASH_DIGITS = 12
 CSV_COLUMNS = (
     *("table", "scale", "row", "label", "recipe", "metric", "ours", "interval", "seeds", "random", "paper"),
-    *("against_paper", "against_base", "against_base_interval", "p", "verdict"),
+    *("against_paper", "against_base", "against_base_interval", "p", "p_holm", "verdict"),
     *("run_ids", "fingerprints", "mlflow_run_ids", "commits", "data_hashes"),
 )
 
@@ -39,47 +39,65 @@ def legend(table: Table) -> str:
         *(["✓ as in the paper, ✗ the opposite"] if True in known else []),
         *(["↑ higher, ↓ lower" + (" (no value in the paper)" if True in known else "")] if known != {True} else []),
     ]
-    return f"direction against the base row: {', '.join(meanings)}, ≈ not distinguishable (paired test, 5 %)"
+    one_seed = any(cell.verdict == "one seed" for row in table.rows for cell in row.cells)
+    return (
+        f"direction against the base row: {', '.join(meanings)}, ≈ not distinguishable (paired test, 5 % after Holm's correction "
+        f"over the rows){', ○ one seed, which cannot tell' if one_seed else ''}"
+    )
 
 
 def overview(table: Table) -> tuple[list[str], list[list[str]]]:
-    """Return headings and rows for a terminal: ours with a mark of its direction, the paper's value, the row's verdict.
-
-    Of a table without values of the paper, the difference to the base row stands where they would.
-    """
+    """Return headings and rows for a terminal: ours with a mark of its direction, what stands beside it, the row's verdict."""
     columns = ["row", "seeds"]
     for column in table.columns:
-        columns += [column.label, *_beside(column.label, table=table)]
+        columns += [column.label, *_beside(column, table=table)]
     rows = []
     for group, row in _grouped(table):
         if group is not None:
             rows.append([group, *[""] * len(columns)])
         cells = [f"{row.label}{_superscript(row.notes)}", _seeds(row)]
-        for cell in row.cells:
-            mark = f" {MARKS[cell.verdict]}" if cell.verdict else ""
-            if not table.has_paper:
-                cells += [estimate_text(cell.ours), f"{estimate_text(cell.against_base, signed=True)}{mark}"]
-                continue
-            cells += [f"{estimate_text(cell.ours)}{mark}", _number(cell.paper)]
-            if table.comparable:
-                cells.append(_signed(cell.against_paper))
+        for column, cell in zip(table.columns, row.cells, strict=True):
+            values = [estimate_text(cell.ours), *(value(cell) for value in _beside(column, table=table).values())]
+            if cell.verdict:
+                values[0 if table.has_paper else 1] += f" {MARKS[cell.verdict]}"
+            cells += values
         rows.append([*cells, verdict_text(row)])
     return [*columns, "direction"], rows
 
 
 def expendable(table: Table) -> list[str]:
     """Return the headings of `overview` that a narrow terminal can do without, in this order."""
-    (primary,) = (column.label for column in table.columns if column.metric == table.primary)
-    others = [column.label for column in reversed(table.columns) if column.label != primary]
-    beside = [heading for label in others for heading in reversed(_beside(label, table=table))]
-    return ["seeds", *beside, "direction", *others, *(reversed(_beside(primary, table=table)) if table.has_paper else [])]
+    (primary,) = (column for column in table.columns if column.metric == table.primary)
+    others = [column for column in reversed(table.columns) if column.metric != table.primary]
+    beside = [heading for column in others for heading in reversed(_beside(column, table=table))]
+    *first, p, p_holm = _beside(primary, table=table)
+    left = [*reversed(first), p_holm] if table.has_paper else [p_holm]  # else the mark stands at the difference
+    return ["seeds", p, *beside, "direction", *(column.label for column in others), *left]
 
 
-def _beside(label: str, *, table: Table) -> list[str]:
-    """Return the headings of what stands beside our values of a metric."""
-    if not table.has_paper:
-        return [f"{label} Δ base row"]
-    return [f"{label} paper", *([f"{label} Δ paper"] if table.comparable else [])]
+def _beside(column: Column, *, table: Table) -> dict[str, Callable[[Cell], str]]:
+    """Return what stands beside our values of a metric on a terminal: heading and a cell's text.
+
+    What decides a row's verdict is shown of the primary metric alone; the other forms of a table have it of all.
+    """
+    parts = _parts(table)
+    if column.metric != table.primary:
+        decides = ("p", "p (Holm)", *(["Δ base row"] if table.has_paper else []))
+        parts = {name: part for name, part in parts.items() if name not in decides}
+    return {f"{column.label} {name}": part for name, part in parts.items()}
+
+
+def _parts(table: Table) -> dict[str, Callable[[Cell], str]]:
+    """Return what a cell has beside our value: heading and text."""
+    paper: dict[str, Callable[[Cell], str]] = {"paper": lambda cell: _number(cell.paper)} if table.has_paper else {}
+    if table.has_paper and table.comparable:
+        paper["Δ paper"] = lambda cell: _signed(cell.against_paper)
+    return {
+        **paper,
+        "Δ base row": lambda cell: estimate_text(cell.against_base, signed=True),
+        "p": lambda cell: p_text(cell.against_base.p if cell.against_base else None),
+        "p (Holm)": lambda cell: p_text(cell.p_holm),
+    }
 
 
 def remarks(table: Table) -> list[str]:
@@ -120,26 +138,23 @@ def runs_overview(table: Table) -> tuple[list[str], list[list[str]]]:
 
 def markdown(table: Table) -> str:
     """Return the table, its footnotes and the runs behind it as Markdown."""
-    columns = ["row", "seeds"]
-    against_paper = table.comparable and table.has_paper
-    paper = ["paper"] if table.has_paper else []
+    columns, parts = ["row", "seeds"], _parts(table)
     for column in table.columns:
-        columns += [column.label, *paper, "Δ paper" if against_paper else "Δ base row", "direction"]
+        columns += [column.label, *parts, "direction"]
     rows = []
     for group, row in _grouped(table):
         if group is not None:
             rows.append([f"**{group}**", *[""] * (len(columns) - 1)])
         cells = [f"{row.label}{_superscript(row.notes)}", _seeds(row)]
         for cell in row.cells:
-            difference = _signed(cell.against_paper) if against_paper else estimate_text(cell.against_base, signed=True)
-            theirs = [_number(cell.paper)] if table.has_paper else []
-            cells += [estimate_text(cell.ours), *theirs, difference, _verdict_cell(row, cell)]
+            cells += [estimate_text(cell.ours), *(part(cell) for part in parts.values()), _verdict_cell(row, cell)]
         rows.append(cells)
     lines = [
         f"# {heading(table)}",
         "",
         "Percent; ± is the 95 % interval over seeds and episodes (or images).",
-        "Direction against the base row: by a paired test on identical episodes (or images) and seeds, at 5 %.",
+        "Direction against the base row: by a paired test on identical episodes (or images) and seeds, at 5 % after Holm's "
+        "correction over the rows.",
         "",
         *_markdown_table(columns, rows),
         "",
@@ -192,6 +207,7 @@ def as_csv(tables: Sequence[Table]) -> str:
                     base.value if base else None,
                     base.interval if base else None,
                     base.p if base else None,
+                    cell.p_holm,
                 ]
                 written = ["" if value is None else f"{value:.6g}" for value in values]
                 writer.writerow(
@@ -272,6 +288,11 @@ def _number(value: float | None) -> str:
 def estimate_text(value: Estimate | None, *, signed: bool = False) -> str:
     """Return `8.82 ± 0.50`; a dash where there is nothing."""
     return text.ABSENT if value is None else text.estimate(value.value, value.interval, signed=signed)
+
+
+def p_text(p: float | None) -> str:
+    """Return a p value by three digits, `< 0.001` for less; a dash where there is none."""
+    return text.ABSENT if p is None else "< 0.001" if p < 0.001 else f"{p:.3g}"
 
 
 def _signed(value: float | None) -> str:

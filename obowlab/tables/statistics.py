@@ -71,15 +71,30 @@ def mean_variance(x: Matrix) -> tuple[float, float]:
     return total / (seeds * episodes), total**2 / spread
 
 
-def verdict(difference: Estimate, *, paper: float | None) -> Verdict:
+def holm(p: Sequence[float]) -> list[float]:
+    """Return p values that hold for all of them together (Holm, "A Simple Sequentially Rejective Multiple Test Procedure", 1979).
+
+    The smallest is multiplied by their number, the next by one less, and so on; none becomes smaller than the one before it.
+    Where no row differs from the base row, the chance that some value falls below 5 % is at most 5 %, however they depend.
+    """
+    values = np.asarray(p, dtype=np.float64)
+    order = np.argsort(values, kind="stable")
+    adjusted = np.empty_like(values)
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(values[order] * np.arange(len(values), 0, -1)))
+    return [float(value) for value in adjusted]
+
+
+def verdict(difference: Estimate, *, p: float | None, paper: float | None) -> Verdict:
     """Say whether our difference to the base row has the direction of the paper's, or which direction it has.
 
     Args:
         difference: ours minus the base row's, paired.
-        paper: the same in the paper; None where it has none.
+        p: of the difference, corrected for the number of rows; None with one seed.
+        paper: the same difference in the paper; None where it has none.
     """
-    assert difference.p is not None
-    if difference.p >= LEVEL:
+    if p is None or difference.seeds < 2:
+        return "one seed"
+    if p >= LEVEL:
         return "indistinguishable"
     if paper is None:
         return "higher" if difference.value > 0 else "lower"
