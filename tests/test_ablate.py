@@ -134,6 +134,19 @@ def test_a_failing_row_stops_no_other(tmp_path: Path, data_root: Path) -> None:
     assert sorted(record["status"] for record in records) == ["failed", "finished", "finished"]
 
 
+@pytest.mark.long
+def test_seeds_auto_trains_what_it_proposes(tmp_path: Path, data_root: Path) -> None:
+    table = write_table(tmp_path / "t", epochs=1)
+    words = ("--seeds", "auto", "--max-seeds", "2", "--effect", "30")
+    for proposed, trained in (("to begin with; the same command then proposes", 4), ("Proposed: --seeds 2", 0)):
+        process = start(table, data_root=data_root, words=words)
+        out, said = process.communicate(timeout=240)
+        assert process.returncode == 0, said
+        assert proposed in out
+        assert said.count("Training ") == trained
+    assert sorted(folder.info.seed for folder in finished(table)) == [0, 0, 1, 1]
+
+
 def test_ctrl_c_stops_within_seconds_and_says_that_it_goes_on(tmp_path: Path, data_root: Path) -> None:
     table = write_table(tmp_path / "t", epochs=300)
     process = start(table, data_root=data_root)

@@ -345,6 +345,7 @@ def _write_torch_archive(path: Path) -> None:
 
 ALSO_DRY = (
     "ablate table3 --scale demo",
+    "ablate table3 --scale demo --seeds auto --power 0.9",
     "bench demo",
     "init SOURCE",
     "table table3 --scale demo",

@@ -192,12 +192,14 @@ def test_differences_of_a_table_have_their_intervals_and_the_papers_marks(tmp_pa
     table = make_table([base], [hard], comparable=True)
     assert result_figures.table_figure(table) is None, "one difference needs no chart"
     lost = table.rows[2]
-    cell = replace(lost.cells[0], against_base=Estimate(0.5, 0.25, 1, 0.5))
+    cell = replace(lost.cells[0], against_base=Estimate(0.5, 0.25, 1))
     table = replace(table, rows=(*table.rows[:2], replace(lost, cells=(cell,))))
     figure = result_figures.table_figure(table)
     assert figure is not None
     ours, paper = figure.data
     assert (ours["x"], ours["error_x"]["array"], ours["y"]) == ([-1.0, 0.5], [0.4, 0.25], [0, 1])
+    assert ours["marker"]["symbol"] == ["circle", "circle-open"]
+    assert "Open dots have one seed" in figure.caption
     assert paper["x"] == (pytest.approx(60.0 - 62.44), None)
     assert paper["marker"]["symbol"] == "diamond-open"
     assert [custom[0] for custom in ours["customdata"]] == ["hard codes", "lost row"]

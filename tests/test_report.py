@@ -149,6 +149,7 @@ def test_table_says_paper_ours_intervals_verdicts_and_what_is_missing(site: Path
         "13.00 ± 0.80",
         "untrained 6.00 ± 0.50",
         "−1.00 ± 0.40",
+        "p 0.0123, Holm 0.0246",
         "✓ agrees",
         "2 of 2 seeds",
         "0 of 2 seeds",

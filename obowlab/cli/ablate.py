@@ -24,12 +24,19 @@ from obowlab.cli.output import print_lines, print_obstacles, print_table, send_t
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from obowlab.config import Machine
+    from obowlab.launch.cost import CostBook
+    from obowlab.runs.folder import RunSummary
     from obowlab.tables.execute import Execution
     from obowlab.tables.model import Table
     from obowlab.tables.plan import Plan
     from obowlab.tables.render import Format
+    from obowlab.tables.spec import PlannedTable
 
+AUTO = "auto"
+POWER, MAX_SEEDS = 0.8, 10
 FORMATS = ("rich", "md", "json", "csv", "html")
 
 scale_option = click.option(
@@ -38,23 +45,58 @@ scale_option = click.option(
 names_argument = click.argument("names", nargs=-1, required=True, metavar="TABLE...|all")
 
 
+def _number_of_seeds(_: click.Context, __: click.Parameter, value: str) -> int | None:
+    """Return N of `--seeds`, or None for `auto`."""
+    if value == AUTO:
+        return None
+    try:
+        number = int(value)
+    except ValueError:
+        number = 0
+    if number < 1:
+        raise click.BadParameter(f"{value!r} is neither a number of seeds, 1 or more, nor '{AUTO}'.")
+    return number
+
+
 @click.command()
 @names_argument
 @click.option("--rows", "row_words", multiple=True, metavar="KEY,...", help="Only these rows (and the base row); repeatable.")
 @click.option(
-    "--seeds", type=click.IntRange(min=1), default=1, show_default=True, metavar="N", help="Seeds 0 to N-1 of every row."
+    "--seeds",
+    default="1",
+    callback=_number_of_seeds,
+    show_default=True,
+    metavar="N|auto",
+    help="Seeds 0 to N-1 of every row; auto: as many as the spread between seeds asks for, 3 where none is known.",
+)
+@click.option(
+    "--power", type=float, metavar="SHARE", help=f"With --seeds auto: chance to find a true difference. [default: {POWER}]"
+)
+@click.option(
+    "--effect", type=float, metavar="POINTS", help="With --seeds auto: the difference to find. [default: the paper's, else ours]"
+)
+@click.option(
+    "--max-seeds", type=click.IntRange(min=2), metavar="N", help=f"With --seeds auto: no more seeds. [default: {MAX_SEEDS}]"
 )
 @scale_option
 @set_option
 @click.option("--gpus", type=click.IntRange(min=1), metavar="N", help="N trainings at a time, each on a GPU of its own.")
 @click.option("--jobs", type=click.IntRange(min=1), metavar="N", help="Trainings at a time on the CPU. [default: one per core]")
-@click.option("--records", type=PATH, metavar="DIR", help="Write what the tables are made of (small JSON files) to a folder.")
+@click.option(
+    "--records",
+    type=PATH,
+    metavar="DIR",
+    help="Write what the tables are made of (small JSON files) to a folder; --seeds auto also reads what is there.",
+)
 @machine_options(*CLUSTER, *HARDWARE, *ROOTS)
 @dry_run_option
 def ablate(
     names: tuple[str, ...],
     row_words: tuple[str, ...],
-    seeds: int,
+    seeds: int | None,
+    power: float | None,
+    effect: float | None,
+    max_seeds: int | None,
     scale: str,
     overrides: tuple[str, ...],
     gpus: int | None,
@@ -67,7 +109,7 @@ def ablate(
 
     TABLE is a table of the paper (table1 to table5, table7), `all`, or a TOML file. Rows with the same recipe are trained once.
     Interrupted and typed again, the command continues; a row that fails does not stop the others. --set holds for all rows: a
-    table of its own, with runs of its own.
+    table of its own, with runs of its own. --seeds auto says how many seeds it takes to find a row's difference, and trains them.
     """
     from obowlab.launch.cost import CostBook
     from obowlab.launch.gpu_leases import check_gpus
@@ -82,16 +124,22 @@ def ablate(
 
     if gpus is not None and (jobs is not None or options.device not in (None, "cuda")):
         raise UserError("--gpus N runs one training on each of N GPUs; leave --jobs and --device out.")
+    if seeds is not None and (power, effect, max_seeds) != (None, None, None):
+        raise UserError("--power, --effect and --max-seeds are for `--seeds auto`: add it, or leave them out.")
     tables = load_tables(names, scale=scale, overrides=overrides)
     machine = (replace(options, device="cuda") if gpus is not None else options).machine(procs=gpus)
     on_cluster = machine.launcher == "slurm"
     if not dry_run and not on_cluster:
         check_gpus(machine)
-    plan = make_plan(tables, seeds=range(seeds), rows=select_rows(row_words, tables=tables))
-    slots = gpus or jobs or (len(plan.jobs) if on_cluster else max(1, num_cores() // (machine.threads or 1)))
     runs = store_runs(machine.runs_root)
-    again = unmeasured(plan, runs=runs, machine=machine)
     book = CostBook(machine.model_copy(update={"procs": 1}), runs=runs.values())
+    rows = select_rows(row_words, tables=tables)
+    if seeds is None:
+        most = max_seeds or MAX_SEEDS
+        seeds = _proposed(tables, rows=rows, power=power, effect=effect, most=most, runs=runs, records=records, book=book)
+    plan = make_plan(tables, seeds=range(seeds), rows=rows)
+    slots = gpus or jobs or (len(plan.jobs) if on_cluster else max(1, num_cores() // (machine.threads or 1)))
+    again = unmeasured(plan, runs=runs, machine=machine)
     if not dry_run and not on_cluster and any(job.fingerprint not in runs for job in plan.jobs):
         check_images(plan.jobs, machine=machine, say=click.echo)  # it is timed on them
         _say("Timing a few steps of the recipes that were never trained here.")
@@ -193,6 +241,35 @@ def show(table: Table, *, with_runs: bool = False) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------- helpers
+
+
+def _proposed(
+    tables: Sequence[PlannedTable],
+    *,
+    rows: Mapping[str, Sequence[str]],
+    power: float | None,
+    effect: float | None,
+    most: int,
+    runs: Mapping[str, RunSummary],
+    records: Path | None,
+    book: CostBook,
+) -> int:
+    """Print how many seeds every row needs by what is there, and return how many all of them get."""
+    from obowlab.runs.info import TRAINED
+    from obowlab.runs.records import read_each, read_records
+    from obowlab.tables.power import COLUMNS, num_seeds, overview, propose
+
+    power = POWER if power is None else power
+    seeds = {run.info.seed for run in runs.values()}
+    needed = {key for table in tables for row in table.rows for key in row.loaded.recipe.fingerprints(seeds=seeds).values()}
+    known = read_records(records) if records is not None and records.is_dir() else {}
+    known |= read_each({key: runs[key] for key in needed & runs.keys() if runs[key].state.status in TRAINED})
+    proposal = propose(tables, records=known, rows=rows, power=power, effect=effect)
+    lines, remarks = overview(proposal, power=power, most=most, runs=runs, book=book)
+    print_table(COLUMNS, lines, right=COLUMNS[1:], names=("row",), hide=("training left", "difference", "seeds"))
+    print_lines(remarks)
+    click.echo()
+    return num_seeds(proposal, most=most)
 
 
 def _execute(execution: Execution, *, records: Path | None) -> int:

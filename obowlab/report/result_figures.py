@@ -50,7 +50,7 @@ def table_figure(table: Table) -> Figure | None:
             "x": [estimate.value for estimate in ours],
             "y": places,
             "error_x": {"array": [estimate.interval for estimate in ours], "color": "--c0", "thickness": 2},
-            "marker": {"size": 9, "color": "--c0"},
+            "marker": {"size": 9, "color": "--c0", "symbol": ["circle-open" if one.seeds == 1 else "circle" for one in ours]},
             "customdata": [[plain(label), estimate.interval, run_names(runs)] for label, estimate, _, runs in found],
             "hovertemplate": "<b>%{customdata[0]}</b><br>%{x:+.2f} ± %{customdata[1]:.2f}<br>%{customdata[2]}<extra></extra>",
         }
@@ -70,6 +70,8 @@ def table_figure(table: Table) -> Figure | None:
         )
     title = f"{table.columns[column].label}: difference to the base row"
     caption = f"Dots are ours with their 95 % intervals; the line at 0 is the base row, {table.base.label}. "
+    if any(estimate.seeds == 1 for estimate in ours):
+        caption += "Open dots have one seed: their intervals speak for its episodes (or images) alone. "
     if table.has_paper:
         caption += (
             "Diamonds are the paper's differences." if table.comparable else "The paper's differences belong to another scale."

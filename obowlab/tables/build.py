@@ -325,6 +325,26 @@ def _mean(measured: Mapping[int, _Measured]) -> Estimate | None:
     return Estimate(mean.value, mean.interval, mean.seeds)  # without p: an accuracy is not tested against 0
 
 
+def paired_differences(row: PlannedRow, *, base: PlannedRow, records: Records, metric: str) -> Matrix | None:
+    """Return a row's differences to the base row on identical episodes or images, in percent [S, E].
+
+    Args:
+        row: of a table.
+        base: its base row.
+        records: of all seeds; those that both rows have count.
+        metric: as in `runs.metrics`.
+
+    Returns:
+        The differences, by seed ascending; None where there are none, or none that can be compared.
+    """
+    seeds = sorted({record.seed for record in records.values()})
+    (ours, problem), (theirs, _) = (
+        _measured(_runs_of(each, seeds=seeds, records=records), recipe=each.loaded.recipe, metric=metric, subject="student")
+        for each in (row, base)
+    )
+    return None if problem else _paired(ours, theirs)[0]
+
+
 def _difference(differences: Matrix) -> Estimate:
     """Return the mean of paired differences; without p if they are of one seed, as p over its episodes is no test of two rows."""
     mean = estimate(differences)
