@@ -25,7 +25,8 @@ from obowlab.files.opening import open_file, read_file
 
 KEY = "crc"
 
-_CHECKSUM = re.compile(rb',\s*"crc":\s*"([0-9a-f]{8})"\s*\}\s*$')
+_CHECKSUM = re.compile(rb',\s*"crc":\s*("[^"]*"|[^,"]*?)\s*\}\s*$')
+_DIGITS = re.compile(rb'"([0-9a-f]{8})"')
 
 _LONGEST = 48
 """No checksum entry is longer, in bytes."""
@@ -48,9 +49,12 @@ def with_checksum(text: str) -> str:
 
 
 def checksum_fits(content: bytes) -> bool:
-    """Return whether the checksum fits the bytes; True without a checksum."""
+    """Return whether the checksum fits the bytes; True without one, False where damage has made it something else."""
     found = _CHECKSUM.search(content, max(0, len(content) - _LONGEST))
-    return found is None or zlib.crc32(content[: found.start()]) == int(found[1], 16)
+    if found is None:
+        return True
+    digits = _DIGITS.fullmatch(found[1])
+    return digits is not None and zlib.crc32(content[: found.start()]) == int(digits[1], 16)
 
 
 def parse_checked(content: bytes) -> dict[str, Any]:
