@@ -169,7 +169,7 @@ def test_the_command_proposes_and_plans(obowlab: Obowlab, table3: PlannedTable) 
     code, out, _ = typed(obowlab, "--seeds auto")
     assert code == 0
     assert row_of(out, "table3/hard_dynamic") == ["0", "–", "-2.46", "(paper)", "unknown", "unknown"]
-    assert "Proposed: --seeds 3 to begin with; the same command then proposes from their spread." in out
+    assert "Proposed: --seeds 3 to begin with, as the spread of table3/hard_dynamic, table3/soft_fixed is unknown;" in out
     assert "3 rows at scale demo, 3 seed(s): 9 trainings; 0 done" in out
     write_records(seen(table3, hard_dynamic=HARD, soft_fixed=FIXED).values(), folder=Path("records"))
     first = typed(obowlab, "--seeds auto --records records --power 0.8")

@@ -156,10 +156,14 @@ def overview(
     if any(row.source == "seen" and row.effect is not None for row in rows):
         lines.append("A difference seen so far may be larger by luck than the true one; --effect POINTS says which one to find.")
     seeds = num_seeds(rows, most=most)
-    if not rows or any(row.needed is None for row in rows):
-        lines.append(f"Proposed: --seeds {seeds} to begin with; the same command then proposes from their spread.")
+    unknown = ", ".join(row.place for row in rows if row.needed is None)
+    short = ", ".join(row.place for row in rows if row.needed is not None and row.needed > seeds)
+    if unknown:
+        lines.append(
+            f"Proposed: --seeds {seeds} to begin with, as the spread of {unknown} is unknown; the same command proposes "
+            "again when they are trained. --rows leaves rows out."
+        )
     else:
-        short = ", ".join(row.place for row in rows if row.needed is not None and row.needed > seeds)
         lines.append(f"Proposed: --seeds {seeds}{f', the most that --max-seeds allows: too few for {short}' if short else ''}.")
     return [
         (
