@@ -20,6 +20,16 @@ def test_torchvision_weights_load_and_give_torchvisions_features(arch: str) -> N
         assert torch.allclose(ours.eval()(images), theirs.eval()(images), rtol=1e-5, atol=1e-5)
 
 
+def test_resnet10_is_torchvisions_resnet_of_one_block_a_stage() -> None:
+    theirs = torchvision.models.ResNet(torchvision.models.resnet.BasicBlock, [1, 1, 1, 1])
+    ours = build_backbone(Backbone(arch="resnet10"))
+    ours.load_state_dict({name: value for name, value in theirs.state_dict().items() if not name.startswith("fc.")}, strict=True)
+    theirs.fc = torch.nn.Identity()
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.allclose(ours.eval()(images), theirs.eval()(images), rtol=1e-5, atol=1e-5)
+
+
 def test_resnet34_has_torchvisions_keys() -> None:
     theirs = [name for name in torchvision.models.resnet34().state_dict() if not name.startswith("fc.")]
     assert list(build_backbone(Backbone(arch="resnet34")).state_dict()) == theirs

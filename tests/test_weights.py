@@ -170,7 +170,7 @@ def test_foreign_pixels_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 # --------------------------------------------------------------------------------------------------------------- import
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "resnet34", "resnet50"])
+@pytest.mark.parametrize("arch", ["resnet10", "resnet18", "resnet34", "resnet50"])
 def test_the_authors_feature_extractor(tmp_path: Path, arch: str) -> None:
     backbone = Backbone(arch=arch, width=4)
     encoder = worn(build_backbone(backbone, seed=0))

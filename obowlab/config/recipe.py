@@ -101,7 +101,7 @@ class Views(Section):
 class Backbone(Section):
     """The ResNet that student and teacher share."""
 
-    arch: Literal["resnet18", "resnet34", "resnet50"] = "resnet18"
+    arch: Literal["resnet10", "resnet18", "resnet34", "resnet50"] = "resnet18"
     stem: Literal["imagenet", "small"] = Field("imagenet", description="small: one 3x3 convolution and no max-pooling")
     width: Count = Field(64, description="channels of the first stage; torchvision's is 64")
 

@@ -66,7 +66,8 @@ def refuse_format(format: Format, *, backbone: Backbone, name: str) -> None:
     Raises:
         UserError: names the format that can hold it.
     """
-    if format in ("torchvision", "timm") and (backbone.stem, backbone.width) != ("imagenet", 64):
+    usual = (backbone.stem, backbone.width) == ("imagenet", 64) and backbone.arch != "resnet10"
+    if format in ("torchvision", "timm") and not usual:
         shape = f"stem '{backbone.stem}' and width {backbone.width}"
         raise UserError(
             f"{format} has no {backbone.arch} with {shape}, which {name} has: --format module --out FOLDER writes any encoder, "
