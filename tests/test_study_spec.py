@@ -17,10 +17,29 @@ from tests.studies import STUDY, tuning_of
 GOOD = STUDY.replace("{pruner}", "median").replace("{seeds}", "[0]")
 
 
-def test_scales_give_recipes_by_their_names() -> None:
-    assert [recipe_for("vanilla", scale) for scale in SCALES] == ["imagenet20-vanilla", "tiny-vanilla", "demo-vanilla"]
+def test_scales_give_recipes_by_their_names(tmp_path: Path) -> None:
+    found = [recipe_for("vanilla", scale, folder=tmp_path) for scale in SCALES]
+    assert found == ["imagenet20-vanilla", "tiny-vanilla", "demo-vanilla"]
     with pytest.raises(UserError, match=r"no scale 'tyny'\. Did you mean 'tiny'\?"):
-        recipe_for("vanilla", "tyny")
+        recipe_for("vanilla", "tyny", folder=tmp_path)
+
+
+def test_a_recipe_of_ones_own_lies_beside_the_file_and_is_the_same_at_every_scale(tmp_path: Path) -> None:
+    for name in ("mine", "vanilla"):
+        (tmp_path / f"{name}.toml").write_text('extends = "demo"\ntitle = "Mine"\n[training]\nepochs = 6\n')
+    own, vanilla = (str(tmp_path / f"{name}.toml") for name in ("mine", "vanilla"))
+    assert [recipe_for("mine", scale, folder=tmp_path) for scale in SCALES] == [own] * len(SCALES)
+    assert recipe_for("mine.toml", "tiny", folder=tmp_path) == own
+    assert recipe_for("vanilla", "tiny", folder=tmp_path) == "tiny-vanilla", "a shipped word keeps its meaning"
+    assert recipe_for("vanilla.toml", "tiny", folder=tmp_path) == vanilla
+    assert recipe_for("absent", "tiny", folder=tmp_path) == "tiny-absent"
+
+
+def test_a_study_of_ones_own_recipe(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text('extends = "demo"\ntitle = "Mine"\n[method]\nnum_words = 77\n')
+    tuning = tuning_of(tmp_path, text=GOOD.replace('base = "vanilla"', 'base = "mine"'))
+    assert tuning.base.name == "mine"
+    assert tuning.recipe(tuning.paper_point()).recipe.method.num_words == 77
 
 
 @pytest.mark.parametrize("scale", SCALES)

@@ -143,14 +143,14 @@ def test_a_mistake_in_a_table_file_is_one_sentence(change: tuple[str, str], comp
 
 def recipe_at(base: str, *, scale: str) -> str:
     """Know `only-here` at the scale demo alone."""
-    return "demo-full" if (base, scale) == ("only-here", "demo") else recipe_for(base, scale)
+    return "demo-full" if (base, scale) == ("only-here", "demo") else recipe_for(base, scale, folder=Path())
 
 
 def test_a_table_of_one_scale_is_shown_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "mine.toml"
     row = '[[row]]\nkey = "demo"\nlabel = "demo only"\nbase = "only-here"\n'
     path.write_text(VALID + row)
-    monkeypatch.setattr("obowlab.tables.spec.recipe_for", lambda base, scale: recipe_at(base, scale=scale))
+    monkeypatch.setattr("obowlab.tables.spec.recipe_for", lambda base, scale, folder: recipe_at(base, scale=scale))
     planned = load_table(str(path), scale="demo")
     assert [row.key for row in build_table(planned, seeds=[0], records={}).rows] == ["base", "demo"]
 

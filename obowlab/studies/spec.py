@@ -179,13 +179,12 @@ class Tuning:
             UserError: the values do not go together.
         """
         point = [f"{key}={text.toml(self.value_of(key, value))}" for key, value in params.items()]
-        loaded = load_recipe(recipe_for(self.spec.base, self.scale), overrides=(*self.overrides, *point))
+        name = recipe_for(self.spec.base, self.scale, folder=self.file.parent)
+        loaded = load_recipe(name, overrides=(*self.overrides, *point))
         every = self.every_epochs(loaded.recipe.training.epochs)
         if every == 0:
             return loaded
-        return load_recipe(
-            recipe_for(self.spec.base, self.scale), overrides=(*self.overrides, *point, f"evaluation.every_epochs={every}")
-        )
+        return load_recipe(name, overrides=(*self.overrides, *point, f"evaluation.every_epochs={every}"))
 
     def value_of(self, key: str, value: Any) -> Any:
         """Return a parameter's value as the recipe takes it: the choice behind a label, or the value itself."""
@@ -268,7 +267,7 @@ def plan_study(name: str, *, scale: str, overrides: Sequence[str] = (), study_na
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", chosen):
         raise UserError(f"Study name '{chosen}' (--name, or the file's): only letters, digits and '._-' will do for a folder.")
     changes = (*(f"{key}={text.toml(value)}" for key, value in spec.overrides.items()), *overrides)
-    base = load_recipe(recipe_for(spec.base, scale), overrides=changes)
+    base = load_recipe(recipe_for(spec.base, scale, folder=path.parent), overrides=changes)
     tuning = Tuning(name=chosen, file=path, spec=spec, scale=scale, base=base, overrides=changes, fixed=tuple(overrides))
     _check_objective(tuning)
     _check_keys(tuning)

@@ -59,7 +59,7 @@ class TableFile(Section):
     """A table file."""
 
     title: str
-    base: str = Field(description="base recipe without the scale's prefix (vanilla, full, ...), or a recipe file beside this one")
+    base: str = Field(description="base recipe without the scale's prefix (vanilla, full, ...), or a recipe beside this file")
     primary: str = Field(description="the metric that decides a row's verdict")
     columns: dict[str, str] = Field(description="metric -> heading")
     footnotes: tuple[str, ...] = ()
@@ -162,7 +162,7 @@ def load_table(name: str | Path, *, scale: str, changes: Mapping[str, Any] | Non
     common = dict(changes or {})
     texts = override_texts(common)
     base = cache(
-        lambda: load_recipe(_base_recipe(file.base, folder=path.parent, scale=scale), overrides=texts).recipe.fingerprint(seed=0)
+        lambda: load_recipe(recipe_for(file.base, scale, folder=path.parent), overrides=texts).recipe.fingerprint(seed=0)
     )
     try:
         if common:
@@ -265,7 +265,7 @@ def _plan(
     row: TableRow, *, file: TableFile, folder: Path, scale: str, base: Callable[[], str], changes: Mapping[str, Any]
 ) -> PlannedRow:
     """Resolve a row; `base` gives the fingerprint of the table's base recipe, called once the row itself is valid."""
-    name = _base_recipe(row.base or file.base, folder=folder, scale=scale)
+    name = recipe_for(row.base or file.base, scale, folder=folder)
     here = row.at.get(scale, AtScale())
     overrides = {**row.set, **here.set}
     try:
@@ -280,11 +280,6 @@ def _plan(
         is_base=loaded.recipe.fingerprint(seed=0) == base(),
         footnotes=(*row.footnotes, *here.footnotes),
     )
-
-
-def _base_recipe(base: str, *, folder: Path, scale: str) -> str:
-    """Return the shipped recipe of a base word at a scale, or the path of a recipe file that is the same at every scale."""
-    return str(folder / base) if base.endswith(".toml") else recipe_for(base, scale)
 
 
 def _differences(recipe: Recipe, other: Recipe) -> dict[str, tuple[Any, Any]]:
