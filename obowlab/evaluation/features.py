@@ -11,7 +11,6 @@ import errno
 import hashlib
 import json
 import os
-import secrets
 import shutil
 import tempfile
 import time
@@ -28,7 +27,7 @@ from torch import nn
 from obowlab.config import Recipe, Views, canonical_hash
 from obowlab.data.datasets import Split, open_split, subset
 from obowlab.errors import UserError
-from obowlab.files.opening import UnusableFileError, open_file, read_file
+from obowlab.files.opening import UnusableFileError, name_beside, open_file, read_file
 from obowlab.files.sharing import share, shared_folder
 from obowlab.views.loaders import centre_loader
 from obowlab.views.photometric import normalise
@@ -286,7 +285,7 @@ class _EntryWriter:
 @contextmanager
 def _entry_writer(entry: Path, *, key: dict[str, Any], count: int) -> Iterator[_EntryWriter]:
     """Write an entry under a temporary name and rename it when the block succeeds."""
-    temporary = entry.with_name(f".{entry.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    temporary = name_beside(entry)
     try:
         temporary.mkdir()
         share(temporary)
