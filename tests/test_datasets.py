@@ -570,6 +570,15 @@ def test_two_cannot_prepare_the_same(tmp_path: Path, image_folder: Path) -> None
             prepare("set", source=image_folder, data_root=tmp_path)
 
 
+def test_what_is_prepared_is_said_while_another_process_looks(tmp_path: Path, image_folder: Path) -> None:
+    prepare("set", source=image_folder, data_root=tmp_path)
+    with (tmp_path / ".set.lock").open("r+b") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert prepare("set", source=image_folder, data_root=tmp_path).already_prepared
+        with pytest.raises(UserError, match="Another process"):
+            prepare("set", source=image_folder, data_root=tmp_path, force=True)
+
+
 # --------------------------------------------------------------------------------------------------- damage and verifying
 
 

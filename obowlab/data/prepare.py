@@ -188,13 +188,20 @@ def prepare(
     else:
         found = source_of(name, source, labelled=labelled, val_fraction=val_fraction, data_root=data_root, force=force)
         contents = [_content(split, found, workers=workers) for split in found.splits]
+
+    def done_before() -> PrepareReport | None:
+        present = _present(name, data_root=data_root)
+        if found is not None:
+            _refuse_another(name, found, present=present)
+        if not _is_complete(contents, present=present, data_root=data_root):
+            return None
+        return PrepareReport(tuple(present), already_prepared=True, elapsed_s=time.monotonic() - start, notes=())
+
+    if not force and (report := done_before()):  # without the lock: two people who ask at once are both answered
+        return report
     with workplace(data_root, name, wait=found is None) as working:
-        if not force:
-            present = _present(name, data_root=data_root)
-            if found is not None:
-                _refuse_another(name, found, present=present)
-            if _is_complete(contents, present=present, data_root=data_root):
-                return PrepareReport(tuple(present), already_prepared=True, elapsed_s=time.monotonic() - start, notes=())
+        if not force and (report := done_before()):
+            return report
         refuse_closed(data_root, name)
         if found is not None:
             plan = _plan(name, found, data_root=data_root, workers=workers)
