@@ -215,6 +215,11 @@ def test_verdicts_follow_the_papers_direction(table3: PlannedTable) -> None:
     assert cell.against_paper is None, "not at this scale"
     assert not table.comparable
     assert table.footnotes[0] == NOTICE
+    lines = [line.split(" | ") for line in render.as_text([table], form="verdicts").splitlines() if line.startswith("| table3")]
+    assert [(line[1], *line[4:6], line[7]) for line in lines] == [
+        ("hard codes, dynamic head", "-2.46", "+5.00 ± 0.00", "✗ disagrees"),
+        ("soft codes, fixed head", "-60.44", "-38.00 ± 0.00", "✓ agrees"),
+    ]
 
 
 def test_a_difference_within_the_noise_is_indistinguishable(table3: PlannedTable) -> None:
@@ -317,7 +322,7 @@ def test_what_a_small_scale_changes_beside_the_row_is_said() -> None:
     planned = load_table("table1", scale="tiny")
     table = build_table(planned, seeds=[0], records={})
     notes = {row.key: " ".join(table.footnotes[number - 1] for number in row.notes) for row in table.rows}
-    assert "training.epochs 7 (base row 18)" in notes["full_local_average"]
+    assert "training.epochs 8 (base row 22)" in notes["full_local_average"]
     assert "method.levels" not in notes["full_local_average"]
     assert "At this scale the row differs" not in notes["queue_local"]
 
