@@ -187,6 +187,7 @@ def test_fingerprint_is_of_everything_that_changes_weights_and_of_nothing_else()
         "views.crop_extent": "whole",
         "backbone.arch": "resnet50",
         "backbone.stem": "imagenet",
+        "backbone.padding": "same",
         "method.levels": ["conv4"],
         "method.codes": "hard",
         "method.pooling": "mean",

@@ -84,7 +84,7 @@ def plain_network(encoder: nn.Module, *, info: EncoderInfo) -> nn.Module:
     to float32 [3, S, S]; it rounds tall images in another order than `Encoder.transform` where Pillow is 13 or newer.
     """
     with torch.device("meta"):
-        network = standalone.build(info.backbone.arch, info.backbone.stem, info.backbone.width)
+        network = standalone.build(info.backbone.arch, info.backbone.stem, info.backbone.width, info.backbone.padding)
     state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in encoder.state_dict().items()}
     network.load_state_dict(state, assign=True)
     network.transform = transforms.Compose(
@@ -171,10 +171,11 @@ def module_text(info: EncoderInfo) -> str:
     """Return the text of a module that builds this encoder, loads its weights and prepares its images."""
     backbone, text = info.backbone, Path(standalone.__file__).read_text(encoding="utf-8")
     source = re.sub(r"[^\w.-]", "_", info.source)  # it may be the name of any file
-    head = f'"""The {backbone.arch} of {source}, written by obowlab: `load()` returns it, `transform` prepares its images."""\n'
+    head = f'"""The {backbone.arch} of {source}, written by obowlab: `load()` returns it, `transform` prepares its images.'
+    head += f'{_origin_text(info)}"""\n'
     text = re.sub(r'\A""".*?"""\n', lambda _: head, text, flags=re.DOTALL)
     values = {
-        "ARCH, STEM, WIDTH": (backbone.arch, backbone.stem, backbone.width),
+        "ARCH, STEM, WIDTH, PADDING": (backbone.arch, backbone.stem, backbone.width, backbone.padding),
         "RESIZE, SIZE": (info.original_resize, info.original_size),
         "MEAN, STD": (info.mean, info.std),
     }
@@ -182,6 +183,15 @@ def module_text(info: EncoderInfo) -> str:
         text, count = re.subn(rf"^{names} = .*$", f"{names} = {value!r}", text, flags=re.MULTILINE)
         assert count == 1, names
     return text
+
+
+def _origin_text(info: EncoderInfo) -> str:
+    """Return lines for a docstring on where an imported encoder comes from; it may hold any text."""
+    if info.origin is None:
+        return ""
+    facts = {"Licence of the weights": info.origin.licence or "not said", "Imported from a file of SHA-256": info.origin.sha256}
+    lines = (re.sub(r"[^\w.,:/()+ -]", "_", f"{what}: {value}") for what, value in facts.items())
+    return "\n\n" + "\n".join(f"{line}." for line in lines) + "\n"
 
 
 def _state(encoder: Encoder) -> dict[str, torch.Tensor]:

@@ -66,9 +66,10 @@ def refuse_format(format: Format, *, backbone: Backbone, name: str) -> None:
     Raises:
         UserError: names the format that can hold it.
     """
-    usual = (backbone.stem, backbone.width) == ("imagenet", 64) and backbone.arch != "resnet10"
+    usual = backbone == Backbone(arch=backbone.arch) and backbone.arch != "resnet10"
     if format in ("torchvision", "timm") and not usual:
         shape = f"stem '{backbone.stem}' and width {backbone.width}"
+        shape += f" and padding '{backbone.padding}'" if backbone.padding != "torchvision" else ""
         raise UserError(
             f"{format} has no {backbone.arch} with {shape}, which {name} has: --format module --out FOLDER writes any encoder, "
             "with a module that needs torch and torchvision only."
