@@ -389,6 +389,15 @@ TRAPS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: {"layer3.6.conv1.weight": torch.zeros(1)} | dict(network().state_dict()),
         "2-2-3-2 blocks",
     ),
+    "a number in the place of a tensor": (
+        lambda: {**network().state_dict(), "layer1.0.bn1.bias": 3},
+        r"'layer1\.0\.bn1\.bias' is no tensor but int",
+    ),
+    "a name twice": (
+        lambda: {"model": {**detectron2_names(dict(network().state_dict())), "conv1.norm.bias": torch.zeros(WIDTH)}},
+        r"unexpected: conv1\.norm\.bias",
+    ),
+    "names that are numbers": (lambda: {0: torch.zeros(2)}, "its first key is '0'"),
     "no tensors": (lambda: {"epoch": 3, "optimizer": {}}, "holds no state dict: its keys are epoch, optimizer"),
     "one tensor": (lambda: torch.zeros(3), "it holds one Tensor"),
 }

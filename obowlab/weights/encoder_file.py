@@ -26,7 +26,7 @@ from obowlab.tracking.model import ModelVersion, downloaded_weights
 from obowlab.views.centre import CentreView
 from obowlab.views.views import MEAN, STD
 from obowlab.weights.info import METADATA_KEY, EncoderInfo, Origin, encoder_info, refuse_own
-from obowlab.weights.networks import Found, find
+from obowlab.weights.networks import DROPPED, Found, find
 from obowlab.weights.reading import WeightsFile, check_tensors, read_module, read_weights
 from obowlab.weights.released import build_encoder, build_model, infer_backbone
 from obowlab.weights.releases import Mean
@@ -274,21 +274,21 @@ def import_read(file: WeightsFile, *, choices: Choices, origin: Path) -> Importe
     """Import what was read from a file of others; see `import_weights`."""
     found = find(file, network=choices.network, release=choices.release, drop=choices.drop, origin=origin)
     network, parted = found.network, found.parted
-    if found.is_full_model and choices.network is None:
+    if found.is_full_model and choices.network is None and choices.padding != "same":
         prefix = network.prefix.removesuffix("feature_extractor.")
-        state = {str(name).removeprefix(prefix): tensor for name, tensor in network.names.items()}
+        dropped = {name: what for name, what in parted.aside.items() if what == DROPPED}
+        state = {name.removeprefix(prefix): tensor for name, tensor in network.names.items() if name not in dropped}
         check_tensors(state, spell=lambda name: prefix + name, origin=origin)
         method, backbone, unused = build_model(state, origin=origin, prefix=prefix)
         info = _foreign_info(method.encoder, backbone=backbone, found=found, choices=choices, origin=origin)
-        return Imported(encoder=method.encoder, info=info, found=found, method=method, unused=unused)
+        return Imported(encoder=method.encoder, info=info, found=found, method=method, unused=unused | dropped)
 
     check_tensors(parted.state, spell=found.spell, origin=origin)
-    backbone = infer_backbone(parted.state, origin=origin)
+    named = {name: network.naming.tensor(tensor) for name, tensor in parted.state.items()}
+    backbone = infer_backbone(named, origin=origin)
     padding = choices.padding or (found.release.padding if found.release is not None else "torchvision")
     backbone = backbone.model_copy(update={"padding": padding})
-    encoder = build_encoder(
-        parted.state, backbone=backbone, origin=origin, spell=found.spell, left_over=[str(name) for name in parted.left_over]
-    )
+    encoder = build_encoder(named, backbone=backbone, origin=origin, spell=found.spell, left_over=parted.left_over)
     info = _foreign_info(encoder, backbone=backbone, found=found, choices=choices, origin=origin)
     num_filled = sum(name.endswith("num_batches_tracked") for name in encoder.state_dict().keys() - parted.state.keys())
     return Imported(encoder=encoder, info=info, found=found, unused=parted.aside, num_filled=num_filled)

@@ -30,6 +30,8 @@ from obowlab.weights.releases import (
     set_aside_as,
 )
 
+DROPPED = "left out, as --drop says"
+
 DEEPEST = 5
 """How many keys lead to a state dict at most; VISSL's has four."""
 
@@ -60,6 +62,10 @@ class Network:
         """The words by which it can be asked for: its keys and the parts of its prefix."""
         return (*self.container, *(part for part in re.split(r"[./]", self.prefix) if part))
 
+    def is_its_own(self, name: str) -> bool:
+        """Return whether a tensor of its state dict is the encoder's."""
+        return name.startswith(self.prefix) and TRUNK.match(self.naming.ours(name.removeprefix(self.prefix))) is not None
+
     def __str__(self) -> str:
         """Return its keys and prefix as a user may read them."""
         return " > ".join((*self.container, self.prefix)) if self.prefix else " > ".join(self.container) or "top level"
@@ -70,7 +76,7 @@ class Parted:
     """The tensors of a chosen network, and the rest of its state dict.
 
     Attributes:
-        state: the encoder's tensors in torchvision's names and layout.
+        state: the encoder's tensors in torchvision's names, as they lie in the file.
         spelt: the file's name of each of them.
         aside: names of the file that have a known place beside an encoder, with what they are.
         left_over: names of the file that have none.
@@ -132,8 +138,9 @@ def find(
         raise _no_network(file.content, origin=origin)
     refuse_traps(networks, meta=file.content.get("meta"), origin=origin)
     chosen = choose_network(networks, asked=network, origin=origin)
-    odd = next((name for name, value in chosen.names.items() if not isinstance(value, Tensor | np.ndarray)), None)
-    if odd is not None and chosen.container:
+    others = (name for name, value in chosen.names.items() if not isinstance(value, Tensor | np.ndarray))
+    odd = next((name for name in others if chosen.container or chosen.is_its_own(name)), None)
+    if odd is not None:
         raise UserError(f"{origin} has a state dict in which '{odd}' is no tensor but {type(chosen.names[odd]).__name__}.")
     parted = part(chosen, others=networks, drop=drop)
     top = [str(key) for key in file.content] if chosen.container else []
@@ -149,7 +156,7 @@ def find(
 
 
 def _no_network(content: Mapping[str, Any], *, origin: Path) -> UserError:
-    names = [str(name) for _, mapping in _state_dicts(content, ()) for name in mapping]
+    names = [name for _, mapping in _state_dicts(content, ()) for name in mapping]
     if not names:
         inside = f"its keys are {_some(map(str, content))}" if content else "it is empty"
         return UserError(f"{origin} holds no state dict: {inside}.")
@@ -170,7 +177,7 @@ def refuse_traps(networks: Sequence[Network], *, meta: object, origin: Path) -> 
     Raises:
         UserError: says what the network is.
     """
-    names = [str(name) for network in networks for name in network.names]
+    names = [name for network in networks for name in network.names]
     for pattern, told in TRAPS.items():
         if any(re.search(pattern, name) for name in names):
             raise UserError(f"{origin} cannot be imported: {told}.")
@@ -193,7 +200,7 @@ def find_networks(content: Mapping[str, Any]) -> list[Network]:
 
 def _state_dicts(content: Mapping[str, Any], keys: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
     if any(isinstance(value, Tensor | np.ndarray) for value in content.values()):
-        yield keys, content
+        yield keys, {str(name): value for name, value in content.items()}
     if len(keys) < DEEPEST:
         for key, value in content.items():
             if isinstance(value, Mapping):
@@ -203,10 +210,10 @@ def _state_dicts(content: Mapping[str, Any], keys: tuple[str, ...]) -> Iterator[
 def _networks_of(container: tuple[str, ...], names: Mapping[str, Any]) -> Iterator[Network]:
     for scheme, naming in NAMINGS.items():
         prefixes = dict.fromkeys(
-            str(name)[: -len(block)]
+            name[: -len(block)]
             for name in names
             for block in naming.block
-            if str(name).endswith(block) and str(name)[: -len(block)][-1:] in ("", ".", "/")
+            if name.endswith(block) and name[: -len(block)][-1:] in ("", ".", "/")
         )
         for prefix in prefixes:
             if any(f"{prefix}{first}" in names for first in naming.first):
@@ -248,7 +255,7 @@ def _list(networks: Sequence[Network]) -> str:
 
 
 def part(network: Network, *, others: Sequence[Network] = (), drop: Sequence[str] = ()) -> Parted:
-    """Part the encoder's tensors from the rest of its state dict, and give them torchvision's names and layout.
+    """Part the encoder's tensors from the rest of its state dict, and give them torchvision's names.
 
     Args:
         network: the chosen one.
@@ -262,13 +269,13 @@ def part(network: Network, *, others: Sequence[Network] = (), drop: Sequence[str
     aside: dict[str, str] = {}
     left_over: list[str] = []
     for name, value in network.names.items():
-        ours = network.naming.ours(name.removeprefix(network.prefix)) if name.startswith(network.prefix) else ""
+        ours = network.naming.ours(name.removeprefix(network.prefix))
         shown = _beside_name(name, network=network)
-        if TRUNK.match(ours):
-            tensor = torch.from_numpy(np.ascontiguousarray(value)) if isinstance(value, np.ndarray) else value
-            state[ours], spelt[ours] = network.naming.tensor(tensor), name
+        if network.is_its_own(name) and ours not in state:
+            state[ours] = torch.from_numpy(np.ascontiguousarray(value)) if isinstance(value, np.ndarray) else value
+            spelt[ours] = name
         elif name.startswith(tuple(drop)) or shown.startswith(tuple(drop)):
-            aside[name] = "left out, as --drop says"
+            aside[name] = DROPPED
         elif not name.startswith(network.prefix) and not others_parts.isdisjoint(re.split(r"[./]", name)):
             aside[name] = "another network"
         elif (what := set_aside_as(shown)) is not None:
