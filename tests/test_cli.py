@@ -210,7 +210,7 @@ BAD = {
     "weights import nothing.pth": "no file 'nothing.pth'",
     "weights export nothing --out x.pth": "no run 'nothing'",
     "weights export nothing": "--out",
-    "weights export nothing --out x --format onnx": "'onnx' is not one of",
+    "weights export nothing --out x --format caffe": "'caffe' is not one of",
     "tune": "Name a study",
     "tune kappa-dleta": "Did you mean 'kappa-delta'?",
     "tune kappa-delta --scale dem": "'dem' is not one of 'paper', 'tiny', 'demo'. Did you mean 'demo'?",

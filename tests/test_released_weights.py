@@ -27,6 +27,7 @@ from obowlab.methods import build_backbone
 from obowlab.weights import standalone
 from obowlab.weights.encoder_file import Choices, Encoder, import_weights, read_encoder
 from obowlab.weights.export import export
+from obowlab.weights.formats import FORMATS
 from obowlab.weights.inspection import inspect
 from obowlab.weights.releases import RELEASE_KEYS, RELEASES
 from tests.command_line import Obowlab
@@ -568,7 +569,9 @@ FILES = {
 
 
 def test_the_page_has_every_format() -> None:
-    rows = [line for line in PAGE.read_text().splitlines() if line.startswith("| `")]
+    imports, _, exports = PAGE.read_text().partition("## Exports")
+    assert set(re.findall(r"(?m)^\| `(\w+)`", exports)) == set(FORMATS)
+    rows = [line for line in imports.splitlines() if line.startswith("| `")]
     assert sorted(itertools.chain(*(re.findall(r"`([\w-]+)`", row.split("|")[1]) for row in rows))) == sorted(RELEASE_KEYS)
     for release in RELEASES:
         row = next(row for row in rows if f"`{release.key}`" in row.split("|")[1])

@@ -19,7 +19,7 @@ from obowlab.weights.releases import RELEASE_KEYS as RELEASES
 if TYPE_CHECKING:
     from obowlab.weights.formats import Format
 
-FORMATS = ("torchvision", "timm", "safetensors", "module")
+FORMATS = ("torchvision", "timm", "mmpretrain", "detectron2", "onnx", "safetensors", "module")
 PADDINGS = ("torchvision", "same")
 
 
@@ -139,7 +139,7 @@ def import_file(file: Path, out: Path | None, force: bool, choices: dict[str, An
     "--format",
     "asked",
     type=click.Choice(FORMATS),
-    help="What to write. [default: by --out, .pth torchvision, .safetensors safetensors, a folder module]",
+    help="What to write. [default: by --out, .pth torchvision, .pkl detectron2, .onnx, .safetensors, a folder module]",
 )
 @click.option("--out", type=PATH, required=True, metavar="PATH", help="File to write, or folder (timm, module).")
 @click.option("--force", is_flag=True, help="Replace the files if they are there.")
@@ -148,9 +148,10 @@ def import_file(file: Path, out: Path | None, force: bool, choices: dict[str, An
 def export_file(encoder: str, asked: str | None, out: Path, force: bool, options: MachineOptions, dry_run: bool) -> None:
     """Write the encoder of a run, a weights file or a model version (models:/NAME/VERSION) for use elsewhere, and check it.
 
-    torchvision: a state dict with its names. timm: a folder for timm.create_model("local-dir:PATH", pretrained=True). Both are
-    for networks of the usual width and stem. module: a folder with encoder.py, which needs torch and torchvision only, for any
-    network. safetensors: obowlab's own file.
+    torchvision, mmpretrain: a state dict with torchvision's names. timm: a folder for timm.create_model("local-dir:PATH",
+    pretrained=True). detectron2: a .pkl, and its settings beside it. These four are for networks of the usual width, stem and
+    padding. onnx, module (a folder with encoder.py, which needs torch and torchvision only), safetensors (obowlab's own file):
+    for any network.
 
     What was written is read back and the features of a random batch are compared; files whose features differ are not kept.
     """
@@ -171,11 +172,14 @@ def export_file(encoder: str, asked: str | None, out: Path, force: bool, options
         return
     from obowlab.weights.encoder_file import read_source
     from obowlab.weights.export import export
+    from obowlab.weights.usage import usage
 
-    written = export(read_source(source), format=format_, path=out)
+    subject = read_source(source)
+    written = export(subject, format=format_, path=out)
     click.echo(
         f"Wrote {written.path} ({format_}); largest difference of a feature after reading it back: {written.max_difference:.3g}."
     )
+    click.echo(usage(format_, info=subject.info, path=out))
 
 
 def _refuse_absent(file: Path) -> None:

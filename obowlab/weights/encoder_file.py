@@ -280,7 +280,7 @@ def import_read(file: WeightsFile, *, choices: Choices, origin: Path) -> Importe
         state = {name.removeprefix(prefix): tensor for name, tensor in network.names.items() if name not in dropped}
         check_tensors(state, spell=lambda name: prefix + name, origin=origin)
         method, backbone, unused = build_model(state, origin=origin, prefix=prefix)
-        info = _foreign_info(method.encoder, backbone=backbone, found=found, choices=choices, origin=origin)
+        info = _foreign_info(method.encoder, backbone=backbone, file=file, found=found, choices=choices, origin=origin)
         return Imported(encoder=method.encoder, info=info, found=found, method=method, unused=unused | dropped)
 
     check_tensors(parted.state, spell=found.spell, origin=origin)
@@ -289,31 +289,46 @@ def import_read(file: WeightsFile, *, choices: Choices, origin: Path) -> Importe
     padding = choices.padding or (found.release.padding if found.release is not None else "torchvision")
     backbone = backbone.model_copy(update={"padding": padding})
     encoder = build_encoder(named, backbone=backbone, origin=origin, spell=found.spell, left_over=parted.left_over)
-    info = _foreign_info(encoder, backbone=backbone, found=found, choices=choices, origin=origin)
+    info = _foreign_info(encoder, backbone=backbone, file=file, found=found, choices=choices, origin=origin)
     num_filled = sum(name.endswith("num_batches_tracked") for name in encoder.state_dict().keys() - parted.state.keys())
     return Imported(encoder=encoder, info=info, found=found, unused=parted.aside, num_filled=num_filled)
 
 
-def _foreign_info(model: ResNet, *, backbone: Backbone, found: Found, choices: Choices, origin: Path) -> EncoderInfo:
-    views, release = Views(), found.release
+def _foreign_info(
+    model: ResNet, *, backbone: Backbone, file: WeightsFile, found: Found, choices: Choices, origin: Path
+) -> EncoderInfo:
+    """Return what is known of an imported encoder: by the user, else by what obowlab exported, else by the format."""
+    views, release, kept, hash_ = Views(), found.release, file.kept, weights_hash(model)
+    with origin.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    if kept is None:
+        kept = EncoderInfo(
+            backbone=backbone,
+            original_resize=views.original_resize,
+            original_size=views.original_size,
+            mean=MEAN if release is None or release.mean is None else release.mean,
+            std=STD if release is None or release.std is None else release.std,
+            source=origin.name,
+            weights_hash=hash_,
+        )
     trained_with = "torchvision" if release is None else release.padding
     lost = f"it was trained with padding '{trained_with}', not '{backbone.padding}'"
-    with origin.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return EncoderInfo(
-        backbone=backbone,
-        original_resize=views.original_resize,
-        original_size=views.original_size,
-        mean=choices.mean or (MEAN if release is None or release.mean is None else release.mean),
-        std=choices.std or (STD if release is None or release.std is None else release.std),
-        source=origin.name,
-        weights_hash=weights_hash(model),
-        origin=Origin(
-            sha256=digest,
-            release=release.key if release is not None else None,
-            licence=choices.licence,
-            degraded=lost if trained_with == "same" != backbone.padding else None,
-        ),
+    source = kept.origin or Origin(
+        sha256=digest,
+        release=release.key if release is not None else None,
+        degraded=lost if trained_with == "same" != backbone.padding else None,
+    )
+    is_same = kept.weights_hash == hash_
+    return kept.model_copy(
+        update={
+            "backbone": backbone,
+            "mean": choices.mean or kept.mean,
+            "std": choices.std or kept.std,
+            "source": kept.source if is_same else origin.name,
+            "fingerprint": kept.fingerprint if is_same else None,
+            "weights_hash": hash_,
+            "origin": source if choices.licence is None else source.model_copy(update={"licence": choices.licence}),
+        }
     )
 
 

@@ -6,9 +6,11 @@ No code from a file is run: torch files are read with `weights_only=True`. What 
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import tempfile
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,7 +26,10 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from obowlab.errors import UserError, memory_sentence
 from obowlab.weights.info import (
     DAMAGED,
+    METADATA_KEY,
+    EncoderInfo,
     beginning,
+    encoder_info,
     is_safetensors,
     is_torch_archive,
     no_torch_file,
@@ -50,11 +55,13 @@ class WeightsFile:
         content: as it is nested in the file; tensors, and whatever is beside them.
         container: what kind of file it is.
         metadata: of a safetensors file.
+        kept: what an export of obowlab in torchvision's names says of its encoder.
     """
 
     content: Mapping[str, Any]
     container: str
     metadata: Mapping[str, str] = field(default_factory=dict)
+    kept: EncoderInfo | None = None
 
 
 def read_weights(path: Path, *, plain_objects: bool = False) -> WeightsFile:
@@ -79,7 +86,8 @@ def read_weights(path: Path, *, plain_objects: bool = False) -> WeightsFile:
                 if not is_torch_archive(archive):
                     return _read_member(archive, path=path, plain_objects=plain_objects)
         kind = "torch file" if start.startswith(b"PK") else "torch file as before torch 1.6"
-        return WeightsFile(content=_read_torch(path, plain_objects=plain_objects), container=kind)
+        content = _read_torch(path, plain_objects=plain_objects)
+        return WeightsFile(content=content, container=kind, kept=_kept_info(content, origin=path))
     except (OSError, zipfile.BadZipFile) as error:
         raise unreadable(path, error) from None
 
@@ -118,6 +126,11 @@ def _read_torch(path: Path, *, plain_objects: bool) -> Mapping[str, Any]:
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds no state dict: it holds one {type(content).__name__}.")
     return content
+
+
+def _kept_info(content: Mapping[str, Any], *, origin: Path) -> EncoderInfo | None:
+    said = vars(content).get(METADATA_KEY) if isinstance(content, OrderedDict) else None
+    return None if said is None else encoder_info({METADATA_KEY: json.dumps(said, default=str)}, origin=origin)
 
 
 _OF_NUMPY: dict[str, Any] = {"scalar": np.float64(0), "_reconstruct": np.zeros(0)}
