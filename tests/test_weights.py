@@ -546,7 +546,7 @@ def test_missing_keys_have_the_names_of_the_file(tmp_path: Path) -> None:
 def test_several_networks_in_a_file_are_named(tmp_path: Path) -> None:
     state = build_backbone(NARROW).state_dict()
     both = {f"{part}.{name}": tensor for part in ("student", "teacher") for name, tensor in state.items()}
-    with pytest.raises(UserError, match=r"several networks \(network > student\., network > teacher\.\)"):
+    with pytest.raises(UserError, match=r"several networks \('network > student\.', 'network > teacher\.'\)"):
         read_encoder(save(tmp_path / "both.pth", both))
 
 

@@ -33,9 +33,9 @@ def inspect(path: Path, *, choices: Choices) -> Iterator[str]:
         yield f"encoder     of obowlab, from {own.source}: {_network(own)}"
         yield from about(own)
         return
+    if any(not isinstance(value, Tensor) for value in file.content.values()):
+        yield f"top level   {_some([_value(key, value) for key, value in file.content.items()], shown=12)}"
     found = find(file, network=choices.network, release=choices.release, drop=choices.drop, origin=path)
-    if found.top:
-        yield f"top level   {', '.join(_value(key, value) for key, value in file.content.items())}"
     yield f"network     {found.network}{_others(found)}"
     yield f"format      {found.release.title if found.release is not None else 'not a known one'}; {found.network.scheme} names"
     for what in dict.fromkeys(found.parted.aside.values()):
@@ -94,5 +94,5 @@ def _value(key: object, value: Any) -> str:
     return f"{key} ({value!r:.20})" if isinstance(value, str | int | float) else f"{key} ({type(value).__name__})"
 
 
-def _some(names: Sequence[object]) -> str:
-    return ", ".join(map(str, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def _some(names: Sequence[object], *, shown: int = 3) -> str:
+    return ", ".join(map(str, names[:shown])) + (f" and {len(names) - shown} more" if len(names) > shown else "")

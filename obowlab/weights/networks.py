@@ -251,7 +251,7 @@ def _rank(network: Network) -> tuple[bool, int, int]:
 
 
 def _list(networks: Sequence[Network]) -> str:
-    return ", ".join(map(str, networks))
+    return ", ".join(f"'{network}'" for network in networks)
 
 
 def part(network: Network, *, others: Sequence[Network] = (), drop: Sequence[str] = ()) -> Parted:

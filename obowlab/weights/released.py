@@ -41,8 +41,8 @@ def infer_backbone(state: Mapping[str, Tensor], *, origin: Path) -> Backbone:
     inner = state.get("layer1.0.conv1.weight")
     if inner is not None and inner.dim() == 4 and len(inner) == 2 * len(stem):
         raise UserError(
-            f"{origin} holds a ResNet of torchvision that is wide inside its blocks only (wide_resnet50_2); obowlab's width is "
-            "that of every layer, as of SimCLR's and SwAV's."
+            f"{origin} holds a ResNet that is wide inside its blocks only, as wide_resnet50_2 and resnext50_32x4d; obowlab's "
+            "width is that of every layer, as of SimCLR's and SwAV's."
         )
     return Backbone.model_validate({"arch": arch, "stem": "small" if stem.shape[2] == 3 else "imagenet", "width": stem.shape[0]})
 

@@ -94,6 +94,7 @@ class Release:
 
 
 NON_COMMERCIAL = "CC BY-NC 4.0"
+BARE = "(state_dict|model)?"
 SIMCLR_PIXELS: tuple[Mean, Mean] = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 """SimCLR's pixels are in [0, 1]."""
 
@@ -150,7 +151,7 @@ RELEASES: tuple[Release, ...] = (
         "simclr",
         "SimCLR v1, by simclr-converter",
         "Apache-2.0",
-        "state_dict",
+        BARE,
         "",
         "torchvision",
         (),
@@ -158,12 +159,12 @@ RELEASES: tuple[Release, ...] = (
         *SIMCLR_PIXELS,
         is_asked_for=True,
     ),
-    Release("byol", "BYOL, by byol-convert", NON_COMMERCIAL, "", "", padding="same", is_asked_for=True),
-    Release("dino-backbone", "DINO, backbone", "Apache-2.0", "", "", is_asked_for=True),
-    Release("barlow-twins-backbone", "Barlow Twins, backbone", "MIT", "", "", is_asked_for=True),
-    Release("vicreg-backbone", "VICReg, backbone", "MIT", "", "", is_asked_for=True),
-    Release("timm", "timm", "per model card", "", "", is_asked_for=True),
-    Release("torchvision", "torchvision's names", "BSD-3-Clause (of torchvision's own files)", "(state_dict)?", ""),
+    Release("byol", "BYOL, by byol-convert", NON_COMMERCIAL, BARE, "", padding="same", is_asked_for=True),
+    Release("dino-backbone", "DINO, backbone", "Apache-2.0", BARE, "", is_asked_for=True),
+    Release("barlow-twins-backbone", "Barlow Twins, backbone", "MIT", BARE, "", is_asked_for=True),
+    Release("vicreg-backbone", "VICReg, backbone", "MIT", BARE, "", is_asked_for=True),
+    Release("timm", "timm", "per model card", BARE, "", is_asked_for=True),
+    Release("torchvision", "torchvision's names", "BSD-3-Clause (of torchvision's own files)", BARE, ""),
 )
 """The formats, the particular ones first: a file is of the first that fits."""
 
