@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import re
 import shlex
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -414,6 +415,23 @@ def test_traps_are_refused_with_one_sentence(tmp_path: Path, name: str) -> None:
             read(tmp_path / "trap.pth")
         assert "\n" not in str(told.value)
         assert str(told.value).count(". ") == 0
+
+
+def test_plain_objects_of_an_older_numpy_are_read_and_others_are_not(tmp_path: Path) -> None:
+    """numpy 1 wrote other names of the same functions; what is not in the narrow list is refused with another sentence."""
+    content = {"best_acc": np.float32(71.1), "epochs": np.arange(3), "state_dict": dict(network().state_dict())}
+    torch.save(content, tmp_path / "new.pth")
+    with zipfile.ZipFile(tmp_path / "new.pth") as new, zipfile.ZipFile(tmp_path / "old.pth", "w") as old:
+        for name in new.namelist():
+            old.writestr(name, new.read(name).replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n"))
+    assert (tmp_path / "old.pth").read_bytes() != (tmp_path / "new.pth").read_bytes()
+    for name in ("new.pth", "old.pth"):
+        import_weights(tmp_path / name, choices=Choices(plain_objects=True))
+        with pytest.raises(UserError, match="--allow-plain-objects"):
+            import_weights(tmp_path / name)
+    torch.save(content | {"path": Path("/data")}, tmp_path / "path.pth")
+    with pytest.raises(UserError, match=r"\(pathlib\.\S+\).*save model\.state_dict\(\) instead"):
+        import_weights(tmp_path / "path.pth", choices=Choices(plain_objects=True))
 
 
 def test_what_is_left_over_can_be_dropped_by_its_name(tmp_path: Path) -> None:

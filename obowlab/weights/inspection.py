@@ -66,7 +66,7 @@ def notes(imported: Imported) -> Iterator[str]:
     release, origin = imported.found.release, imported.info.origin
     if imported.num_filled:
         yield f"note        {imported.num_filled} batch norms lacked num_batches_tracked, which is 0 now; nothing here reads it"
-    if release is not None and release.key == "torchvision":
+    if origin is not None and origin.release == "torchvision":
         yield "note        other files have these names too: --as says which; simclr and byol differ in pixels and padding"
     elif release is not None and (origin is None or origin.licence is None):
         yield f"note        the authors' own files are under {release.licence}; --licence keeps that with the weights"

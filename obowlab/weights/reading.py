@@ -122,7 +122,7 @@ def _read_torch(path: Path, *, plain_objects: bool) -> Mapping[str, Any]:
         with path.open("rb") as file, torch.serialization.safe_globals(list(_PLAIN) if plain_objects else []):
             content: Any = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or foreign file makes torch's reader fail in a dozen ways; all mean the same here
-        raise no_torch_file(path, reason=_reason(str(error), path=path)) from None
+        raise no_torch_file(path, reason=_reason(str(error), path=path, plain_objects=plain_objects)) from None
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds no state dict: it holds one {type(content).__name__}.")
     return content
@@ -143,7 +143,7 @@ _PLAIN: tuple[Any, ...] = (
         for core in ("core", "_core")
         for name, made in _OF_NUMPY.items()
     ),
-    *(np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in ("float64", "float32", "int64"))),
+    *(np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in "?bhilBefd")),
 )
 """The classes of settings and of numbers that files of others hold beside tensors; none of them runs code when it is read."""
 
@@ -182,10 +182,10 @@ _OF_A_RESNET = (
 """The classes of `obowlab.weights.export.plain_network`."""
 
 
-def _reason(message: str, *, path: Path) -> str:
+def _reason(message: str, *, path: Path, plain_objects: bool = True) -> str:
     """Return what torch's reader found, without its advice to read the file unsafely."""
     found = re.search(r"GLOBAL ([\w.]+)", message)
-    if found is not None and re.match(r"argparse\.Namespace$|numpy\b", found[1]):
+    if found is not None and not plain_objects and re.match(r"argparse\.Namespace$|numpy\b", found[1]):
         return (
             f"it holds a Python object besides tensors ({found[1]}), which carries no code: "
             "`obowlab weights import --allow-plain-objects` reads it"
