@@ -107,8 +107,12 @@ class Backbone(Section):
 
 
 class Optimizer(Section):
-    """SGD and its learning rate (docs/method.md, sections 6.5 and 8.1)."""
+    """SGD, as it is or with a step for every layer's size, and its learning rate (docs/method.md, sections 6.5 and 8.1)."""
 
+    name: Literal["sgd", "lars_byol", "lars_simclr", "larc"] = Field(
+        "sgd", description="LARS in BYOL's or SimCLR's form and SwAV's LARC scale the step of each tensor by its norm"
+    )
+    trust: Positive = Field(0.001, description="of LARS and LARC: norm of a step at a learning rate of 1 over the tensor's")
     learning_rate: Positive = 0.05
     end_learning_rate: Annotated[float, Field(ge=0.0)] = 0.0
     warmup_epochs: Annotated[float, Field(ge=0.0)] = 0.0

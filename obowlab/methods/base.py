@@ -224,12 +224,24 @@ class Method(nn.Module, ABC, Generic[SettingsT]):
         """Return the words, sharing memory with the method; None for a method that has none."""
         return None
 
+    def rate_groups(self) -> list[dict[str, Any]]:
+        """Return what is learnt at a rate of its own, in groups of `name`, `params`, and one or both of these.
+
+        `rate_factor` multiplies the rate. With `fixed_rate` true it is the recipe's at every step, whatever the schedule.
+        """
+        return []
+
     def param_groups(self, *, weight_decay: float) -> list[dict[str, Any]]:
-        """Return the optimiser's groups: `method`, which is student and heads, and `monitor` if there is an online classifier."""
+        """Return the optimiser's groups.
+
+        They are `method`, which is student and heads, those of `rate_groups`, and `monitor` if there is an online classifier.
+        """
         monitor = [] if self.monitor is None else list(self.monitor.parameters())
-        apart = {id(parameter) for parameter in monitor}
+        own = self.rate_groups()
+        apart = {id(parameter) for parameter in [*monitor, *(p for group in own for p in group["params"])]}
         learnt = [p for p in self.parameters() if p.requires_grad and id(p) not in apart]
         groups: list[dict[str, Any]] = [{"name": "method", "params": learnt, "weight_decay": weight_decay}]
+        groups += [{**group, "weight_decay": weight_decay} for group in own]
         if monitor:
             groups.append({"name": "monitor", "params": monitor, "weight_decay": weight_decay})
         return groups

@@ -248,7 +248,7 @@ class Trainer:
             epochs=recipe.training.epochs,
             steps_per_epoch=self.loader.steps_per_epoch,
         )
-        set_learning_rate(self.optimizer, rate)
+        set_learning_rate(self.optimizer, rate, fixed=recipe.optimizer.learning_rate)
         with autocast(recipe.training.precision, device=self.run.world.device):
             output: StepOutput = self.parallel(batch)
         return output

@@ -53,7 +53,7 @@ class Work:
         if compiled:
             compile_encoders(self.model)
         self._optimizer = build_optimizer(recipe.optimizer, method=self.model)
-        set_learning_rate(self._optimizer, 0.0)  # noise is not to be learnt
+        set_learning_rate(self._optimizer, 0.0, fixed=0.0)  # noise is not to be learnt
         self._scaler = loss_scaler(recipe.training.precision, device=device)
         views = recipe.views
         self._generator = torch.Generator(device).manual_seed(0)
