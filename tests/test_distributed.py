@@ -98,6 +98,36 @@ def test_two_processes_do_the_same_mathematics(method_config: MethodSection, tmp
         assert name not in alone or alone[name].abs().sum() > 0
 
 
+def contrast(world: World, *, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the mean loss of this rank's rows [n, C], each told from the rows of all ranks, and its gradient to them."""
+    rows = features.clone().requires_grad_()
+    everyone = world.all_gather_with_gradient(rows)
+    logits = rows @ everyone.T
+    own = world.rank * len(rows) + torch.arange(len(rows))
+    loss = torch.nn.functional.cross_entropy(logits, own)
+    loss.backward()
+    assert rows.grad is not None
+    return loss.detach(), rows.grad
+
+
+def gathered(rank: int, file: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    world = World(rank=rank, world_size=2, device=torch.device("cpu"))
+    features = torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.save(contrast(world, features=features[3 * rank : 3 * rank + 3]), f"{file}.{rank}")
+    dist.destroy_process_group()
+
+
+def test_a_gather_with_gradient_gives_the_gradient_of_the_mean_over_all_rows(tmp_path: Path) -> None:
+    features = torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    loss, gradient = contrast(World(rank=0, world_size=1, device=torch.device("cpu")), features=features)
+    fork_all(gathered, ranks=2, arguments=(str(tmp_path / "rendezvous"),))
+    losses, gradients = zip(*(torch.load(tmp_path / f"rendezvous.{rank}", weights_only=True) for rank in range(2)), strict=True)
+    torch.testing.assert_close(torch.stack(losses).mean(), loss, rtol=1e-12, atol=0.0)
+    # DistributedDataParallel divides by the number of ranks what it has added up.
+    torch.testing.assert_close(torch.cat(gradients) / 2, gradient, rtol=1e-10, atol=1e-14)
+
+
 def four_starts(rank: int, file: str) -> None:
     """Train six steps in one start and in two, the second of which resumes from the first."""
     torch.set_num_threads(1)

@@ -36,6 +36,14 @@ class Comm(Protocol):
         """Concatenate `x` over the processes along dimension 0, in rank order, without gradient."""
         ...
 
+    def all_gather_with_gradient(self, x: Tensor) -> Tensor:
+        """Do as `all_gather`; `x` gets the sum of the gradients that its copies have on all processes.
+
+        So a loss that is a mean over this process's rows, against the rows of all, has the gradient of the mean over all rows,
+        once gradients are averaged over processes.
+        """
+        ...
+
     def all_reduce_mean(self, x: Tensor) -> Tensor:
         """Average `x` over the processes, without gradient."""
         ...
@@ -54,6 +62,10 @@ class OneProcess:
     def all_gather(self, x: Tensor) -> Tensor:
         """Return `x` without gradient."""
         return x.detach()
+
+    def all_gather_with_gradient(self, x: Tensor) -> Tensor:
+        """Return `x`."""
+        return x
 
     def all_reduce_mean(self, x: Tensor) -> Tensor:
         """Return `x` without gradient."""

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from obowlab.training.sync_batchnorm import CudaBatchNorm2d
+from obowlab.training.sync_batchnorm import CudaBatchNorm
 from tests.fork_server import fork_all
-from tests.test_sync_batchnorm import TorchBatchNorm2d, steps
+from tests.test_sync_batchnorm import TorchBatchNorm, steps
 
 pytestmark = pytest.mark.gpu
 
@@ -40,15 +40,15 @@ def compared(rank: int, file: str, world_size: int) -> None:
         x, counts = torch.randn(2, 8, CHANNELS, 7, 5, generator=generator).unbind()
         x = ((1 + rank) * x + rank).to(device, kind).to(memory_format=layout)
         counts = counts.to(device)
-        expected: dict[str, Any] = steps(TorchBatchNorm2d.like(plain(device)), x, counts)
-        found = steps(CudaBatchNorm2d.like(plain(device)), x, counts)
+        expected: dict[str, Any] = steps(TorchBatchNorm.like(plain(device)), x, counts)
+        found = steps(CudaBatchNorm.like(plain(device)), x, counts)
         for name, value in expected.items():
             assert torch.equal(found[name], value), (kind, layout, name)
         alone = steps(plain(device), x, counts)
         for name in ("out", "x", "running_mean", "running_var") if world_size == 1 else ():
             tolerance = 1e-4 if kind == torch.float32 else 0.05
             torch.testing.assert_close(found[name], alone[name], rtol=tolerance, atol=tolerance)
-        norm = CudaBatchNorm2d.like(plain(device))
+        norm = CudaBatchNorm.like(plain(device))
         torch.cuda.set_sync_debug_mode("error")
         steps(norm, x, counts)
         torch.cuda.set_sync_debug_mode("default")
