@@ -196,6 +196,7 @@ def test_fingerprint_is_of_everything_that_changes_weights_and_of_nothing_else()
         "method.msd_start": "authors",
         "method.teacher_momentum_schedule": "constant",
         "optimizer.name": "larc",
+        "optimizer.schedule": "steps",
         "optimizer.cosine_per": "epoch",
         "training.precision": "float32",
     }

@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from obowlab.config import Backbone, Bownet, Machine, MethodSection, Moco, Obow, Recipe, Rotnet
+from obowlab.config import Backbone, Bownet, Machine, MethodSection, Moco, Obow, Recipe, Rotnet, Supervised
+from obowlab.config.methods import learns_from_labels
 from obowlab.errors import UserError
 from obowlab.evaluation import evaluate
 from obowlab.methods import METHODS, Batch, Method
@@ -36,7 +37,7 @@ def train_in_float64(world: World, method_config: MethodSection) -> Method[Any]:
         backbone=SMALL,
         total_steps=STEPS,
         seed=0,
-        num_classes=None,
+        num_classes=3 if learns_from_labels(method_config) else None,
         comm=world,
     ).double()
     teacher = Recipe(method=Rotnet(), backbone=SMALL) if method_config.name == "bownet" else None
@@ -52,8 +53,15 @@ def train_in_float64(world: World, method_config: MethodSection) -> Method[Any]:
         crops = torch.randn(BATCH, 2, 3, 16, 16, generator=generator, dtype=torch.float64)[mine].flatten(0, 1)
         uniforms = torch.rand(BATCH, method.num_uniforms, generator=generator, dtype=torch.float64)[mine]
         share = torch.rand(BATCH, 2, generator=generator, dtype=torch.float64)[mine].flatten()
-        mixed = {"crops": share} if method_config.name in ("obow", "bownet") else {}
-        batch = Batch(original=original, views={"crops": crops}, uniforms=uniforms, step=step, cutmix_lambda=mixed)
+        mixed = {"crops": share} if method_config.name in ("obow", "bownet", "supervised") else {}
+        batch = Batch(
+            original=original,
+            views={"crops": crops},
+            uniforms=uniforms,
+            step=step,
+            labels=(torch.arange(BATCH) % 3)[mine],
+            cutmix_lambda=mixed,
+        )
         output = parallel(batch)
         optimizer.zero_grad()
         output.loss.backward()
@@ -77,6 +85,7 @@ VARIANTS: dict[str, MethodSection] = {
     "bownet": Bownet(num_words=20, border=0, kmeans_points=3),
     "rotnet": Rotnet(),
     "moco": Moco(queue_size=21, batchnorm_splits=4, teacher_momentum=0.9),
+    "supervised": Supervised(),
 }
 """All of them train on mixed crops that can."""
 

@@ -74,9 +74,21 @@ class Moco(Section):
     batchnorm_splits: Count = Field(8, description="equal parts of the global batch that are normalised apart, as on 8 GPUs")
 
 
-MethodSection = Obow | Bownet | Rotnet | Moco
+class Supervised(Section):
+    """Cross-entropy with the images' classes (paper, Table 8). Nothing to set."""
 
-METHOD_SECTIONS: dict[str, type[MethodSection]] = {"obow": Obow, "bownet": Bownet, "rotnet": Rotnet, "moco": Moco}
+    name: Literal["supervised"] = "supervised"
+
+
+MethodSection = Obow | Bownet | Rotnet | Moco | Supervised
+
+METHOD_SECTIONS: dict[str, type[MethodSection]] = {
+    "obow": Obow,
+    "bownet": Bownet,
+    "rotnet": Rotnet,
+    "moco": Moco,
+    "supervised": Supervised,
+}
 """Settings of every method by the name in `method.name`."""
 
 DEFAULT_METHOD = "obow"
@@ -89,6 +101,11 @@ def word_levels(method: MethodSection) -> tuple[Level, ...]:
     return (method.level,) if isinstance(method, Bownet) else ()
 
 
+def learns_from_labels(method: MethodSection) -> bool:
+    """Return whether a method needs the classes of the images."""
+    return isinstance(method, Supervised)
+
+
 def _name_of(value: object) -> str:
     name = value.get("name", DEFAULT_METHOD) if isinstance(value, dict) else getattr(value, "name", "")
     return str(name)
@@ -98,7 +115,8 @@ AnyMethod = Annotated[
     Annotated[Obow, Tag("obow")]
     | Annotated[Bownet, Tag("bownet")]
     | Annotated[Rotnet, Tag("rotnet")]
-    | Annotated[Moco, Tag("moco")],
+    | Annotated[Moco, Tag("moco")]
+    | Annotated[Supervised, Tag("supervised")],
     Discriminator(_name_of),
 ]
 """One of them; without a name it is OBoW."""

@@ -116,6 +116,8 @@ class Optimizer(Section):
     learning_rate: Positive = 0.05
     end_learning_rate: Annotated[float, Field(ge=0.0)] = 0.0
     warmup_epochs: Annotated[float, Field(ge=0.0)] = 0.0
+    schedule: Literal["cosine", "steps"] = Field("cosine", description="steps: divided by 10 at intervals")
+    decay_every: Count = Field(30, description="epochs between divisions of the learning rate by 10; unused by cosine")
     cosine_per: Literal["step", "epoch"] = Field("step", description="epoch: the authors' stepwise cosine")
     momentum: Fraction = 0.9
     weight_decay: Annotated[float, Field(ge=0.0)] = 5e-4

@@ -8,8 +8,15 @@ from obowlab.methods.bownet import BoWNet
 from obowlab.methods.moco import MoCo
 from obowlab.methods.obow import OBoW
 from obowlab.methods.rotnet import RotNet
+from obowlab.methods.supervised import SupervisedTraining
 
-METHODS: dict[str, type[Method[Any]]] = {"obow": OBoW, "bownet": BoWNet, "rotnet": RotNet, "moco": MoCo}
+METHODS: dict[str, type[Method[Any]]] = {
+    "obow": OBoW,
+    "bownet": BoWNet,
+    "rotnet": RotNet,
+    "moco": MoCo,
+    "supervised": SupervisedTraining,
+}
 """Every method by the name in `method.name`."""
 
 __all__ = [
@@ -26,6 +33,7 @@ __all__ = [
     "ResNet",
     "RotNet",
     "StepOutput",
+    "SupervisedTraining",
     "VisualWords",
     "build_backbone",
     "compile_encoders",

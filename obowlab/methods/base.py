@@ -85,7 +85,7 @@ class Batch:
         views: kind of view (`crops`, `patches`) to the student's views, [B·V, 3, s, s], all views of an image together.
         uniforms: random numbers in [0, 1), float64 [B, num_uniforms].
         step: number of this step, from 0.
-        labels: classes of the images, [B]; only the online classifier sees them.
+        labels: classes of the images, [B]; for the online classifier, and a method that learns from labels.
         cutmix_lambda: for the kinds that cutmix mixed, the fraction of every view that shows its own image, [B·V]; the rest
             shows the neighbouring image (0 and 1, 2 and 3, ...).
         wants_metrics: whether this step is logged, and the metrics that cost something are worth their time.
@@ -190,7 +190,7 @@ class Method(nn.Module, ABC, Generic[SettingsT]):
             backbone: the network to learn.
             total_steps: steps of the whole training, for schedules.
             seed: of the initial weights.
-            num_classes: of the data set, for the online classifier; None for none.
+            num_classes: of the data set, for the online classifier or a method that learns from labels; None for neither.
             comm: the other processes of the run.
         """
         super().__init__()
@@ -267,8 +267,8 @@ class Method(nn.Module, ABC, Generic[SettingsT]):
         losses: Mapping[str, Tensor],
         metrics: dict[str, Tensor],
         *,
-        features: Tensor,
-        labels: Tensor | None,
+        features: Tensor | None = None,
+        labels: Tensor | None = None,
         target_entropy: Tensor | None = None,
     ) -> StepOutput:
         """Add up the losses of the kinds of views, and the online classifier's.
@@ -276,7 +276,7 @@ class Method(nn.Module, ABC, Generic[SettingsT]):
         Args:
             losses: kind of view to its loss, 0-dim.
             metrics: whatever else there is to log.
-            features: what the online classifier sees, [N, D].
+            features: what the online classifier sees, [N, D]; None for a method that has none.
             labels: classes of its rows, [N].
             target_entropy: the least that the sum of the losses can be, 0-dim; None where that is 0.
         """
@@ -284,7 +284,7 @@ class Method(nn.Module, ABC, Generic[SettingsT]):
         metrics = {**metrics, **{f"loss_{kind}": value for kind, value in losses.items()}, "loss": loss}
         if target_entropy is not None:
             metrics["loss_kl"] = loss - target_entropy
-        if self.monitor is not None and labels is not None:
+        if self.monitor is not None and features is not None and labels is not None:
             online = self.monitor.metrics(features, labels)
             metrics |= online
             loss = loss + online["monitor_loss"]

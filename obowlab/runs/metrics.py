@@ -44,10 +44,18 @@ _TRAINING = (
         "min",
         "The loss minus the targets' entropy, which no prediction's loss is below.",
     ),
-    Metric("loss_crops", "nats", "min", "The crops' part of the loss: cross-entropy with BoW targets, rotations or keys."),
-    Metric("loss_patches", "nats", "min", "The patches' part of the loss: cross-entropy with BoW targets, rotations or keys."),
+    Metric(
+        "loss_crops", "nats", "min", "The crops' part of the loss: cross-entropy with BoW targets, rotations, keys or classes."
+    ),
+    Metric(
+        "loss_patches",
+        "nats",
+        "min",
+        "The patches' part of the loss: cross-entropy with BoW targets, rotations, keys or classes.",
+    ),
     Metric("rotation_accuracy", "%", "max", "RotNet: rotated views whose rotation is recognised."),
     Metric("contrast_accuracy", "%", "max", "MoCo: queries that are nearer to their own key than to any in the queue."),
+    Metric("class_accuracy", "%", "max", "Supervised training: views whose class is recognised."),
     Metric("queue_age", "steps", "none", "MoCo: mean steps since a key was put into the queue."),
     Metric("learning_rate", "", "none", "Learning rate of this step."),
     Metric("teacher_momentum", "", "none", "Momentum of the teacher's moving average at this step."),
