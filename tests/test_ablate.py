@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -132,6 +133,23 @@ def test_a_failing_row_stops_no_other(tmp_path: Path, data_root: Path) -> None:
     assert "failed: The loss is not finite" in said
     records = [json.loads(path.read_text()) for path in (tmp_path / "records").glob("*.json")]
     assert sorted(record["status"] for record in records) == ["failed", "finished", "finished"]
+
+
+def test_what_is_recorded_is_not_trained_again(tmp_path: Path, data_root: Path) -> None:
+    table, records = write_table(tmp_path / "t", epochs=1), tmp_path / "records"
+    shown = []
+    for number_trained in (2, 1, 0):
+        process = start(table, data_root=data_root, words=("--records", str(records)))
+        out, said = process.communicate(timeout=240)
+        assert process.returncode == 0, said
+        assert said.count("Training ") == number_trained
+        assert ("has their results" in out) == (number_trained < 2)
+        shown.append(out[out.index("A small table") :])
+        shutil.rmtree(table.parent / "runs")  # as on another machine
+        if number_trained == 2:
+            one = next(path for path in records.iterdir() if "soft" in path.read_text())
+            one.unlink()
+    assert len(set(shown)) == 1, "the same table from two machines as from one"
 
 
 @pytest.mark.long

@@ -284,7 +284,7 @@ DRY = {
         "Would draw the synthetic",
         "Would continue run demo-s0-",
         "step 4 of 10",
-        "12 epochs of synthetic",
+        "14 epochs of synthetic",
         "fewshot, linear, knn",
         "mlflow.db",
     ],
@@ -412,7 +412,7 @@ def test_a_dry_run_says_what_this_machine_lacks_and_goes_on(
         ("run full --gpus 3", "training.batch_size (256) must be a multiple of the number of processes (3)"),
         ("run demo --nodes 2 --procs 2", "--nodes is for a cluster"),
         ("run imagenet20-vanilla --set data.images_per_class=1 --set training.batch_size=2000", "than the training set (1000"),
-        ("run tiny-vanilla --set views.cutmix_probability=0.5 --procs 128", "gives each an odd share"),
+        ("run tiny-vanilla --set views.cutmix_probability=0.5 --procs 64", "gives each an odd share"),
     ],
 )
 def test_a_dry_run_says_what_no_machine_could_do(words: str, said: str, obowlab: Obowlab) -> None:

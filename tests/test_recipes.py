@@ -153,7 +153,8 @@ def test_small_recipes_keep_the_papers_proportions(name: str) -> None:
     scale = views.original_size / paper.original_size
     for size in ("original_resize", "crop_size", "patch_source_size", "patch_size"):
         assert getattr(views, size) / getattr(paper, size) == pytest.approx(scale, rel=0.2), size
-    assert (views.crop_scale, views.patch_scale) == (paper.crop_scale, paper.patch_scale)
+    smallest = 0.2 if name.startswith("demo") else paper.crop_scale[0]  # 8 % of a synthetic image would hold no whole part
+    assert (views.crop_scale, views.patch_scale) == ((smallest, paper.crop_scale[1]), paper.patch_scale)
     assert load_recipe(name).recipe.evaluation.random_baseline, "a small run is judged against its random initialisation"
 
 

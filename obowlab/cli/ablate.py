@@ -24,14 +24,15 @@ from obowlab.cli.output import print_lines, print_obstacles, print_table, send_t
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from obowlab.config import Machine
     from obowlab.launch.cost import CostBook
     from obowlab.runs.folder import RunSummary
+    from obowlab.runs.records import Records
     from obowlab.tables.execute import Execution
     from obowlab.tables.model import Table
-    from obowlab.tables.plan import Plan
+    from obowlab.tables.plan import Job, Plan
     from obowlab.tables.render import Format
     from obowlab.tables.spec import PlannedTable
 
@@ -86,7 +87,7 @@ def _number_of_seeds(_: click.Context, __: click.Parameter, value: str) -> int |
     "--records",
     type=PATH,
     metavar="DIR",
-    help="Write what the tables are made of (small JSON files) to a folder; --seeds auto also reads what is there.",
+    help="Keep the results of the runs in a folder (small JSON files); what it holds already is not trained again.",
 )
 @machine_options(*CLUSTER, *HARDWARE, *ROOTS)
 @dry_run_option
@@ -115,10 +116,19 @@ def ablate(
     from obowlab.launch.gpu_leases import check_gpus
     from obowlab.launch.stages import find_obstacles
     from obowlab.runs.provenance import num_cores
-    from obowlab.runs.records import store_runs
+    from obowlab.runs.records import read_records, store_runs
     from obowlab.tables.execute import Execution
     from obowlab.tables.kept import keep_table
-    from obowlab.tables.plan import OVERVIEW_COLUMNS, check_images, due_jobs, make_plan, overview, select_rows, unmeasured
+    from obowlab.tables.plan import (
+        OVERVIEW_COLUMNS,
+        check_images,
+        due_jobs,
+        make_plan,
+        overview,
+        select_rows,
+        unmeasured,
+        without_recorded,
+    )
     from obowlab.tables.spec import load_tables
     from obowlab.tables.submit import submit_plan
 
@@ -134,10 +144,12 @@ def ablate(
     runs = store_runs(machine.runs_root)
     book = CostBook(machine.model_copy(update={"procs": 1}), runs=runs.values())
     rows = select_rows(row_words, tables=tables)
+    known = read_records(records) if records is not None and records.is_dir() else {}
     if seeds is None:
         most = max_seeds or MAX_SEEDS
-        seeds = _proposed(tables, rows=rows, power=power, effect=effect, most=most, runs=runs, records=records, book=book)
-    plan = make_plan(tables, seeds=range(seeds), rows=rows)
+        seeds = _proposed(tables, rows=rows, power=power, effect=effect, most=most, runs=runs, known=known, book=book)
+    whole = make_plan(tables, seeds=range(seeds), rows=rows)
+    plan = without_recorded(whole, records={key: known[key] for key in known.keys() - runs.keys()})
     slots = gpus or jobs or (len(plan.jobs) if on_cluster else max(1, num_cores() // (machine.threads or 1)))
     again = unmeasured(plan, runs=runs, machine=machine)
     if not dry_run and not on_cluster and any(job.fingerprint not in runs for job in plan.jobs):
@@ -148,6 +160,8 @@ def ablate(
             _warn(f"not every recipe could be timed ({problem}).")
     trainings, lines = overview(plan, runs=runs, book=book, slots=slots, on_cluster=on_cluster, again=again)
     print_table(OVERVIEW_COLUMNS, trainings, right=("steps",), names=("run", "rows"), hide=("steps", "rows", "training"))
+    if num_recorded := len(whole.jobs) - len(plan.jobs):
+        lines.append(f"Left out, as {records} has their results: {num_recorded} trainings.")
     print_lines(lines)
     machine = machine.model_copy(update={"procs": 1})
     if not dry_run:
@@ -158,10 +172,16 @@ def ablate(
         return print_obstacles(find_obstacles(due, machine=machine, say=click.echo, at_a_time=gpus or 1))
     if on_cluster:
         left = submit_plan(plan, submitter=submitter_of(machine, options=options), at_a_time=slots, again=again)
-        return left if left is not None else _present(plan, machine=machine, records=records)
+        return left if left is not None else _present(plan, machine=machine, records=records, known=known)
     check_images(due_jobs(plan, runs=runs, again=again), machine=machine, say=click.echo)
     execution = Execution(plan, machine=machine, slots=slots, say=_say, machine_file=options.machine_file, again=again)
-    return _execute(execution, records=records)
+    if records is not None:
+
+        def record(job: Job) -> None:
+            _write_records(machine, records=records, fingerprints={job.fingerprint})
+
+        execution.finished = record
+    return _execute(execution, records=records, known=known)
 
 
 @click.command()
@@ -251,19 +271,18 @@ def _proposed(
     effect: float | None,
     most: int,
     runs: Mapping[str, RunSummary],
-    records: Path | None,
+    known: Records,
     book: CostBook,
 ) -> int:
     """Print how many seeds every row needs by what is there, and return how many all of them get."""
     from obowlab.runs.info import TRAINED
-    from obowlab.runs.records import read_each, read_records
+    from obowlab.runs.records import read_each
     from obowlab.tables.power import COLUMNS, num_seeds, overview, propose
 
     power = POWER if power is None else power
     seeds = {run.info.seed for run in runs.values()}
     needed = {key for table in tables for row in table.rows for key in row.loaded.recipe.fingerprints(seeds=seeds).values()}
-    known = read_records(records) if records is not None and records.is_dir() else {}
-    known |= read_each({key: runs[key] for key in needed & runs.keys() if runs[key].state.status in TRAINED})
+    known = {**known, **read_each({key: runs[key] for key in needed & runs.keys() if runs[key].state.status in TRAINED})}
     proposal = propose(tables, records=known, rows=rows, power=power, effect=effect)
     lines, remarks = overview(proposal, power=power, most=most, runs=runs, book=book)
     print_table(COLUMNS, lines, right=COLUMNS[1:], names=("row",), hide=("training left", "difference", "seeds"))
@@ -272,10 +291,10 @@ def _proposed(
     return num_seeds(proposal, most=most)
 
 
-def _execute(execution: Execution, *, records: Path | None) -> int:
+def _execute(execution: Execution, *, records: Path | None, known: Records) -> int:
     outcomes = execution.run()
     send_to_mlflow(execution.labelled, machine=execution.machine)
-    code = _present(execution.plan, machine=execution.machine, records=records)
+    code = _present(execution.plan, machine=execution.machine, records=records, known=known)
     for outcome in outcomes:
         if outcome.status == "failed":
             _say(f"{outcome.job.run_id} failed: {outcome.message}")
@@ -285,15 +304,34 @@ def _execute(execution: Execution, *, records: Path | None) -> int:
     return code
 
 
-def _present(plan: Plan, *, machine: Machine, records: Path | None) -> int:
-    """Show the tables of a plan, keep them in MLflow, and write their records if asked; 1 when runs are missing."""
-    from obowlab.runs.records import store_records, store_runs, write_records
+def _write_records(machine: Machine, *, records: Path, fingerprints: Collection[str]) -> Records:
+    """Write the records of runs of the store, and return them."""
+    from obowlab.runs.records import store_records, write_records
+
+    found = store_records(machine.runs_root, fingerprints=fingerprints)
+    write_records(found.values(), folder=records)
+    return found
+
+
+def _present(plan: Plan, *, machine: Machine, records: Path | None, known: Records) -> int:
+    """Show the tables of a plan, keep them in MLflow, and write their records if asked; 1 when runs are missing.
+
+    Args:
+        plan: what there was to train.
+        machine: whose run store has it.
+        records: folder for the records; None for none.
+        known: those that were there before.
+    """
+    from obowlab.runs.records import store_records, store_runs
     from obowlab.tables.build import build_table
     from obowlab.tables.publish import publish_tables
 
-    known = store_records(machine.runs_root, fingerprints=plan.fingerprints)
-    if records is not None:
-        _say(f"Wrote {write_records(known.values(), folder=records)} records to {records}.")
+    if records is None:
+        known = store_records(machine.runs_root, fingerprints=plan.fingerprints)
+    else:
+        written = _write_records(machine, records=records, fingerprints=plan.fingerprints)
+        known = {**known, **written}
+        _say(f"Wrote {len(written)} records to {records}.")
     click.echo()
     tables = [build_table(planned, seeds=plan.seeds, records=known) for planned in plan.tables]
     for each in tables:

@@ -57,6 +57,7 @@ class Execution:
         say: prints one line.
         machine_file: where the machine's other settings are, for the jobs; None for the usual place.
         again: fingerprints of finished jobs that are to be measured, see `plan.unmeasured`; those begun are taken out.
+        finished: called with every job that ends well.
         labelled: runs that got new labels, in the order of labelling.
         signals: that asked to stop.
     """
@@ -67,6 +68,7 @@ class Execution:
     say: Callable[[str], None]
     machine_file: Path | None = None
     again: set[str] = field(default_factory=set)
+    finished: Callable[[Job], None] = lambda job: None
     labelled: list[RunFolder] = field(default_factory=list)
     signals: StopSignals = field(default_factory=lambda: StopSignals(notice=STOPPING_RUNS))
     _children: dict[str, _Child] = field(default_factory=dict)
@@ -181,6 +183,7 @@ class Execution:
     def _say_ended(self, outcome: Outcome, *, num_ended: int) -> None:
         if outcome.status == "finished":
             self.say(f"{outcome.job.run_id} is finished ({num_ended} of {len(self.plan.jobs)}).")
+            self.finished(outcome.job)
         else:
             self.say(f"{outcome.job.run_id} failed: {outcome.message}")
 

@@ -15,6 +15,8 @@ from obowlab.errors import UserError
 from obowlab.launch.cost import CostBook
 from obowlab.launch.preflight import data_checks, to_measure
 from obowlab.runs.folder import RunFolder, RunSummary, run_id_of
+from obowlab.runs.records import Record, Records
+from obowlab.runs.results import not_measured
 from obowlab.tables.spec import PlannedRow, PlannedTable, override_texts
 
 
@@ -103,6 +105,31 @@ def _merged(first: Job, second: Job) -> Job:
     """Return the job of two rows with the same recipe; name and command are those of the first."""
     places = tuple(dict.fromkeys((*first.places, *second.places)))
     return replace(first, places=places, is_stage=first.is_stage and second.is_stage)
+
+
+def without_recorded(plan: Plan, *, records: Records) -> Plan:
+    """Return what is left of a plan where some of its runs are recorded, trained on another machine perhaps.
+
+    A recorded run counts when it is finished and measured as its row asks. Stages that then serve no run are left out too.
+
+    Args:
+        plan: of the tables.
+        records: that `ablate --records` reads.
+    """
+    left = [job for job in plan.jobs if not _is_recorded(job, record=records.get(job.fingerprint))]
+    needed = {job.needs for job in left}
+    for job in reversed([job for job in left if job.is_stage]):  # a stage may serve another stage
+        if job.fingerprint not in needed:
+            left.remove(job)
+            needed = {each.needs for each in left}
+    return replace(plan, jobs=tuple(left))
+
+
+def _is_recorded(job: Job, *, record: Record | None) -> bool:
+    if record is None or record.status != "finished":
+        return False
+    missing = {protocol for _, protocol in not_measured(job.loaded.recipe, results=record.results)}
+    return missing.isdisjoint(result["protocol"] for result in record.results)
 
 
 def select_rows(words: Iterable[str], *, tables: Sequence[PlannedTable]) -> dict[str, list[str]]:
