@@ -80,7 +80,18 @@ class Supervised(Section):
     name: Literal["supervised"] = "supervised"
 
 
-MethodSection = Obow | Bownet | Rotnet | Moco | Supervised
+class Simsiam(Section):
+    """SimSiam: each crop of an image predicts the other; the values are those for ImageNet."""
+
+    name: Literal["simsiam"] = "simsiam"
+    projection_size: Count = Field(2048, description="length of projections and width of the hidden layers before them")
+    projection_layers: Literal[2, 3] = Field(3, description="linear layers; 2 for CIFAR")
+    prediction_size: Count = Field(512, description="width of the predictor's hidden layer")
+    fixed_prediction_rate: bool = Field(True, description="the predictor keeps optimizer.learning_rate at every step")
+    zero_residual: bool = Field(True, description="the scale of the last batch norm of every residual block starts at 0")
+
+
+MethodSection = Obow | Bownet | Rotnet | Moco | Supervised | Simsiam
 
 METHOD_SECTIONS: dict[str, type[MethodSection]] = {
     "obow": Obow,
@@ -88,6 +99,7 @@ METHOD_SECTIONS: dict[str, type[MethodSection]] = {
     "rotnet": Rotnet,
     "moco": Moco,
     "supervised": Supervised,
+    "simsiam": Simsiam,
 }
 """Settings of every method by the name in `method.name`."""
 
@@ -116,7 +128,8 @@ AnyMethod = Annotated[
     | Annotated[Bownet, Tag("bownet")]
     | Annotated[Rotnet, Tag("rotnet")]
     | Annotated[Moco, Tag("moco")]
-    | Annotated[Supervised, Tag("supervised")],
+    | Annotated[Supervised, Tag("supervised")]
+    | Annotated[Simsiam, Tag("simsiam")],
     Discriminator(_name_of),
 ]
 """One of them; without a name it is OBoW."""

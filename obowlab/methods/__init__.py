@@ -8,6 +8,7 @@ from obowlab.methods.bownet import BoWNet
 from obowlab.methods.moco import MoCo
 from obowlab.methods.obow import OBoW
 from obowlab.methods.rotnet import RotNet
+from obowlab.methods.simsiam import SimSiam
 from obowlab.methods.supervised import SupervisedTraining
 
 METHODS: dict[str, type[Method[Any]]] = {
@@ -16,6 +17,7 @@ METHODS: dict[str, type[Method[Any]]] = {
     "rotnet": RotNet,
     "moco": MoCo,
     "supervised": SupervisedTraining,
+    "simsiam": SimSiam,
 }
 """Every method by the name in `method.name`."""
 
@@ -32,6 +34,7 @@ __all__ = [
     "Preparation",
     "ResNet",
     "RotNet",
+    "SimSiam",
     "StepOutput",
     "SupervisedTraining",
     "VisualWords",

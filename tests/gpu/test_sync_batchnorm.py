@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import nn
 
 from obowlab.training.sync_batchnorm import CudaBatchNorm
 from tests.fork_server import fork_all
-from tests.test_sync_batchnorm import TorchBatchNorm, steps
+from tests.test_sync_batchnorm import ROWS, TorchBatchNorm, row_norm, steps
 
 pytestmark = pytest.mark.gpu
 
@@ -52,6 +53,12 @@ def compared(rank: int, file: str, world_size: int) -> None:
         torch.cuda.set_sync_debug_mode("error")
         steps(norm, x, counts)
         torch.cuda.set_sync_debug_mode("default")
+    for rows in ROWS:  # those of heads
+        head = row_norm(rows).float().to(device)
+        x, counts = torch.randn(2, 8, head.num_features, generator=generator).to(device).unbind()
+        expected, found = (steps(kind.like(copy.deepcopy(head)), x, counts) for kind in (TorchBatchNorm, CudaBatchNorm))
+        for name, value in expected.items():
+            assert torch.equal(found[name], value), (rows, name)
     dist.barrier(device_ids=[rank])
     dist.destroy_process_group()
 
