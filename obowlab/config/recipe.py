@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from obowlab.config.base import Count, Fraction, Positive, Range, Section, canonical_hash, conflict
 from obowlab.config.methods import AnyMethod, Moco, Obow
@@ -28,6 +28,25 @@ class Data(Section):
     @classmethod
     def _all(cls, value: object) -> object:
         return None if value == "all" else value  # TOML has no null, and `extends` must be able to undo a number
+
+
+class CropView(Section):
+    """What one crop of an image has of its own; what is absent is as in `[views]`."""
+
+    scale: Range | None = None
+    jitter_probability: Fraction | None = None
+    brightness: Fraction | None = None
+    contrast: Fraction | None = None
+    saturation: Fraction | None = None
+    hue: Annotated[float, Field(ge=0.0, le=0.5)] | None = None
+    grayscale_probability: Fraction | None = None
+    blur_probability: Fraction | None = None
+    blur_sigma: Range | None = None
+    solarise_probability: Fraction | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in dump(self).items() if value is not None}  # TOML has no null
 
 
 class Views(Section):
@@ -56,6 +75,9 @@ class Views(Section):
     grayscale_probability: Fraction = 0.2
     blur_probability: Fraction = 0.5
     blur_sigma: Range = (0.1, 2.0)
+    solarise_probability: Fraction = Field(0.0, description="that a crop's bright pixels are inverted; BYOL's second crop")
+    solarise_threshold: Fraction = Field(0.5, description="brightness from which a solarised pixel is inverted")
+    per_crop: tuple[CropView, ...] = Field((), description="what the first, second, ... crop has of its own; none: all alike")
     cutmix_probability: Fraction = Field(0.0, description="that a crop has a rectangle of its batch neighbour's pasted in")
     cutmix_alpha: Positive = Field(1.0, description="of Beta(alpha, alpha), the crop's own share; the paper does not say")
 
@@ -69,8 +91,22 @@ class Views(Section):
         """Smallest and largest area of a crop as a fraction of the image's."""
         return self.crop_scale if self.crop_extent == "part" else self.whole_scale
 
+    def crop(self, number: int) -> Views:
+        """Return these settings with what the crop of that number, from 0, has of its own."""
+        if not self.per_crop:
+            return self
+        own = {name: value for name, value in vars(self.per_crop[number]).items() if value is not None}
+        if scale := own.pop("scale", None):
+            own["crop_scale" if self.crop_extent == "part" else "whole_scale"] = scale
+        return self.model_copy(update=own)
+
     @model_validator(mode="after")
     def _fits(self) -> Views:
+        if self.per_crop and len(self.per_crop) != self.num_crops:
+            raise conflict(
+                f"per_crop describes {len(self.per_crop)} crops, but num_crops is {self.num_crops}",
+                keys=("per_crop", "num_crops"),
+            )
         if self.num_crops + self.num_patches == 0:
             raise conflict(
                 "num_crops and num_patches are both 0: the student would see nothing", keys=("num_crops", "num_patches")
@@ -88,14 +124,22 @@ class Views(Section):
                 keys=("cutmix_probability", "num_crops"),
             )
         for name in ("crop_scale", "whole_scale", "patch_scale", "blur_sigma"):
-            low, high = getattr(self, name)
-            if low > high:
-                raise conflict(f"{name} must be [low, high] with low <= high", keys=[name])
-        for name in ("crop_scale", "whole_scale", "patch_scale"):
-            low, high = getattr(self, name)
-            if low <= 0 or high > 1:
-                raise conflict(f"{name} are fractions of the image's area, in (0, 1]", keys=[name])
+            _check_range(getattr(self, name), name=name)
+        for crop in self.per_crop:
+            _check_range(crop.scale, name="scale", key="per_crop")
+            _check_range(crop.blur_sigma, name="blur_sigma", key="per_crop")
         return self
+
+
+def _check_range(ends: tuple[float, float] | None, *, name: str, key: str | None = None) -> None:
+    """Refuse a range whose ends are in the wrong order, or that are no fractions of an area; it stands in the setting `key`."""
+    if ends is None:
+        return
+    low, high = ends
+    if low > high:
+        raise conflict(f"{name} must be [low, high] with low <= high", keys=[key or name])
+    if name.endswith("scale") and (low <= 0 or high > 1):
+        raise conflict(f"{name} are fractions of the image's area, in (0, 1]", keys=[key or name])
 
 
 class Backbone(Section):

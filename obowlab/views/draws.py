@@ -38,6 +38,7 @@ class Recolouring:
         grey: positions of the images that lose their colour.
         blurred: positions of the images that are blurred, [M].
         box: weights of their box filters, float32 [M, 2 * reach + 1].
+        solarised: positions of the images whose bright pixels are inverted.
         mirrored: positions of the images that are flipped.
     """
 
@@ -48,6 +49,7 @@ class Recolouring:
     grey: Tensor
     blurred: Tensor
     box: Tensor
+    solarised: Tensor
     mirrored: Tensor
 
 
@@ -62,6 +64,7 @@ class Draws:
         boxes: rectangles that cutmix pastes, [B, num_crops, 4]; None without cutmix.
         corners: top and left of the patches, [B, num_patches, 2]; None without patches.
         patch_size: their side.
+        solarise_threshold: level, from 0 to 255, from which a solarised pixel is inverted.
         uniforms: numbers in [0, 1) for the method, float64 [B, num_uniforms].
     """
 
@@ -71,6 +74,7 @@ class Draws:
     boxes: Tensor | None
     corners: Tensor | None
     patch_size: int
+    solarise_threshold: float
     uniforms: Tensor
 
 
@@ -110,6 +114,7 @@ def draw(
         boxes=boxes,
         corners=corners,
         patch_size=views.patch_size,
+        solarise_threshold=255.0 * views.solarise_threshold,
         uniforms=torch.from_numpy(numbers),
     )
 
@@ -152,6 +157,7 @@ def _recolouring(params: Colour, mirrored: Bools) -> Recolouring:
         grey=_positions(params.grayscale),
         blurred=_positions(blurred),
         box=box_weights(params.sigma[blurred]),
+        solarised=_positions(params.solarised),
         mirrored=_positions(mirrored),
     )
 

@@ -62,7 +62,9 @@ def render(batch: PixelBatch, draws: Draws, *, device: torch.device) -> Rendered
         chosen = draws.mirrored
         original = normalise(original.index_copy(0, chosen, original[chosen].flip(2)), device=device)
         if batch.crops is not None:
-            student["crops"] = coloured(batch.crops.to(device, non_blocking=True).flatten(0, 1), draws.crops)
+            student["crops"] = coloured(
+                batch.crops.to(device, non_blocking=True).flatten(0, 1), draws.crops, threshold=draws.solarise_threshold
+            )
             if draws.boxes is not None:
                 student["crops"], cutmix_lambda["crops"] = cutmix(student["crops"], draws.boxes)
         if batch.patch_source is not None:
@@ -81,12 +83,13 @@ def normalise(images: Tensor, *, device: torch.device) -> Tensor:
     return pixels.permute(0, 3, 1, 2)
 
 
-def coloured(images: Tensor, pieces: Sequence[Recolouring]) -> Tensor:
-    """Return uint8 images [N, H, W, 3] jittered, blurred, flipped and normalised, float32 [N, 3, H, W] channels_last.
+def coloured(images: Tensor, pieces: Sequence[Recolouring], *, threshold: float = 127.5) -> Tensor:
+    """Return uint8 images [N, H, W, 3] jittered, blurred, solarised, flipped and normalised, float32 [N, 3, H, W] channels_last.
 
     Args:
         images: The cut views.
         pieces: What is done to them, so many images at a time.
+        threshold: Level from which solarised pixels are inverted.
     """
     out = torch.empty(images.shape, dtype=torch.float32, device=images.device)
     scale, shift = _normalisation(images.device)
@@ -99,6 +102,8 @@ def coloured(images: Tensor, pieces: Sequence[Recolouring]) -> Tensor:
             planes[:, chosen] = luma(planes[:, chosen])
         if len(chosen := piece.blurred):
             planes[:, chosen] = blur(planes[:, chosen], piece.box)
+        if len(chosen := piece.solarised):
+            planes[:, chosen] = solarise(planes[:, chosen], threshold=threshold)
         if len(chosen := piece.mirrored):
             planes[:, chosen] = planes[:, chosen].flip(-1)
         planes.mul_(scale.view(3, 1, 1, 1)).add_(shift.view(3, 1, 1, 1))
@@ -204,6 +209,11 @@ def blur(planes: Tensor, box: Tensor) -> Tensor:
     rows = torch.bmm(_blur_matrices(box, height), rows)
     columns = torch.bmm(rows.view(count, height * 3, width), _blur_matrices(box, width).transpose(1, 2))
     return columns.view(count, height, 3, width).permute(2, 0, 1, 3)
+
+
+def solarise(planes: Tensor, *, threshold: float) -> Tensor:
+    """Return planes with every value from a threshold on inverted, 255 minus the value."""
+    return torch.where(planes < threshold, planes, 255.0 - planes)
 
 
 # ---------------------------------------------------------------------------------------------------------------- helpers
