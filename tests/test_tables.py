@@ -19,7 +19,7 @@ from obowlab.runs.records import Record, read_records, write_records
 from obowlab.runs.results import pack
 from obowlab.tables import render
 from obowlab.tables.build import NOTICE, ONE_SEED, build_table, finished_seeds
-from obowlab.tables.plan import make_plan
+from obowlab.tables.plan import make_plan, without_recorded
 from obowlab.tables.spec import PlannedTable, load_table, resolve_names, table_files
 
 ONE_TO_FIVE = ["table1", "table2", "table3", "table4", "table5"]
@@ -195,6 +195,36 @@ def records_of(*records: Record) -> dict[str, Record]:
     return {each.fingerprint: each for each in records}
 
 
+def test_a_recorded_run_leaves_the_plan_with_the_stages_it_alone_needed() -> None:
+    planned = load_table("table5", scale="demo")
+    rows = {row.row.key: row for row in planned.rows}
+    plan = make_plan([planned], seeds=[0], rows={})
+
+    def left(*keys: str, **changes: Any) -> list[tuple[str, bool]]:
+        """Return the jobs that are left when these rows are recorded: the last of their rows, and whether they are a stage."""
+        made = []
+        for key in keys:
+            one = record(rows[key], seed=0, value=40)
+            (result,) = one.results
+            made.append(
+                one.model_copy(update={"results": [{**result, "subject": who} for who in ("student", "random")], **changes})
+            )
+        jobs = without_recorded(plan, records=records_of(*made)).jobs
+        return [(job.places[-1].removeprefix("table5/"), job.is_stage) for job in jobs]
+
+    second = [("bownet_crops", True), ("bownet_crops", False)]
+    assert left() == [
+        *[("vanilla", False), ("bownet_crops", True), ("bownet", True), ("bownet", False)],
+        *[second[0], second[1], ("full", False)],
+    ]
+    assert left("bownet", "vanilla") == [("bownet_crops", True), *second, ("full", False)], "RotNet serves both rows"
+    assert left("bownet", "bownet_crops", "vanilla", "full") == []
+    assert left("full", status="failed") == left()
+    otherwise = record(rows["full"], seed=0, value=40).results[0]
+    otherwise["details"]["num_ways"] = 7
+    assert left("full", results=[otherwise]) == left()
+
+
 @pytest.fixture
 def table3() -> PlannedTable:
     return load_table("table3", scale="tiny")
@@ -215,6 +245,11 @@ def test_verdicts_follow_the_papers_direction(table3: PlannedTable) -> None:
     assert cell.against_paper is None, "not at this scale"
     assert not table.comparable
     assert table.footnotes[0] == NOTICE
+    lines = [line.split(" | ") for line in render.as_text([table], form="verdicts").splitlines() if line.startswith("| table3")]
+    assert [(line[1], *line[4:6], line[7]) for line in lines] == [
+        ("hard codes, dynamic head", "-2.46", "+5.00 ± 0.00", "✗ disagrees"),
+        ("soft codes, fixed head", "-60.44", "-38.00 ± 0.00", "✓ agrees"),
+    ]
 
 
 def test_a_difference_within_the_noise_is_indistinguishable(table3: PlannedTable) -> None:
@@ -317,7 +352,7 @@ def test_what_a_small_scale_changes_beside_the_row_is_said() -> None:
     planned = load_table("table1", scale="tiny")
     table = build_table(planned, seeds=[0], records={})
     notes = {row.key: " ".join(table.footnotes[number - 1] for number in row.notes) for row in table.rows}
-    assert "training.epochs 7 (base row 18)" in notes["full_local_average"]
+    assert "training.epochs 8 (base row 22)" in notes["full_local_average"]
     assert "method.levels" not in notes["full_local_average"]
     assert "At this scale the row differs" not in notes["queue_local"]
 

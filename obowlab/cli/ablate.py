@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 POWER, MAX_SEEDS = 0.8, 10
-FORMATS = ("rich", "md", "json", "csv", "html")
+FORMATS = ("rich", "md", "verdicts", "json", "csv", "html")
 
 scale_option = click.option(
     "--scale", default="paper", show_default=True, metavar="paper|tiny|demo", help="Which images and networks: see `config list`."

@@ -68,6 +68,7 @@ class _Scale:
     """Largest standard deviation of the blur; it shrinks with the views."""
     border: int
     most_words: int
+    largest_batch: int
     steps: int
     """Steps after which an encoder is worth looking at."""
     fewest_epochs: int
@@ -76,10 +77,14 @@ class _Scale:
 _SCALES = {
     scale.size: scale
     for scale in (
-        _Scale("tiny-vanilla", 32, 36, 24, 0.3, border=0, most_words=1024, steps=3_000, fewest_epochs=10),
-        _Scale("tiny-vanilla", 64, 72, 48, 0.6, border=1, most_words=1024, steps=3_000, fewest_epochs=10),
-        _Scale("imagenet20-vanilla", 128, 144, 96, 1.1, border=0, most_words=8192, steps=10_000, fewest_epochs=80),
-        _Scale("imagenet20-vanilla", 224, 256, 160, 2.0, border=1, most_words=8192, steps=10_000, fewest_epochs=80),
+        _Scale("tiny-vanilla", 32, 36, 24, 0.3, border=0, most_words=1024, largest_batch=64, steps=4_000, fewest_epochs=10),
+        _Scale("tiny-vanilla", 64, 72, 48, 0.6, border=1, most_words=1024, largest_batch=64, steps=4_000, fewest_epochs=10),
+        _Scale(
+            "imagenet20-vanilla", 128, 144, 96, 1.1, border=0, most_words=8192, largest_batch=128, steps=10_000, fewest_epochs=80
+        ),
+        _Scale(
+            "imagenet20-vanilla", 224, 256, 160, 2.0, border=1, most_words=8192, largest_batch=128, steps=10_000, fewest_epochs=80
+        ),
     )
 }
 SIZES = tuple(_SCALES)
@@ -170,7 +175,7 @@ def _warnings(found: ImagesFound, *, scale: _Scale) -> Iterator[str]:
 
 def _settings(found: ImagesFound, *, scale: _Scale, chosen: bool, has_gpu: bool) -> Iterator[tuple[str, Any, str]]:
     """Yield every setting with the reason for its value."""
-    batch = _power_of_two(found.num_train / 64, low=min(32, found.num_train), high=128)
+    batch = _power_of_two(found.num_train / 160, low=min(32, found.num_train), high=scale.largest_batch)
     per_epoch = found.num_train // batch
     epochs = min(max(scale.fewest_epochs, math.ceil(scale.steps / per_epoch)), 400)
     steps = epochs * per_epoch
@@ -195,14 +200,21 @@ def _settings(found: ImagesFound, *, scale: _Scale, chosen: bool, has_gpu: bool)
     if is_long:
         yield "method.delta_base", 0.1, "the paper's; lower it if the report finds that images look alike"
         yield "method.msd_start", "authors", "0.5 fits after some hundred steps, which are few of these"
+        yield "method.msd_momentum", 0.99, "the paper's"
     else:
         yield "method.delta_base", 0.02, "at 0.1 bags look alike for thousands of steps; lower it if the report still finds so"
         yield "method.msd_start", "first_batch", "the authors' 0.5 is far off for some hundred steps"
+        yield (
+            "method.msd_momentum",
+            0.9,
+            "distances fall to a third within a hundred steps; at 0.99 targets are too soft for long",
+        )
     yield (
         "method.teacher_momentum",
         0.99 if steps >= 5_000 else 0.95,
         "the paper's" if steps >= 5_000 else "in a few thousand steps a teacher at 0.99 would follow too slowly",
     )
+    yield "optimizer.learning_rate", 0.05 if is_long else 0.1, "the paper's" if is_long else "few steps want twice the paper's"
     yield (
         "optimizer.warmup_epochs",
         float(max(1, round(80 / per_epoch))),
@@ -210,7 +222,11 @@ def _settings(found: ImagesFound, *, scale: _Scale, chosen: bool, has_gpu: bool)
     )
     most = ", at most 400" if epochs == 400 else ""
     yield "training.epochs", epochs, f"{steps} steps of {per_epoch} an epoch{most}: steps count more than images"
-    yield "training.batch_size", batch, "about 64 steps an epoch, but 32 to 128 images a step, and no more than there are"
+    yield (
+        "training.batch_size",
+        batch,
+        f"about 160 steps an epoch, but 32 to {scale.largest_batch} images a step, and no more than there are",
+    )
     yield from _evaluation(found)
 
 

@@ -13,7 +13,7 @@ from obowlab.config import project_root
 from obowlab.runs.info import TRAINED
 from obowlab.tables.model import Cell, Column, Estimate, Row, RunRef, Table
 
-Format = Literal["rich", "md", "json", "csv", "html"]
+Format = Literal["rich", "md", "verdicts", "json", "csv", "html"]
 
 MARKS = {"agrees": "✓", "disagrees": "✗", "higher": "↑", "lower": "↓", "indistinguishable": "≈", "one seed": "○"}
 NOT_COMPARABLE = "not comparable"
@@ -175,6 +175,56 @@ def markdown(table: Table) -> str:
     return "\n".join(lines) + "\n"
 
 
+def verdicts(tables: Sequence[Table]) -> str:
+    """Return one Markdown table with a line for every row of several: its difference to its base row, the paper's and ours."""
+    columns = [
+        "table",
+        "row",
+        "seeds",
+        "metric",
+        "paper: Δ base row",
+        "ours: Δ base row",
+        "p (Holm)",
+        "direction",
+        "other metrics",
+    ]
+    rows = []
+    for table in tables:
+        place = next(number for number, column in enumerate(table.columns) if column.metric == table.primary)
+        theirs = table.base.cells[place].paper
+        for row in table.rows:
+            if row.is_base:
+                continue
+            cell = row.cells[place]
+            others = [
+                f"{column.label} {MARKS[other.verdict]}"
+                for column, other in zip(table.columns, row.cells, strict=True)
+                if other is not cell and other.verdict
+            ]
+            rows.append(
+                [
+                    table.name,
+                    f"{row.group}: {row.label}" if row.group else row.label,
+                    _seeds(row),
+                    table.columns[place].label,
+                    _signed(cell.paper - theirs) if cell.paper is not None and theirs is not None else text.ABSENT,
+                    estimate_text(cell.against_base, signed=True),
+                    p_text(cell.p_holm),
+                    verdict_text(row),
+                    ", ".join(others),
+                ]
+            )
+    lines = [
+        f"# Directions at scale {tables[0].scale}",
+        "",
+        "Each row against the base row of its table, in points; ± is the 95 % interval over seeds and episodes (or images).",
+        f"The {max(map(legend, tables), key=len)}.",
+        "",
+        *_markdown_table(columns, rows),
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def as_json(tables: Sequence[Table]) -> str:
     """Return tables as one JSON list."""
     return json.dumps([table.to_json() for table in tables], indent=1, ensure_ascii=False, allow_nan=False) + "\n"
@@ -231,7 +281,9 @@ def html(tables: Sequence[Table]) -> str:
 
 
 def as_text(tables: Sequence[Table], *, form: Format) -> str:
-    """Return tables as the text of a file: JSON, CSV, HTML, or else Markdown."""
+    """Return tables as the text of a file: JSON, CSV, HTML, the verdicts alone, or else Markdown."""
+    if form == "verdicts":
+        return verdicts(tables)
     if form == "json":
         return as_json(tables)
     if form == "csv":
