@@ -1,5 +1,7 @@
 """Batched colours against torchvision on PIL images, one image at a time."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -137,6 +139,25 @@ def test_solarise_inverts_what_pil_inverts():
     for threshold, level in ((0.5, 128), (0.25, 64), (1.0, 255), (0.0, 0)):
         expected = np.stack([np.asarray(ImageOps.solarize(Image.fromarray(image), threshold=level)) for image in images])
         assert np.array_equal(from_planes(solarise(to_planes(images), threshold=255.0 * threshold)), expected), threshold
+
+
+def test_small_crops_are_coloured_with_their_own_numbers():
+    views = SMALL.model_copy(update={"num_small_crops": 2, "small_crop_size": 20})
+    plain = batch_of(3, SMALL)
+    small = torch.from_numpy(pictures(6, 20, seed=9)).unflatten(0, (3, 2))
+    draws = draw(views, seed=7, epoch=3, indices=plain.indices)
+    found = render(dataclasses.replace(plain, small_crops=small), draws, device=torch.device("cpu")).student
+    others = render(plain, draw(SMALL, seed=7, epoch=3, indices=plain.indices), device=torch.device("cpu")).student
+    assert all(torch.equal(found[kind], others[kind]) for kind in others)
+    assert found.keys() - others.keys() == {"small_crops"}
+    first = SMALL.num_crops + 1
+    for row, index in enumerate(plain.indices):
+        one = {"seed": 7, "epoch": 3, "indices": np.array([index])}
+        params, mirrored = colour(views, **one), flips(views, **one)
+        for view in range(2):
+            pieces = recolourings(params.of_views(slice(first + view, first + view + 1)), mirrored[:, 1 + first + view])
+            expected = coloured(small[row, view][None], pieces)
+            torch.testing.assert_close(found["small_crops"][2 * row + view], expected[0], rtol=0.0, atol=1e-5)
 
 
 def test_a_crop_is_solarised_after_its_blur_whatever_the_others_are():

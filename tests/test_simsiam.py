@@ -174,6 +174,7 @@ def test_the_predictors_rate_stays_and_the_frozen_bias_does_not_move(fixed: bool
         ({"num_crops": 1}, r"views\.num_crops is 1 and views\.num_patches 0: set views\.num_crops to 2"),
         ({"num_crops": 3}, r"views\.num_crops is 3 "),
         ({"num_crops": 2, "num_patches": 5}, r"views\.num_patches 5: .* views\.num_patches to 0"),
+        ({"num_crops": 2, "num_small_crops": 6}, r"SimSiam has no use for views\.num_small_crops \(6\): set it to 0"),
         ({"num_crops": 2, "cutmix_probability": 0.5}, r"SimSiam has no targets .* views\.cutmix_probability to 0\.0"),
     ],
 )

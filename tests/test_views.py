@@ -261,6 +261,33 @@ def test_a_crop_with_settings_of_its_own_is_drawn_as_if_all_had_them():
         assert not np.array_equal(alike.boxes[:, 2], so.boxes[:, 2])
 
 
+def test_small_crops_are_further_crops_and_change_no_other_view():
+    drawn = {"seed": 3, "epoch": 4, "indices": np.arange(30)}
+    sizes = {"heights": np.full(30, 200), "widths": np.full(30, 300)}
+    plain = Views(num_crops=2, num_patches=4, **MIXED)
+    both = plain.model_copy(update={"num_small_crops": 3, "small_crop_size": 40, "small_crop_scale": (0.1, 0.2)})
+    as_crops = Views(num_crops=5, crop_size=40, crop_scale=(0.1, 0.2), **MIXED)
+    found, alike, further = (geometry(views, **drawn, **sizes) for views in (both, plain, as_crops))
+    assert found.sizes == (*alike.sizes, 40, 40, 40)
+    for name in ("boxes", "resized", "windows"):
+        np.testing.assert_array_equal(getattr(found, name)[:, :4], getattr(alike, name))
+        np.testing.assert_array_equal(getattr(found, name)[:, 4:], getattr(further, name)[:, 3:])
+    found, alike, further = (colour(views, **drawn) for views in (both, plain, as_crops))
+    for name, values in vars(found).items():
+        np.testing.assert_array_equal(values[:, :3], getattr(alike, name))
+        np.testing.assert_array_equal(values[:, 3:], getattr(further, name)[:, 2:])
+    mirrored = flips(both, **drawn)
+    assert mirrored.shape == (30, 7)
+    np.testing.assert_array_equal(mirrored[:, :4], flips(plain, **drawn))
+    own = [CropView()] * 4 + [CropView(scale=(0.5, 0.6), solarise_probability=1.0)]
+    other = both.model_copy(update={"per_crop": tuple(own)})
+    boxes = geometry(other, **drawn, **sizes).boxes
+    np.testing.assert_array_equal(boxes[:, :6], geometry(both, **drawn, **sizes).boxes[:, :6])
+    share = boxes[:, 6, 2] * boxes[:, 6, 3] / (200 * 300)
+    assert ((share > 0.48) & (share < 0.62)).all()
+    assert colour(other, **drawn).solarised.sum(axis=0).tolist() == [0, 0, 0, 0, 0, 30]
+
+
 def test_byols_crops_are_blurred_and_solarised_as_often_as_they_should_be():
     views = Views(
         num_crops=2,

@@ -61,6 +61,9 @@ class Views(Section):
     crop_size: Count = 160
     crop_scale: Range = (0.08, 0.6)
     whole_scale: Range = Field((0.08, 1.0), description="torchvision's default; the paper does not say")
+    num_small_crops: Annotated[int, Field(ge=0)] = Field(0, description="crops of a second size: SwAV's six beside two")
+    small_crop_size: Count = 96
+    small_crop_scale: Range = Field((0.05, 0.14), description="SwAV's")
     num_patches: Annotated[int, Field(ge=0, le=9)] = 0
     patch_size: Count = 96
     patch_source_size: Count = 256
@@ -77,7 +80,7 @@ class Views(Section):
     blur_sigma: Range = (0.1, 2.0)
     solarise_probability: Fraction = Field(0.0, description="that a crop's bright pixels are inverted; BYOL's second crop")
     solarise_threshold: Fraction = Field(0.5, description="brightness from which a solarised pixel is inverted")
-    per_crop: tuple[CropView, ...] = Field((), description="what the first, second, ... crop has of its own; none: all alike")
+    per_crop: tuple[CropView, ...] = Field((), description="what each crop, small ones last, has of its own; none: all alike")
     cutmix_probability: Fraction = Field(0.0, description="that a crop has a rectangle of its batch neighbour's pasted in")
     cutmix_alpha: Positive = Field(1.0, description="of Beta(alpha, alpha), the crop's own share; the paper does not say")
 
@@ -92,22 +95,24 @@ class Views(Section):
         return self.crop_scale if self.crop_extent == "part" else self.whole_scale
 
     def crop(self, number: int) -> Views:
-        """Return these settings with what the crop of that number, from 0, has of its own."""
+        """Return these settings with what the crop of that number has of its own; from 0, small crops after the others."""
         if not self.per_crop:
             return self
         own = {name: value for name, value in vars(self.per_crop[number]).items() if value is not None}
         if scale := own.pop("scale", None):
-            own["crop_scale" if self.crop_extent == "part" else "whole_scale"] = scale
+            large = "crop_scale" if self.crop_extent == "part" else "whole_scale"
+            own[large if number < self.num_crops else "small_crop_scale"] = scale
         return self.model_copy(update=own)
 
     @model_validator(mode="after")
     def _fits(self) -> Views:
-        if self.per_crop and len(self.per_crop) != self.num_crops:
+        if self.per_crop and len(self.per_crop) != self.num_crops + self.num_small_crops:
+            small = f" and num_small_crops {self.num_small_crops}" if self.num_small_crops else ""
             raise conflict(
-                f"per_crop describes {len(self.per_crop)} crops, but num_crops is {self.num_crops}",
-                keys=("per_crop", "num_crops"),
+                f"per_crop describes {len(self.per_crop)} crops, but num_crops is {self.num_crops}{small}",
+                keys=("per_crop", "num_crops", "num_small_crops"),
             )
-        if self.num_crops + self.num_patches == 0:
+        if self.num_crops + self.num_patches + self.num_small_crops == 0:
             raise conflict(
                 "num_crops and num_patches are both 0: the student would see nothing", keys=("num_crops", "num_patches")
             )
@@ -123,7 +128,7 @@ class Views(Section):
                 "cutmix_probability is above 0, but num_crops is 0 and patches are never mixed",
                 keys=("cutmix_probability", "num_crops"),
             )
-        for name in ("crop_scale", "whole_scale", "patch_scale", "blur_sigma"):
+        for name in ("crop_scale", "whole_scale", "small_crop_scale", "patch_scale", "blur_sigma"):
             _check_range(getattr(self, name), name=name)
         for crop in self.per_crop:
             _check_range(crop.scale, name="scale", key="per_crop")

@@ -82,7 +82,8 @@ class Batch:
 
     Attributes:
         original: the whole images, [B, 3, S, S].
-        views: kind of view (`crops`, `patches`) to the student's views, [B·V, 3, s, s], all views of an image together.
+        views: kind of view (`crops`, `patches`, `small_crops`) to the student's views, [B·V, 3, s, s], all views of an image
+            together.
         uniforms: random numbers in [0, 1), float64 [B, num_uniforms].
         step: number of this step, from 0.
         labels: classes of the images, [B]; for the online classifier, and a method that learns from labels.

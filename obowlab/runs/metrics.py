@@ -47,15 +47,9 @@ _TRAINING = (
         "min",
         "The loss minus the targets' entropy, which no prediction's loss is below.",
     ),
-    Metric(
-        "loss_crops", "nats", "min", "The crops' part of the loss: cross-entropy with BoW targets, rotations, keys or classes."
-    ),
-    Metric(
-        "loss_patches",
-        "nats",
-        "min",
-        "The patches' part of the loss: cross-entropy with BoW targets, rotations, keys or classes.",
-    ),
+    Metric("loss_crops", "nats", "min", "The crops' part of the loss."),
+    Metric("loss_patches", "nats", "min", "The patches' part of the loss."),
+    Metric("loss_small_crops", "nats", "min", "The part of the loss from the crops of the second size."),
     Metric("rotation_accuracy", "%", "max", "RotNet: rotated views whose rotation is recognised."),
     Metric("contrast_accuracy", "%", "max", "MoCo: queries that are nearer to their own key than to any in the queue."),
     Metric("class_accuracy", "%", "max", "Supervised training: views whose class is recognised."),

@@ -184,7 +184,7 @@ def _num_collectives(trainer: Trainer) -> float:
     kinds_of_norm = nn.BatchNorm2d | GlobalBatchNorm1d | SyncBatchNorm
     layers = [each for each in trainer.method.modules() if isinstance(each, kinds_of_norm)]
     views = trainer.run.recipe.views
-    kinds = bool(views.num_crops) + bool(views.num_patches)
+    kinds = bool(views.num_crops) + bool(views.num_patches) + bool(views.num_small_crops)
     return 1.0 + sum(2 * kinds if each.weight is None or each.weight.requires_grad else 1 for each in layers)
 
 

@@ -63,7 +63,11 @@ class Work:
         views = recipe.views
         self._generator = torch.Generator(device).manual_seed(0)
         self.original = self._images(batch_size, views.original_size)
-        kinds = {"crops": (views.num_crops, views.cut_size), "patches": (views.num_patches, views.patch_size)}
+        kinds = {
+            "crops": (views.num_crops, views.cut_size),
+            "patches": (views.num_patches, views.patch_size),
+            "small_crops": (views.num_small_crops, views.small_crop_size),
+        }
         self.views = {kind: self._images(batch_size * count, size) for kind, (count, size) in kinds.items() if count}
         shape = (batch_size, self.model.num_uniforms)
         self._uniforms = torch.rand(shape, dtype=torch.float64, device=device, generator=self._generator)

@@ -37,7 +37,7 @@ class RenderedViews:
     Attributes:
         original: [B, 3, S, S].
         student: what the student sees by kind, where there is any: `crops` [B * num_crops, 3, s, s] and `patches`
-            [B * num_patches, 3, p, p], all views of image 0 first.
+            [B * num_patches, 3, p, p], and `small_crops` as `crops`; all views of image 0 first.
         cutmix_lambda: for kinds that cutmix mixed, the fraction of every view's pixels that are its own image's,
             [B * num_crops]; the others are those of the image's neighbour (0 and 1, 2 and 3, ...).
     """
@@ -71,6 +71,9 @@ def render(batch: PixelBatch, draws: Draws, *, device: torch.device) -> Rendered
             assert draws.corners is not None
             source = coloured(batch.patch_source.to(device, non_blocking=True), draws.patch_source)
             student["patches"] = cut_patches(source, draws.corners, size=draws.patch_size)
+        if batch.small_crops is not None:
+            small = batch.small_crops.to(device, non_blocking=True).flatten(0, 1)
+            student["small_crops"] = coloured(small, draws.small_crops, threshold=draws.solarise_threshold)
     return RenderedViews(original=original, student=student, cutmix_lambda=cutmix_lambda)
 
 

@@ -2,8 +2,8 @@
 
 The same image in the same epoch gets the same views from either loader backend, however many workers or processes there are.
 
-Shapes: N images, V views of each: the original, `num_crops` crops and, where there are patches, the image they are cut
-from. Coordinates are pixels, rows first.
+Shapes: N images, V views of each: the original, `num_crops` crops, where there are patches the image they are cut from, and
+`num_small_crops` small crops. Coordinates are pixels, rows first.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Colour:
-    """Photometric parameters of K coloured views (the crops, then the patch source) of N images.
+    """Photometric parameters of K coloured views (the crops, the patch source, the small crops) of N images.
 
     Attributes:
         orders: Order of brightness, contrast, saturation and hue (0 to 3), [N, K, 4].
@@ -100,6 +100,7 @@ def geometry(views: Views, *, seed: int, epoch: int, indices: Ints, heights: Int
     lanes = [(Stream.CROPS, lane, views.crop(lane).cut_scale, views.cut_size) for lane in range(views.num_crops)]
     if views.num_patches:
         lanes.append((Stream.PATCH_SOURCE, 0, views.patch_scale, views.patch_source_size))
+    lanes += [(Stream.CROPS, lane, views.crop(lane).small_crop_scale, views.small_crop_size) for lane in small_lanes(views)]
     boxes = [centre.boxes[:, 0]]
     for stream, lane, scale, _ in lanes:
         draws = uniforms(seed=seed, epoch=epoch, indices=indices, stream=stream, count=2 * CROP_TRIES + 2, lane=lane)
@@ -114,9 +115,14 @@ def geometry(views: Views, *, seed: int, epoch: int, indices: Ints, heights: Int
     )
 
 
+def small_lanes(views: Views) -> range:
+    """Return the numbers of the small crops among the crops: they come after the others."""
+    return range(views.num_crops, views.num_crops + views.num_small_crops)
+
+
 def flips(views: Views, *, seed: int, epoch: int, indices: Ints) -> Bools:
     """Return which views are mirrored left to right (done by `photometric`), [N, V]."""
-    count = 1 + views.num_crops + (views.num_patches > 0)
+    count = 1 + views.num_crops + (views.num_patches > 0) + views.num_small_crops
     return uniforms(seed=seed, epoch=epoch, indices=indices, stream=Stream.FLIPS, count=count) < views.flip_probability
 
 
@@ -182,6 +188,7 @@ def colour(views: Views, *, seed: int, epoch: int, indices: Ints) -> Colour:
     if views.num_patches:  # the paper blurs no patches
         unblurred = views.model_copy(update={"blur_probability": 0.0, "solarise_probability": 0.0})
         lanes.append((Stream.PATCH_COLOUR, 0, unblurred))
+    lanes += [(Stream.CROP_COLOUR, lane, views.crop(lane)) for lane in small_lanes(views)]
     draws = [uniforms(seed=seed, epoch=epoch, indices=indices, stream=stream, count=10, lane=lane) for stream, lane, _ in lanes]
     u = np.stack(draws, axis=1)
 
