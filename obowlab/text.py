@@ -78,6 +78,10 @@ def measurement(values: Mapping[str, Any] | None, *, digits: int = 2) -> str:
 
 def toml(value: Any) -> str:
     """Return a setting as a TOML file writes it; a number that was left open is "all"."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key} = {toml(each)}" for key, each in value.items()) + "}"
+    if isinstance(value, list) and any(isinstance(each, Mapping) for each in value):
+        return "[" + ", ".join(map(toml, value)) + "]"
     return '"all"' if value is None else json.dumps(value, ensure_ascii=False)  # JSON's numbers, texts and lists are TOML's
 
 

@@ -83,6 +83,8 @@ QUICK = {
     # and cutmix.
     "demo-bownet": Case("demo-bownet", SHORT, steps=56, runs=3),
     "demo-moco": Case("demo-moco", SHORT, steps=56),
+    "demo-supervised": Case("demo-supervised", SHORT, steps=56),
+    "demo-simsiam": Case("demo-simsiam", SHORT, steps=56),
     "demo-2procs-float32": Case("demo", (*THIRTY, "training.precision=float32"), ("--procs", "2"), steps=30),
     "demo-2procs-bfloat16": Case("demo", THIRTY, ("--procs", "2"), steps=30),
 }
@@ -124,6 +126,18 @@ MORE = {  # --more: settings that no recipe above has
         ("--loader", "torch"),
         steps=30,
     ),
+    "crops-that-differ-lars": Case(
+        "demo-moco",
+        (
+            *THIRTY,
+            "optimizer.name=lars_byol",
+            "views.num_small_crops=2",
+            "views.small_crop_size=16",
+            "views.per_crop=[{blur_probability = 1.0}, {solarise_probability = 0.2}, {}, {}]",
+        ),
+        steps=30,
+    ),
+    "simsiam-2procs": Case("demo-simsiam", THIRTY, ("--procs", "2"), steps=30),
     "moco-2procs": Case("demo-moco", THIRTY, ("--procs", "2"), steps=30),
     "bownet-2procs": Case("demo-bownet", THIRTY, ("--procs", "2"), steps=30, runs=3),
 }

@@ -10,15 +10,17 @@ import pytest
 import torch
 
 from obowlab.config import Recipe, recipe_from_values
-from obowlab.config.methods import word_levels
+from obowlab.config.methods import learns_from_labels, word_levels
 from obowlab.methods import METHODS, Batch, Method, OneProcess, Preparation, StepOutput, build_backbone
 from obowlab.runs.metrics import lookup
 
+ONLINE = frozenset({"monitor_loss", "monitor_accuracy"})
 NUM_IMAGES = 4
 NUM_CLASSES = 3
 VALUES: dict[str, dict[str, object]] = {
     "bownet": {"teacher.method.name": "rotnet", "method.num_words": 30, "method.kmeans_points": 4},
     "moco": {"method.batchnorm_splits": 2, "method.queue_size": 10},
+    "simsiam": {"method.projection_size": 16, "method.prediction_size": 8},
 }
 """What the methods need that cannot train four small images with their default settings."""
 
@@ -74,9 +76,11 @@ class MethodContract:
         return output
 
     def test_a_step_has_a_finite_loss_and_plain_metrics(self, recipe: Recipe) -> None:
-        output = self.train(*self.build(recipe), range(2))
+        method, optimizer = self.build(recipe)
+        output = self.train(method, optimizer, range(2))
         assert output.loss.shape == ()
-        assert {"loss", "monitor_loss", "monitor_accuracy"} <= output.metrics.keys()
+        assert output.metrics.keys() & {"loss", *ONLINE} == {"loss", *(ONLINE if method.monitor else ())}
+        assert (method.monitor is None) == learns_from_labels(recipe.method)
         for name, value in output.metrics.items():
             lookup(name)  # fails for a metric that runs/metrics.py does not describe
             assert value.shape == (), name
@@ -105,21 +109,24 @@ class MethodContract:
         assert torch.equal(wanted.loss, unwanted.loss)
         assert all(torch.equal(value, wanted.metrics[name]) for name, value in unwanted.metrics.items())
         kinds = {"loss_crops", "loss_patches"} & wanted.metrics.keys()  # a method may learn from crops alone
-        always = {"loss", "monitor_loss", "monitor_accuracy", *kinds}
+        always = {"loss", *(ONLINE if method.monitor else ()), *kinds}
         assert kinds
         assert always <= unwanted.metrics.keys() <= wanted.metrics.keys()
         assert not [name for name in unwanted.metrics if name.endswith(("_conv4", "_conv5", "_age"))]
 
     def test_the_online_classifier_does_not_touch_the_method(self, recipe: Recipe) -> None:
         method, _ = self.build(recipe)
+        if method.monitor is None:
+            pytest.skip(f"{recipe.method.name} has no online classifier")
         batch = self.batch(0, method.num_uniforms)
         assert batch.labels is not None
         grads = []
         for shown in (batch.labels, (batch.labels + 1) % NUM_CLASSES):
             method, optimizer = self.build(recipe)
             method(dataclasses.replace(batch, labels=shown)).loss.backward()
-            grads.append([p.grad for p in optimizer.param_groups[0]["params"]])
-        assert [group["name"] for group in optimizer.param_groups] == ["method", "monitor"]
+            grads.append([p.grad for group in optimizer.param_groups[:-1] for p in group["params"]])
+        names = [group["name"] for group in optimizer.param_groups]
+        assert (names[0], names[-1]) == ("method", "monitor")
         assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
     def test_its_state_is_all_it_remembers(self, recipe: Recipe) -> None:

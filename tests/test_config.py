@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from obowlab import text
 from obowlab.config import (
     FewShot,
     Linear,
@@ -106,6 +107,15 @@ BAD_FILES = [
     ("[views]\ncrop_scale = [0.6, 0.08]\n", r"'views\.crop_scale' \(bad\.toml\): crop_scale must be \[low, high\]"),
     ("[views]\ncrop_scale = [0.0, 0.5]\n", r"crop_scale are fractions"),
     ("[views]\nblur_sigma = [0.1]\n", r"'views\.blur_sigma'"),
+    ("[[views.per_crop]]\n[[views.per_crop]]\n", r"'views\.per_crop' \(bad\.toml\): per_crop describes 2 crops, but num_"),
+    (
+        "[[views.per_crop]]\nblur_sigm = 1\n",
+        r"Unknown key 'views\.per_crop\.blur_sigm' \(bad\.toml\)\. .*'views\.per_crop\.blur_si",
+    ),
+    ("[[views.per_crop]]\nhue = 1.1\n", r"'views\.per_crop\.hue' \(bad\.toml\): .* equal to 0\.5, not 1\.1"),
+    ("[[views.per_crop]]\nscale = [0.5, 0.1]\n", r"'views\.per_crop' \(bad\.toml\): scale must be \[low, high\]"),
+    ("[[views.per_crop]]\nscale = [0.0, 0.1]\n", r"'views\.per_crop' \(bad\.toml\): scale are fractions"),
+    ("[views]\nper_crop = 3\n", r"'views\.per_crop' \(bad\.toml\): .*(array|tuple|list)"),
     ("extends = 3\n", r"'extends' .* must be the name of one recipe"),
     ('extends = "ful"\n', r"no recipe 'ful'\. Did you mean 'full'\?"),
     ("[method\n", r"bad\.toml is not valid TOML"),
@@ -118,6 +128,22 @@ def test_bad_file_is_refused_in_one_sentence(text: str, message: str, tmp_path: 
         load_recipe(write(tmp_path, "bad", text))
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 300
+
+
+def test_crops_of_their_own_are_read_shown_and_identified(tmp_path: Path) -> None:
+    own = "[[views.per_crop]]\nblur_probability = 1.0\n[[views.per_crop]]\nblur_sigma = [0.1, 0.2]\nsolarise_probability = 0.2\n"
+    path = write(tmp_path, "own", f'extends = "demo-moco"\n{own}')
+    recipe = load_recipe(path).recipe
+    assert [recipe.views.crop(number).blur_probability for number in range(2)] == [1.0, 0.5]
+    assert [recipe.views.crop(number).solarise_probability for number in range(2)] == [0.0, 0.2]
+    shown = text.override(flatten(recipe)["views.per_crop"])
+    assert shown == "[{blur_probability = 1.0}, {blur_sigma = [0.1, 0.2], solarise_probability = 0.2}]"
+    again = load_recipe("demo-moco", overrides=[f"views.per_crop={shown}"]).recipe
+    assert again.views == recipe.views
+    assert again.fingerprint(seed=0) == recipe.fingerprint(seed=0) != load_recipe("demo-moco").recipe.fingerprint(seed=0)
+    assert load_recipe(path, overrides=["views.per_crop=[]"]).recipe.fingerprint(seed=0) == load_recipe(
+        "demo-moco"
+    ).recipe.fingerprint(seed=0)
 
 
 def test_missing_recipe_file_is_named() -> None:
@@ -185,6 +211,7 @@ def test_fingerprint_is_of_everything_that_changes_weights_and_of_nothing_else()
         "data.dataset": "other",
         "data.images_per_class": 3,
         "views.crop_extent": "whole",
+        "views.per_crop": [{}, {"blur_probability": 0.1}],
         "backbone.arch": "resnet50",
         "backbone.stem": "imagenet",
         "backbone.padding": "same",
@@ -196,6 +223,8 @@ def test_fingerprint_is_of_everything_that_changes_weights_and_of_nothing_else()
         "method.head": "fixed",
         "method.msd_start": "authors",
         "method.teacher_momentum_schedule": "constant",
+        "optimizer.name": "larc",
+        "optimizer.schedule": "steps",
         "optimizer.cosine_per": "epoch",
         "training.precision": "float32",
     }

@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from obowlab.config import Backbone, Bownet, Machine, MethodSection, Moco, Obow, Recipe, Rotnet
+from obowlab.config import Backbone, Bownet, Machine, MethodSection, Moco, Obow, Recipe, Rotnet, Simsiam, Supervised
+from obowlab.config.methods import learns_from_labels
 from obowlab.errors import UserError
 from obowlab.evaluation import evaluate
 from obowlab.methods import METHODS, Batch, Method
@@ -36,7 +37,7 @@ def train_in_float64(world: World, method_config: MethodSection) -> Method[Any]:
         backbone=SMALL,
         total_steps=STEPS,
         seed=0,
-        num_classes=None,
+        num_classes=3 if learns_from_labels(method_config) else None,
         comm=world,
     ).double()
     teacher = Recipe(method=Rotnet(), backbone=SMALL) if method_config.name == "bownet" else None
@@ -52,8 +53,15 @@ def train_in_float64(world: World, method_config: MethodSection) -> Method[Any]:
         crops = torch.randn(BATCH, 2, 3, 16, 16, generator=generator, dtype=torch.float64)[mine].flatten(0, 1)
         uniforms = torch.rand(BATCH, method.num_uniforms, generator=generator, dtype=torch.float64)[mine]
         share = torch.rand(BATCH, 2, generator=generator, dtype=torch.float64)[mine].flatten()
-        mixed = {"crops": share} if method_config.name in ("obow", "bownet") else {}
-        batch = Batch(original=original, views={"crops": crops}, uniforms=uniforms, step=step, cutmix_lambda=mixed)
+        mixed = {"crops": share} if method_config.name in ("obow", "bownet", "supervised") else {}
+        batch = Batch(
+            original=original,
+            views={"crops": crops},
+            uniforms=uniforms,
+            step=step,
+            labels=(torch.arange(BATCH) % 3)[mine],
+            cutmix_lambda=mixed,
+        )
         output = parallel(batch)
         optimizer.zero_grad()
         output.loss.backward()
@@ -77,6 +85,8 @@ VARIANTS: dict[str, MethodSection] = {
     "bownet": Bownet(num_words=20, border=0, kmeans_points=3),
     "rotnet": Rotnet(),
     "moco": Moco(queue_size=21, batchnorm_splits=4, teacher_momentum=0.9),
+    "supervised": Supervised(),
+    "simsiam": Simsiam(projection_size=12, prediction_size=6, zero_residual=False),
 }
 """All of them train on mixed crops that can."""
 
@@ -96,6 +106,36 @@ def test_two_processes_do_the_same_mathematics(method_config: MethodSection, tmp
             torch.testing.assert_close(rank[name], value, rtol=1e-6, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
     for name in ("vocabularies.conv5.words", "words", "queue"):
         assert name not in alone or alone[name].abs().sum() > 0
+
+
+def contrast(world: World, *, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the mean loss of this rank's rows [n, C], each told from the rows of all ranks, and its gradient to them."""
+    rows = features.clone().requires_grad_()
+    everyone = world.all_gather_with_gradient(rows)
+    logits = rows @ everyone.T
+    own = world.rank * len(rows) + torch.arange(len(rows))
+    loss = torch.nn.functional.cross_entropy(logits, own)
+    loss.backward()
+    assert rows.grad is not None
+    return loss.detach(), rows.grad
+
+
+def gathered(rank: int, file: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
+    world = World(rank=rank, world_size=2, device=torch.device("cpu"))
+    features = torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.save(contrast(world, features=features[3 * rank : 3 * rank + 3]), f"{file}.{rank}")
+    dist.destroy_process_group()
+
+
+def test_a_gather_with_gradient_gives_the_gradient_of_the_mean_over_all_rows(tmp_path: Path) -> None:
+    features = torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    loss, gradient = contrast(World(rank=0, world_size=1, device=torch.device("cpu")), features=features)
+    fork_all(gathered, ranks=2, arguments=(str(tmp_path / "rendezvous"),))
+    losses, gradients = zip(*(torch.load(tmp_path / f"rendezvous.{rank}", weights_only=True) for rank in range(2)), strict=True)
+    torch.testing.assert_close(torch.stack(losses).mean(), loss, rtol=1e-12, atol=0.0)
+    # DistributedDataParallel divides by the number of ranks what it has added up.
+    torch.testing.assert_close(torch.cat(gradients) / 2, gradient, rtol=1e-10, atol=1e-14)
 
 
 def four_starts(rank: int, file: str) -> None:

@@ -37,7 +37,7 @@ PAGES = (
 )
 MAX_README_LINES = 120
 PLACEHOLDER = re.compile(r"[A-Z]{2,}|\.\.\.|^K$|^N$")
-TO_BE_WRITTEN = re.compile(r"simsiam|(^|/)(mine\.toml|encoder\.py)$", re.IGNORECASE)
+TO_BE_WRITTEN = re.compile(r"vicreg|(^|/)(mine\.toml|encoder\.py)$", re.IGNORECASE)
 """What the walk-throughs of CONTRIBUTING make a reader write, and commands write."""
 
 GENERATED = re.compile(

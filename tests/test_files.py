@@ -23,7 +23,7 @@ from obowlab.data.manifest import file_sha256
 from obowlab.errors import UserError
 from obowlab.files.records import append_whole, checksum_fits, cut_torn_tail, parse_checked, read_all, read_lines, with_checksum
 from obowlab.files.sharing import only_we_write
-from obowlab.runs.folder import RunFolder, damaged_runs, list_runs
+from obowlab.runs.folder import RunFolder, list_runs, read_runs
 from obowlab.runs.metric_log import parse_point
 from obowlab.tracking.outbox import Outbox, Sent
 from tests.command_line import Obowlab, finished_run
@@ -160,7 +160,7 @@ def test_runs_that_cannot_be_listed_are_told(tmp_path: Path, capsys: pytest.Capt
     run = finished_run(tmp_path)
     flip(run.path / "run.json", at=b'"kappa": ')
     assert list_runs(tmp_path) == []
-    assert damaged_runs(tmp_path) == [f"{run.path}/run.json is damaged; move the folder away and start the run again."]
+    assert read_runs(tmp_path)[1] == [f"{run.path}/run.json is damaged; move the folder away and start the run again."]
     code, _, err = Obowlab(capsys)("runs", "list", "--runs-root", str(tmp_path))
     assert code == 0
     assert "Warning: " in err

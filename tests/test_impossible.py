@@ -49,6 +49,13 @@ CASES: dict[str, tuple[str, tuple[str, ...], str]] = {
         ("views.num_crops=0", "views.num_patches=2", "views.patch_size=8", "views.patch_jitter=0"),
         "MoCo needs one crop as the key",
     ),
+    "one view for SimSiam": ("demo-simsiam", ("views.num_crops=1",), "SimSiam compares two crops of an image"),
+    "patches in SimSiam": (
+        "demo-simsiam",
+        ("views.num_patches=2", "views.patch_size=8", "views.patch_jitter=0"),
+        "set views.num_crops to 2 and views.num_patches to 0.",
+    ),
+    "cutmix in SimSiam": ("demo-simsiam", ("views.cutmix_probability=0.5",), "SimSiam has no targets that cutmix could mix"),
     "groups of one image": ("demo-moco", ("method.batchnorm_splits=64",), "into groups of two images or more: change either."),
     "groups that differ": ("demo-moco", ("method.batchnorm_splits=7",), "method.batchnorm_splits (7) must divide"),
     "cutmix without targets": ("demo-moco", ("views.cutmix_probability=0.5",), "set views.cutmix_probability to 0.0."),

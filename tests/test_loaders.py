@@ -34,6 +34,7 @@ VIEWS = Views(
     patch_source_size=48,
     patch_jitter=4,
 )
+FOUR_KINDS = VIEWS.model_copy(update={"num_small_crops": 3, "small_crop_size": 20})
 CROPS_ONLY = Views(original_size=24, original_resize=24, num_crops=1, crop_size=16)
 SIZES = [(60, 80), (80, 60), (50, 50), (33, 97), (120, 41), (24, 24), (40, 90), (64, 48), (20, 30), (100, 75), (61, 59)]
 STRAY = 5
@@ -90,7 +91,7 @@ def assert_same(ours, theirs):
         assert (one.epoch, one.step) == (two.epoch, two.step)
         assert np.array_equal(one.indices, two.indices)
         assert torch.equal(one.numbers._buffer, two.numbers._buffer)
-        for name in ("original", "crops", "patch_source"):
+        for name in ("original", "crops", "patch_source", "small_crops"):
             mine, other = getattr(one, name), getattr(two, name)
             assert (mine is None) == (other is None)
             assert mine is None or torch.equal(mine, other), (name, one.step)
@@ -131,18 +132,18 @@ def test_batches_follow_the_order_and_carry_shapes_and_labels(split):
 
 
 def test_views_equal_torchvision_on_pil(split):
-    cutter = Cutter(split=split, views=VIEWS, seed=3)
+    cutter = Cutter(split=split, views=FOUR_KINDS, seed=3)
     indices = np.arange(split.num_images)
     compared = 0
     for epoch in range(4):
         plan = cutter.geometry(indices, epoch=epoch)
-        originals, crops, sources = cutter.cut(indices, epoch=epoch)
+        originals, crops, sources, small = cutter.cut(indices, epoch=epoch)
         for index in indices.tolist():
             image = decode(split, index)
             if image.width >= image.height:
                 expected = F.center_crop(F.resize(image, 44, InterpolationMode.BILINEAR), [40, 40])
                 assert np.array_equal(originals[index, 0], np.asarray(expected))
-            for view, ours in enumerate((*crops[index], *sources[index]), start=1):
+            for view, ours in enumerate((*crops[index], *sources[index], *small[index]), start=1):
                 top, left, height, width = plan.boxes[index, view].tolist()
                 expected = np.asarray(
                     F.resized_crop(image, top, left, height, width, list(ours.shape[:2]), InterpolationMode.BILINEAR)
@@ -322,6 +323,20 @@ def test_ffcv_gives_the_torch_backends_bytes(split, compiled, monkeypatch):
     for epoch in range(2):
         assert_same(ours[epoch], list(reference.batches(epoch=epoch)))
     assert_same(list(compiled.batches(epoch=1, start_step=3)), ours[1][3:])
+
+
+@pytest.mark.ffcv
+@pytest.mark.parametrize("changes", [{}, {"num_crops": 0, "num_patches": 0}])
+def test_crops_of_a_second_size_leave_the_other_views_alone(split, changes):
+    pytest.importorskip("ffcv", reason="ffcv is not installed")
+    views = FOUR_KINDS.model_copy(update=changes)
+    ours = list(loader(split, views=views, backend="ffcv", workers=2).batches(epoch=1))
+    assert_same(ours, list(loader(split, views=views).batches(epoch=1)))
+    assert ours[0].small_crops.shape == (4, 3, 20, 20, 3)
+    if not changes:
+        for one, plain in zip(ours, loader(split).batches(epoch=1), strict=True):
+            assert plain.small_crops is None
+            assert all(torch.equal(getattr(one, kind), getattr(plain, kind)) for kind in ("original", "crops", "patch_source"))
 
 
 @pytest.mark.ffcv

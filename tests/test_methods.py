@@ -4,9 +4,11 @@ from typing import Any
 import pytest
 import torch
 
-from obowlab.config import Backbone, Obow, Views
+from obowlab.config import Backbone, Obow, Views, load_recipe
 from obowlab.errors import UserError
 from obowlab.methods import METHODS, Batch, OBoW, OneProcess, build_backbone, compile_encoders
+from obowlab.runs.metrics import lookup
+from obowlab.training.work import Work
 from tests.contracts import MethodContract
 from tests.gpu import steps
 
@@ -42,6 +44,19 @@ def test_metrics_bear_the_agreed_names() -> None:
     assert m["loss_kl"] > 0
     assert m["teacher_momentum"] == pytest.approx(0.99)
     assert 1 <= m["perplexity_image_conv5"] <= m["perplexity_batch_conv5"] <= 20
+
+
+def test_small_crops_are_one_more_kind_of_views() -> None:
+    metrics = step(build(), kinds=("crops", "small_crops")).metrics
+    for name in metrics:
+        lookup(name)
+    assert float(metrics["loss"]) == pytest.approx(float(metrics["loss_crops"] + metrics["loss_small_crops"]))
+    recipe = load_recipe(
+        "demo-moco", overrides=["views.num_small_crops=2", "views.small_crop_size=16", "backbone.width=4"]
+    ).recipe
+    work = Work(recipe, batch_size=8, device=torch.device("cpu"))
+    assert work.views["small_crops"].shape == (16, 3, 16, 16)
+    work.step()
 
 
 def test_the_fixed_head_has_neither_kappa_nor_words() -> None:

@@ -1,16 +1,18 @@
 """Batched colours against torchvision on PIL images, one image at a time."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 import torchvision.transforms.functional as F
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, ImageOps
 
-from obowlab.config import Views
+from obowlab.config import CropView, Views
 from obowlab.views.draws import box_weights, draw, recolourings
 from obowlab.views.loaders import PixelBatch
 from obowlab.views.packed import pack
-from obowlab.views.photometric import blur, coloured, jitter, luma, normalise, render
+from obowlab.views.photometric import blur, coloured, jitter, luma, normalise, render, solarise
 from obowlab.views.views import MEAN, STD, Colour, colour, flips, patch_positions
 
 CPU = torch.device("cpu")
@@ -40,7 +42,15 @@ def pictures(count, size, *, seed=0):
 
 def neutral(count, **changes):
     ones, zeros = np.ones(count), np.zeros(count)
-    values = {"brightness": ones, "contrast": ones, "saturation": ones, "hue": zeros, "grayscale": zeros > 0, "sigma": zeros}
+    values = {
+        "brightness": ones,
+        "contrast": ones,
+        "saturation": ones,
+        "hue": zeros,
+        "grayscale": zeros > 0,
+        "sigma": zeros,
+        "solarised": zeros > 0,
+    }
     return Colour(orders=np.tile(np.arange(4), (count, 1)), **(values | changes))
 
 
@@ -122,6 +132,48 @@ def test_blur_is_pils_but_for_its_rounding(low, high):
     difference = np.abs(from_planes(blur(to_planes(images), box_weights(sigma))) - expected)
     assert difference.mean() < 0.45  # PIL rounds six times
     assert difference.max() < 3.5
+
+
+def test_solarise_inverts_what_pil_inverts():
+    images = pictures(8, 48)
+    for threshold, level in ((0.5, 128), (0.25, 64), (1.0, 255), (0.0, 0)):
+        expected = np.stack([np.asarray(ImageOps.solarize(Image.fromarray(image), threshold=level)) for image in images])
+        assert np.array_equal(from_planes(solarise(to_planes(images), threshold=255.0 * threshold)), expected), threshold
+
+
+def test_small_crops_are_coloured_with_their_own_numbers():
+    views = SMALL.model_copy(update={"num_small_crops": 2, "small_crop_size": 20})
+    plain = batch_of(3, SMALL)
+    small = torch.from_numpy(pictures(6, 20, seed=9)).unflatten(0, (3, 2))
+    draws = draw(views, seed=7, epoch=3, indices=plain.indices)
+    found = render(dataclasses.replace(plain, small_crops=small), draws, device=torch.device("cpu")).student
+    others = render(plain, draw(SMALL, seed=7, epoch=3, indices=plain.indices), device=torch.device("cpu")).student
+    assert all(torch.equal(found[kind], others[kind]) for kind in others)
+    assert found.keys() - others.keys() == {"small_crops"}
+    first = SMALL.num_crops + 1
+    for row, index in enumerate(plain.indices):
+        one = {"seed": 7, "epoch": 3, "indices": np.array([index])}
+        params, mirrored = colour(views, **one), flips(views, **one)
+        for view in range(2):
+            pieces = recolourings(params.of_views(slice(first + view, first + view + 1)), mirrored[:, 1 + first + view])
+            expected = coloured(small[row, view][None], pieces)
+            torch.testing.assert_close(found["small_crops"][2 * row + view], expected[0], rtol=0.0, atol=1e-5)
+
+
+def test_a_crop_is_solarised_after_its_blur_whatever_the_others_are():
+    plain = {"flip_probability": 0.0, "jitter_probability": 0.0, "grayscale_probability": 0.0, "blur_probability": 1.0}
+    blurred = SMALL.model_copy(update=plain | {"num_patches": 1})
+    own = (CropView(), *[CropView(solarise_probability=1.0)] * (SMALL.num_crops - 1))
+    both = blurred.model_copy(update={"per_crop": own, "solarise_threshold": 0.3})
+    batch = batch_of(5, blurred)
+    draws = [draw(each, seed=7, epoch=3, indices=batch.indices) for each in (blurred, both)]
+    expected, found = (render(batch, each, device=torch.device("cpu")).student for each in draws)
+    assert torch.equal(found["patches"], expected["patches"])
+    levels, solarised = (to_bytes(each["crops"]).reshape(5, SMALL.num_crops, -1) for each in (expected, found))
+    np.testing.assert_array_equal(solarised[:, 0], levels[:, 0])
+    inverted = np.where(levels < 0.3 * 255.0, levels, 255.0 - levels)
+    near = np.abs(levels - 0.3 * 255.0) < 1e-2  # to_bytes rounds
+    np.testing.assert_allclose(solarised[:, 1:][~near[:, 1:]], inverted[:, 1:][~near[:, 1:]], atol=1e-3)
 
 
 def test_a_batch_is_rendered_as_pil_renders_its_images_one_by_one():

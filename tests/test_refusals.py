@@ -17,7 +17,7 @@ from obowlab.data.manifest import read_manifest
 from obowlab.errors import UserError, memory_sentence, refusal_of
 from obowlab.files.opening import read_file
 from obowlab.methods.backbones import build_backbone
-from obowlab.runs.folder import RunFolder, damaged_runs, list_runs
+from obowlab.runs.folder import RunFolder, list_runs, read_runs
 from obowlab.runs.info import ENCODER_FILE
 from obowlab.runs.trash import put_aside
 from obowlab.training import __main__ as compute
@@ -150,7 +150,7 @@ def test_the_run_of_somebody_else_is_one_line_and_the_others_are_shown(
     theirs, ours = made(tmp_path), made(tmp_path, seed=1)
     forbid(monkeypatch, theirs.path)
     assert [run.info.run_id for run in list_runs(tmp_path)] == [ours.run_id]
-    (line,) = damaged_runs(tmp_path)
+    (line,) = read_runs(tmp_path)[1]
     assert line == f"{theirs.path / 'run.json'} cannot be read (Permission denied): ask the owner of the folder for the right to."
     code, out, err = obowlab("runs", "list", "--runs-root", str(tmp_path))
     assert (code, err) == (0, f"Warning: {line}\n")
@@ -162,7 +162,7 @@ def test_a_damaged_state_hides_no_other_run(tmp_path: Path) -> None:
     broken, ours = made(tmp_path), made(tmp_path, seed=1)
     (broken.path / "state.json").write_text("{")
     assert [run.info.run_id for run in list_runs(tmp_path)] == [ours.run_id]
-    assert "state.json is damaged" in damaged_runs(tmp_path)[0]
+    assert "state.json is damaged" in read_runs(tmp_path)[1][0]
 
 
 def test_fresh_without_the_right_to_write_leaves_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,12 @@ def test_a_warm_up_that_ends_within_an_epoch_does_not_start_the_cosine_early() -
     assert found[8] < 1.0
 
 
+def test_steps_divide_the_rate_by_ten_after_every_so_many_epochs() -> None:
+    optimizer = Optimizer(learning_rate=0.4, schedule="steps", decay_every=2, warmup_epochs=1, end_learning_rate=0.3)
+    found = rates(optimizer, epochs=6, steps_per_epoch=2)
+    assert found == pytest.approx([0.0, 0.2, 0.4, 0.4, *[0.04] * 4, *[0.004] * 4, 0.0004])
+
+
 def test_after_the_last_step_the_rate_stays_at_its_end() -> None:
     optimizer = Optimizer(learning_rate=1.0, end_learning_rate=0.25)
     assert learning_rate(30, optimizer=optimizer, epochs=2, steps_per_epoch=10) == pytest.approx(0.25)

@@ -38,7 +38,7 @@ from obowlab.launch.slurm import submitted_jobs
 from obowlab.methods import build_backbone
 from obowlab.report.read import find_gallery
 from obowlab.runs import provenance
-from obowlab.runs.folder import RunFolder, damaged_runs, list_runs
+from obowlab.runs.folder import RunFolder, list_runs, read_runs
 from obowlab.runs.info import RunInfo
 from obowlab.runs.locks import RunTakenError
 from obowlab.runs.store import check_store
@@ -241,7 +241,7 @@ def test_one_bad_run_is_one_line_of_runs_list(store: Path, obowlab: Obowlab) -> 
     assert (code, out.count("finished")) == (0, 4)  # those with bad results too
     _complained(err)
     assert len(list_runs(store)) == 4
-    assert len(damaged_runs(store)) == len(HARMS) - 3
+    assert len(read_runs(store)[1]) == len(HARMS) - 3
 
 
 def test_one_bad_run_is_one_line_of_jobs(store: Path, obowlab: Obowlab) -> None:
@@ -695,7 +695,7 @@ def test_links_of_strangers_are_not_followed(shared_root: Path, tmp_path: Path) 
     os.lchown(link, BOB, GROUP)
     assert leads_astray(link)
     assert list_runs(shared_root) == []
-    assert "a link that somebody made to a folder that is not theirs" in damaged_runs(shared_root)[0]
+    assert "a link that somebody made to a folder that is not theirs" in read_runs(shared_root)[1][0]
     (shared_root / ".features").symlink_to(target)
     os.lchown(shared_root / ".features", BOB, GROUP)
     with pytest.raises(UnusableFileError, match="a link that somebody made"):

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn.modules._functions import SyncBatchNorm as TorchFunction
 
 from obowlab.methods import OneProcess
+from obowlab.methods.projection import GlobalBatchNorm1d
 from obowlab.methods.split_batchnorm import SplitBatchNorm2d
 from obowlab.training.distributed import World
-from obowlab.training.sync_batchnorm import CudaBatchNorm2d, GlooBatchNorm2d, SyncBatchNorm2d, synchronise_batchnorm
+from obowlab.training.sync_batchnorm import CudaBatchNorm, GlooBatchNorm, SyncBatchNorm, synchronise_batchnorm
 from tests.fork_server import fork_all
 
 CHANNELS = 3
@@ -52,8 +53,10 @@ def gather_stats(
     return overall, (square + eps).rsqrt()
 
 
-def elemt(x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, invstd: Tensor, eps: float) -> Tensor:
-    return ((x - mean.view(SHAPE)) * (invstd * weight).view(SHAPE) + bias.view(SHAPE)).to(x.dtype)
+def elemt(x: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor, invstd: Tensor, eps: float) -> Tensor:
+    scale = invstd if weight is None else invstd * weight
+    scaled = (x - mean.view(SHAPE)) * scale.view(SHAPE)
+    return (scaled if bias is None else scaled + bias.view(SHAPE)).to(x.dtype)
 
 
 def backward_reduce(
@@ -65,12 +68,13 @@ def backward_reduce(
 
 
 def backward_elemt(
-    dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor, sum_dy: Tensor, sum_dy_xmu: Tensor, count: Tensor
+    dy: Tensor, x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, sum_dy: Tensor, sum_dy_xmu: Tensor, count: Tensor
 ) -> Tensor:
     assert count.dtype == torch.int32, "all that the kernel takes"
     centred, norm = x - mean.view(SHAPE), count.sum()
     projected = centred * (invstd**2 * sum_dy_xmu / norm).view(SHAPE)
-    return ((dy - (sum_dy / norm).view(SHAPE) - projected) * (invstd * weight).view(SHAPE)).to(x.dtype)
+    scale = invstd if weight is None else invstd * weight
+    return ((dy - (sum_dy / norm).view(SHAPE) - projected) * scale.view(SHAPE)).to(x.dtype)
 
 
 def with_formulas() -> None:
@@ -105,6 +109,16 @@ def plain() -> nn.BatchNorm2d:
     return norm
 
 
+def row_norm(kind: str) -> GlobalBatchNorm1d:
+    """Return one of a head: with scale and shift, with a scale alone, or with neither."""
+    norm = GlobalBatchNorm1d(CHANNELS, affine=kind != "bare").double()
+    if kind != "bare":
+        norm.load_state_dict(plain().state_dict())
+    if kind == "unshifted":
+        norm.bias = None
+    return norm
+
+
 def steps(norm: nn.Module, x: Tensor, counts: Tensor) -> dict[str, Tensor]:
     """Return what two training steps, one of them without gradients, and an evaluation give."""
     x = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
@@ -112,12 +126,13 @@ def steps(norm: nn.Module, x: Tensor, counts: Tensor) -> dict[str, Tensor]:
     (out.tanh() * counts).sum().backward()
     with torch.no_grad():
         again = norm(x + 1)
-    found = {"out": out.detach(), "again": again, "x": x.grad, "weight": norm.weight.grad, "bias": norm.bias.grad}
+    found = {"out": out.detach(), "again": again, "x": x.grad}
+    found |= {name: parameter.grad for name, parameter in norm.named_parameters()}
     found |= {name: value.clone() for name, value in norm.named_buffers()}
     return {**found, "evaluated": norm.eval()(x.detach())}  # type: ignore[dict-item]
 
 
-class TorchBatchNorm2d(CudaBatchNorm2d):
+class TorchBatchNorm(CudaBatchNorm):
     """The same module around the function of `nn.SyncBatchNorm`, which works wherever its kernels do."""
 
     def _normalise(self, x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float) -> Tensor:
@@ -127,7 +142,8 @@ class TorchBatchNorm2d(CudaBatchNorm2d):
         )
 
 
-KINDS: dict[str, type[SyncBatchNorm2d]] = {"cuda": CudaBatchNorm2d, "gloo": GlooBatchNorm2d}
+KINDS: dict[str, type[SyncBatchNorm]] = {"cuda": CudaBatchNorm, "gloo": GlooBatchNorm}
+ROWS = ("affine", "unshifted", "bare")
 LAYOUTS = ("contiguous", "channels_last", "strided")
 
 
@@ -137,10 +153,13 @@ def one_of_two(rank: int, file: str) -> None:
     with_formulas()
     mine = slice(4 * rank, 4 * rank + 4)
     found: dict[str, Any] = {}
-    for name, kind in {**KINDS, "torch": TorchBatchNorm2d}.items():
+    for name, kind in {**KINDS, "torch": TorchBatchNorm}.items():
         for layout in LAYOUTS:
             x, counts = images(layout)
             found[f"{name} {layout}"] = steps(kind.like(plain()), x[mine], counts[mine])
+        for rows in ROWS:
+            x, counts = (each[:, :, 0, 0] for each in images("contiguous"))
+            found[f"{name} {rows}"] = steps(kind.like(row_norm(rows)), x[mine], counts[mine])
         frozen = kind.like(plain()).requires_grad_(False)
         x = images("contiguous")[0][mine].requires_grad_()
         frozen(x).tanh().sum().backward()
@@ -162,10 +181,13 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [torch.load(f"{file}.{rank}", weights_only=True) for rank in range(2)]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*LAYOUTS, *ROWS])
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks_do_what_one_does_with_all_images(kind: str, layout: str, ranks: list[dict[str, Any]]) -> None:
-    expected = steps(plain(), *images(layout))
+    if layout in ROWS:
+        expected = steps(row_norm(layout), *(each[:, :, 0, 0] for each in images("contiguous")))
+    else:
+        expected = steps(plain(), *images(layout))
     first, second = (rank[f"{kind} {layout}"] for rank in ranks)
     assert expected.keys() == first.keys()
     for name, value in expected.items():
@@ -179,7 +201,7 @@ def test_two_ranks_do_what_one_does_with_all_images(kind: str, layout: str, rank
         torch.testing.assert_close(found, value, rtol=1e-6, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", [*LAYOUTS, *ROWS])
 def test_with_known_counts_the_kernels_are_given_what_torch_gives_them(layout: str, ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
         for name, value in rank[f"torch {layout}"].items():
@@ -200,6 +222,7 @@ def test_parameters_and_buffers_are_shared_and_other_layers_left_alone(device: s
     network = nn.Sequential(
         nn.Sequential(nn.BatchNorm2d(4, eps=0.1, momentum=0.2)),
         nn.BatchNorm1d(4),
+        GlobalBatchNorm1d(4, affine=False),
         SplitBatchNorm2d.like(nn.BatchNorm2d(4), num_groups=2, comm=OneProcess()),
         nn.BatchNorm2d(4).eval().requires_grad_(False),
     )
@@ -213,7 +236,7 @@ def test_parameters_and_buffers_are_shared_and_other_layers_left_alone(device: s
     assert before.keys() == after.keys()
     assert all(value is after[name] for name, value in before.items())
     kind = KINDS["cuda" if device == "cuda" else "gloo"]
-    assert [type(module) for module in network.modules()][2:] == [kind, nn.BatchNorm1d, SplitBatchNorm2d, kind]
-    inner, last = network[0][0], network[3]
+    assert [type(module) for module in network.modules()][2:] == [kind, nn.BatchNorm1d, kind, SplitBatchNorm2d, kind]
+    inner, last = network[0][0], network[4]
     assert (inner.eps, inner.momentum, inner.training, last.training) == (0.1, 0.2, True, False)
     assert not last.weight.requires_grad

@@ -6,7 +6,7 @@ import torch
 import torchvision.transforms as T
 from torchvision.transforms.functional import _compute_resized_output_size
 
-from obowlab.config import Views
+from obowlab.config import CropView, Views
 from obowlab.randomness import Stream, epoch_order, philox4x32, random_words, uniforms
 from obowlab.views.views import (
     CROP_RATIO,
@@ -228,6 +228,77 @@ def test_colours_are_these_functions_of_the_draws(num_patches):
             assert found.grayscale[place] == (u[6] < 0.3)
             low, high = views.blur_sigma
             assert found.sigma[place] == pytest.approx(low + (high - low) * u[8] if blurred else 0.0)
+
+
+def test_a_crop_with_settings_of_its_own_is_drawn_as_if_all_had_them():
+    own = {
+        "scale": (0.3, 0.4),
+        "jitter_probability": 1.0,
+        "brightness": 0.7,
+        "contrast": 0.1,
+        "saturation": 0.2,
+        "hue": 0.3,
+        "grayscale_probability": 0.5,
+        "blur_probability": 0.9,
+        "blur_sigma": (3.0, 4.0),
+        "solarise_probability": 0.5,
+    }
+    assert own.keys() == CropView.model_fields.keys()
+    drawn = {"seed": 3, "epoch": 4, "indices": np.arange(30)}
+    sizes = {"heights": np.full(30, 200), "widths": np.full(30, 300)}
+    for extent, scale in (("part", "crop_scale"), ("whole", "whole_scale")):
+        plain = Views(num_crops=3, num_patches=2, crop_extent=extent, **MIXED)
+        mixed = Views(num_crops=3, num_patches=2, crop_extent=extent, per_crop=(CropView(), CropView(**own), CropView()), **MIXED)
+        renamed = {scale if name == "scale" else name: value for name, value in own.items()}
+        all_so = plain.model_copy(update=renamed)
+        found, alike, so = (colour(views, **drawn) for views in (mixed, plain, all_so))
+        for name, values in vars(found).items():
+            for column, expected in enumerate((alike, so, alike, alike)):  # the last is the patches'
+                np.testing.assert_array_equal(values[:, column], getattr(expected, name)[:, column], err_msg=name)
+        found, alike, so = (geometry(views, **drawn, **sizes) for views in (mixed, plain, all_so))
+        for column, expected in enumerate((alike, alike, so, alike, alike)):  # the original, crops, patches
+            np.testing.assert_array_equal(found.boxes[:, column], expected.boxes[:, column])
+        assert not np.array_equal(alike.boxes[:, 2], so.boxes[:, 2])
+
+
+def test_small_crops_are_further_crops_and_change_no_other_view():
+    drawn = {"seed": 3, "epoch": 4, "indices": np.arange(30)}
+    sizes = {"heights": np.full(30, 200), "widths": np.full(30, 300)}
+    plain = Views(num_crops=2, num_patches=4, **MIXED)
+    both = plain.model_copy(update={"num_small_crops": 3, "small_crop_size": 40, "small_crop_scale": (0.1, 0.2)})
+    as_crops = Views(num_crops=5, crop_size=40, crop_scale=(0.1, 0.2), **MIXED)
+    found, alike, further = (geometry(views, **drawn, **sizes) for views in (both, plain, as_crops))
+    assert found.sizes == (*alike.sizes, 40, 40, 40)
+    for name in ("boxes", "resized", "windows"):
+        np.testing.assert_array_equal(getattr(found, name)[:, :4], getattr(alike, name))
+        np.testing.assert_array_equal(getattr(found, name)[:, 4:], getattr(further, name)[:, 3:])
+    found, alike, further = (colour(views, **drawn) for views in (both, plain, as_crops))
+    for name, values in vars(found).items():
+        np.testing.assert_array_equal(values[:, :3], getattr(alike, name))
+        np.testing.assert_array_equal(values[:, 3:], getattr(further, name)[:, 2:])
+    mirrored = flips(both, **drawn)
+    assert mirrored.shape == (30, 7)
+    np.testing.assert_array_equal(mirrored[:, :4], flips(plain, **drawn))
+    own = [CropView()] * 4 + [CropView(scale=(0.5, 0.6), solarise_probability=1.0)]
+    other = both.model_copy(update={"per_crop": tuple(own)})
+    boxes = geometry(other, **drawn, **sizes).boxes
+    np.testing.assert_array_equal(boxes[:, :6], geometry(both, **drawn, **sizes).boxes[:, :6])
+    share = boxes[:, 6, 2] * boxes[:, 6, 3] / (200 * 300)
+    assert ((share > 0.48) & (share < 0.62)).all()
+    assert colour(other, **drawn).solarised.sum(axis=0).tolist() == [0, 0, 0, 0, 0, 30]
+
+
+def test_byols_crops_are_blurred_and_solarised_as_often_as_they_should_be():
+    views = Views(
+        num_crops=2,
+        num_patches=1,
+        per_crop=(CropView(blur_probability=1.0), CropView(blur_probability=0.1, solarise_probability=0.2)),
+    )
+    found = colour(views, seed=0, epoch=0, indices=np.arange(1000))
+    assert (found.sigma > 0).mean(axis=0) == pytest.approx([1.0, 0.1, 0.0], abs=0.03)
+    assert found.solarised.mean(axis=0) == pytest.approx([0.0, 0.2, 0.0], abs=0.04)
+    u = [uniforms(seed=0, epoch=0, indices=np.arange(1000), stream=Stream.CROP_COLOUR, count=10, lane=n) for n in range(2)]
+    assert np.array_equal(found.solarised[:, :2], np.stack([u[0][:, 9] < 0.0, u[1][:, 9] < 0.2], axis=1))
 
 
 def test_some_views_of_some_images_keep_their_colours():

@@ -19,10 +19,11 @@ from obowlab.config.loading import (
     recipe_from_values,
 )
 from obowlab.config.machine import Machine, Slurm, load_machine
-from obowlab.config.methods import METHOD_SECTIONS, Bownet, MethodSection, Moco, Obow, Rotnet
+from obowlab.config.methods import METHOD_SECTIONS, Bownet, MethodSection, Moco, Obow, Rotnet, Simsiam, Supervised
 from obowlab.config.recipe import (
     FINGERPRINT_VERSION,
     Backbone,
+    CropView,
     Data,
     Evaluation,
     FewShot,
@@ -41,6 +42,7 @@ __all__ = [
     "Backbone",
     "Bownet",
     "Count",
+    "CropView",
     "Data",
     "Evaluation",
     "FewShot",
@@ -60,7 +62,9 @@ __all__ = [
     "Recipe",
     "Rotnet",
     "Section",
+    "Simsiam",
     "Slurm",
+    "Supervised",
     "Training",
     "Views",
     "canonical_hash",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 from obowlab.config.base import Level, Section
-from obowlab.config.methods import Bownet, Moco, Obow, Rotnet
+from obowlab.config.methods import Bownet, Moco, Obow, Rotnet, Simsiam
 from obowlab.config.recipe import Backbone, Recipe, Views
 from obowlab.errors import UserError
 
@@ -48,11 +48,20 @@ def check_views(method: Section, *, backbone: Backbone, views: Views) -> None:
         _refuse_cutmix("RotNet", views=views)
     elif isinstance(method, Moco):
         _refuse_cutmix("MoCo", views=views)
-        if views.num_crops == 0 or views.num_crops + views.num_patches < 2:
+        if views.num_crops == 0 or views.num_crops + views.num_patches + views.num_small_crops < 2:
             raise UserError(
                 f"MoCo needs one crop as the key and another view as the query, but views.num_crops is {views.num_crops} and "
                 f"views.num_patches {views.num_patches}: set views.num_crops to 2."
             )
+    elif isinstance(method, Simsiam):
+        _refuse_cutmix("SimSiam", views=views)
+        if (views.num_crops, views.num_patches) != (2, 0):
+            raise UserError(
+                f"SimSiam compares two crops of an image, but views.num_crops is {views.num_crops} and views.num_patches "
+                f"{views.num_patches}: set views.num_crops to 2 and views.num_patches to 0."
+            )
+        if views.num_small_crops:
+            raise UserError(f"SimSiam has no use for views.num_small_crops ({views.num_small_crops}): set it to 0.")
 
 
 def check_batch(method: Section, *, batch_size: int, world_size: int) -> None:

@@ -74,9 +74,33 @@ class Moco(Section):
     batchnorm_splits: Count = Field(8, description="equal parts of the global batch that are normalised apart, as on 8 GPUs")
 
 
-MethodSection = Obow | Bownet | Rotnet | Moco
+class Supervised(Section):
+    """Cross-entropy with the images' classes (paper, Table 8). Nothing to set."""
 
-METHOD_SECTIONS: dict[str, type[MethodSection]] = {"obow": Obow, "bownet": Bownet, "rotnet": Rotnet, "moco": Moco}
+    name: Literal["supervised"] = "supervised"
+
+
+class Simsiam(Section):
+    """SimSiam: each crop of an image predicts the other; the values are those for ImageNet."""
+
+    name: Literal["simsiam"] = "simsiam"
+    projection_size: Count = Field(2048, description="length of projections and width of the hidden layers before them")
+    projection_layers: Literal[2, 3] = Field(3, description="linear layers; 2 for CIFAR")
+    prediction_size: Count = Field(512, description="width of the predictor's hidden layer")
+    fixed_prediction_rate: bool = Field(True, description="the predictor keeps optimizer.learning_rate at every step")
+    zero_residual: bool = Field(True, description="the scale of the last batch norm of every residual block starts at 0")
+
+
+MethodSection = Obow | Bownet | Rotnet | Moco | Supervised | Simsiam
+
+METHOD_SECTIONS: dict[str, type[MethodSection]] = {
+    "obow": Obow,
+    "bownet": Bownet,
+    "rotnet": Rotnet,
+    "moco": Moco,
+    "supervised": Supervised,
+    "simsiam": Simsiam,
+}
 """Settings of every method by the name in `method.name`."""
 
 DEFAULT_METHOD = "obow"
@@ -89,6 +113,11 @@ def word_levels(method: MethodSection) -> tuple[Level, ...]:
     return (method.level,) if isinstance(method, Bownet) else ()
 
 
+def learns_from_labels(method: MethodSection) -> bool:
+    """Return whether a method needs the classes of the images."""
+    return isinstance(method, Supervised)
+
+
 def _name_of(value: object) -> str:
     name = value.get("name", DEFAULT_METHOD) if isinstance(value, dict) else getattr(value, "name", "")
     return str(name)
@@ -98,7 +127,9 @@ AnyMethod = Annotated[
     Annotated[Obow, Tag("obow")]
     | Annotated[Bownet, Tag("bownet")]
     | Annotated[Rotnet, Tag("rotnet")]
-    | Annotated[Moco, Tag("moco")],
+    | Annotated[Moco, Tag("moco")]
+    | Annotated[Supervised, Tag("supervised")]
+    | Annotated[Simsiam, Tag("simsiam")],
     Discriminator(_name_of),
 ]
 """One of them; without a name it is OBoW."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from obowlab.config.base import Count, Fraction, Padding, Positive, Range, Section, canonical_hash, conflict
 from obowlab.config.methods import AnyMethod, Moco, Obow
@@ -30,6 +30,25 @@ class Data(Section):
         return None if value == "all" else value  # TOML has no null, and `extends` must be able to undo a number
 
 
+class CropView(Section):
+    """What one crop of an image has of its own; what is absent is as in `[views]`."""
+
+    scale: Range | None = None
+    jitter_probability: Fraction | None = None
+    brightness: Fraction | None = None
+    contrast: Fraction | None = None
+    saturation: Fraction | None = None
+    hue: Annotated[float, Field(ge=0.0, le=0.5)] | None = None
+    grayscale_probability: Fraction | None = None
+    blur_probability: Fraction | None = None
+    blur_sigma: Range | None = None
+    solarise_probability: Fraction | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_absent(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in dump(self).items() if value is not None}  # TOML has no null
+
+
 class Views(Section):
     """Sizes in pixels and probabilities of the views cut from one image (docs/method.md, section 1; paper, appendix G)."""
 
@@ -42,6 +61,9 @@ class Views(Section):
     crop_size: Count = 160
     crop_scale: Range = (0.08, 0.6)
     whole_scale: Range = Field((0.08, 1.0), description="torchvision's default; the paper does not say")
+    num_small_crops: Annotated[int, Field(ge=0)] = Field(0, description="crops of a second size: SwAV's six beside two")
+    small_crop_size: Count = 96
+    small_crop_scale: Range = Field((0.05, 0.14), description="SwAV's")
     num_patches: Annotated[int, Field(ge=0, le=9)] = 0
     patch_size: Count = 96
     patch_source_size: Count = 256
@@ -56,6 +78,9 @@ class Views(Section):
     grayscale_probability: Fraction = 0.2
     blur_probability: Fraction = 0.5
     blur_sigma: Range = (0.1, 2.0)
+    solarise_probability: Fraction = Field(0.0, description="that a crop's bright pixels are inverted; BYOL's second crop")
+    solarise_threshold: Fraction = Field(0.5, description="brightness from which a solarised pixel is inverted")
+    per_crop: tuple[CropView, ...] = Field((), description="what each crop, small ones last, has of its own; none: all alike")
     cutmix_probability: Fraction = Field(0.0, description="that a crop has a rectangle of its batch neighbour's pasted in")
     cutmix_alpha: Positive = Field(1.0, description="of Beta(alpha, alpha), the crop's own share; the paper does not say")
 
@@ -69,9 +94,25 @@ class Views(Section):
         """Smallest and largest area of a crop as a fraction of the image's."""
         return self.crop_scale if self.crop_extent == "part" else self.whole_scale
 
+    def crop(self, number: int) -> Views:
+        """Return these settings with what the crop of that number has of its own; from 0, small crops after the others."""
+        if not self.per_crop:
+            return self
+        own = {name: value for name, value in vars(self.per_crop[number]).items() if value is not None}
+        if scale := own.pop("scale", None):
+            large = "crop_scale" if self.crop_extent == "part" else "whole_scale"
+            own[large if number < self.num_crops else "small_crop_scale"] = scale
+        return self.model_copy(update=own)
+
     @model_validator(mode="after")
     def _fits(self) -> Views:
-        if self.num_crops + self.num_patches == 0:
+        if self.per_crop and len(self.per_crop) != self.num_crops + self.num_small_crops:
+            small = f" and num_small_crops {self.num_small_crops}" if self.num_small_crops else ""
+            raise conflict(
+                f"per_crop describes {len(self.per_crop)} crops, but num_crops is {self.num_crops}{small}",
+                keys=("per_crop", "num_crops", "num_small_crops"),
+            )
+        if self.num_crops + self.num_patches + self.num_small_crops == 0:
             raise conflict(
                 "num_crops and num_patches are both 0: the student would see nothing", keys=("num_crops", "num_patches")
             )
@@ -87,15 +128,23 @@ class Views(Section):
                 "cutmix_probability is above 0, but num_crops is 0 and patches are never mixed",
                 keys=("cutmix_probability", "num_crops"),
             )
-        for name in ("crop_scale", "whole_scale", "patch_scale", "blur_sigma"):
-            low, high = getattr(self, name)
-            if low > high:
-                raise conflict(f"{name} must be [low, high] with low <= high", keys=[name])
-        for name in ("crop_scale", "whole_scale", "patch_scale"):
-            low, high = getattr(self, name)
-            if low <= 0 or high > 1:
-                raise conflict(f"{name} are fractions of the image's area, in (0, 1]", keys=[name])
+        for name in ("crop_scale", "whole_scale", "small_crop_scale", "patch_scale", "blur_sigma"):
+            _check_range(getattr(self, name), name=name)
+        for crop in self.per_crop:
+            _check_range(crop.scale, name="scale", key="per_crop")
+            _check_range(crop.blur_sigma, name="blur_sigma", key="per_crop")
         return self
+
+
+def _check_range(ends: tuple[float, float] | None, *, name: str, key: str | None = None) -> None:
+    """Refuse a range whose ends are in the wrong order, or that are no fractions of an area; it stands in the setting `key`."""
+    if ends is None:
+        return
+    low, high = ends
+    if low > high:
+        raise conflict(f"{name} must be [low, high] with low <= high", keys=[key or name])
+    if name.endswith("scale") and (low <= 0 or high > 1):
+        raise conflict(f"{name} are fractions of the image's area, in (0, 1]", keys=[key or name])
 
 
 class Backbone(Section):
@@ -108,11 +157,17 @@ class Backbone(Section):
 
 
 class Optimizer(Section):
-    """SGD and its learning rate (docs/method.md, sections 6.5 and 8.1)."""
+    """SGD, as it is or with a step for every layer's size, and its learning rate (docs/method.md, sections 6.5 and 8.1)."""
 
+    name: Literal["sgd", "lars_byol", "lars_simclr", "larc"] = Field(
+        "sgd", description="LARS in BYOL's or SimCLR's form and SwAV's LARC scale the step of each tensor by its norm"
+    )
+    trust: Positive = Field(0.001, description="of LARS and LARC: norm of a step at a learning rate of 1 over the tensor's")
     learning_rate: Positive = 0.05
     end_learning_rate: Annotated[float, Field(ge=0.0)] = 0.0
     warmup_epochs: Annotated[float, Field(ge=0.0)] = 0.0
+    schedule: Literal["cosine", "steps"] = Field("cosine", description="steps: divided by 10 at intervals")
+    decay_every: Count = Field(30, description="epochs between divisions of the learning rate by 10; unused by cosine")
     cosine_per: Literal["step", "epoch"] = Field("step", description="epoch: the authors' stepwise cosine")
     momentum: Fraction = 0.9
     weight_decay: Annotated[float, Field(ge=0.0)] = 5e-4

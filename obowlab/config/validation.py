@@ -134,6 +134,11 @@ def validate(model: type[SectionT], document: Mapping[str, Any], *, sources: Map
             complaint = f"'{key}' ({source}): {first['msg']}."
         else:
             key, source = set_by(prefix + ".".join(parts), sources=sources)
+            if source == DEFAULT and len(parts) > 2:  # a key in an entry of a list: the list has a source
+                source = set_by(prefix + ".".join(parts[:-1]), sources=sources)[1]
+            if first["type"] == "extra_forbidden":
+                known = [f"{key.rpartition('.')[0]}.{name}" for name in _section_at(model, first["loc"][:-1]).model_fields]
+                raise UserError(f"Unknown key '{key}' ({source}).{nearest(key, known)}") from None
             complaint = f"'{key}' ({source}): {first['msg']}, not {first['input']!r:.60}."
         raise UserError(complaint) from None
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from obowlab.config import FewShot, Knn, Recipe
+from obowlab.config.methods import learns_from_labels
 from obowlab.data.class_lists import ClassList, class_list
 from obowlab.data.datasets import Split, open_split, subset
 from obowlab.data.manifest import read_manifest
@@ -102,12 +103,28 @@ def knn_need(num_images: int, *, config: Knn) -> str | None:
     )
 
 
+def refuse_unlabelled(recipe: Recipe, *, train: Split) -> None:
+    """Refuse a method that learns from labels where there is nothing to tell apart.
+
+    Raises:
+        UserError: names the settings to change.
+    """
+    if learns_from_labels(recipe.method) and train.num_classes < 2:
+        raise UserError(
+            f"method.name is {recipe.method.name}, which learns from labels, but {_one_class(train)}: choose images with labels "
+            "(data.dataset), or a method that learns without."
+        )
+
+
+def _one_class(train: Split) -> str:
+    return f"'{train.dataset}' has {'images without labels' if train.class_names == (UNLABELLED,) else 'one class only'}"
+
+
 def labels_need(train: Split) -> str | None:
     """Return that there is nothing to tell apart, and what would do; None when there is."""
     if train.num_classes > 1:
         return None
-    kind = "has images without labels" if train.class_names == (UNLABELLED,) else "has one class only"
-    return f"'{train.dataset}' {kind}; `obowlab eval RUN --dataset OTHER` measures the encoder on a data set with labels"
+    return f"{_one_class(train)}; `obowlab eval RUN --dataset OTHER` measures the encoder on a data set with labels"
 
 
 def same_classes_need(train: Split, val: Split) -> str | None:

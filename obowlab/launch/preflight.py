@@ -10,8 +10,9 @@ from importlib.util import find_spec
 
 from obowlab.config import Data, Evaluation, Loaded, Machine, Recipe
 from obowlab.config.compatibility import check_settings
+from obowlab.config.methods import learns_from_labels
 from obowlab.data.datasets import num_training_images, open_split
-from obowlab.data.protocol_needs import left_out_lines, refuse_unmet, unmet_needs
+from obowlab.data.protocol_needs import left_out_lines, refuse_unlabelled, refuse_unmet, unmet_needs
 from obowlab.errors import AbsentError, UserError
 from obowlab.launch.nodes import RENDEZVOUS_VARIABLE
 from obowlab.runs.folder import RunFolder
@@ -80,7 +81,8 @@ def check_data(
         if dry_run:
             return say(f"Would draw the synthetic images into {folder}")
         say(f"Drawing the synthetic images into {folder}, this once.")
-    open_split(recipe.data.dataset, "train", data_root=machine.data_root, runs_root=machine.runs_root)
+    train = open_split(recipe.data.dataset, "train", data_root=machine.data_root, runs_root=machine.runs_root)
+    refuse_unlabelled(recipe, train=train)
     unmet = unmet_needs(recipe, data_root=machine.data_root, runs_root=machine.runs_root)
     refuse_unmet(unmet.get(required or ""))
     for line in left_out_lines(unmet):
@@ -120,8 +122,8 @@ def data_checks(
             yield partial(check_data, loaded, machine=machine, dry_run=dry_run, say=say_once, required=needed)
 
 
-def _needs(loaded: Loaded) -> tuple[Data, Evaluation]:
-    return loaded.recipe.data, loaded.recipe.evaluation
+def _needs(loaded: Loaded) -> tuple[Data, Evaluation, bool]:
+    return loaded.recipe.data, loaded.recipe.evaluation, learns_from_labels(loaded.recipe.method)
 
 
 def to_measure(recipe: Recipe, *, folder: RunFolder, machine: Machine) -> tuple[str, ...]:

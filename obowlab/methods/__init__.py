@@ -8,8 +8,17 @@ from obowlab.methods.bownet import BoWNet
 from obowlab.methods.moco import MoCo
 from obowlab.methods.obow import OBoW
 from obowlab.methods.rotnet import RotNet
+from obowlab.methods.simsiam import SimSiam
+from obowlab.methods.supervised import SupervisedTraining
 
-METHODS: dict[str, type[Method[Any]]] = {"obow": OBoW, "bownet": BoWNet, "rotnet": RotNet, "moco": MoCo}
+METHODS: dict[str, type[Method[Any]]] = {
+    "obow": OBoW,
+    "bownet": BoWNet,
+    "rotnet": RotNet,
+    "moco": MoCo,
+    "supervised": SupervisedTraining,
+    "simsiam": SimSiam,
+}
 """Every method by the name in `method.name`."""
 
 __all__ = [
@@ -25,7 +34,9 @@ __all__ = [
     "Preparation",
     "ResNet",
     "RotNet",
+    "SimSiam",
     "StepOutput",
+    "SupervisedTraining",
     "VisualWords",
     "build_backbone",
     "compile_encoders",

@@ -130,6 +130,14 @@ def build_backbone(cfg: Backbone, *, seed: int | None = None) -> ResNet:
         return ResNet(cfg.arch, stem=cfg.stem, width=cfg.width, padding=cfg.padding)
 
 
+def zero_last_scales(encoder: ResNet) -> None:
+    """Let every residual block begin as its shortcut: the scale of its last batch norm is 0, as torchvision offers it."""
+    for module in encoder.modules():
+        if isinstance(module, BasicBlock | Bottleneck):
+            last = module.bn3 if isinstance(module, Bottleneck) else module.bn2
+            nn.init.zeros_(last.weight)
+
+
 def compile_encoders(method: nn.Module) -> None:
     """Let torch compile every network in a method where both student and teacher run: `levels`, once for each size of images."""
     for network in method.modules():

@@ -36,6 +36,14 @@ class Comm(Protocol):
         """Concatenate `x` over the processes along dimension 0, in rank order, without gradient."""
         ...
 
+    def all_gather_with_gradient(self, x: Tensor) -> Tensor:
+        """Do as `all_gather`; `x` gets the sum of the gradients that its copies have on all processes.
+
+        So a loss that is a mean over this process's rows, against the rows of all, has the gradient of the mean over all rows,
+        once gradients are averaged over processes.
+        """
+        ...
+
     def all_reduce_mean(self, x: Tensor) -> Tensor:
         """Average `x` over the processes, without gradient."""
         ...
@@ -55,6 +63,10 @@ class OneProcess:
         """Return `x` without gradient."""
         return x.detach()
 
+    def all_gather_with_gradient(self, x: Tensor) -> Tensor:
+        """Return `x`."""
+        return x
+
     def all_reduce_mean(self, x: Tensor) -> Tensor:
         """Return `x` without gradient."""
         return x.detach()
@@ -70,10 +82,11 @@ class Batch:
 
     Attributes:
         original: the whole images, [B, 3, S, S].
-        views: kind of view (`crops`, `patches`) to the student's views, [B·V, 3, s, s], all views of an image together.
+        views: kind of view (`crops`, `patches`, `small_crops`) to the student's views, [B·V, 3, s, s], all views of an image
+            together.
         uniforms: random numbers in [0, 1), float64 [B, num_uniforms].
         step: number of this step, from 0.
-        labels: classes of the images, [B]; only the online classifier sees them.
+        labels: classes of the images, [B]; for the online classifier, and a method that learns from labels.
         cutmix_lambda: for the kinds that cutmix mixed, the fraction of every view that shows its own image, [B·V]; the rest
             shows the neighbouring image (0 and 1, 2 and 3, ...).
         wants_metrics: whether this step is logged, and the metrics that cost something are worth their time.
@@ -178,7 +191,7 @@ class Method(nn.Module, ABC, Generic[SettingsT]):
             backbone: the network to learn.
             total_steps: steps of the whole training, for schedules.
             seed: of the initial weights.
-            num_classes: of the data set, for the online classifier; None for none.
+            num_classes: of the data set, for the online classifier or a method that learns from labels; None for neither.
             comm: the other processes of the run.
         """
         super().__init__()
@@ -224,12 +237,24 @@ class Method(nn.Module, ABC, Generic[SettingsT]):
         """Return the words, sharing memory with the method; None for a method that has none."""
         return None
 
+    def rate_groups(self) -> list[dict[str, Any]]:
+        """Return what is learnt at a rate of its own, in groups of `name`, `params`, and one or both of these.
+
+        `rate_factor` multiplies the rate. With `fixed_rate` true it is the recipe's at every step, whatever the schedule.
+        """
+        return []
+
     def param_groups(self, *, weight_decay: float) -> list[dict[str, Any]]:
-        """Return the optimiser's groups: `method`, which is student and heads, and `monitor` if there is an online classifier."""
+        """Return the optimiser's groups.
+
+        They are `method`, which is student and heads, those of `rate_groups`, and `monitor` if there is an online classifier.
+        """
         monitor = [] if self.monitor is None else list(self.monitor.parameters())
-        apart = {id(parameter) for parameter in monitor}
+        own = self.rate_groups()
+        apart = {id(parameter) for parameter in [*monitor, *(p for group in own for p in group["params"])]}
         learnt = [p for p in self.parameters() if p.requires_grad and id(p) not in apart]
         groups: list[dict[str, Any]] = [{"name": "method", "params": learnt, "weight_decay": weight_decay}]
+        groups += [{**group, "weight_decay": weight_decay} for group in own]
         if monitor:
             groups.append({"name": "monitor", "params": monitor, "weight_decay": weight_decay})
         return groups
@@ -243,8 +268,8 @@ class Method(nn.Module, ABC, Generic[SettingsT]):
         losses: Mapping[str, Tensor],
         metrics: dict[str, Tensor],
         *,
-        features: Tensor,
-        labels: Tensor | None,
+        features: Tensor | None = None,
+        labels: Tensor | None = None,
         target_entropy: Tensor | None = None,
     ) -> StepOutput:
         """Add up the losses of the kinds of views, and the online classifier's.
@@ -252,7 +277,7 @@ class Method(nn.Module, ABC, Generic[SettingsT]):
         Args:
             losses: kind of view to its loss, 0-dim.
             metrics: whatever else there is to log.
-            features: what the online classifier sees, [N, D].
+            features: what the online classifier sees, [N, D]; None for a method that has none.
             labels: classes of its rows, [N].
             target_entropy: the least that the sum of the losses can be, 0-dim; None where that is 0.
         """
@@ -260,7 +285,7 @@ class Method(nn.Module, ABC, Generic[SettingsT]):
         metrics = {**metrics, **{f"loss_{kind}": value for kind, value in losses.items()}, "loss": loss}
         if target_entropy is not None:
             metrics["loss_kl"] = loss - target_entropy
-        if self.monitor is not None and labels is not None:
+        if self.monitor is not None and features is not None and labels is not None:
             online = self.monitor.metrics(features, labels)
             metrics |= online
             loss = loss + online["monitor_loss"]

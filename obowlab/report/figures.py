@@ -36,7 +36,16 @@ VOCABULARY = ("perplexity_image", "perplexity_batch", "words_used", "word_age", 
 
 GROUPS = {
     "Losses and accuracies": (
-        *("loss_kl", "loss_crops", "loss_patches", "rotation_accuracy", "contrast_accuracy", "queue_age", "monitor_loss"),
+        *(
+            "loss_kl",
+            "loss_crops",
+            "loss_patches",
+            "loss_small_crops",
+            "rotation_accuracy",
+            "contrast_accuracy",
+            "class_accuracy",
+        ),
+        *("projection_std", "queue_age", "monitor_loss"),
     ),
     "Targets and predictions": ("target_entropy", "prediction_entropy", "kappa", "msd"),
     "Optimiser": ("learning_rate", "teacher_momentum", "grad_norm"),

@@ -413,11 +413,6 @@ def list_runs(runs_root: Path) -> list[RunSummary]:
     return read_runs(runs_root)[0]
 
 
-def damaged_runs(runs_root: Path) -> list[str]:
-    """Return a sentence for every run folder that `list_runs` leaves out."""
-    return read_runs(runs_root)[1]
-
-
 def damage_of(path: Path, error: Exception) -> str:
     """Return one sentence on a run whose folder cannot be read as it has to be."""
     if isinstance(error, UserError):

@@ -36,7 +36,10 @@ class Metric:
 
 _TRAINING = (
     Metric(
-        "loss", "nats", "min", "What the method minimises, summed over the kinds of views; the online classifier's is not in it."
+        "loss",
+        "nats",
+        "min",
+        "What the method minimises, over all kinds of views, without the online classifier's; SimSiam's is minus a cosine.",
     ),
     Metric(
         "loss_kl",
@@ -44,10 +47,18 @@ _TRAINING = (
         "min",
         "The loss minus the targets' entropy, which no prediction's loss is below.",
     ),
-    Metric("loss_crops", "nats", "min", "The crops' part of the loss: cross-entropy with BoW targets, rotations or keys."),
-    Metric("loss_patches", "nats", "min", "The patches' part of the loss: cross-entropy with BoW targets, rotations or keys."),
+    Metric("loss_crops", "nats", "min", "The crops' part of the loss."),
+    Metric("loss_patches", "nats", "min", "The patches' part of the loss."),
+    Metric("loss_small_crops", "nats", "min", "The part of the loss from the crops of the second size."),
     Metric("rotation_accuracy", "%", "max", "RotNet: rotated views whose rotation is recognised."),
     Metric("contrast_accuracy", "%", "max", "MoCo: queries that are nearer to their own key than to any in the queue."),
+    Metric("class_accuracy", "%", "max", "Supervised training: views whose class is recognised."),
+    Metric(
+        "projection_std",
+        "",
+        "none",
+        "SimSiam: standard deviation of a channel of normalised projections; 1/sqrt(their length) is healthy, 0 is collapse.",
+    ),
     Metric("queue_age", "steps", "none", "MoCo: mean steps since a key was put into the queue."),
     Metric("learning_rate", "", "none", "Learning rate of this step."),
     Metric("teacher_momentum", "", "none", "Momentum of the teacher's moving average at this step."),

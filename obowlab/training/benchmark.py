@@ -25,6 +25,7 @@ from torch import nn
 from obowlab.config import Loaded, Machine, Recipe
 from obowlab.errors import UserError
 from obowlab.methods import Batch
+from obowlab.methods.projection import GlobalBatchNorm1d
 from obowlab.precision import autocast
 from obowlab.runs.folder import RunFolder
 from obowlab.training.__main__ import end_at_once, stop_with_parent
@@ -36,7 +37,7 @@ from obowlab.training.memory import forget_peak, peak_mib
 from obowlab.training.render_ahead import rendered
 from obowlab.training.reporter import Reporter
 from obowlab.training.signals import StopRequest
-from obowlab.training.sync_batchnorm import SyncBatchNorm2d
+from obowlab.training.sync_batchnorm import SyncBatchNorm
 from obowlab.views.loaders import PixelBatch
 
 ANSWERS = "answers.jsonl"
@@ -180,10 +181,11 @@ def _load_s(trainer: Trainer) -> float:
 
 def _num_collectives(trainer: Trainer) -> float:
     """Return the collectives in a step that nothing else waits beside: the batch norms' of every pass, and the votes."""
-    layers = [each for each in trainer.method.modules() if isinstance(each, nn.BatchNorm2d | SyncBatchNorm2d)]
+    kinds_of_norm = nn.BatchNorm2d | GlobalBatchNorm1d | SyncBatchNorm
+    layers = [each for each in trainer.method.modules() if isinstance(each, kinds_of_norm)]
     views = trainer.run.recipe.views
-    kinds = bool(views.num_crops) + bool(views.num_patches)
-    return 1.0 + sum(2 * kinds if each.weight.requires_grad else 1 for each in layers)
+    kinds = bool(views.num_crops) + bool(views.num_patches) + bool(views.num_small_crops)
+    return 1.0 + sum(2 * kinds if each.weight is None or each.weight.requires_grad else 1 for each in layers)
 
 
 def _mib(tensors: Iterable[torch.Tensor]) -> float:

@@ -253,7 +253,8 @@ def open_method(run: RunFolder, *, map_location: torch.device) -> tuple[Method[A
     found, complaints = newest(run.path, fingerprint=run.info.fingerprint, map_location=map_location)
     if found is None:
         raise no_checkpoint(run.info, reason=" ".join(complaints) or f"There is no {CURRENT} in {run.path}.")
-    classes = found.method.get("monitor.fc.bias")  # of the data set, which need not be here
+    # Of the data set, which need not be here: how many classes the online classifier or that of supervised training has.
+    classes = found.method.get("monitor.fc.bias", found.method.get("classifier.bias"))
     method = METHODS[recipe.method.name](
         recipe.method,
         backbone=recipe.backbone,

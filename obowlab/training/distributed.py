@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -76,6 +76,13 @@ class World:
             return x
         of_all = x.new_empty(self.world_size * len(x), *x.shape[1:])
         gather_into(of_all, x.contiguous())
+        return of_all
+
+    def all_gather_with_gradient(self, x: Tensor) -> Tensor:
+        """Do as `all_gather`; the gradient of `x` is the sum of those that its copies have on all ranks."""
+        if self.world_size == 1:
+            return x
+        of_all: Tensor = _Gather.apply(x, self)
         return of_all
 
     def all_reduce_mean(self, x: Tensor) -> Tensor:
@@ -143,6 +150,21 @@ class World:
         ends: list[tuple[bool, Exception | None]] = [(False, None)] * self.world_size
         dist.all_gather_object(ends, (error is not None, _reportable(error)), group=self.votes)
         return [reportable for has_failed, reportable in ends if has_failed]
+
+
+class _Gather(torch.autograd.Function):
+    """`World.all_gather`, with a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, world: World) -> Tensor:
+        ctx.mine = slice(world.rank * len(x), (world.rank + 1) * len(x))
+        return world.all_gather(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        total = gradients[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total[ctx.mine], None
 
 
 def _reportable(error: Exception | None) -> Exception | None:

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from obowlab.config.methods import learns_from_labels
 from obowlab.data.datasets import Split, open_split, subset
+from obowlab.data.protocol_needs import refuse_unlabelled
 from obowlab.errors import UserError
 from obowlab.methods import METHODS, Batch, Method, StepOutput, compile_encoders
 from obowlab.methods.schedules import learning_rate
@@ -35,7 +37,7 @@ from obowlab.training.window import MetricWindow, Timer
 from obowlab.views.loaders import PixelBatch, TrainLoader, train_loader
 from obowlab.views.photometric import render
 
-SHOWN = ("loss", "perplexity_image_conv5", "rotation_accuracy", "contrast_accuracy", "monitor_accuracy")
+SHOWN = ("loss", "perplexity_image_conv5", "rotation_accuracy", "contrast_accuracy", "class_accuracy", "monitor_accuracy")
 """Metrics beside the progress bar."""
 
 
@@ -248,7 +250,7 @@ class Trainer:
             epochs=recipe.training.epochs,
             steps_per_epoch=self.loader.steps_per_epoch,
         )
-        set_learning_rate(self.optimizer, rate)
+        set_learning_rate(self.optimizer, rate, fixed=recipe.optimizer.learning_rate)
         with autocast(recipe.training.precision, device=self.run.world.device):
             output: StepOutput = self.parallel(batch)
         return output
@@ -384,6 +386,7 @@ def build(run: RunContext, *, split: Split, total_steps: int, kind: type[Method[
     """Build the recipe's method, or another class, with the initial weights of the run's seed, on this process's device."""
     recipe = run.recipe
     kind = METHODS[recipe.method.name] if kind is None else kind
+    refuse_unlabelled(recipe, train=split)
     kind.check_views(recipe.method, backbone=recipe.backbone, views=recipe.views)
     kind.check_batch(recipe.method, batch_size=recipe.training.batch_size, world_size=run.world.world_size)
     method = kind(
@@ -391,7 +394,7 @@ def build(run: RunContext, *, split: Split, total_steps: int, kind: type[Method[
         backbone=recipe.backbone,
         total_steps=total_steps,
         seed=run.seed,
-        num_classes=split.num_classes if recipe.training.monitor else None,
+        num_classes=split.num_classes if recipe.training.monitor or learns_from_labels(recipe.method) else None,
         comm=run.world,
     )
     return method.to(run.world.device)

@@ -15,33 +15,34 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from obowlab.methods.projection import GlobalBatchNorm1d
 from obowlab.training.distributed import World, gather_into
 
 
 def synchronise_batchnorm(module: nn.Module, *, world: World) -> None:
-    """Let every BatchNorm2d of the module, in place, use the statistics of the global batch.
+    """Let every BatchNorm2d and GlobalBatchNorm1d of the module, in place, use the statistics of the global batch.
 
-    Parameters and buffers are those of before. BatchNorm1d is left alone: the prediction head's sees the same words on every
-    rank. So are subclasses of BatchNorm2d: `SplitBatchNorm2d` has groups of its own.
+    Parameters and buffers are those of before. An ordinary BatchNorm1d is left alone: the prediction head's sees the same words
+    on every rank. So are subclasses of BatchNorm2d: `SplitBatchNorm2d` has groups of its own.
     """
     if world.world_size == 1:
         return
-    kind = CudaBatchNorm2d if world.device.type == "cuda" else GlooBatchNorm2d
+    kind = CudaBatchNorm if world.device.type == "cuda" else GlooBatchNorm
     for name, child in module.named_children():
-        if type(child) is nn.BatchNorm2d:
+        if type(child) is nn.BatchNorm2d or type(child) is GlobalBatchNorm1d:
             setattr(module, name, kind.like(child))
         else:
             synchronise_batchnorm(child, world=world)
 
 
-class SyncBatchNorm2d(nn.modules.batchnorm._BatchNorm, ABC):
-    """Batch normalisation of [N, C, H, W] over N, H, W of every rank when training, by the running statistics otherwise.
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm, ABC):
+    """Batch normalisation of [N, C, H, W] or [N, C] over N, H, W of every rank when training, by running statistics otherwise.
 
     Every rank must call it, with an input of the same shape.
     """
 
     @classmethod
-    def like(cls, other: nn.BatchNorm2d) -> SyncBatchNorm2d:
+    def like(cls, other: nn.BatchNorm2d | nn.BatchNorm1d) -> SyncBatchNorm:
         """Return a copy that shares the parameters and buffers of an ordinary batch-norm."""
         new = cls(other.num_features, eps=other.eps, momentum=other.momentum, affine=other.affine)
         new.train(other.training)
@@ -51,7 +52,7 @@ class SyncBatchNorm2d(nn.modules.batchnorm._BatchNorm, ABC):
         return new
 
     def _check_input_dim(self, input: Tensor) -> None:
-        assert input.dim() == 4
+        assert input.dim() in (2, 4)
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise."""
@@ -63,7 +64,9 @@ class SyncBatchNorm2d(nn.modules.batchnorm._BatchNorm, ABC):
         assert self.num_batches_tracked is not None
         self.num_batches_tracked += 1
         momentum = 0.1 if self.momentum is None else self.momentum
-        return self._normalise(input, self.running_mean, self.running_var, momentum)
+        if input.dim() == 4:
+            return self._normalise(input, self.running_mean, self.running_var, momentum)
+        return self._normalise(input[:, :, None, None], self.running_mean, self.running_var, momentum).flatten(1)
 
     @abstractmethod
     def _normalise(self, x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float) -> Tensor:
@@ -73,7 +76,7 @@ class SyncBatchNorm2d(nn.modules.batchnorm._BatchNorm, ABC):
 # ------------------------------------------------------------------------------------------------------------------- CUDA
 
 
-class CudaBatchNorm2d(SyncBatchNorm2d):
+class CudaBatchNorm(SyncBatchNorm):
     """The one for NCCL: the host waits for nothing."""
 
     def _normalise(self, x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float) -> Tensor:
@@ -99,8 +102,8 @@ class _Normalise(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
         running_mean: Tensor,
         running_var: Tensor,
         eps: float,
@@ -132,7 +135,8 @@ class _Normalise(torch.autograd.Function):
             sums = torch.cat((sum_dy, sum_dy_xmu))
             dist.all_reduce(sums)
             sum_dy, sum_dy_xmu = sums.chunk(2)
-            of_x = torch.batch_norm_backward_elemt(gradient, x, mean, invstd, weight.to(mean.dtype), sum_dy, sum_dy_xmu, counts)
+            scale = None if weight is None else weight.to(mean.dtype)
+            of_x = torch.batch_norm_backward_elemt(gradient, x, mean, invstd, scale, sum_dy, sum_dy_xmu, counts)
         # Those of the parameters are of this rank's images: DistributedDataParallel averages them as all others.
         return (of_x, of_weight if wants_weight else None, of_bias if wants_bias else None, *[None] * 6)
 
@@ -145,7 +149,7 @@ def _dense(x: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------------- gloo
 
 
-class GlooBatchNorm2d(SyncBatchNorm2d):
+class GlooBatchNorm(SyncBatchNorm):
     """The one for the CPU, where `nn.SyncBatchNorm` refuses to run.
 
     Sums are taken in float64, so that uneven shards and one process agree to float32 rounding.
@@ -164,8 +168,12 @@ class GlooBatchNorm2d(SyncBatchNorm2d):
             running_var.lerp_((variance * count / (count - 1)).to(running_var), momentum)
         shape = (1, -1, 1, 1)
         normal = (x - mean.view(shape)) * (variance + self.eps).rsqrt().view(shape)
-        scaled: Tensor = normal * self.weight.view(shape) + self.bias.view(shape)
-        return scaled.to(kind)
+        if self.weight is not None:
+            normal = normal * self.weight.view(shape)
+        if self.bias is not None:
+            normal = normal + self.bias.view(shape)
+        normalised: Tensor = normal.to(kind)
+        return normalised
 
 
 class _SumOverRanks(torch.autograd.Function):

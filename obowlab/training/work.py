@@ -9,9 +9,13 @@ from typing import Any
 import torch
 
 from obowlab.config import Recipe
+from obowlab.config.methods import learns_from_labels
 from obowlab.methods import METHODS, Batch, BoWNet, Method, OBoW, OneProcess, compile_encoders
 from obowlab.precision import computing_in, loss_scaler
 from obowlab.training.optimizers import build_optimizer, set_learning_rate
+
+NUM_CLASSES = 1000
+"""Of methods that learn from labels."""
 
 STEPS = 1000
 """Steps of the training that schedules are made for; it is never done."""
@@ -46,22 +50,28 @@ class Work:
         """
         self.recipe, self.batch_size, self.device = recipe, batch_size, device
         self._layout = torch.channels_last if channels_last else torch.contiguous_format
+        classes = NUM_CLASSES if learns_from_labels(recipe.method) else None
         self.model: Method[Any] = METHODS[recipe.method.name](
-            recipe.method, backbone=recipe.backbone, total_steps=STEPS, seed=0, num_classes=None, comm=OneProcess()
+            recipe.method, backbone=recipe.backbone, total_steps=STEPS, seed=0, num_classes=classes, comm=OneProcess()
         )
         self.model.to(device).to(memory_format=self._layout)
         if compiled:
             compile_encoders(self.model)
         self._optimizer = build_optimizer(recipe.optimizer, method=self.model)
-        set_learning_rate(self._optimizer, 0.0)  # noise is not to be learnt
+        set_learning_rate(self._optimizer, 0.0, fixed=0.0)  # noise is not to be learnt
         self._scaler = loss_scaler(recipe.training.precision, device=device)
         views = recipe.views
         self._generator = torch.Generator(device).manual_seed(0)
         self.original = self._images(batch_size, views.original_size)
-        kinds = {"crops": (views.num_crops, views.cut_size), "patches": (views.num_patches, views.patch_size)}
+        kinds = {
+            "crops": (views.num_crops, views.cut_size),
+            "patches": (views.num_patches, views.patch_size),
+            "small_crops": (views.num_small_crops, views.small_crop_size),
+        }
         self.views = {kind: self._images(batch_size * count, size) for kind, (count, size) in kinds.items() if count}
         shape = (batch_size, self.model.num_uniforms)
         self._uniforms = torch.rand(shape, dtype=torch.float64, device=device, generator=self._generator)
+        self._labels = None if classes is None else torch.arange(batch_size, device=device) % classes
         self._done = 0
 
     def _images(self, count: int, size: int) -> torch.Tensor:
@@ -71,7 +81,14 @@ class Work:
     def step(self) -> None:
         """Do one update of the optimiser."""
         with computing_in(self.recipe.training.precision, device=self.device):
-            batch = Batch(original=self.original, views=self.views, uniforms=self._uniforms, step=self._done, wants_metrics=False)
+            batch = Batch(
+                original=self.original,
+                views=self.views,
+                uniforms=self._uniforms,
+                step=self._done,
+                labels=self._labels,
+                wants_metrics=False,
+            )
             output = self.model(batch)
         self._backward(self._scaler.scale(output.loss))
         with computing_in(self.recipe.training.precision, device=self.device):

@@ -38,6 +38,7 @@ class Recolouring:
         grey: positions of the images that lose their colour.
         blurred: positions of the images that are blurred, [M].
         box: weights of their box filters, float32 [M, 2 * reach + 1].
+        solarised: positions of the images whose bright pixels are inverted.
         mirrored: positions of the images that are flipped.
     """
 
@@ -48,6 +49,7 @@ class Recolouring:
     grey: Tensor
     blurred: Tensor
     box: Tensor
+    solarised: Tensor
     mirrored: Tensor
 
 
@@ -59,18 +61,22 @@ class Draws:
         mirrored: positions of the original views that are flipped, int64.
         crops: the crops' recolouring, all crops of image 0 first, in pieces of so many images.
         patch_source: that of the images that patches are cut from, likewise.
+        small_crops: that of the small crops, likewise.
         boxes: rectangles that cutmix pastes, [B, num_crops, 4]; None without cutmix.
         corners: top and left of the patches, [B, num_patches, 2]; None without patches.
         patch_size: their side.
+        solarise_threshold: level, from 0 to 255, from which a solarised pixel is inverted.
         uniforms: numbers in [0, 1) for the method, float64 [B, num_uniforms].
     """
 
     mirrored: Tensor
     crops: tuple[Recolouring, ...]
     patch_source: tuple[Recolouring, ...]
+    small_crops: tuple[Recolouring, ...]
     boxes: Tensor | None
     corners: Tensor | None
     patch_size: int
+    solarise_threshold: float
     uniforms: Tensor
 
 
@@ -89,27 +95,31 @@ def draw(
     """
     mirrored = flips(views, seed=seed, epoch=epoch, indices=indices)
     params = colour(views, seed=seed, epoch=epoch, indices=indices)
-    crops: tuple[Recolouring, ...] = ()
-    patch_source: tuple[Recolouring, ...] = ()
     boxes = corners = None
-    if views.num_crops:
-        columns = slice(0, views.num_crops)
-        step = _piece(views.cut_size, pixels=piece_pixels)
-        crops = recolourings(params.of_views(columns), mirrored[:, 1:][:, columns].reshape(-1), piece=step)
-        if views.cutmix_probability:
-            boxes = torch.from_numpy(cutmix_boxes(views, seed=seed, epoch=epoch, indices=indices))
+
+    def recoloured(first: int, count: int, *, side: int) -> tuple[Recolouring, ...]:
+        """Return what is done to `count` coloured views of every image, from column `first` on."""
+        if not count:
+            return ()
+        columns = slice(first, first + count)
+        step = _piece(side, pixels=piece_pixels)
+        return recolourings(params.of_views(columns), mirrored[:, 1:][:, columns].reshape(-1), piece=step)
+
+    sources = int(views.num_patches > 0)
+    if views.num_crops and views.cutmix_probability:
+        boxes = torch.from_numpy(cutmix_boxes(views, seed=seed, epoch=epoch, indices=indices))
     if views.num_patches:
-        step = _piece(views.patch_source_size, pixels=piece_pixels)
-        patch_source = recolourings(params.of_views(slice(-1, None)), mirrored[:, -1], piece=step)
         corners = torch.from_numpy(patch_positions(views, seed=seed, epoch=epoch, indices=indices))
     numbers = uniforms(seed=seed, epoch=epoch, indices=indices, stream=Stream.WORDS, count=num_uniforms)
     return Draws(
         mirrored=_positions(mirrored[:, 0]),
-        crops=crops,
-        patch_source=patch_source,
+        crops=recoloured(0, views.num_crops, side=views.cut_size),
+        patch_source=recoloured(views.num_crops, sources, side=views.patch_source_size),
+        small_crops=recoloured(views.num_crops + sources, views.num_small_crops, side=views.small_crop_size),
         boxes=boxes,
         corners=corners,
         patch_size=views.patch_size,
+        solarise_threshold=255.0 * views.solarise_threshold,
         uniforms=torch.from_numpy(numbers),
     )
 
@@ -152,6 +162,7 @@ def _recolouring(params: Colour, mirrored: Bools) -> Recolouring:
         grey=_positions(params.grayscale),
         blurred=_positions(blurred),
         box=box_weights(params.sigma[blurred]),
+        solarised=_positions(params.solarised),
         mirrored=_positions(mirrored),
     )
 

@@ -52,6 +52,9 @@ RECORD_FIELDS = 4
 VIEW_FIELDS = 8
 """Whole numbers that describe an image and each of its views: see `plans`."""
 
+NUM_KINDS = 4
+"""Kinds of views at most: original, crops, patch source, small crops. Compiled code unpacks so many arrays."""
+
 RGB = 0
 ACCURATE = 0
 """libturbojpeg's pixel format, and its flags: none, that is the accurate inverse transform and smooth chroma, as in PIL."""
@@ -157,7 +160,7 @@ class CutViews(SimpleRGBImageDecoder):  # type: ignore[misc]
         pixels, between_bytes = self._pixels, self._between
 
         def cut(plans: Ints, memory: Any, metadata: Any, storage_state: Any) -> Any:
-            """Write the views of B images to `memory`: originals, crops, patch sources and whether the row failed.
+            """Write the views of B images to `memory`: four kinds at most, and whether the row failed.
 
             Args:
                 plans: One row per image, see `plans`.
@@ -165,7 +168,7 @@ class CutViews(SimpleRGBImageDecoder):  # type: ignore[misc]
                 metadata: ffcv's, not needed.
                 storage_state: ffcv's: the mapped file first.
             """
-            originals, crops, sources, failed = memory
+            first, second, third, fourth, failed = memory
             file = storage_state[0]
             for share in iterate(shares):
                 decoder = _start_decoder()
@@ -187,7 +190,7 @@ class CutViews(SimpleRGBImageDecoder):  # type: ignore[misc]
                     columns = column_memory[: height * width * 3].reshape(width, height, 3)
                     transpose(image, columns)
                     place = RECORD_FIELDS
-                    for kind in (originals, crops, sources):
+                    for kind in (first, second, third, fourth):
                         for view in range(kind.shape[1]):
                             cut_view(columns, plans[row, place : place + VIEW_FIELDS], between, kind[row, view])
                             place += VIEW_FIELDS
@@ -237,7 +240,7 @@ class _Reader(EpochIterator):  # type: ignore[misc]
         shapes = [(len(indices), count, side, side, 3) for count, side in self._cutter.groups]
         kinds = [torch.empty(shape, dtype=torch.uint8, pin_memory=self._pin) for shape in shapes]
         arrays: list[Pixels] = [kind.numpy() for kind in kinds]
-        absent = [np.empty((len(indices), 0, 1, 1, 3), dtype=np.uint8)] * (3 - len(kinds))
+        absent = [np.empty((len(indices), 0, 1, 1, 3), dtype=np.uint8)] * (NUM_KINDS - len(kinds))
         failed = np.zeros(len(indices), dtype=np.bool_)
         (node,) = self.memory_allocations["operation"]
         with _parallel_region:

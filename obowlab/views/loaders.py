@@ -46,6 +46,7 @@ class PixelBatch:
         original: The teacher's view, uint8 [B, S, S, 3].
         crops: The student's crops, uint8 [B, num_crops, s, s, 3], or None.
         patch_source: The image that patches are cut from, uint8 [B, P, P, 3], or None.
+        small_crops: The student's crops of the second size, uint8 [B, num_small_crops, s, s, 3], or None.
     """
 
     epoch: int
@@ -55,6 +56,7 @@ class PixelBatch:
     original: Tensor
     crops: Tensor | None
     patch_source: Tensor | None
+    small_crops: Tensor | None = None
 
 
 class Backend(Protocol):
@@ -121,6 +123,7 @@ class TrainLoader:
                     original=original[:, 0],
                     crops=student.pop(0) if views.num_crops else None,
                     patch_source=student.pop(0)[:, 0] if views.num_patches else None,
+                    small_crops=student.pop(0) if views.num_small_crops else None,
                 )
 
 

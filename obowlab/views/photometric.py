@@ -37,7 +37,7 @@ class RenderedViews:
     Attributes:
         original: [B, 3, S, S].
         student: what the student sees by kind, where there is any: `crops` [B * num_crops, 3, s, s] and `patches`
-            [B * num_patches, 3, p, p], all views of image 0 first.
+            [B * num_patches, 3, p, p], and `small_crops` as `crops`; all views of image 0 first.
         cutmix_lambda: for kinds that cutmix mixed, the fraction of every view's pixels that are its own image's,
             [B * num_crops]; the others are those of the image's neighbour (0 and 1, 2 and 3, ...).
     """
@@ -62,13 +62,18 @@ def render(batch: PixelBatch, draws: Draws, *, device: torch.device) -> Rendered
         chosen = draws.mirrored
         original = normalise(original.index_copy(0, chosen, original[chosen].flip(2)), device=device)
         if batch.crops is not None:
-            student["crops"] = coloured(batch.crops.to(device, non_blocking=True).flatten(0, 1), draws.crops)
+            student["crops"] = coloured(
+                batch.crops.to(device, non_blocking=True).flatten(0, 1), draws.crops, threshold=draws.solarise_threshold
+            )
             if draws.boxes is not None:
                 student["crops"], cutmix_lambda["crops"] = cutmix(student["crops"], draws.boxes)
         if batch.patch_source is not None:
             assert draws.corners is not None
             source = coloured(batch.patch_source.to(device, non_blocking=True), draws.patch_source)
             student["patches"] = cut_patches(source, draws.corners, size=draws.patch_size)
+        if batch.small_crops is not None:
+            small = batch.small_crops.to(device, non_blocking=True).flatten(0, 1)
+            student["small_crops"] = coloured(small, draws.small_crops, threshold=draws.solarise_threshold)
     return RenderedViews(original=original, student=student, cutmix_lambda=cutmix_lambda)
 
 
@@ -88,12 +93,13 @@ def normalise(images: Tensor, *, device: torch.device, mean: tuple[float, ...] =
     return pixels.permute(0, 3, 1, 2)
 
 
-def coloured(images: Tensor, pieces: Sequence[Recolouring]) -> Tensor:
-    """Return uint8 images [N, H, W, 3] jittered, blurred, flipped and normalised, float32 [N, 3, H, W] channels_last.
+def coloured(images: Tensor, pieces: Sequence[Recolouring], *, threshold: float = 127.5) -> Tensor:
+    """Return uint8 images [N, H, W, 3] jittered, blurred, solarised, flipped and normalised, float32 [N, 3, H, W] channels_last.
 
     Args:
         images: The cut views.
         pieces: What is done to them, so many images at a time.
+        threshold: Level from which solarised pixels are inverted.
     """
     out = torch.empty(images.shape, dtype=torch.float32, device=images.device)
     scale, shift = _normalisation(images.device)
@@ -106,6 +112,8 @@ def coloured(images: Tensor, pieces: Sequence[Recolouring]) -> Tensor:
             planes[:, chosen] = luma(planes[:, chosen])
         if len(chosen := piece.blurred):
             planes[:, chosen] = blur(planes[:, chosen], piece.box)
+        if len(chosen := piece.solarised):
+            planes[:, chosen] = solarise(planes[:, chosen], threshold=threshold)
         if len(chosen := piece.mirrored):
             planes[:, chosen] = planes[:, chosen].flip(-1)
         planes.mul_(scale.view(3, 1, 1, 1)).add_(shift.view(3, 1, 1, 1))
@@ -211,6 +219,11 @@ def blur(planes: Tensor, box: Tensor) -> Tensor:
     rows = torch.bmm(_blur_matrices(box, height), rows)
     columns = torch.bmm(rows.view(count, height * 3, width), _blur_matrices(box, width).transpose(1, 2))
     return columns.view(count, height, 3, width).permute(2, 0, 1, 3)
+
+
+def solarise(planes: Tensor, *, threshold: float) -> Tensor:
+    """Return planes with every value from a threshold on inverted, 255 minus the value."""
+    return torch.where(planes < threshold, planes, 255.0 - planes)
 
 
 # ---------------------------------------------------------------------------------------------------------------- helpers

@@ -67,12 +67,14 @@ class Cutter:
 
     @property
     def groups(self) -> tuple[tuple[int, int], ...]:
-        """Return number and side of the views of each kind, in the order of the geometry: original, crops, patch source."""
+        """Return number and side of each kind's views, in the geometry's order: original, crops, patch source, small crops."""
         groups = [(1, self.views.original_size)]
         if self.seed is not None and self.views.num_crops:
             groups.append((self.views.num_crops, self.views.cut_size))
         if self.seed is not None and self.views.num_patches:
             groups.append((1, self.views.patch_source_size))
+        if self.seed is not None and self.views.num_small_crops:
+            groups.append((self.views.num_small_crops, self.views.small_crop_size))
         return tuple(groups)
 
     def cut(self, indices: Ints, *, epoch: int) -> list[Pixels]:

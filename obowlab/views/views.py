@@ -2,8 +2,8 @@
 
 The same image in the same epoch gets the same views from either loader backend, however many workers or processes there are.
 
-Shapes: N images, V views of each: the original, `num_crops` crops and, where there are patches, the image they are cut
-from. Coordinates are pixels, rows first.
+Shapes: N images, V views of each: the original, `num_crops` crops, where there are patches the image they are cut from, and
+`num_small_crops` small crops. Coordinates are pixels, rows first.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Colour:
-    """Photometric parameters of K coloured views (the crops, then the patch source) of N images.
+    """Photometric parameters of K coloured views (the crops, the patch source, the small crops) of N images.
 
     Attributes:
         orders: Order of brightness, contrast, saturation and hue (0 to 3), [N, K, 4].
@@ -58,6 +58,7 @@ class Colour:
         hue: Shift in turns, in [-0.5, 0.5], 0 where there is no jitter, [N, K].
         grayscale: Whether the view loses its colour, [N, K].
         sigma: Standard deviation of the blur in pixels, 0 for none, [N, K].
+        solarised: Whether the view's bright pixels are inverted, [N, K].
     """
 
     orders: Ints
@@ -67,6 +68,7 @@ class Colour:
     hue: Floats
     grayscale: Bools
     sigma: Floats
+    solarised: Bools
 
     def of_views(self, columns: slice) -> Colour:
         """Return the parameters of some of the views, image by image, each [N * views]."""
@@ -95,9 +97,10 @@ def geometry(views: Views, *, seed: int, epoch: int, indices: Ints, heights: Int
         widths: Widths of the images in pixels, [N].
     """
     centre = centre_geometry(views, heights=heights, widths=widths)
-    lanes = [(Stream.CROPS, lane, views.cut_scale, views.cut_size) for lane in range(views.num_crops)]
+    lanes = [(Stream.CROPS, lane, views.crop(lane).cut_scale, views.cut_size) for lane in range(views.num_crops)]
     if views.num_patches:
         lanes.append((Stream.PATCH_SOURCE, 0, views.patch_scale, views.patch_source_size))
+    lanes += [(Stream.CROPS, lane, views.crop(lane).small_crop_scale, views.small_crop_size) for lane in small_lanes(views)]
     boxes = [centre.boxes[:, 0]]
     for stream, lane, scale, _ in lanes:
         draws = uniforms(seed=seed, epoch=epoch, indices=indices, stream=stream, count=2 * CROP_TRIES + 2, lane=lane)
@@ -112,9 +115,14 @@ def geometry(views: Views, *, seed: int, epoch: int, indices: Ints, heights: Int
     )
 
 
+def small_lanes(views: Views) -> range:
+    """Return the numbers of the small crops among the crops: they come after the others."""
+    return range(views.num_crops, views.num_crops + views.num_small_crops)
+
+
 def flips(views: Views, *, seed: int, epoch: int, indices: Ints) -> Bools:
     """Return which views are mirrored left to right (done by `photometric`), [N, V]."""
-    count = 1 + views.num_crops + (views.num_patches > 0)
+    count = 1 + views.num_crops + (views.num_patches > 0) + views.num_small_crops
     return uniforms(seed=seed, epoch=epoch, indices=indices, stream=Stream.FLIPS, count=count) < views.flip_probability
 
 
@@ -176,27 +184,34 @@ def random_boxes(draws: Floats, *, heights: Ints, widths: Ints, scale: tuple[flo
 
 def colour(views: Views, *, seed: int, epoch: int, indices: Ints) -> Colour:
     """Return the photometric parameters of the coloured views (paper, appendix G); patches of one image share theirs."""
-    lanes = [(Stream.CROP_COLOUR, lane, views.blur_probability) for lane in range(views.num_crops)]
-    if views.num_patches:
-        lanes.append((Stream.PATCH_COLOUR, 0, 0.0))  # the paper blurs no patches
-    draws = [uniforms(seed=seed, epoch=epoch, indices=indices, stream=stream, count=9, lane=lane) for stream, lane, _ in lanes]
+    lanes = [(Stream.CROP_COLOUR, lane, views.crop(lane)) for lane in range(views.num_crops)]
+    if views.num_patches:  # the paper blurs no patches
+        unblurred = views.model_copy(update={"blur_probability": 0.0, "solarise_probability": 0.0})
+        lanes.append((Stream.PATCH_COLOUR, 0, unblurred))
+    lanes += [(Stream.CROP_COLOUR, lane, views.crop(lane)) for lane in small_lanes(views)]
+    draws = [uniforms(seed=seed, epoch=epoch, indices=indices, stream=stream, count=10, lane=lane) for stream, lane, _ in lanes]
     u = np.stack(draws, axis=1)
-    jittered = u[..., 0] < views.jitter_probability
-    blurred = u[..., 7] < np.array([probability for _, _, probability in lanes])
 
-    def factor(draw: Floats, strength: float) -> Floats:
+    def of(name: str) -> Floats:
+        """Return a setting of every view, [K], or [2, K] for a range."""
+        return np.array([getattr(settings, name) for *_, settings in lanes]).T
+
+    jittered = u[..., 0] < of("jitter_probability")
+
+    def factor(draw: Floats, strength: Floats) -> Floats:
         low, high = 1.0 - strength, 1.0 + strength
         return np.where(jittered, low + draw * (high - low), 1.0)
 
-    low, high = views.blur_sigma
+    low, high = of("blur_sigma")
     return Colour(
         orders=JITTER_ORDERS[(u[..., 1] * len(JITTER_ORDERS)).astype(np.int64)],
-        brightness=factor(u[..., 2], views.brightness),
-        contrast=factor(u[..., 3], views.contrast),
-        saturation=factor(u[..., 4], views.saturation),
-        hue=np.where(jittered, (2.0 * u[..., 5] - 1.0) * views.hue, 0.0),
-        grayscale=u[..., 6] < views.grayscale_probability,
-        sigma=np.where(blurred, low + u[..., 8] * (high - low), 0.0),
+        brightness=factor(u[..., 2], of("brightness")),
+        contrast=factor(u[..., 3], of("contrast")),
+        saturation=factor(u[..., 4], of("saturation")),
+        hue=np.where(jittered, (2.0 * u[..., 5] - 1.0) * of("hue"), 0.0),
+        grayscale=u[..., 6] < of("grayscale_probability"),
+        sigma=np.where(u[..., 7] < of("blur_probability"), low + u[..., 8] * (high - low), 0.0),
+        solarised=u[..., 9] < of("solarise_probability"),
     )
 
 

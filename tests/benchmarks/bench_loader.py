@@ -191,7 +191,7 @@ def equivalence(split: Split, *, count: int = 200, size: int = 160) -> None:
         result = planes.clone()
         order = np.tile(np.arange(4), (number, 1))
         none = np.zeros(number, dtype=bool)
-        params = Colour(orders=order, grayscale=none, sigma=np.zeros(number), **(still | changes))
+        params = Colour(orders=order, grayscale=none, sigma=np.zeros(number), solarised=none, **(still | changes))
         photometric.jitter(result, *recolourings(params, none))
         return result
 

@@ -54,6 +54,8 @@ OF_METHOD = {
     "bownet": {f"{name}_conv5": PER_LEVEL[name] for name in ("distance", "perplexity_batch", "perplexity_image", "words_used")},
     "rotnet": {"rotation_accuracy": 70.0},
     "moco": {"contrast_accuracy": 60.0, "queue_age": 40.0, "teacher_momentum": 0.999},
+    "simsiam": {"projection_std": 0.02},
+    "supervised": {"class_accuracy": 70.0},
 }
 """Method -> what it logs beside its losses, and about how much of it."""
 

@@ -15,7 +15,7 @@ from tests.gpu.precision import HALVES, precision
 NUM_IMAGES = 8
 NUM_CLASSES = 3
 TOTAL_STEPS = 10
-MIXED = ("obow", "bownet")
+MIXED = ("obow", "bownet", "supervised")
 """The methods that learn from mixed crops as well."""
 
 CPU = torch.device("cpu")

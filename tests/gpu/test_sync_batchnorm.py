@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from obowlab.training.sync_batchnorm import CudaBatchNorm2d
+from obowlab.training.sync_batchnorm import CudaBatchNorm
 from tests.fork_server import fork_all
-from tests.test_sync_batchnorm import TorchBatchNorm2d, steps
+from tests.test_sync_batchnorm import ROWS, TorchBatchNorm, row_norm, steps
 
 pytestmark = pytest.mark.gpu
 
@@ -40,18 +41,24 @@ def compared(rank: int, file: str, world_size: int) -> None:
         x, counts = torch.randn(2, 8, CHANNELS, 7, 5, generator=generator).unbind()
         x = ((1 + rank) * x + rank).to(device, kind).to(memory_format=layout)
         counts = counts.to(device)
-        expected: dict[str, Any] = steps(TorchBatchNorm2d.like(plain(device)), x, counts)
-        found = steps(CudaBatchNorm2d.like(plain(device)), x, counts)
+        expected: dict[str, Any] = steps(TorchBatchNorm.like(plain(device)), x, counts)
+        found = steps(CudaBatchNorm.like(plain(device)), x, counts)
         for name, value in expected.items():
             assert torch.equal(found[name], value), (kind, layout, name)
         alone = steps(plain(device), x, counts)
         for name in ("out", "x", "running_mean", "running_var") if world_size == 1 else ():
             tolerance = 1e-4 if kind == torch.float32 else 0.05
             torch.testing.assert_close(found[name], alone[name], rtol=tolerance, atol=tolerance)
-        norm = CudaBatchNorm2d.like(plain(device))
+        norm = CudaBatchNorm.like(plain(device))
         torch.cuda.set_sync_debug_mode("error")
         steps(norm, x, counts)
         torch.cuda.set_sync_debug_mode("default")
+    for rows in ROWS:  # those of heads
+        head = row_norm(rows).float().to(device)
+        x, counts = torch.randn(2, 8, head.num_features, generator=generator).to(device).unbind()
+        expected, found = (steps(kind.like(copy.deepcopy(head)), x, counts) for kind in (TorchBatchNorm, CudaBatchNorm))
+        for name, value in expected.items():
+            assert torch.equal(found[name], value), (rows, name)
     dist.barrier(device_ids=[rank])
     dist.destroy_process_group()
 

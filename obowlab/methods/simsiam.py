@@ -1,0 +1,99 @@
+"""SimSiam: predict one view's projection from the other's, without negatives and without a teacher (docs/method.md, 10.5).
+
+Chen and He, "Exploring simple Siamese representation learning", CVPR 2021.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from obowlab.config import Backbone, Simsiam
+from obowlab.methods import bow
+from obowlab.methods.backbones import ResNet, build_backbone, zero_last_scales
+from obowlab.methods.base import Batch, Comm, Method, StepOutput
+from obowlab.methods.online_classifier import OnlineClassifier
+from obowlab.methods.projection import GlobalBatchNorm1d
+
+
+class SimSiam(Method[Simsiam]):
+    """One network encodes both crops of an image, each in a pass of its own; a small predictor tells one from the other.
+
+    What is predicted gets no gradient. The batch norms of the heads see the images of all processes.
+    """
+
+    num_uniforms = 0
+
+    def __init__(
+        self, method: Simsiam, *, backbone: Backbone, total_steps: int, seed: int, num_classes: int | None, comm: Comm
+    ) -> None:
+        super().__init__(method, backbone=backbone, total_steps=total_steps, seed=seed, num_classes=num_classes, comm=comm)
+        self.student = build_backbone(backbone, seed=seed)
+        if method.zero_residual:
+            zero_last_scales(self.student)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed + 1)  # the student's weights are a function of the seed alone: see build_backbone
+            features, size = self.student.num_features, method.projection_size
+            self.projection = build_projection(features, size=size, num_layers=method.projection_layers)
+            self.prediction = nn.Sequential(*hidden_layer(size, method.prediction_size), nn.Linear(method.prediction_size, size))
+            self.monitor = None if num_classes is None else OnlineClassifier(num_features=features, num_classes=num_classes)
+
+    @property
+    def encoder(self) -> ResNet:
+        """Return the student."""
+        return self.student
+
+    def rate_groups(self) -> list[dict[str, Any]]:
+        """Return the predictor, whose rate no schedule changes."""
+        if not self.method.fixed_prediction_rate:
+            return []
+        return [{"name": "prediction", "params": list(self.prediction.parameters()), "fixed_rate": True}]
+
+    def forward(self, batch: Batch) -> StepOutput:
+        """Do one training step up to its loss; the original view plays no part.
+
+        The online classifier sees the features of the first crop.
+        """
+        crops = batch.views["crops"]
+        features = [self.student(crops[view::2]) for view in range(2)]
+        projected = [self.projection(each) for each in features]
+        predicted = [self.prediction(each) for each in projected]
+        loss = 0.5 * (negative_cosine(predicted[0], projected[1]) + negative_cosine(predicted[1], projected[0]))
+        metrics = {}
+        if batch.wants_metrics:
+            metrics["projection_std"] = torch.stack([channel_std(each.detach()) for each in projected]).mean()
+        return self._output({"crops": loss}, metrics, features=features[0], labels=batch.labels)
+
+
+def hidden_layer(inputs: int, outputs: int) -> tuple[nn.Module, ...]:
+    """Return Linear without bias, batch norm over all processes, ReLU."""
+    return nn.Linear(inputs, outputs, bias=False), GlobalBatchNorm1d(outputs), nn.ReLU(inplace=True)
+
+
+def build_projection(features: int, *, size: int, num_layers: int) -> nn.Sequential:
+    """Return the MLP from features to projections, all of whose layers but the first have the same width.
+
+    The bias before the last batch norm is frozen, as in the authors' code: it has no effect. That batch norm has no parameters.
+    """
+    widths = [features, *[size] * (num_layers - 1)]
+    hidden = [module for inputs in widths[:-1] for module in hidden_layer(inputs, size)]
+    last = nn.Linear(widths[-1], size)
+    last.bias.requires_grad_(False)
+    return nn.Sequential(*hidden, last, GlobalBatchNorm1d(size, affine=False))
+
+
+def negative_cosine(predicted_ND: Tensor, projected_ND: Tensor) -> Tensor:
+    """Return minus the mean cosine of predictions and what they predict, 0-dim; no gradient reaches the second."""
+    cosines = F.cosine_similarity(bow.at_least_float32(predicted_ND), bow.at_least_float32(projected_ND.detach()), dim=1)
+    return -cosines.mean()
+
+
+def channel_std(projected_ND: Tensor) -> Tensor:
+    """Return the standard deviation over rows of normalised projections, mean over channels, 0-dim.
+
+    It is about 1/√D for directions that are spread out, and 0 when all rows are one.
+    """
+    return F.normalize(bow.at_least_float32(projected_ND), dim=1).std(dim=0).mean()
