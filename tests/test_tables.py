@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from obowlab.config import load_recipe
+from obowlab.config import load_recipe, project_root
 from obowlab.config.scales import SCALES, recipe_for
 from obowlab.errors import UserError
 from obowlab.runs.records import Record, read_records, write_records
@@ -21,6 +21,7 @@ from obowlab.tables import render
 from obowlab.tables.build import NOTICE, ONE_SEED, build_table, finished_seeds
 from obowlab.tables.plan import make_plan, without_recorded
 from obowlab.tables.spec import PlannedTable, load_table, resolve_names, table_files
+from tests.conftest import Obowlab
 
 ONE_TO_FIVE = ["table1", "table2", "table3", "table4", "table5"]
 PAPERS = [*ONE_TO_FIVE, "table7"]
@@ -416,3 +417,12 @@ def test_html_is_one_page_in_which_names_stay_text(tmp_path: Path) -> None:
     assert "://" not in page, "nothing is fetched"
     assert "default-src 'none'; style-src 'unsafe-inline'" in page, "and no script runs"
     assert "Not comparable" in page
+
+
+@pytest.mark.parametrize("form", ["md", "verdicts"])
+def test_the_measured_tables_are_what_their_records_give(form: str, obowlab: Obowlab) -> None:
+    for folder in (path for path in (project_root() / "ablations" / "results").iterdir() if path.is_dir()):
+        code, out, err = obowlab("table", "all", "--scale", folder.name, "--records", str(folder / "records"), "--format", form)
+        assert (code, err) == (0, "")
+        kept = folder / {"md": "tables.md", "verdicts": "verdicts.md"}[form]
+        assert out == kept.read_text(encoding="utf-8"), f"write {kept.name} again: --out {kept}"
