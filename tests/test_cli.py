@@ -21,7 +21,7 @@ from obowlab.cli import tune as tune_module
 from obowlab.cli import weights as weights_module
 from obowlab.cli import words as words_module
 from obowlab.cli.output import print_table
-from obowlab.config import Evaluation, Level, Machine
+from obowlab.config import Evaluation, Level, Machine, Padding
 from obowlab.config.scales import SCALES
 from obowlab.data.split_names import SPLITS
 from obowlab.runs.folder import RunFolder
@@ -106,7 +106,7 @@ def test_every_command_has_a_dry_run_and_help_for_every_option() -> None:
         return 1
 
     commands = [cli.get_command(click.Context(cli), name) for name in COMMANDS]
-    assert sum(check(command) for command in commands if command is not None) == 32
+    assert sum(check(command) for command in commands if command is not None) == 33
 
 
 def test_choices_are_those_of_the_code_they_stand_for() -> None:
@@ -116,6 +116,7 @@ def test_choices_are_those_of_the_code_they_stand_for() -> None:
     assert get_args(Machine.model_fields["loader"].annotation) == options.LOADERS
     assert Evaluation().protocols == eval_module.PROTOCOLS
     assert get_args(Format) == weights_module.FORMATS
+    assert get_args(Padding) == weights_module.PADDINGS
     assert get_args(Level) == words_module.LEVELS
     assert SPLITS == words_module.SPLITS
     assert tuple(SCALES) == tune_module.SCALES
@@ -209,7 +210,7 @@ BAD = {
     "weights import nothing.pth": "no file 'nothing.pth'",
     "weights export nothing --out x.pth": "no run 'nothing'",
     "weights export nothing": "--out",
-    "weights export nothing --out x --format onnx": "'onnx' is not one of",
+    "weights export nothing --out x --format caffe": "'caffe' is not one of",
     "tune": "Name a study",
     "tune kappa-dleta": "Did you mean 'kappa-delta'?",
     "tune kappa-delta --scale dem": "'dem' is not one of 'paper', 'tiny', 'demo'. Did you mean 'demo'?",
@@ -306,6 +307,7 @@ DRY = {
     "runs trash --empty": ["Would remove 0 run(s)"],
     "runs sync": ["Would send", "of run 'demo-s0-"],
     "runs export RUN": ["Would write run.json, state.json", "demo-s0-"],
+    "weights inspect FILE": ["Would say what weights.pth holds"],
     "weights import FILE": ["Would read weights.pth and write its encoder to weights.safetensors"],
     "weights export RUN --out net": ["Would write the encoder of demo-s0-", "to net as module"],
     "weights export RUN --out net.safetensors": ["to net.safetensors as safetensors"],

@@ -245,7 +245,7 @@ def test_weights_go_out_and_come_back(obowlab: Obowlab, workplace: Path) -> None
     torch.save(build_backbone(Backbone(arch="resnet18")).state_dict(), workplace / "net.pth")
     code, out, err = obowlab("weights", "import", "net.pth")
     assert (code, err) == (0, "")
-    assert "torchvision, resnet18" in out
+    assert "torchvision's names, resnet18" in out
     code, out, err = obowlab("weights", "export", "net.safetensors", "--format", "torchvision", "--out", "back.pth")
     assert (code, err) == (0, "")
     assert "largest difference of a feature" in out

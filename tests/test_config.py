@@ -214,6 +214,7 @@ def test_fingerprint_is_of_everything_that_changes_weights_and_of_nothing_else()
         "views.per_crop": [{}, {"blur_probability": 0.1}],
         "backbone.arch": "resnet50",
         "backbone.stem": "imagenet",
+        "backbone.padding": "same",
         "method.levels": ["conv4"],
         "method.codes": "hard",
         "method.pooling": "mean",

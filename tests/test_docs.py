@@ -47,7 +47,9 @@ GENERATED = re.compile(
 
 SECTIONS = "data|views|backbone|optimizer|training|evaluation|method"
 IDIOM = re.compile(
-    r"\b(mend(s|ed)?|errands?|twins?|parcels?|whoever|nobody|go(es|ne)? on|(was|is|were|are) (told|said)|sealed)\b", re.IGNORECASE
+    r"\b(mend(s|ed)?|errands?|(?<!barlow[ -])twins?|parcels?|whoever|nobody|go(es|ne)? on|"
+    r"(was|is|were|are) (told|said)|sealed)\b",
+    re.IGNORECASE,
 )
 
 

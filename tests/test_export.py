@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import math
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -24,10 +26,11 @@ from obowlab.errors import UserError
 from obowlab.evaluation.features import frozen
 from obowlab.methods import build_backbone
 from obowlab.weights import encoder_file, standalone
-from obowlab.weights.encoder_file import Encoder, info_of, load_encoder, read_encoder
+from obowlab.weights.encoder_file import Encoder, import_weights, info_of, load_encoder, read_encoder
 from obowlab.weights.export import export, module_text, plain_network, timm_config
-from obowlab.weights.formats import FORMATS, choose_format, refuse_format
-from obowlab.weights.info import EncoderInfo
+from obowlab.weights.formats import FORMATS, Format, choose_format, refuse_format
+from obowlab.weights.info import EncoderInfo, Origin
+from obowlab.weights.usage import usage
 
 ARCHS = ("resnet10", "resnet18", "resnet34", "resnet50")
 NARROW = [Backbone(arch=arch, stem=stem, width=width) for arch in ARCHS for stem, width in (("small", 6), ("imagenet", 5))]
@@ -35,10 +38,12 @@ USUAL = [Backbone(arch=arch) for arch in ARCHS[1:]]
 
 
 def encoder_of(backbone: Backbone, *, size: int = 36, resize: int = 40, source: str = "test") -> Encoder:
-    """An encoder whose batch norms have statistics, as a trained one has: a lost buffer must show."""
+    """An encoder whose batch norms differ in every channel, as a trained one's do: what is lost or swapped must show."""
     model, generator = build_backbone(backbone, seed=0), torch.Generator().manual_seed(1)
     for part in model.modules():
         if isinstance(part, nn.BatchNorm2d):
+            nn.init.uniform_(part.weight, 0.5, 1.5, generator=generator)
+            nn.init.normal_(part.bias, 0, 0.1, generator=generator)
             part.running_mean.normal_(0, 0.1, generator=generator)
             part.running_var.uniform_(0.5, 2, generator=generator)
             part.num_batches_tracked.fill_(7)
@@ -116,7 +121,7 @@ def test_the_module_is_short_and_needs_nothing_else() -> None:
     exec(text, vars(module))
     assert (module.ARCH, module.STEM, module.WIDTH, module.RESIZE, module.SIZE) == ("resnet10", "small", 6, 40, 36)
     assert "os" not in vars(module)
-    assert len(text.splitlines()) < 65
+    assert len(text.splitlines()) < 100
 
 
 def test_every_recipe_has_an_encoder_that_can_be_exported(tmp_path: Path) -> None:
@@ -198,6 +203,118 @@ def test_timm_resizes_to_the_size_of_the_recipe() -> None:
             assert math.floor(size / fraction) == resize
 
 
+def test_timm_reads_a_torchvision_file(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    encoder = encoder_of(USUAL[0])
+    file = export(encoder, format="torchvision", path=tmp_path / "net.pth").path
+    model = timm.create_model("resnet18", num_classes=0, checkpoint_path=str(file))
+    assert torch.equal(features(model.eval()), features(encoder.model))
+
+
+# ------------------------------------------------------------------------------------- Detectron2, OpenMMLab and ONNX
+
+
+def detectron2_shapes(arch: str) -> dict[str, tuple[int, ...]]:
+    """The parameters of Detectron2's ResNet, by its documentation: a norm of four arrays behind every convolution."""
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def put(place: str, *shape: int) -> None:
+        shapes[f"{place}.weight"] = shape
+        shapes.update({f"{place}.norm.{name}": shape[:1] for name in ("weight", "bias", "running_mean", "running_var")})
+
+    put("stem.conv1", 64, 3, 7, 7)
+    channels = 64
+    for stage, depth in enumerate((2, 2, 2, 2) if arch == "resnet18" else (3, 4, 6, 3), start=2):
+        inner = 64 * 2 ** (stage - 2)
+        outer = inner * (4 if arch == "resnet50" else 1)
+        for block in range(depth):
+            place = f"res{stage}.{block}"
+            if arch == "resnet50":
+                put(f"{place}.conv1", inner, channels, 1, 1)
+                put(f"{place}.conv2", inner, inner, 3, 3)
+                put(f"{place}.conv3", outer, inner, 1, 1)
+            else:
+                put(f"{place}.conv1", inner, channels, 3, 3)
+                put(f"{place}.conv2", inner, inner, 3, 3)
+            if channels != outer:
+                put(f"{place}.shortcut", outer, channels, 1, 1)
+            channels = outer
+    return shapes
+
+
+@pytest.mark.parametrize("backbone", USUAL, ids=ident)
+def test_a_pickle_for_detectron2_has_its_arrays_and_settings(tmp_path: Path, backbone: Backbone) -> None:
+    encoder = encoder_of(backbone)
+    written = export(encoder, format="detectron2", path=tmp_path / "net.pkl")
+    assert written.max_difference == 0
+    content = pickle.loads(written.path.read_bytes())
+    assert (content["__author__"], content["matching_heuristics"]) == ("obowlab", True)
+    arrays = content["model"]
+    assert {name: array.shape for name, array in arrays.items()} == detectron2_shapes(backbone.arch)
+    assert all(array.dtype == np.float32 for array in arrays.values())
+    assert len(arrays) == {"resnet18": 100, "resnet34": 180, "resnet50": 265}[backbone.arch]
+    torch.save({"model": {name: torch.from_numpy(array) for name, array in arrays.items()}}, tmp_path / "back.pth")
+    back = import_weights(tmp_path / "back.pth")
+    assert back.found.release.key == "detectron2"
+    state, other = back.encoder.state_dict(), encoder.model.state_dict()
+    assert all(torch.equal(state[name], other[name]) for name in state if not name.endswith("num_batches_tracked"))
+    settings = (tmp_path / "net.yaml").read_text()
+    for line in ("PIXEL_MEAN: [123.675, 116.28, 103.53]", "PIXEL_STD: [58.395, 57.12, 57.375]", "STRIDE_IN_1X1: false"):
+        assert line in settings
+    assert ("RES2_OUT_CHANNELS: 64" in settings) == (backbone.arch != "resnet50")
+
+
+def test_openmmlab_reads_torchvisions_names(tmp_path: Path) -> None:
+    encoder = encoder_of(USUAL[0])
+    written = export(encoder, format="mmpretrain", path=tmp_path / "net.pth")
+    assert written.max_difference == 0
+    names = torch.load(written.path, weights_only=True).keys()
+    assert set(names) == timm_names("resnet18")
+    told = usage("mmpretrain", info=encoder.info, path=written.path)
+    assert 'style="pytorch"' in told
+    assert "mean=[123.675, 116.28, 103.53]" in told
+
+
+@pytest.mark.parametrize("backbone", [USUAL[0], USUAL[2], NARROW[0], Backbone(width=8, padding="same")], ids=ident)
+def test_onnxruntime_computes_the_features_of_any_batch(tmp_path: Path, backbone: Backbone) -> None:
+    onnx = pytest.importorskip("onnx")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    encoder = encoder_of(backbone)
+    written = export(encoder, format="onnx", path=tmp_path / "net.onnx")
+    assert [path.name for path in tmp_path.iterdir()] == ["net.onnx"]
+    session = onnxruntime.InferenceSession(written.path, providers=["CPUExecutionProvider"])
+    assert session.get_inputs()[0].shape == ["batch", 3, 36, 36]
+    for count in (1, 2, 5):
+        images = torch.randn(count, 3, 36, 36, generator=torch.Generator().manual_seed(count))
+        with frozen(encoder):
+            expected = encoder(images)
+        found = torch.from_numpy(session.run(["features"], {"images": images.numpy()})[0])
+        assert (found - expected).abs().max() <= 1e-5 * max(1.0, expected.abs().max().item())
+    kept = {entry.key: entry.value for entry in onnx.load(written.path).metadata_props}
+    assert EncoderInfo.model_validate_json(kept["obowlab"]) == encoder.info
+
+
+def test_onnx_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"--format onnx needs onnx and onnxscript and onnxruntime: pip install onnx onnx"):
+        refuse_format("onnx", backbone=NARROW[0], name="a run")
+
+
+@pytest.mark.parametrize("format_", ["torchvision", "timm", "mmpretrain", "detectron2", "safetensors", "module"])
+def test_licence_and_source_are_carried_on(tmp_path: Path, format_: Format) -> None:
+    encoder = encoder_of(USUAL[0])
+    origin = Origin(sha256="ab" * 32, licence="CC BY-NC 4.0", release="moco-v2")
+    encoder.info = encoder.info.model_copy(update={"origin": origin, "mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)})
+    out = tmp_path / ("net" + {"torchvision": ".pth", "mmpretrain": ".pth", "detectron2": ".pkl"}.get(format_, ""))
+    export(encoder, format=format_, path=out.with_suffix(".safetensors") if format_ == "safetensors" else out)
+    if out.suffix == ".pth":  # it comes back as it went out, with its pixels
+        assert read_encoder(out).info == encoder.info
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".yaml"]
+    for text in ("CC BY-NC 4.0", "ab" * 32):
+        assert any(text.encode() in path.read_bytes() for path in files), format_
+
+
 # ------------------------------------------------------------------------------------------------------- other properties
 
 
@@ -238,7 +355,7 @@ def test_other_files_of_a_folder_stay(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("backbone", NARROW, ids=ident)
 def test_networks_that_a_format_does_not_have(tmp_path: Path, backbone: Backbone) -> None:
-    for format_ in ("torchvision", "timm"):
+    for format_ in ("torchvision", "timm", "mmpretrain", "detectron2"):
         message = rf"{format_} has no {backbone.arch} with stem '{backbone.stem}' and width {backbone.width}.*--format module"
         with pytest.raises(UserError, match=message):
             export(encoder_of(backbone), format=format_, path=tmp_path / "out")
@@ -249,8 +366,13 @@ def test_the_target_says_the_format() -> None:
     assert choose_format(None, out=Path("a.pth")) == choose_format(None, out=Path("a.pt")) == "torchvision"
     assert choose_format(None, out=Path("a.safetensors")) == "safetensors"
     assert choose_format(None, out=Path("a")) == "module"
+    assert choose_format(None, out=Path("a.pkl")) == "detectron2"
+    assert choose_format(None, out=Path("a.onnx")) == "onnx"
     for format_, out, message in (
-        (None, "a.onnx", "says no format"),
+        (None, "a.caffemodel", "says no format"),
+        ("detectron2", "a.pth", "must end in .pkl"),
+        ("onnx", "a", "must end in .onnx"),
+        ("timm", "a.pkl", "must be a folder"),
         ("torchvision", "a.safetensors", "must end in .pth or .pt or .tar"),
         ("safetensors", "a", "must end in .safetensors"),
         ("module", "a.pth", "must be a folder for --format module: it holds encoder.py and encoder.safetensors"),
@@ -282,5 +404,5 @@ def test_a_plain_network_is_torchvisions_and_shares_nothing() -> None:
 
 
 def test_what_encoder_files_say_is_what_formats_need() -> None:
-    assert set(FORMATS) == {"torchvision", "timm", "safetensors", "module"}
+    assert set(FORMATS) == {"torchvision", "timm", "mmpretrain", "detectron2", "onnx", "safetensors", "module"}
     assert encoder_file.EncoderInfo is EncoderInfo

@@ -92,6 +92,36 @@ def test_features_equal_torchvisions_transforms(
     assert (expected - mirrored).abs().max() > 1e-3
 
 
+def test_an_encoder_is_shown_pixels_normalised_in_its_own_way(
+    encoder: ResNet, data_root: Path, open_store: Callable[..., FeatureStore]
+) -> None:
+    imagenets = open_store().get("val")[0]
+    encoder.pixel_mean, encoder.pixel_std = (0.0, 0.25, 0.5), (1.0, 0.5, 2.0)
+    own = open_store().get("val")[0]  # not those that are kept of the same weights
+    assert not torch.equal(own, imagenets)
+    split = open_split("small", "val", data_root=data_root)
+    transform = transforms.Compose(
+        [
+            transforms.Resize(28),
+            transforms.CenterCrop(24),
+            transforms.ToTensor(),
+            transforms.Normalize(encoder.pixel_mean, encoder.pixel_std),
+        ]
+    )
+    pictures = [Image.open(io.BytesIO(bytes(split.jpeg(i)))).convert("RGB") for i in range(split.num_images)]
+    with frozen(encoder):
+        expected = encoder(torch.stack([transform(picture) for picture in pictures]))
+    torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_encoders_own_pixels_are_no_other_protocol(encoder: ResNet, recipe: Recipe, machine: Machine, tmp_path: Path) -> None:
+    (usual,) = run(encoder, recipe, machine, tmp_path, protocols=("knn",))
+    encoder.pixel_mean, encoder.pixel_std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    (own,) = run(encoder, recipe, machine, tmp_path, protocols=("knn",))
+    assert own.protocol_hash == usual.protocol_hash
+    assert (usual.details["view"]["mean"], own.details["view"]["mean"]) == (list(MEAN), [0.0, 0.0, 0.0])
+
+
 def test_kept_features_are_used_again(open_store: Callable[..., FeatureStore], passes: list[tuple[str, int]]) -> None:
     first = open_store().get("train", views=("centre", "mirrored"))
     assert passes == [("train", 60)]  # both views in one pass

@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 
 from obowlab.cli import main
-from obowlab.config import load_recipe
+from obowlab.config import Backbone, load_recipe
 from obowlab.data.decoding import UnreadableImageError, to_jpeg
 from obowlab.errors import UserError
 from obowlab.files.locks import file_lock, is_held, lock_holder, locked
@@ -35,6 +35,7 @@ from obowlab.files.sharing import leads_astray, share, shared_file, shared_folde
 from obowlab.launch.jobs import reap, stop
 from obowlab.launch.processes import start
 from obowlab.launch.slurm import submitted_jobs
+from obowlab.methods import build_backbone
 from obowlab.report.read import find_gallery
 from obowlab.runs import provenance
 from obowlab.runs.folder import RunFolder, list_runs, read_runs
@@ -47,6 +48,7 @@ from obowlab.tracking.mirror import Mirror
 from obowlab.tracking.outbox import Outbox
 from obowlab.training import checkpoint
 from obowlab.training.reporter import Reporter
+from obowlab.weights.encoder_file import read_encoder
 from obowlab.weights.reading import read_weights
 from tests.chaos.kinds.shared import HARMS
 from tests.command_line import Obowlab, finished_run
@@ -408,9 +410,10 @@ def test_weights_and_checkpoints_that_inflate_are_refused_by_their_header(tmp_pa
 
 
 def test_tensors_of_more_numbers_than_their_file_holds_are_refused(tmp_path: Path) -> None:
-    torch.save({"conv1.weight": torch.zeros(1).expand(10**6, 10**6)}, tmp_path / "small.pth")
+    state = build_backbone(Backbone(width=4)).state_dict()
+    torch.save({**state, "conv1.weight": torch.zeros(1).expand(10**6, 10**6)}, tmp_path / "small.pth")
     with pytest.raises(UserError, match=r"holds fewer numbers than conv1\.weight has"):
-        read_weights(tmp_path / "small.pth")
+        read_encoder(tmp_path / "small.pth")
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")

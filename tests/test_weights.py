@@ -15,15 +15,24 @@ import pytest
 import safetensors.torch
 import torch
 import torchvision.models
+from PIL import Image
 from torch import Tensor, nn
 
 from obowlab.config import Backbone, Obow, Recipe, Views, load_recipe
 from obowlab.errors import UserError
-from obowlab.evaluation.features import _entry_writer, frozen, weights_hash
+from obowlab.evaluation.features import _entry_writer, frozen, pixel_statistics, weights_hash
 from obowlab.methods import Batch, OBoW, OneProcess, ResNet, build_backbone
 from obowlab.runs.folder import RunFolder
+from obowlab.views.centre import CentreView
 from obowlab.weights import info
-from obowlab.weights.encoder_file import import_authors, load_encoder, read_encoder, save_encoder, write_method
+from obowlab.weights.encoder_file import (
+    import_weights,
+    load_encoder,
+    read_encoder,
+    save_encoder,
+    write_encoder,
+    write_method,
+)
 
 State = dict[str, Tensor]
 SMALL = Backbone(stem="small", width=4)
@@ -159,12 +168,21 @@ def test_the_encoder_of_a_run(tmp_path: Path) -> None:
         assert weights_hash(load_encoder(ref, runs_root=tmp_path).model) == weights_hash(encoder)
 
 
-def test_foreign_pixels_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_encoder_keeps_the_mean_and_deviation_of_its_pixels(tmp_path: Path) -> None:
     path = tmp_path / "encoder.safetensors"
-    save_encoder(build_backbone(SMALL), path=path, recipe=Recipe(backbone=SMALL), fingerprint=None, source="test")
-    monkeypatch.setattr(info, "MEAN", (0.5, 0.5, 0.5))
-    with pytest.raises(UserError, match="normalised"):
-        read_encoder(path)
+    info = save_encoder(build_backbone(SMALL), path=path, recipe=Recipe(backbone=SMALL), fingerprint=None, source="test")
+    other = info.model_copy(update={"mean": (0.0, 0.25, 0.5), "std": (1.0, 0.5, 2.0)})
+    write_encoder(read_encoder(path).model, path=path, info=other)
+    encoder = read_encoder(path)
+    assert encoder.info == other
+    assert pixel_statistics(encoder) == pixel_statistics(encoder.model) == (other.mean, other.std)
+    image = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    views = Views(original_size=40, original_resize=40)
+    shown = CentreView(resize=views.original_resize, size=views.original_size, mean=other.mean, std=other.std)
+    expected = (torch.from_numpy(image).permute(2, 0, 1) / 255 - torch.tensor(other.mean).view(3, 1, 1)) / torch.tensor(
+        other.std
+    ).view(3, 1, 1)
+    torch.testing.assert_close(shown(Image.fromarray(image)), expected, rtol=0, atol=1e-6)
 
 
 # --------------------------------------------------------------------------------------------------------------- import
@@ -174,8 +192,8 @@ def test_foreign_pixels_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_the_authors_feature_extractor(tmp_path: Path, arch: str) -> None:
     backbone = Backbone(arch=arch, width=4)
     encoder = worn(build_backbone(backbone, seed=0))
-    imported = import_authors(save(tmp_path / "extractor.pth.tar", authors_extractor(encoder), module=arch == "resnet34"))
-    assert imported.kind == "extractor"
+    imported = import_weights(save(tmp_path / "extractor.pth.tar", authors_extractor(encoder), module=arch == "resnet34"))
+    assert imported.found.release.key == "obow-extractor"
     assert imported.info.backbone == backbone
     assert imported.method is None
     assert torch.equal(features(imported.encoder), features(encoder))
@@ -186,8 +204,8 @@ def test_torchvisions_naming(tmp_path: Path, wrapper: str | None) -> None:
     model = worn(torchvision.models.resnet18(num_classes=9))  # the authors' export: fc holds the words
     path = tmp_path / "resnet18.pth"
     torch.save({wrapper: model.state_dict()} if wrapper else model.state_dict(), path)
-    imported = import_authors(path)
-    assert imported.kind == "torchvision"
+    imported = import_weights(path)
+    assert imported.found.release.key == ("obow-torchvision" if wrapper == "network" else "torchvision")
     assert imported.info.backbone == Backbone()
     assert sorted(imported.unused) == ["fc.bias", "fc.weight"]
     model.fc = nn.Identity()
@@ -200,10 +218,10 @@ def test_torchvisions_naming(tmp_path: Path, wrapper: str | None) -> None:
 )
 def test_the_authors_full_model(tmp_path: Path, levels: int, monitor: bool, module: bool, legacy: bool) -> None:
     state, student, teacher = authors_model(levels=levels, monitor=monitor)
-    imported = import_authors(save(tmp_path / "model.pth.tar", state, module=module, legacy=legacy))
+    imported = import_weights(save(tmp_path / "model.pth.tar", state, module=module, legacy=legacy))
     method = imported.method
     assert method is not None
-    assert imported.kind == "model"
+    assert imported.found.release.key == "obow"
     assert imported.info.backbone == NARROW
     assert method.method == Obow(levels=("conv5",) if levels == 1 else ("conv4", "conv5"), num_words=24, kappa=5.0)
     assert torch.equal(features(imported.encoder), features(student))
@@ -232,7 +250,7 @@ def test_the_authors_full_model(tmp_path: Path, levels: int, monitor: bool, modu
 
 def test_an_imported_model_goes_on_learning(tmp_path: Path) -> None:
     state, _, _ = authors_model(levels=2, monitor=False)
-    method = import_authors(save(tmp_path / "model.pth.tar", state)).method
+    method = import_weights(save(tmp_path / "model.pth.tar", state)).method
     assert method is not None
     views = {"crops": torch.randn(4, 3, 64, 64)}
     uniforms = torch.rand(4, method.num_uniforms, dtype=torch.float64)
@@ -244,7 +262,7 @@ def test_an_imported_model_goes_on_learning(tmp_path: Path) -> None:
 
 def test_saving_a_whole_imported_model(tmp_path: Path) -> None:
     state, _, _ = authors_model(levels=2, monitor=True)
-    imported = import_authors(save(tmp_path / "model.pth.tar", state))
+    imported = import_weights(save(tmp_path / "model.pth.tar", state))
     method_file = write_method(imported, path=tmp_path / "obow.safetensors")
     again = OBoW(imported.method.method, backbone=NARROW, total_steps=1, seed=5, num_classes=11, comm=OneProcess())
     again.load_state_dict(safetensors.torch.load_file(method_file), strict=True)
@@ -292,7 +310,7 @@ def test_full_models_that_will_not_do(tmp_path: Path, change: Callable[[State], 
     state, _, _ = authors_model(levels=2, monitor=True)
     change(state)
     with pytest.raises(UserError, match=message):
-        import_authors(save(tmp_path / "model.pth.tar", state))
+        import_weights(save(tmp_path / "model.pth.tar", state))
 
 
 class Surprise:
@@ -304,24 +322,24 @@ def test_files_that_are_no_plain_tensors(tmp_path: Path, capsys: pytest.CaptureF
     path = tmp_path / "evil.pth"
     torch.save({"network": {"conv1.weight": Surprise()}}, path)
     with pytest.raises(UserError, match=r"it holds a Python object \(.*print\).*save model\.state_dict\(\) instead"):
-        import_authors(path)
+        import_weights(path)
     path.write_bytes(pickle.dumps(Surprise(), protocol=2))
     with pytest.raises(UserError, match="not a torch file of plain tensors"):
-        import_authors(path)
+        import_weights(path)
     path.write_bytes(b"not a file of torch")
     with pytest.raises(UserError, match="it is a text, which begins with 'not a file of torch'"):
-        import_authors(path)
+        import_weights(path)
     save(path, {"conv1.weight": torch.zeros(4, 3, 7, 7)}, legacy=True)
     for length in range(0, path.stat().st_size - 1, 23):
         (tmp_path / "short.pth").write_bytes(path.read_bytes()[:length])
         with pytest.raises(UserError, match=r"not a torch file of plain tensors|it is empty"):
-            import_authors(tmp_path / "short.pth")
+            import_weights(tmp_path / "short.pth")
     torch.save({"epoch": 3}, path)
     with pytest.raises(UserError, match="no state dict"):
-        import_authors(path)
+        import_weights(path)
     torch.save({"network": {"layers.0.weight": torch.zeros(2)}}, path)
     with pytest.raises(UserError, match=r"its first key is 'layers\.0\.weight'"):
-        import_authors(path)
+        import_weights(path)
     assert "has run" not in capsys.readouterr().out
 
 
@@ -466,7 +484,7 @@ def test_weights_are_read_by_what_is_in_the_file(tmp_path: Path, name: str, kind
     (tmp_path / name).write_bytes(content)
     assert torch.equal(features(read_encoder(tmp_path / name).model), features(encoder))
     prefix = "backbone." if kind == "lightning" else ""
-    assert set(import_authors(tmp_path / name).unused) >= {f"{prefix}fc.weight", f"{prefix}fc.bias"}
+    assert set(import_weights(tmp_path / name).unused) >= {f"{prefix}fc.weight", f"{prefix}fc.bias"}
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
@@ -528,7 +546,7 @@ def test_missing_keys_have_the_names_of_the_file(tmp_path: Path) -> None:
 def test_several_networks_in_a_file_are_named(tmp_path: Path) -> None:
     state = build_backbone(NARROW).state_dict()
     both = {f"{part}.{name}": tensor for part in ("student", "teacher") for name, tensor in state.items()}
-    with pytest.raises(UserError, match=r"several networks \(student\., teacher\.\)"):
+    with pytest.raises(UserError, match=r"several networks \('network > student\.', 'network > teacher\.'\)"):
         read_encoder(save(tmp_path / "both.pth", both))
 
 

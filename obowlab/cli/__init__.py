@@ -38,7 +38,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "config": ("obowlab.cli.config:config", "List, show and compare recipes."),
     "runs": ("obowlab.cli.runs:runs", "List, show, compare, tag, delete, sync and export runs."),
     "jobs": ("obowlab.cli.jobs:jobs", "Show what is queued, running and over, where, how far and how long it will take."),
-    "weights": ("obowlab.cli.weights:weights", "Import and export encoder weights."),
+    "weights": ("obowlab.cli.weights:weights", "Inspect, import and export encoder weights."),
     "report": (
         "obowlab.cli.report:report",
         "Write tables, curves, vocabulary health, studies and provenance as a static site.",

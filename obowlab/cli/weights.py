@@ -2,57 +2,129 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
 from obowlab.cli import Family
 from obowlab.cli.options import PATH, MachineOptions, dry_run_option, machine_options, would
 from obowlab.errors import UserError
+from obowlab.weights.releases import RELEASE_KEYS as RELEASES
 
 if TYPE_CHECKING:
     from obowlab.weights.formats import Format
 
-FORMATS = ("torchvision", "timm", "safetensors", "module")
+FORMATS = ("torchvision", "timm", "mmpretrain", "detectron2", "onnx", "safetensors", "module")
+PADDINGS = ("torchvision", "same")
+
+
+def _three(_: click.Context, option: click.Parameter, value: str | None) -> tuple[float, ...] | None:
+    """Return the numbers of a text `R,G,B`."""
+    if value is None:
+        return None
+    try:
+        numbers = tuple(map(float, value.split(",")))
+    except ValueError:
+        numbers = ()
+    if len(numbers) != 3 or not all(map(math.isfinite, numbers)) or (option.name == "std" and min(numbers) <= 0):
+        raise UserError(f"--{option.name} {value} is not R,G,B, three numbers of pixels in [0, 1]; a deviation is above 0.")
+    return numbers
 
 
 @click.group(cls=Family)
 def weights() -> None:
-    """Import and export encoder weights."""
+    """Inspect, import and export encoder weights."""
+
+
+def _choices(command: Callable[..., None]) -> Callable[..., None]:
+    """Add the options that say what a file of others does not, and hand them on as `choices`."""
+    options = (
+        click.option(
+            "--as", "release", type=click.Choice(RELEASES), metavar="FORMAT", help="Format, which names may leave open."
+        ),
+        click.option("--network", metavar="PART", help="Network, where the file has several: a key, or a part of its names."),
+        click.option("--drop", multiple=True, metavar="NAME", help="Leave out what begins so; repeatable."),
+        click.option("--mean", callback=_three, metavar="R,G,B", help="Mean of pixels in [0, 1]. [default: the format's]"),
+        click.option("--std", callback=_three, metavar="R,G,B", help="Deviation of pixels. [default: the format's]"),
+        click.option("--padding", type=click.Choice(PADDINGS), help="Padding it was trained with. [default: the format's]"),
+        click.option("--licence", metavar="TEXT", help="Licence of the weights, kept with them and in every export."),
+        click.option(
+            "--allow-plain-objects", "plain_objects", is_flag=True, help="Read argparse.Namespace and numpy's numbers too."
+        ),
+    )
+
+    @functools.wraps(command)
+    def with_choices(**values: Any) -> None:
+        names = ("release", "network", "drop", "mean", "std", "padding", "licence", "plain_objects")
+        command(choices={name: values.pop(name) for name in names}, **values)
+
+    return functools.reduce(lambda made, option: option(made), reversed(options), with_choices)
+
+
+@weights.command("inspect")
+@click.argument("file", type=PATH)
+@_choices
+@dry_run_option
+def inspect_file(file: Path, choices: dict[str, Any], dry_run: bool) -> None:
+    """Say what a weights file holds: container, network, format, heads, what is left over, and what an import would make of it.
+
+    Nothing is written, and no code of the file is run.
+    """
+    _refuse_absent(file)
+    from obowlab.weights.info import peek
+
+    peek(file)
+    if dry_run:
+        return would(f"say what {file} holds")
+    from obowlab.weights.encoder_file import Choices
+    from obowlab.weights.inspection import inspect
+
+    for line in inspect(file, choices=Choices(**choices)):
+        click.echo(line)
+    return None
 
 
 @weights.command("import")
 @click.argument("file", type=PATH)
 @click.option("--out", type=PATH, metavar="FILE", help="Encoder file to write. [default: FILE with the ending .safetensors]")
 @click.option("--force", is_flag=True, help="Replace --out if it is there.")
+@_choices
 @dry_run_option
-def import_file(file: Path, out: Path | None, force: bool, dry_run: bool) -> None:
-    """Turn a released checkpoint of the authors, or a torchvision file, into an encoder file.
+def import_file(file: Path, out: Path | None, force: bool, choices: dict[str, Any], dry_run: bool) -> None:
+    """Turn a weights file of others into an encoder file: OBoW's authors', MoCo, SwAV, DINO, torchvision, timm and more.
 
-    Both of the authors' files are read: the full model and the feature extractor. Every key must fit; what has no place here is
-    listed. Teacher, heads and vocabulary of a full model are written beside the encoder.
+    Every key must fit; what has no place here is listed. Teacher, heads and vocabulary of the authors' full model are written
+    beside the encoder. docs/weights.md has the formats. No code of the file is run.
     """
     target = out or file.with_suffix(".safetensors")
-    if not file.is_file():
-        raise UserError(f"There is no file '{file}'.")
+    _refuse_absent(file)
     if target.suffix != ".safetensors":
         raise UserError(f"--out {target} must end in .safetensors.")
+    if target.resolve() == file.resolve():
+        raise UserError(f"The encoder would replace {file} itself: choose another file with --out.")
     _refuse_present(target, force=force)
     from obowlab.weights.info import peek, refuse_own
 
     refuse_own(peek(file), path=file)
     if dry_run:
         return would(f"read {file} and write its encoder to {target}")
-    from obowlab.weights.encoder_file import Encoder, import_authors, write_method
+    from obowlab.weights.encoder_file import Choices, Encoder, import_weights, write_method
     from obowlab.weights.export import export
+    from obowlab.weights.inspection import about, notes
 
-    imported = import_authors(file)
-    backbone = imported.info.backbone
-    click.echo(f"{file}: {imported.kind}, {backbone.arch}, {imported.info.weights_hash[:8]}.")
+    imported = import_weights(file, choices=Choices(**choices))
+    backbone, release = imported.info.backbone, imported.found.release
+    layout = release.title if release is not None else f"{imported.found.network.scheme} names"
+    click.echo(f"{file}: {layout}, {backbone.arch}, {imported.info.weights_hash[:8]}.")
     if imported.unused:
         click.echo(f"Left out: {len(imported.unused)} keys without a place here, as {_some(list(imported.unused))}.")
+    for line in (*about(imported.info), *notes(imported)):
+        click.echo(f"  {line}")
     written = export(Encoder(model=imported.encoder, info=imported.info, path=file), format="safetensors", path=target)
     click.echo(f"Wrote {written.path}; largest difference of a feature after reading it back: {written.max_difference:.3g}.")
     if imported.method is not None:
@@ -67,7 +139,7 @@ def import_file(file: Path, out: Path | None, force: bool, dry_run: bool) -> Non
     "--format",
     "asked",
     type=click.Choice(FORMATS),
-    help="What to write. [default: by --out, .pth torchvision, .safetensors safetensors, a folder module]",
+    help="What to write. [default: by --out, .pth torchvision, .pkl detectron2, .onnx, .safetensors, a folder module]",
 )
 @click.option("--out", type=PATH, required=True, metavar="PATH", help="File to write, or folder (timm, module).")
 @click.option("--force", is_flag=True, help="Replace the files if they are there.")
@@ -76,9 +148,10 @@ def import_file(file: Path, out: Path | None, force: bool, dry_run: bool) -> Non
 def export_file(encoder: str, asked: str | None, out: Path, force: bool, options: MachineOptions, dry_run: bool) -> None:
     """Write the encoder of a run, a weights file or a model version (models:/NAME/VERSION) for use elsewhere, and check it.
 
-    torchvision: a state dict with its names. timm: a folder for timm.create_model("local-dir:PATH", pretrained=True). Both are
-    for networks of the usual width and stem. module: a folder with encoder.py, which needs torch and torchvision only, for any
-    network. safetensors: obowlab's own file.
+    torchvision, mmpretrain: a state dict with torchvision's names. timm: a folder for timm.create_model("local-dir:PATH",
+    pretrained=True). detectron2: a .pkl, and its settings beside it. These four are for networks of the usual width, stem and
+    padding. onnx, module (a folder with encoder.py, which needs torch and torchvision only), safetensors (obowlab's own file):
+    for any network.
 
     What was written is read back and the features of a random batch are compared; files whose features differ are not kept.
     """
@@ -99,11 +172,19 @@ def export_file(encoder: str, asked: str | None, out: Path, force: bool, options
         return
     from obowlab.weights.encoder_file import read_source
     from obowlab.weights.export import export
+    from obowlab.weights.usage import usage
 
-    written = export(read_source(source), format=format_, path=out)
+    subject = read_source(source)
+    written = export(subject, format=format_, path=out)
     click.echo(
         f"Wrote {written.path} ({format_}); largest difference of a feature after reading it back: {written.max_difference:.3g}."
     )
+    click.echo(usage(format_, info=subject.info, path=out))
+
+
+def _refuse_absent(file: Path) -> None:
+    if not file.is_file():
+        raise UserError(f"There is no file '{file}'.")
 
 
 def _refuse_present(path: Path, *, force: bool) -> None:

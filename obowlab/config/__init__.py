@@ -5,7 +5,7 @@ A `Recipe` (`recipe`, `methods`) is read from TOML (`experiments/NAME.toml`, wit
 sums.
 """
 
-from obowlab.config.base import Count, Fraction, Level, Positive, Range, Section, canonical_hash
+from obowlab.config.base import Count, Fraction, Level, Padding, Positive, Range, Section, canonical_hash
 from obowlab.config.loading import (
     Loaded,
     find_file,
@@ -56,6 +56,7 @@ __all__ = [
     "Moco",
     "Obow",
     "Optimizer",
+    "Padding",
     "Positive",
     "Range",
     "Recipe",

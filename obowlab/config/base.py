@@ -15,6 +15,7 @@ Positive = Annotated[float, Field(gt=0.0)]
 Count = Annotated[int, Field(ge=1)]
 Range = tuple[Annotated[float, Field(ge=0.0)], Annotated[float, Field(ge=0.0)]]
 Level = Literal["conv4", "conv5"]
+Padding = Literal["torchvision", "same"]
 
 
 class Section(BaseModel):

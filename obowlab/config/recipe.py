@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
-from obowlab.config.base import Count, Fraction, Positive, Range, Section, canonical_hash, conflict
+from obowlab.config.base import Count, Fraction, Padding, Positive, Range, Section, canonical_hash, conflict
 from obowlab.config.methods import AnyMethod, Moco, Obow
 from obowlab.errors import UserError
 
@@ -153,6 +153,7 @@ class Backbone(Section):
     arch: Literal["resnet10", "resnet18", "resnet34", "resnet50"] = "resnet18"
     stem: Literal["imagenet", "small"] = Field("imagenet", description="small: one 3x3 convolution and no max-pooling")
     width: Count = Field(64, description="channels of the first stage; torchvision's is 64")
+    padding: Padding = Field("torchvision", description="same: TensorFlow's, as BYOL's authors trained")
 
 
 class Optimizer(Section):

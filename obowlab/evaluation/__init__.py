@@ -197,7 +197,9 @@ def _measure(name: str, *, store: FeatureStore, recipe: Recipe, subject: str, re
     outcome = evaluator.run(store, recipe.evaluation, report)
     data_hash = store.data_hash(sorted(evaluator.needs))
     view = {"resize": recipe.views.original_resize, "size": recipe.views.original_size, "mean": list(MEAN), "std": list(STD)}
-    facts = {"dataset": store.dataset, "view": view, **outcome.settings}
+    # An encoder's own mean and deviation are part of the encoder: its protocol is that of all others.
+    shown = {**view, "mean": list(store.mean), "std": list(store.std)}
+    facts = {"dataset": store.dataset, "view": shown, **outcome.settings}
     identity = {"protocol": name, "version": evaluator.version, "data": data_hash, "view": view, "settings": outcome.settings}
     result = Result(
         protocol=name,

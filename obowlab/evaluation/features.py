@@ -55,6 +55,11 @@ def weights_hash(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def pixel_statistics(encoder: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the mean and deviation of pixels in [0, 1] that an encoder expects, `pixel_mean` and `pixel_std`, or ImageNet's."""
+    return tuple(getattr(encoder, "pixel_mean", MEAN)), tuple(getattr(encoder, "pixel_std", STD))
+
+
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
     """Put a module into evaluation mode without gradients, in true float32, and restore the mode of every part."""
@@ -72,7 +77,7 @@ class FeatureStore:
     """The features of one encoder on one data set.
 
     Args:
-        encoder: maps float32 [B, 3, S, S] to pooled features [B, c].
+        encoder: maps float32 [B, 3, S, S] to pooled features [B, c]; see `pixel_statistics` for what it is shown.
         recipe: its views say what is cut; its data set and images per class are the default.
         dataset: another prepared data set to measure on, then with all its training images.
         data_root: folder of the prepared data sets.
@@ -101,6 +106,7 @@ class FeatureStore:
         report: Callable[[str], None],
     ) -> None:
         self.encoder = encoder
+        self.mean, self.std = pixel_statistics(encoder)
         self.weights_hash = weights_hash(encoder)
         self.views: Views = recipe.views
         self.dataset = recipe.data.dataset if dataset is None else dataset
@@ -166,8 +172,8 @@ class FeatureStore:
             "view": view,
             "resize": self.views.original_resize,
             "size": self.views.original_size,
-            "mean": list(MEAN),
-            "std": list(STD),
+            "mean": list(self.mean),
+            "std": list(self.std),
         }
 
     def _entry(self, key: dict[str, Any]) -> Path:
@@ -245,7 +251,7 @@ class FeatureStore:
             }
             for positions, pixels in loader:
                 assert np.array_equal(positions, indices[done : done + len(positions)]), "the loader must keep the order"
-                images = normalise(pixels, device=self.device)
+                images = normalise(pixels, device=self.device, mean=self.mean, std=self.std)
                 for view, writer in writers.items():
                     seen = images.flip(3) if view == "mirrored" else images
                     writer.append(self.encoder(seen.contiguous(memory_format=self._memory_format)).float().cpu().numpy())

@@ -1,4 +1,4 @@
-"""torchvision's ResNets (v1.5) with named levels, a stem for small images and a width."""
+"""torchvision's ResNets (v1.5) with named levels, a stem for small images, a width, and TensorFlow's padding."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Collection
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from obowlab.config import Backbone, Level
@@ -27,9 +28,14 @@ class ResNet(nn.Module):
     Attributes:
         num_features: channels of the pooled feature, c in the paper.
         level_channels: channels of every level's map.
+        pixel_mean: what is subtracted from pixels in [0, 1], per channel; set where it is not ImageNet's mean.
+        pixel_std: what the difference is divided by; set where it is not ImageNet's deviation.
     """
 
-    def __init__(self, arch: str, *, stem: str = "imagenet", width: int = 64):
+    pixel_mean: tuple[float, float, float]
+    pixel_std: tuple[float, float, float]
+
+    def __init__(self, arch: str, *, stem: str = "imagenet", width: int = 64, padding: str = "torchvision"):
         super().__init__()
         block, depths = ARCHITECTURES[arch]
         if stem == "small":
@@ -51,6 +57,8 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if padding == "same":
+            pad_as_tensorflow(self)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the globally averaged last map, [B, num_features]."""
@@ -75,13 +83,51 @@ def _stage(block: type[BasicBlock] | type[Bottleneck], inputs: int, planes: int,
     return nn.Sequential(block(inputs, planes, stride, shortcut), *(block(outputs, planes) for _ in range(depth - 1)))
 
 
+def pad_same(images: Tensor, *, kernel: int, stride: int, value: float = 0.0) -> Tensor:
+    """Return maps [B, C, H, W] padded as TensorFlow's `SAME`: so that ceil(H / stride) rows come out, an odd pixel at the end."""
+    sides = [max((-(-side // stride) - 1) * stride + kernel - side, 0) for side in (images.shape[3], images.shape[2])]
+    return functional.pad(images, [half for side in sides for half in (side // 2, side - side // 2)], value=value)
+
+
+class SameConv2d(nn.Conv2d):
+    """A convolution with TensorFlow's padding."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return [B, C', ceil(H / stride), ceil(W / stride)]."""
+        return super().forward(pad_same(input, kernel=self.kernel_size[0], stride=self.stride[0]))
+
+
+class SameMaxPool2d(nn.MaxPool2d):
+    """A max-pooling of squares with TensorFlow's padding."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return [B, C, ceil(H / stride), ceil(W / stride)]."""
+        assert isinstance(self.kernel_size, int)
+        assert isinstance(self.stride, int)
+        padded = pad_same(input, kernel=self.kernel_size, stride=self.stride, value=-torch.inf)
+        return functional.max_pool2d(padded, self.kernel_size, self.stride)
+
+
+def pad_as_tensorflow(network: nn.Module) -> None:
+    """Replace the layers of a network with a stride, in place and with their weights; all others pad alike in both libraries."""
+    for part in list(network.modules()):
+        for name, layer in list(part.named_children()):
+            if isinstance(layer, nn.MaxPool2d):
+                setattr(part, name, SameMaxPool2d(layer.kernel_size, layer.stride))
+            elif isinstance(layer, nn.Conv2d) and layer.stride[0] > 1 and layer.kernel_size[0] > 1:
+                kernel, stride = layer.kernel_size[0], layer.stride[0]
+                same = SameConv2d(layer.in_channels, layer.out_channels, kernel, stride, bias=False, device="meta")
+                same.weight = layer.weight
+                setattr(part, name, same)
+
+
 def build_backbone(cfg: Backbone, *, seed: int | None = None) -> ResNet:
     """Build the encoder; with a seed its weights are a function of it alone and torch's generator is left untouched."""
     if seed is None:
-        return ResNet(cfg.arch, stem=cfg.stem, width=cfg.width)
+        return ResNet(cfg.arch, stem=cfg.stem, width=cfg.width, padding=cfg.padding)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return ResNet(cfg.arch, stem=cfg.stem, width=cfg.width)
+        return ResNet(cfg.arch, stem=cfg.stem, width=cfg.width, padding=cfg.padding)
 
 
 def zero_last_scales(encoder: ResNet) -> None:

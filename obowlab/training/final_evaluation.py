@@ -63,7 +63,12 @@ def keep(run: RunContext, *, encoder: ResNet) -> None:
         encoder, path=folder.path / ENCODER_FILE, recipe=recipe, fingerprint=folder.info.fingerprint, source=folder.run_id
     )
     model_path = folder.path / MODEL_FOLDER
-    if not model_path.exists():
+    if recipe.backbone.padding != "torchvision":
+        run.reporter.say(
+            f"No model version in MLflow: torchvision has no ResNet with padding '{recipe.backbone.padding}'; "
+            f"obowlab weights export {folder.run_id} --out FOLDER writes one with its own module."
+        )
+    elif not model_path.exists():
         shown = {"resize": info.original_resize, "size": info.original_size, "mean": list(info.mean), "std": list(info.std)}
         about = {"obowlab.run_id": folder.run_id, "obowlab.fingerprint": folder.info.fingerprint, "obowlab.preprocessing": shown}
         side = min(info.original_size, EXAMPLE_SIZE)

@@ -14,7 +14,7 @@ from obowlab.data.decoding import UnreadableImageError, to_rgb
 from obowlab.errors import UserError
 from obowlab.views.photometric import normalise
 from obowlab.views.pil_views import Pixels, cut_view
-from obowlab.views.views import centre_geometry
+from obowlab.views.views import MEAN, STD, centre_geometry
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,14 @@ class CentreView:
     Attributes:
         resize: Length of the shorter side, in pixels.
         size: Side S of the square that is cut.
+        mean: Subtracted from pixels in [0, 1], per channel.
+        std: Divides the difference.
     """
 
     resize: int
     size: int
+    mean: tuple[float, float, float] = MEAN
+    std: tuple[float, float, float] = STD
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Return an image as an encoder takes it, float32 [3, S, S].
@@ -38,7 +42,8 @@ class CentreView:
         Raises:
             UserError: It has more than 8 bits a channel, in a range that is not known.
         """
-        return normalise(torch.from_numpy(self.pixels(image)[None]), device=torch.device("cpu"))[0]
+        pixels = torch.from_numpy(self.pixels(image)[None])
+        return normalise(pixels, device=torch.device("cpu"), mean=self.mean, std=self.std)[0]
 
     def pixels(self, image: Image.Image) -> Pixels:
         """Return the view without its normalisation, uint8 [S, S, 3].

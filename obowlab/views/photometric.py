@@ -77,11 +77,18 @@ def render(batch: PixelBatch, draws: Draws, *, device: torch.device) -> Rendered
     return RenderedViews(original=original, student=student, cutmix_lambda=cutmix_lambda)
 
 
-def normalise(images: Tensor, *, device: torch.device) -> Tensor:
-    """Return uint8 images [N, H, W, 3] as normalised float32 [N, 3, H, W] in channels_last memory."""
+def normalise(images: Tensor, *, device: torch.device, mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD) -> Tensor:
+    """Return uint8 images [N, H, W, 3] as normalised float32 [N, 3, H, W] in channels_last memory.
+
+    Args:
+        images: Bytes.
+        device: Where to work and where the result lies.
+        mean: Subtracted from pixels in [0, 1], per channel.
+        std: Divides the difference.
+    """
     pixels = images.to(device, non_blocking=True).to(torch.float32)
     # One factor per column and channel: a row is then one contiguous run, where three factors would be runs of three.
-    scale, shift = (values.repeat(images.shape[2]) for values in _normalisation(pixels.device))
+    scale, shift = (values.repeat(images.shape[2]) for values in _normalisation(pixels.device, mean, std))
     pixels.view(len(images), images.shape[1], -1).mul_(scale).add_(shift)
     return pixels.permute(0, 3, 1, 2)
 
@@ -242,8 +249,8 @@ def _shifts(size: int, reach: int, device: torch.device) -> Tensor:
     return shifts.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else shifts
 
 
-@lru_cache(maxsize=4)
-def _normalisation(device: torch.device) -> tuple[Tensor, Tensor]:
+@lru_cache(maxsize=8)
+def _normalisation(device: torch.device, mean: tuple[float, ...] = MEAN, std: tuple[float, ...] = STD) -> tuple[Tensor, Tensor]:
     """Return factor and addend, [3] each, that take a byte to the normalised value."""
-    mean, std = torch.tensor(MEAN, device=device), torch.tensor(STD, device=device)
-    return 1.0 / (255.0 * std), -mean / std
+    means, deviations = torch.tensor(mean, device=device), torch.tensor(std, device=device)
+    return 1.0 / (255.0 * deviations), -means / deviations

@@ -77,7 +77,8 @@ def embed(
                 broken += [f"{name} ({reason})" for name, reason in batch if isinstance(reason, str)]
                 shown = [pixels for _, pixels in batch if isinstance(pixels, np.ndarray)]
                 if shown:
-                    images = normalise(torch.from_numpy(np.stack(shown)), device=there)
+                    pixels = torch.from_numpy(np.stack(shown))
+                    images = normalise(pixels, device=there, mean=encoder.info.mean, std=encoder.info.std)
                     features.append(encoder(images).float().cpu().numpy())
                 if time.monotonic() - last > REPORT_EVERY_S:
                     last = time.monotonic()

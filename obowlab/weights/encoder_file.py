@@ -1,11 +1,13 @@
-"""Encoders as files: our own format, the authors' released checkpoints, and torchvision's naming.
+"""Encoders as files: our own format, and whatever others released.
 
 An encoder file is safetensors: the state dict of the student's `ResNet` (torchvision's names) and, under the metadata key
 `obowlab`, an `EncoderInfo` as JSON. Torch files are read with `weights_only=True`. Whatever is read must fit to the last key.
+Evaluators show an encoder pixels normalised as its info says (`obowlab.evaluation.features.pixel_statistics`).
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from obowlab.config import Backbone, Level, Recipe, Views, load_machine
+from obowlab.config import Backbone, Level, Padding, Recipe, Views, load_machine
 from obowlab.errors import UserError
 from obowlab.evaluation.features import weights_hash
 from obowlab.files.replacing import write_atomic
@@ -22,9 +24,12 @@ from obowlab.methods import OBoW, ResNet
 from obowlab.methods.backbones import LEVELS
 from obowlab.tracking.model import ModelVersion, downloaded_weights
 from obowlab.views.centre import CentreView
-from obowlab.weights.info import METADATA_KEY, EncoderInfo, encoder_info, refuse_own
-from obowlab.weights.reading import WeightsFile, read_module, read_weights
-from obowlab.weights.released import Kind, authors_name, build_encoder, build_model, infer_backbone, kind_of, torchvision_names
+from obowlab.views.views import MEAN, STD
+from obowlab.weights.info import METADATA_KEY, EncoderInfo, Origin, encoder_info, refuse_own
+from obowlab.weights.networks import DROPPED, Found, find
+from obowlab.weights.reading import WeightsFile, check_tensors, read_module, read_weights
+from obowlab.weights.released import build_encoder, build_model, infer_backbone
+from obowlab.weights.releases import Mean
 from obowlab.weights.source import Source, find_source
 
 
@@ -42,13 +47,17 @@ class Encoder(nn.Module):
     """
 
     model: ResNet
+    pixel_mean: Mean
+    pixel_std: Mean
 
     def __init__(self, *, model: ResNet, info: EncoderInfo, path: Path) -> None:
         super().__init__()
         self.model = model
         self.info = info
         self.path = path
-        self.transform = CentreView(resize=info.original_resize, size=info.original_size)
+        self.transform = CentreView(resize=info.original_resize, size=info.original_size, mean=info.mean, std=info.std)
+        for module in (self, model):  # evaluators are given either
+            module.pixel_mean, module.pixel_std = info.mean, info.std
         self.train(model.training)
 
     @property
@@ -159,9 +168,10 @@ def read_encoder(path: Path) -> Encoder:
     file = read_weights(path)
     info = encoder_info(file.metadata, origin=path)
     if info is None:
-        imported = _import(file, origin=path)
+        imported = import_read(file, choices=Choices(), origin=path)
         return Encoder(model=imported.encoder, info=imported.info, path=path)
-    model = build_encoder(file.state, backbone=info.backbone, origin=path)
+    check_tensors(file.content, spell=str, origin=path)
+    model = build_encoder(file.content, backbone=info.backbone, origin=path)
     if weights_hash(model) != info.weights_hash:
         raise UserError(f"The weights in {path} are not those it was written with (hash differs); copy the file again.")
     return Encoder(model=model, info=info, path=path)
@@ -188,17 +198,6 @@ def info_of(encoder: nn.Module, *, recipe: Recipe, source: str, fingerprint: str
     )
 
 
-def _foreign_info(model: ResNet, *, backbone: Backbone, source: str) -> EncoderInfo:
-    views = Views()
-    return EncoderInfo(
-        backbone=backbone,
-        original_resize=views.original_resize,
-        original_size=views.original_size,
-        source=source,
-        weights_hash=weights_hash(model),
-    )
-
-
 def _write(path: Path, content: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -211,61 +210,126 @@ def _write(path: Path, content: bytes) -> None:
 
 
 @dataclass(frozen=True)
-class Imported:
-    """What a torch file held.
+class Choices:
+    """What a user says about a file of others; what is None or empty follows from the file.
 
     Attributes:
-        encoder: the student's ResNet (of a full model), or the one network of the file; in evaluation mode.
+        network: a key of the file, or a part of its names, that leads to the network to import.
+        release: key of the format, one of `RELEASE_KEYS`.
+        mean: subtracted from pixels in [0, 1].
+        std: divides them.
+        padding: that the network was trained with.
+        licence: of the weights.
+        drop: beginnings of names that are left out.
+        plain_objects: as for `read_weights`.
+    """
+
+    network: str | None = None
+    release: str | None = None
+    mean: Mean | None = None
+    std: Mean | None = None
+    padding: Padding | None = None
+    licence: str | None = None
+    drop: tuple[str, ...] = ()
+    plain_objects: bool = False
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What a file of others held.
+
+    Attributes:
+        encoder: the student's ResNet (of a full model), or the chosen network of the file; in evaluation mode.
         info: of the encoder.
-        kind: `model` (the authors' full OBoW), `extractor` (their feature extractor) or `torchvision`.
-        method: everything a full model holds, as a method of ours.
+        found: what is in the file, and what was chosen.
+        method: everything that a full model of the authors holds, as a method of ours.
         unused: keys that have no place here, with the reason.
+        num_filled: batch norms that lacked `num_batches_tracked`, which is 0 now.
     """
 
     encoder: ResNet
     info: EncoderInfo
-    kind: Kind
+    found: Found
     method: OBoW | None = None
     unused: Mapping[str, str] = field(default_factory=dict)
+    num_filled: int = 0
 
 
-def import_authors(path: Path) -> Imported:
-    """Read a released checkpoint of the authors or a file in torchvision's naming, strictly.
+def import_weights(path: Path, *, choices: Choices | None = None) -> Imported:
+    """Read a weights file of others, strictly.
 
-    Takes `{"network": ...}`, `{"state_dict": ...}`, `{"model": ...}` or a bare state dict, as a torch or safetensors file or in
-    a zip archive, with or without `module.` or the name of a larger module's part before the names. Architecture, stem, width,
-    levels and number of words follow from names and shapes.
+    The formats are those of `obowlab.weights.releases`. Architecture, stem, width, levels and number of words follow from names
+    and shapes.
 
     Raises:
         UserError: the file is not plain, finite tensors, or a key is missing, left over or of another shape.
     """
-    file = read_weights(path)
+    chosen = choices or Choices()
+    file = read_weights(path, plain_objects=chosen.plain_objects)
     refuse_own(encoder_info(file.metadata, origin=path), path=path)
-    return _import(file, origin=path)
+    return import_read(file, choices=chosen, origin=path)
 
 
-def _import(file: WeightsFile, *, origin: Path) -> Imported:
-    state, unused = file.state, dict(file.unused)
-    kind = kind_of(state, origin=origin, prefix=file.prefix)
-    method: OBoW | None = None
-    if kind == "model":
-        method, backbone, left = build_model(state, origin=origin, prefix=file.prefix)
-        unused |= left
-        encoder = method.encoder
-    else:
-        if kind == "torchvision":
-            classifier = [name for name in state if name in ("fc.weight", "fc.bias")]
-            unused |= {f"{file.prefix}{name}": "a classifier, which an encoder does not have" for name in classifier}
-            state = {name: tensor for name, tensor in state.items() if name not in classifier}
-        named = torchvision_names(state)
-        backbone = infer_backbone(named, origin=origin)
+def import_read(file: WeightsFile, *, choices: Choices, origin: Path) -> Imported:
+    """Import what was read from a file of others; see `import_weights`."""
+    found = find(file, network=choices.network, release=choices.release, drop=choices.drop, origin=origin)
+    network, parted = found.network, found.parted
+    if found.is_full_model and choices.network is None and choices.padding != "same":
+        prefix = network.prefix.removesuffix("feature_extractor.")
+        dropped = {name: what for name, what in parted.aside.items() if what == DROPPED}
+        state = {name.removeprefix(prefix): tensor for name, tensor in network.names.items() if name not in dropped}
+        check_tensors(state, spell=lambda name: prefix + name, origin=origin)
+        method, backbone, unused = build_model(state, origin=origin, prefix=prefix)
+        info = _foreign_info(method.encoder, backbone=backbone, file=file, found=found, choices=choices, origin=origin)
+        return Imported(encoder=method.encoder, info=info, found=found, method=method, unused=unused | dropped)
 
-        def spell(name: str) -> str:
-            return file.prefix + (authors_name(name) if kind == "extractor" else name)
+    check_tensors(parted.state, spell=found.spell, origin=origin)
+    named = {name: network.naming.tensor(tensor) for name, tensor in parted.state.items()}
+    backbone = infer_backbone(named, origin=origin)
+    padding = choices.padding or (found.release.padding if found.release is not None else "torchvision")
+    backbone = backbone.model_copy(update={"padding": padding})
+    encoder = build_encoder(named, backbone=backbone, origin=origin, spell=found.spell, left_over=parted.left_over)
+    info = _foreign_info(encoder, backbone=backbone, file=file, found=found, choices=choices, origin=origin)
+    num_filled = sum(name.endswith("num_batches_tracked") for name in encoder.state_dict().keys() - parted.state.keys())
+    return Imported(encoder=encoder, info=info, found=found, unused=parted.aside, num_filled=num_filled)
 
-        encoder = build_encoder(named, backbone=backbone, origin=origin, spell=spell)
-    info = _foreign_info(encoder, backbone=backbone, source=origin.name)
-    return Imported(encoder=encoder, info=info, kind=kind, method=method, unused=unused)
+
+def _foreign_info(
+    model: ResNet, *, backbone: Backbone, file: WeightsFile, found: Found, choices: Choices, origin: Path
+) -> EncoderInfo:
+    """Return what is known of an imported encoder: by the user, else by what obowlab exported, else by the format."""
+    views, release, kept, hash_ = Views(), found.release, file.kept, weights_hash(model)
+    with origin.open("rb") as opened:
+        digest = hashlib.file_digest(opened, "sha256").hexdigest()
+    if kept is None:
+        kept = EncoderInfo(
+            backbone=backbone,
+            original_resize=views.original_resize,
+            original_size=views.original_size,
+            mean=MEAN if release is None or release.mean is None else release.mean,
+            std=STD if release is None or release.std is None else release.std,
+            source=origin.name,
+            weights_hash=hash_,
+        )
+    trained_with = "torchvision" if release is None else release.padding
+    lost = f"it was trained with padding '{trained_with}', not '{backbone.padding}'"
+    source = kept.origin or Origin(
+        sha256=digest,
+        release=release.key if release is not None else None,
+        degraded=lost if trained_with == "same" != backbone.padding else None,
+    )
+    is_same = kept.weights_hash == hash_
+    return kept.model_copy(
+        update={
+            "backbone": backbone,
+            "mean": choices.mean or kept.mean,
+            "std": choices.std or kept.std,
+            "source": kept.source if is_same else origin.name,
+            "fingerprint": kept.fingerprint if is_same else None,
+            "weights_hash": hash_,
+            "origin": source if choices.licence is None else source.model_copy(update={"licence": choices.licence}),
+        }
+    )
 
 
 def write_method(imported: Imported, *, path: Path) -> Path:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
 import math
+import pickle
 import re
 import tempfile
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -22,10 +26,13 @@ from obowlab.evaluation.features import frozen
 from obowlab.weights import standalone
 from obowlab.weights.encoder_file import Encoder, read_encoder, write_encoder
 from obowlab.weights.formats import Format, refuse_format, targets
-from obowlab.weights.info import EncoderInfo
+from obowlab.weights.info import METADATA_KEY, EncoderInfo
+from obowlab.weights.naming import NAMINGS
+from obowlab.weights.released import with_counters
+from obowlab.weights.usage import detectron2_settings
 
 ROUND_TRIP_TOLERANCE = 1e-5
-"""Largest difference of a feature after export, on inputs of unit variance."""
+"""Largest difference of a feature after export, relative to the largest feature or 1."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +46,10 @@ class Export:
 def export(encoder: Encoder, *, format: Format, path: Path) -> Export:
     """Write an encoder for use elsewhere, read it back and compare features on a random batch.
 
-    `torchvision` is a plain state dict without classifier, `timm` a folder for `timm.create_model("local-dir:...")`,
-    `safetensors` obowlab's own encoder file, and `module` a folder with that file and a Python module which needs torch and
-    torchvision only. Inputs are RGB in [0, 1], normalised with ImageNet's mean and deviation.
+    `torchvision` and `mmpretrain` are a plain state dict without classifier, `timm` a folder for
+    `timm.create_model("local-dir:...")`, `detectron2` its pickle of arrays with settings beside it, `onnx` a graph with a free
+    batch size, `safetensors` obowlab's own encoder file, and `module` a folder with that file and a Python module which needs
+    torch and torchvision only. `obowlab.weights.usage` says what must be set on the other side.
 
     Args:
         encoder: to write; left as it is.
@@ -57,10 +65,10 @@ def export(encoder: Encoder, *, format: Format, path: Path) -> Export:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-            place = Path(folder) / (path.name if written == (path,) else "")
+            place = Path(folder) / (path.name if path in written else "")
             returned = _WRITERS[format](encoder, place)
-            difference = feature_difference(encoder.model, returned, size=encoder.info.original_size)
-            if not difference <= ROUND_TRIP_TOLERANCE:
+            difference, largest = feature_difference(encoder.model, returned, size=encoder.info.original_size)
+            if not difference <= ROUND_TRIP_TOLERANCE * max(1.0, largest):
                 raise RuntimeError(f"features differ by {difference:.3g} after writing and reading {path}; nothing was kept")
             for target in written:
                 target.parent.mkdir(exist_ok=True)
@@ -70,11 +78,12 @@ def export(encoder: Encoder, *, format: Format, path: Path) -> Export:
     return Export(path=path, max_difference=difference)
 
 
-def feature_difference(first: nn.Module, second: nn.Module, *, size: int) -> float:
-    """Return the largest absolute difference of the features of two encoders on four images of Gaussian noise."""
+def feature_difference(first: nn.Module, second: nn.Module, *, size: int) -> tuple[float, float]:
+    """Return the largest difference of the features of two encoders on four images of Gaussian noise, and the largest feature."""
     images = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))
     with frozen(first), frozen(second):
-        return float((first(images) - second(images)).abs().max())
+        expected = first(images)
+        return float((expected - second(images)).abs().max()), float(expected.abs().max())
 
 
 def plain_network(encoder: nn.Module, *, info: EncoderInfo) -> nn.Module:
@@ -84,7 +93,7 @@ def plain_network(encoder: nn.Module, *, info: EncoderInfo) -> nn.Module:
     to float32 [3, S, S]; it rounds tall images in another order than `Encoder.transform` where Pillow is 13 or newer.
     """
     with torch.device("meta"):
-        network = standalone.build(info.backbone.arch, info.backbone.stem, info.backbone.width)
+        network = standalone.build(info.backbone.arch, info.backbone.stem, info.backbone.width, info.backbone.padding)
     state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in encoder.state_dict().items()}
     network.load_state_dict(state, assign=True)
     network.transform = transforms.Compose(
@@ -102,11 +111,68 @@ def plain_network(encoder: nn.Module, *, info: EncoderInfo) -> nn.Module:
 
 
 def _write_torchvision(encoder: Encoder, path: Path) -> nn.Module:
-    torch.save(_state(encoder), path)
+    state = OrderedDict(_state(encoder))
+    vars(state)["obowlab"] = encoder.info.model_dump(mode="json")  # torch.save keeps it, as it keeps a state dict's _metadata
+    torch.save(state, path)
     model = cast(nn.Module, torchvision.models.get_model(encoder.info.backbone.arch, weights=None))
     model.fc = nn.Identity()
     model.load_state_dict(torch.load(path, weights_only=True), strict=True)
     return model
+
+
+def _write_detectron2(encoder: Encoder, path: Path) -> nn.Module:
+    """Write arrays under Detectron2's names, and the settings that the network needs there."""
+    theirs, ours = NAMINGS["detectron2"].theirs, NAMINGS["detectron2"].ours
+    arrays = {
+        theirs(name): tensor.numpy() for name, tensor in _state(encoder).items() if not name.endswith("num_batches_tracked")
+    }
+    about = {"__author__": "obowlab", "matching_heuristics": True, METADATA_KEY: encoder.info.model_dump_json()}
+    path.write_bytes(pickle.dumps({"model": arrays, **about}))
+    path.with_suffix(".yaml").write_text(detectron2_settings(encoder.info, weights=path.name), encoding="utf-8")
+    with path.open("rb") as file:
+        written = pickle.load(file)["model"]
+    network = standalone.build(encoder.info.backbone.arch)
+    state = {ours(name): torch.from_numpy(array) for name, array in written.items()}
+    network.load_state_dict(with_counters(state, expected=network.state_dict()), strict=True)
+    return cast(nn.Module, network)
+
+
+def _write_onnx(encoder: Encoder, path: Path) -> nn.Module:
+    """Write a graph in evaluation form for images of the encoder's size, with what is known of it as metadata."""
+    import onnx
+
+    size = encoder.info.original_size
+    with contextlib.redirect_stdout(io.StringIO()):
+        torch.onnx.export(
+            plain_network(encoder.model, info=encoder.info),
+            (torch.zeros(2, 3, size, size),),  # of one image, the batch size would be taken for a constant
+            path,
+            dynamo=True,
+            opset_version=18,
+            input_names=["images"],
+            output_names=["features"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            external_data=False,
+        )
+    graph = onnx.load(path)
+    onnx.helper.set_model_props(graph, {METADATA_KEY: encoder.info.model_dump_json()})
+    onnx.checker.check_model(graph, full_check=True)
+    onnx.save(graph, path)
+    return _OnnxNetwork(path)
+
+
+class _OnnxNetwork(nn.Module):
+    """A graph that onnxruntime computes on the CPU."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        import onnxruntime
+
+        self.session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Return features [B, D] of images [B, 3, S, S]."""
+        return torch.from_numpy(self.session.run(None, {"images": images.numpy()})[0])
 
 
 def _write_safetensors(encoder: Encoder, path: Path) -> nn.Module:
@@ -132,6 +198,7 @@ def timm_config(info: EncoderInfo) -> dict[str, Any]:
         "num_features": 512 if info.backbone.arch != "resnet50" else 2048,
         "pretrained_cfg": {
             "tag": "obowlab",
+            "custom_load": False,
             "input_size": [3, info.original_size, info.original_size],
             "fixed_input_size": False,
             "interpolation": "bilinear",
@@ -143,6 +210,7 @@ def timm_config(info: EncoderInfo) -> dict[str, Any]:
             "pool_size": [math.ceil(info.original_size / 32)] * 2,
             "first_conv": "conv1",
             "classifier": "fc",
+            **({} if info.origin is None else {"license": info.origin.licence or "unknown", "origin_sha256": info.origin.sha256}),
         },
     }
 
@@ -171,10 +239,11 @@ def module_text(info: EncoderInfo) -> str:
     """Return the text of a module that builds this encoder, loads its weights and prepares its images."""
     backbone, text = info.backbone, Path(standalone.__file__).read_text(encoding="utf-8")
     source = re.sub(r"[^\w.-]", "_", info.source)  # it may be the name of any file
-    head = f'"""The {backbone.arch} of {source}, written by obowlab: `load()` returns it, `transform` prepares its images."""\n'
+    head = f'"""The {backbone.arch} of {source}, written by obowlab: `load()` returns it, `transform` prepares its images.'
+    head += f'{_origin_text(info)}"""\n'
     text = re.sub(r'\A""".*?"""\n', lambda _: head, text, flags=re.DOTALL)
     values = {
-        "ARCH, STEM, WIDTH": (backbone.arch, backbone.stem, backbone.width),
+        "ARCH, STEM, WIDTH, PADDING": (backbone.arch, backbone.stem, backbone.width, backbone.padding),
         "RESIZE, SIZE": (info.original_resize, info.original_size),
         "MEAN, STD": (info.mean, info.std),
     }
@@ -184,6 +253,15 @@ def module_text(info: EncoderInfo) -> str:
     return text
 
 
+def _origin_text(info: EncoderInfo) -> str:
+    """Return lines for a docstring on where an imported encoder comes from; it may hold any text."""
+    if info.origin is None:
+        return ""
+    facts = {"Licence of the weights": info.origin.licence or "not said", "Imported from a file of SHA-256": info.origin.sha256}
+    lines = (re.sub(r"[^\w.,:/()+ -]", "_", f"{what}: {value}") for what, value in facts.items())
+    return "\n\n" + "\n".join(f"{line}." for line in lines) + "\n"
+
+
 def _state(encoder: Encoder) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.model.state_dict().items()}
 
@@ -191,6 +269,9 @@ def _state(encoder: Encoder) -> dict[str, torch.Tensor]:
 _WRITERS = {
     "torchvision": _write_torchvision,
     "timm": _write_timm,
+    "mmpretrain": _write_torchvision,
+    "detectron2": _write_detectron2,
+    "onnx": _write_onnx,
     "safetensors": _write_safetensors,
     "module": _write_module,
 }

@@ -11,7 +11,7 @@ from pathlib import Path
 import safetensors
 from pydantic import ValidationError
 
-from obowlab.config import Backbone, Section
+from obowlab.config import Backbone, Positive, Section
 from obowlab.errors import UserError
 from obowlab.files.replacing import inflated_record
 from obowlab.views.views import MEAN, STD
@@ -29,6 +29,22 @@ LONGEST_HEADER = 100 * 2**20
 """No header of a safetensors file is longer, in bytes."""
 
 
+class Origin(Section):
+    """Where an imported encoder comes from; every later export carries it on.
+
+    Attributes:
+        sha256: of the file that was imported.
+        release: the format, a key of `obowlab.weights.releases.RELEASES`; None where none was recognised.
+        licence: of the weights, as the user who imported them says.
+        degraded: why the encoder is less than its authors'; None as a rule.
+    """
+
+    sha256: str
+    release: str | None = None
+    licence: str | None = None
+    degraded: str | None = None
+
+
 class EncoderInfo(Section):
     """What must be known to use an encoder: how to build it and what to show it."""
 
@@ -36,10 +52,11 @@ class EncoderInfo(Section):
     original_resize: int
     original_size: int
     mean: tuple[float, float, float] = MEAN
-    std: tuple[float, float, float] = STD
+    std: tuple[Positive, Positive, Positive] = STD
     source: str
     fingerprint: str | None = None
     weights_hash: str
+    origin: Origin | None = None
 
 
 def peek(path: Path) -> EncoderInfo | None:
@@ -79,19 +96,14 @@ def encoder_info(metadata: Mapping[str, str], *, origin: Path) -> EncoderInfo | 
     """Return what the metadata of a safetensors file says about the encoder; None when obowlab did not write it.
 
     Raises:
-        UserError: another version of obowlab wrote it, or the pixels must be normalised in another way.
+        UserError: another version of obowlab wrote it.
     """
     if METADATA_KEY not in metadata:
         return None
     try:
-        info = EncoderInfo.model_validate_json(metadata[METADATA_KEY])
+        return EncoderInfo.model_validate_json(metadata[METADATA_KEY])
     except ValidationError as error:
         raise UserError(f"{origin} was written by another version of obowlab: {error.errors()[0]['msg']}.") from None
-    if (info.mean, info.std) != (MEAN, STD):
-        raise UserError(
-            f"{origin} expects pixels normalised with mean {info.mean} and deviation {info.std}, which obowlab does not do."
-        )
-    return info
 
 
 # --------------------------------------------------------------------------------------------------- kinds of weights files

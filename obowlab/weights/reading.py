@@ -5,14 +5,18 @@ No code from a file is run: torch files are read with `weights_only=True`. What 
 
 from __future__ import annotations
 
+import argparse
+import json
 import re
 import tempfile
 import zipfile
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import torch
 from torch import Tensor, nn
@@ -22,7 +26,10 @@ from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from obowlab.errors import UserError, memory_sentence
 from obowlab.weights.info import (
     DAMAGED,
+    METADATA_KEY,
+    EncoderInfo,
     beginning,
+    encoder_info,
     is_safetensors,
     is_torch_archive,
     no_torch_file,
@@ -36,9 +43,6 @@ from obowlab.weights.info import (
 
 State = dict[str, Tensor]
 
-WRAPPERS = ("network", "state_dict", "model")
-"""Keys under which a file may hold its state dict; the authors use the first."""
-
 COUNTERS = re.compile(r"(num_batches_tracked|_embedding_ptr|_track_num_batches|_iteration)$")
 """The names of what may be integers."""
 
@@ -48,47 +52,54 @@ class WeightsFile:
     """What a weights file holds.
 
     Attributes:
-        state: the tensors, without the prefix of their names.
-        prefix: that all names have in the file, as `module.` or `backbone.`.
+        content: as it is nested in the file; tensors, and whatever is beside them.
+        container: what kind of file it is.
         metadata: of a safetensors file.
-        unused: names in the file of what is not under the prefix, with the reason.
+        kept: what an export of obowlab in torchvision's names says of its encoder.
     """
 
-    state: State
-    prefix: str = ""
+    content: Mapping[str, Any]
+    container: str
     metadata: Mapping[str, str] = field(default_factory=dict)
-    unused: Mapping[str, str] = field(default_factory=dict)
+    kept: EncoderInfo | None = None
 
 
-def read_weights(path: Path) -> WeightsFile:
+def read_weights(path: Path, *, plain_objects: bool = False) -> WeightsFile:
     """Read a torch file, a safetensors file, or a zip archive of one of them.
 
+    Args:
+        path: the file.
+        plain_objects: read `argparse.Namespace` and numbers and arrays of numpy too, which carry no code.
+
     Raises:
-        UserError: it is none of these, damaged, or holds anything but finite tensors of floating point under names.
+        UserError: it is none of these, damaged, or holds what only code of the file could make.
     """
     try:
         start = beginning(path)
         refuse_part(path)
         if is_safetensors(start):
             state, metadata = _read_safetensors(path)
-            return _without_prefix(state, metadata=metadata, origin=path)
+            return WeightsFile(content=state, container="safetensors file", metadata=metadata)
         refuse_other_kinds(start, path=path)
         if start.startswith(b"PK"):
             with open_archive(path) as archive:
                 if not is_torch_archive(archive):
-                    return _read_member(archive, path=path)
-        return _without_prefix(_read_torch(path), metadata={}, origin=path)
+                    return _read_member(archive, path=path, plain_objects=plain_objects)
+        kind = "torch file" if start.startswith(b"PK") else "torch file as before torch 1.6"
+        content = _read_torch(path, plain_objects=plain_objects)
+        return WeightsFile(content=content, container=kind, kept=_kept_info(content, origin=path))
     except (OSError, zipfile.BadZipFile) as error:
         raise unreadable(path, error) from None
 
 
-def _read_member(archive: zipfile.ZipFile, *, path: Path) -> WeightsFile:
+def _read_member(archive: zipfile.ZipFile, *, path: Path, plain_objects: bool) -> WeightsFile:
     """Read the one weights file of a zip archive, as the authors' release is."""
     name = only_member(archive.namelist(), path=path)
     with tempfile.TemporaryDirectory(prefix="obowlab-weights-") as folder:
         member = Path(archive.extract(name, folder))
         try:
-            return read_weights(member)
+            inner = read_weights(member, plain_objects=plain_objects)
+            return replace(inner, container=f"zip archive with {name}, a {inner.container}")
         except UserError as error:
             raise UserError(str(error).replace(str(member), f"{path} ({name})")) from None
 
@@ -105,23 +116,36 @@ def _read_safetensors(path: Path) -> tuple[State, dict[str, str]]:
         raise unreadable(path, error) from None
 
 
-def _read_torch(path: Path) -> State:
+def _read_torch(path: Path, *, plain_objects: bool) -> Mapping[str, Any]:
     try:
-        with path.open("rb") as file:  # by a name, torch would guess the format from its ending
+        # Opened here: by a name, torch would guess the format from its ending.
+        with path.open("rb") as file, torch.serialization.safe_globals(list(_PLAIN) if plain_objects else []):
             content: Any = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged or foreign file makes torch's reader fail in a dozen ways; all mean the same here
-        raise no_torch_file(path, reason=_reason(str(error), path=path)) from None
-    if isinstance(content, Mapping):
-        content = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), content)
-    if not isinstance(content, Mapping) or not content:
-        raise UserError(f"{path} holds no state dict: neither at the top nor under {', '.join(WRAPPERS)}.")
-    odd = next((name for name, value in content.items() if not isinstance(value, Tensor)), None)
-    if odd is not None:
-        raise UserError(
-            f"{path} holds no state dict, neither at the top nor under {', '.join(WRAPPERS)}: "
-            f"'{odd}' is no tensor but {type(content[odd]).__name__}."
-        )
-    return {str(name): tensor for name, tensor in content.items()}
+        raise no_torch_file(path, reason=_reason(str(error), path=path, plain_objects=plain_objects)) from None
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path} holds no state dict: it holds one {type(content).__name__}.")
+    return content
+
+
+def _kept_info(content: Mapping[str, Any], *, origin: Path) -> EncoderInfo | None:
+    said = vars(content).get(METADATA_KEY) if isinstance(content, OrderedDict) else None
+    return None if said is None else encoder_info({METADATA_KEY: json.dumps(said, default=str)}, origin=origin)
+
+
+_OF_NUMPY: dict[str, Any] = {"scalar": np.float64(0), "_reconstruct": np.zeros(0)}
+"""What numpy's functions that make numbers and arrays from a file are called, each with one that it makes."""
+
+_PLAIN: tuple[Any, ...] = (
+    argparse.Namespace,
+    *(
+        (made.__reduce__()[0], f"numpy.{core}.multiarray.{name}")
+        for core in ("core", "_core")
+        for name, made in _OF_NUMPY.items()
+    ),
+    *(np.ndarray, np.dtype, *(type(np.dtype(kind)) for kind in "?bhilBefd")),
+)
+"""The classes of settings and of numbers that files of others hold beside tensors; none of them runs code when it is read."""
 
 
 def read_module(path: Path, *, origin: Path) -> State:
@@ -145,7 +169,8 @@ def read_module(path: Path, *, origin: Path) -> State:
         state: State = module.state_dict()
     except Exception as error:  # as in `_read_torch`
         raise UserError(f"{origin} holds no encoder of obowlab: {_reason(str(error), path=path)}.") from None
-    return _checked(WeightsFile(state=state), origin=origin).state
+    check_tensors(state, spell=str, origin=origin)
+    return state
 
 
 _OF_A_RESNET = (
@@ -157,9 +182,14 @@ _OF_A_RESNET = (
 """The classes of `obowlab.weights.export.plain_network`."""
 
 
-def _reason(message: str, *, path: Path) -> str:
+def _reason(message: str, *, path: Path, plain_objects: bool = True) -> str:
     """Return what torch's reader found, without its advice to read the file unsafely."""
     found = re.search(r"GLOBAL ([\w.]+)", message)
+    if found is not None and not plain_objects and re.match(r"argparse\.Namespace$|numpy\b", found[1]):
+        return (
+            f"it holds a Python object besides tensors ({found[1]}), which carries no code: "
+            "`obowlab weights import --allow-plain-objects` reads it"
+        )
     if found is not None:
         return (
             f"it holds a Python object ({found[1]}), as a whole module saved with torch.save does, and reading that would run "
@@ -170,28 +200,19 @@ def _reason(message: str, *, path: Path) -> str:
     return DAMAGED
 
 
-def _without_prefix(state: State, *, metadata: Mapping[str, str], origin: Path) -> WeightsFile:
-    """Take off what stands before all names: `module.` of data parallelism, or the name of the network in a larger module."""
-    if not state:
-        raise UserError(f"{origin} holds no tensors.")
-    prefix = "module." if any(name.startswith("module.") for name in state) else ""
-    inner = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-    stems = [name.removesuffix("conv1.weight") for name in inner if name.endswith(".conv1.weight")]
-    networks = [stem for stem in stems if f"{stem}bn1.weight" in inner and f"{stem}layer1.0.conv1.weight" in inner]
-    if "conv1.weight" in inner or not networks:
-        return _checked(WeightsFile(state=inner, prefix=prefix, metadata=metadata), origin=origin)
-    if len(networks) > 1:
-        raise UserError(f"{origin} holds several networks ({', '.join(networks)}): save the state dict of one of them.")
-    stem = networks[0]
-    inside = {name.removeprefix(stem): tensor for name, tensor in inner.items() if name.startswith(stem)}
-    unused = {f"{prefix}{name}": f"not part of {stem.removesuffix('.')}" for name in inner if not name.startswith(stem)}
-    return _checked(WeightsFile(state=inside, prefix=f"{prefix}{stem}", metadata=metadata, unused=unused), origin=origin)
+def check_tensors(state: Mapping[str, Tensor], *, spell: Callable[[str], str], origin: Path) -> None:
+    """Refuse weights that are not finite, no floating-point numbers, or not all there.
 
+    Args:
+        state: names and tensors.
+        spell: returns the file's own name of one.
+        origin: the file.
 
-def _checked(file: WeightsFile, *, origin: Path) -> WeightsFile:
-    """Refuse weights that are not finite, or no floating-point numbers."""
-    for name, tensor in file.state.items():
-        shown = f"{file.prefix}{name}"
+    Raises:
+        UserError: names the first tensor that will not do.
+    """
+    for name, tensor in state.items():
+        shown = spell(name)
         if not tensor.is_floating_point() and not COUNTERS.search(name):
             kind = str(tensor.dtype).removeprefix("torch.")
             raise UserError(f"{origin} holds weights that are no floating-point numbers: {shown} is of type {kind}.")
@@ -205,4 +226,3 @@ def _checked(file: WeightsFile, *, origin: Path) -> WeightsFile:
                 f"{origin} holds weights that are not finite: {wrong} of {tensor.numel()} values of {shown}; "
                 "take a checkpoint from before the training diverged."
             )
-    return file

@@ -1,4 +1,4 @@
-"""The names of other people's weights files: the authors' released checkpoints and torchvision's.
+"""Networks from state dicts: an encoder in torchvision's names, and the authors' full model.
 
 Everything is strict: a key that is missing, left over or of another shape is an error that names it.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,44 +16,8 @@ from obowlab.config import Backbone, Level, Obow
 from obowlab.errors import UserError
 from obowlab.methods import OBoW, OneProcess
 from obowlab.methods.backbones import ARCHITECTURES, ResNet, build_backbone
+from obowlab.weights.naming import NAMINGS
 from obowlab.weights.reading import State
-
-Kind = Literal["model", "extractor", "torchvision"]
-
-
-def kind_of(state: Mapping[str, Tensor], *, origin: Path, prefix: str = "") -> Kind:
-    """Tell the authors' full model, their feature extractor and torchvision's naming apart.
-
-    Raises:
-        UserError: it is none of them.
-    """
-    if any(name.startswith("feature_extractor.") for name in state):
-        return "model"
-    if any(name.startswith("_feature_blocks.") for name in state):
-        return "extractor"
-    if "conv1.weight" in state:
-        return "torchvision"
-    raise UserError(
-        f"{origin} is neither a model of the authors nor a torchvision ResNet: its first key is '{prefix}{next(iter(state))}'."
-    )
-
-
-def torchvision_names(state: Mapping[str, Tensor]) -> State:
-    """Rename `_feature_blocks.0.Conv`, `.0.bn` and `.{1..4}` to `conv1`, `bn1` and `layer1` to `layer4`; others stay."""
-
-    def rename(name: str) -> str:
-        name = re.sub(r"^_feature_blocks\.0\.Conv\.", "conv1.", name)
-        name = re.sub(r"^_feature_blocks\.0\.bn\.", "bn1.", name)
-        return re.sub(r"^_feature_blocks\.([1-4])\.", r"layer\1.", name)
-
-    return {rename(name): tensor for name, tensor in state.items()}
-
-
-def authors_name(name: str) -> str:
-    """Return the authors' name of a tensor that has torchvision's; see `torchvision_names`."""
-    name = re.sub(r"^conv1\.", "_feature_blocks.0.Conv.", name)
-    name = re.sub(r"^bn1\.", "_feature_blocks.0.bn.", name)
-    return re.sub(r"^layer([1-4])\.", r"_feature_blocks.\1.", name)
 
 
 def infer_backbone(state: Mapping[str, Tensor], *, origin: Path) -> Backbone:
@@ -71,13 +34,26 @@ def infer_backbone(state: Mapping[str, Tensor], *, origin: Path) -> Backbone:
             f"{origin} holds a ResNet with {'-'.join(map(str, depths))} blocks; known are {', '.join(ARCHITECTURES)}."
         )
     stem = state.get("conv1.weight")
+    if any(name.startswith("conv1.0.") for name in state):
+        raise UserError(f"{origin} holds a ResNet that begins with several convolutions (conv1.0), which obowlab does not have.")
     if stem is None or stem.dim() != 4 or stem.shape[2] not in (3, 7):
         raise UserError(f"{origin} has no first convolution of 3x3 or 7x7 pixels (conv1.weight).")
+    inner = state.get("layer1.0.conv1.weight")
+    if inner is not None and inner.dim() == 4 and len(inner) == 2 * len(stem):
+        raise UserError(
+            f"{origin} holds a ResNet that is wide inside its blocks only, as wide_resnet50_2 and resnext50_32x4d; obowlab's "
+            "width is that of every layer, as of SimCLR's and SwAV's."
+        )
     return Backbone.model_validate({"arch": arch, "stem": "small" if stem.shape[2] == 3 else "imagenet", "width": stem.shape[0]})
 
 
 def check_fit(
-    state: Mapping[str, Tensor], *, expected: Mapping[str, Tensor], origin: Path, spell: Callable[[str], str] = str
+    state: Mapping[str, Tensor],
+    *,
+    expected: Mapping[str, Tensor],
+    origin: Path,
+    spell: Callable[[str], str] = str,
+    left_over: Sequence[str] = (),
 ) -> None:
     """Refuse a state dict whose names or shapes are not exactly the expected ones.
 
@@ -86,16 +62,17 @@ def check_fit(
         expected: in our names.
         origin: the file.
         spell: returns the file's own name of a tensor.
+        left_over: names of the file that have no place, besides those of the state dict.
 
     Raises:
         UserError: names the first few keys of each kind, as the file calls them.
     """
-    faults = [
-        ("missing", [name for name in expected if name not in state]),
-        ("unexpected", [name for name in state if name not in expected]),
-        ("of another shape", [name for name in expected if name in state and state[name].shape != expected[name].shape]),
-    ]
-    problems = [f"{fault}: {_some([spell(name) for name in names])}" for fault, names in faults if names]
+    faults = {
+        "missing": [spell(name) for name in expected if name not in state],
+        "unexpected": [*(spell(name) for name in state if name not in expected), *left_over],
+        "of another shape": [spell(name) for name in expected if name in state and state[name].shape != expected[name].shape],
+    }
+    problems = [f"{fault}: {_some(names)}" for fault, names in faults.items() if names]
     if problems:
         raise UserError(f"The weights in {origin} do not fit the network ({'; '.join(problems)}).")
 
@@ -110,11 +87,18 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def build_encoder(state: Mapping[str, Tensor], *, backbone: Backbone, origin: Path, spell: Callable[[str], str] = str) -> ResNet:
+def build_encoder(
+    state: Mapping[str, Tensor],
+    *,
+    backbone: Backbone,
+    origin: Path,
+    spell: Callable[[str], str] = str,
+    left_over: Sequence[str] = (),
+) -> ResNet:
     """Build a ResNet and fill it strictly; it is returned in evaluation mode."""
     model = build_backbone(backbone)
     state = with_counters(state, expected=model.state_dict())
-    check_fit(state, expected=model.state_dict(), origin=origin, spell=spell)
+    check_fit(state, expected=model.state_dict(), origin=origin, spell=spell, left_over=left_over)
     model.load_state_dict(state, strict=True)
     return model.eval()
 
@@ -136,8 +120,8 @@ def build_model(state: Mapping[str, Tensor], *, origin: Path, prefix: str = "") 
     """
     rest = dict(state)
     unused = {name: reason for name, reason in _SCHEDULE.items() if rest.pop(name, None) is not None}
-    student = torchvision_names(_take(rest, "feature_extractor."))
-    teacher = torchvision_names(_take(rest, "feature_extractor_teacher."))
+    student = _ours(_take(rest, "feature_extractor."))
+    teacher = _ours(_take(rest, "feature_extractor_teacher."))
     backbone = infer_backbone(student, origin=origin)
     words = _numbered(rest, r"bow_extractor\.bow_extractor\.(\d+)\._embedding", origin=origin)
     levels = _levels_of(words, backbone=backbone, origin=origin)
@@ -196,7 +180,7 @@ def _model_name(name: str, *, levels: Sequence[Level]) -> str:
     """Return the authors' name of a tensor of an OBoW method; a name of theirs stays."""
     for ours, theirs in (("student.", "feature_extractor."), ("teacher.", "feature_extractor_teacher.")):
         if name.startswith(ours):
-            return theirs + authors_name(name.removeprefix(ours))
+            return theirs + NAMINGS["obow"].theirs(name.removeprefix(ours))
     for index, level in enumerate(levels):
         for ours, theirs in _OF_A_LEVEL.items():
             start = ours.replace("LEVEL", level)
@@ -221,6 +205,10 @@ _SCHEDULE = {
     "_alpha": "the teacher momentum of the last step, a function of the step here",
     "_iteration": "the number of steps taken",
 }
+
+
+def _ours(state: State) -> State:
+    return {NAMINGS["obow"].ours(name): tensor for name, tensor in state.items()}
 
 
 def _take(state: State, prefix: str) -> State:

@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.transforms.functional import pil_to_tensor
 
-ARCH, STEM, WIDTH = "resnet18", "imagenet", 64
+ARCH, STEM, WIDTH, PADDING = "resnet18", "imagenet", 64, "torchvision"
 RESIZE, SIZE = 256, 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 WEIGHTS = Path(__file__).with_name("encoder.safetensors")
@@ -26,7 +27,31 @@ BLOCKS = {
 DTYPES = {"F32": torch.float32, "I64": torch.int64}
 
 
-def build(arch: str = ARCH, stem: str = STEM, width: int = WIDTH) -> ResNet:
+class SameConv2d(nn.Conv2d):
+    """A convolution padded as TensorFlow's `SAME`: an odd pixel at the end."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return [B, C', ceil(H / stride), ceil(W / stride)]."""
+        return super().forward(pad_same(input, self.kernel_size[0]))
+
+
+class SameMaxPool2d(nn.MaxPool2d):
+    """A max-pooling of 3x3 pixels padded in this way."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return [B, C, ceil(H / 2), ceil(W / 2)]."""
+        pooled: Tensor = super().forward(pad_same(input, 3, value=-torch.inf))
+        return pooled
+
+
+def pad_same(images: Tensor, kernel: int, value: float = 0.0) -> Tensor:
+    """Return maps padded for a stride of 2."""
+    sides = [max((-(-side // 2) - 1) * 2 + kernel - side, 0) for side in (images.shape[3], images.shape[2])]
+    padded: Tensor = pad(images, [half for side in sides for half in (side // 2, side - side // 2)], value=value)
+    return padded
+
+
+def build(arch: str = ARCH, stem: str = STEM, width: int = WIDTH, padding: str = PADDING) -> ResNet:
     """Return torchvision's ResNet of this width and stem, without classifier: float32 [B, 3, H, W] to features [B, D]."""
     (block, depths), net = BLOCKS[arch], ResNet(BasicBlock, [1, 1, 1, 1])
     kernel, stride = (3, 1) if stem == "small" else (7, 2)
@@ -35,6 +60,12 @@ def build(arch: str = ARCH, stem: str = STEM, width: int = WIDTH) -> ResNet:
     net.maxpool = nn.Identity() if stem == "small" else net.maxpool
     for index, depth in enumerate(depths):
         setattr(net, f"layer{index + 1}", net._make_layer(block, width * 2**index, depth, stride=1 if index == 0 else 2))
+    for part in list(net.modules()) if padding == "same" else []:
+        for name, layer in list(part.named_children()):
+            if isinstance(layer, nn.Conv2d) and layer.stride[0] == 2 and layer.kernel_size[0] > 1:
+                setattr(part, name, SameConv2d(layer.in_channels, layer.out_channels, layer.kernel_size[0], 2, bias=False))
+            elif isinstance(layer, nn.MaxPool2d):
+                setattr(part, name, SameMaxPool2d(3, 2))
     return net
 
 

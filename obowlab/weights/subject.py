@@ -42,7 +42,8 @@ class Subject:
         Raises:
             UserError: asks for another recipe.
         """
-        if self.recipe_name is not None and self.recipe.backbone != backbone:
+        trained = self.recipe.backbone.model_copy(update={"padding": backbone.padding})
+        if self.recipe_name is not None and trained != backbone:
             raise UserError(
                 f"{self.name} holds a {backbone.arch} of another shape than recipe '{self.recipe_name}' trains; "
                 "choose another --recipe."
