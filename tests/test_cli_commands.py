@@ -112,7 +112,7 @@ def test_a_class_list_that_is_not_there_stops_the_run_before_it_trains(obowlab: 
 
 @pytest.mark.parametrize(
     ("recipe", "procs", "setting"),
-    [("demo", 3, "training.batch_size (64)"), ("demo-moco", 16, "method.batchnorm_splits (8)")],
+    [("demo", 3, "training.batch_size (32)"), ("demo-moco", 16, "method.batchnorm_splits (4)")],
 )
 def test_processes_that_cannot_share_a_batch_are_refused_before_anything_begins(
     recipe: str, procs: int, setting: str, workplace: Path, obowlab: Obowlab
