@@ -123,7 +123,7 @@ def test_a_study_is_shown_with_its_figures(workplace: Path, obowlab: Obowlab, mo
 def test_looking_changes_nothing(workplace: Path, obowlab: Obowlab) -> None:
     code, out, _ = obowlab("tune", "kappa-delta", "--scale", "demo", "--dry-run")
     assert code == 0
-    assert out.startswith("Would begin study kappa-delta-demo: 0 of 30 trials completed, 1 at a time\n")
+    assert out.startswith("Would begin study kappa-delta-demo: 0 of 40 trials completed, 1 at a time\n")
     assert "  first: the paper's method.kappa = 5.0, method.delta_base = 0.1\n" in out
     assert contents(workplace) == {}
     assert not (workplace / "runs").exists()
