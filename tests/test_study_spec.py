@@ -84,7 +84,7 @@ def test_only_what_makes_trials_comparable_is_the_definition(tmp_path: Path) -> 
     assert tuning_of(tmp_path, pruner="median").definition() == base
     assert tuning_of(tmp_path, text=STUDY.replace("trials = 4", "trials = 99")).definition() == base
     assert tuning_of(tmp_path, seeds=(0, 1)).definition() != base
-    for change in ("optimizer.learning_rate=0.1", "evaluation.fewshot.num_episodes=5"):
+    for change in ("optimizer.learning_rate=0.2", "evaluation.fewshot.num_episodes=5"):
         assert tuning_of(tmp_path, overrides=(change,)).definition() != base
     assert tuning_of(tmp_path, overrides=("evaluation.linear.epochs=5",)).definition() == base
 

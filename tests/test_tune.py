@@ -128,7 +128,7 @@ def test_looking_changes_nothing(workplace: Path, obowlab: Obowlab) -> None:
     assert contents(workplace) == {}
     assert not (workplace / "runs").exists()
     assert obowlab("tune", "--list")[1].splitlines()[1].startswith("kappa-delta")
-    assert json.loads(obowlab("tune", "--list", "--json")[1])["kappa-delta"]["trials"] == 30
+    assert json.loads(obowlab("tune", "--list", "--json")[1])["kappa-delta"]["trials"] == 40
     Search(workplace, tuning=tuning_of(workplace)).open()
     before = contents(workplace)
     code, out, _ = obowlab("tune", "search.toml", "--scale", "demo", "--dry-run")
