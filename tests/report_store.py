@@ -44,17 +44,17 @@ def add_run(
     epochs = folder.info.recipe.training.epochs
     with folder.metric_log() as log:
         for i in range(1, points + 1):
-            epoch = epochs * i / 150
+            epoch, fade = epochs * i / 150, math.exp(-12 * i / 150)
             log.append(
                 10 * i,
                 {
                     "epoch": epoch,
-                    "loss": 4 + 3 * math.exp(-epoch) + 0.1 * math.sin(i + seed),
-                    "perplexity_image_conv5": 20 + 200 * math.exp(-epoch),
+                    "loss": 4 + 3 * fade + 0.1 * math.sin(i + seed),
+                    "perplexity_image_conv5": 20 + 200 * fade,
                     "perplexity_batch_conv5": 30 if alike else 150 + seed,
                     "words_used_conv5": 60 + 5 * math.sin(i),
                     "word_age_conv5": 3.5,
-                    "distance_conv5": 30 - 20 * math.exp(-epoch) + 2 * math.sin(i),
+                    "distance_conv5": 30 - 20 * fade + 2 * math.sin(i),
                 },
                 time_s=STARTED + i,
             )

@@ -185,7 +185,7 @@ def test_run_page_says_where_a_result_comes_from(site: Path, store: Site) -> Non
         "torch 2.14.1",
         "75 s in 1 start, 1500 of 1500 steps",
         "12.50 ± 0.50",
-        "All 7",
+        f"All {len(changed.settings)} settings",
         "at http://127.0.0.1:5000, while obowlab ui runs",
         "word_age_conv5 3.5 3.5 3.5 steps Mean steps since a word was put into the vocabulary.",
     ):

@@ -428,7 +428,7 @@ def test_a_study_that_a_killed_command_left_empty_is_begun(tmp_path: Path) -> No
 def test_another_recipe_under_the_same_name_is_refused(tmp_path: Path) -> None:
     Search(tmp_path).open()
     changed = Search(tmp_path, tuning=tuning_of(tmp_path, overrides=("optimizer.learning_rate=0.5",)))
-    with pytest.raises(UserError, match=r"created with optimizer.learning_rate = its default, now it is 0.5.*--name"):
+    with pytest.raises(UserError, match=r"created with optimizer.learning_rate = 0.1, now it is 0.5.*--name"):
         changed.open()
     Search(tmp_path, tuning=tuning_of(tmp_path, overrides=("optimizer.learning_rate=0.5",), study_name="other")).open()
     Search(tmp_path, tuning=tuning_of(tmp_path, pruner="median")).open()
