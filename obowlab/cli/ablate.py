@@ -149,7 +149,7 @@ def ablate(
         most = max_seeds or MAX_SEEDS
         seeds = _proposed(tables, rows=rows, power=power, effect=effect, most=most, runs=runs, known=known, book=book)
     whole = make_plan(tables, seeds=range(seeds), rows=rows)
-    plan = without_recorded(whole, records={key: known[key] for key in known.keys() - runs.keys()})
+    plan = without_recorded(whole, records=known, runs=runs)
     slots = gpus or jobs or (len(plan.jobs) if on_cluster else max(1, num_cores() // (machine.threads or 1)))
     again = unmeasured(plan, runs=runs, machine=machine)
     if not dry_run and not on_cluster and any(job.fingerprint not in runs for job in plan.jobs):
@@ -160,8 +160,8 @@ def ablate(
             _warn(f"not every recipe could be timed ({problem}).")
     trainings, lines = overview(plan, runs=runs, book=book, slots=slots, on_cluster=on_cluster, again=again)
     print_table(OVERVIEW_COLUMNS, trainings, right=("steps",), names=("run", "rows"), hide=("steps", "rows", "training"))
-    if num_recorded := len(whole.jobs) - len(plan.jobs):
-        lines.append(f"Left out, as {records} has their results: {num_recorded} trainings.")
+    if len(plan.jobs) < len(whole.jobs):
+        lines.append(f"Left out, as {records} has the results: {len(whole.jobs) - len(plan.jobs)} trainings, stages included.")
     print_lines(lines)
     machine = machine.model_copy(update={"procs": 1})
     if not dry_run:

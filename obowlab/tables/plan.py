@@ -107,16 +107,19 @@ def _merged(first: Job, second: Job) -> Job:
     return replace(first, places=places, is_stage=first.is_stage and second.is_stage)
 
 
-def without_recorded(plan: Plan, *, records: Records) -> Plan:
+def without_recorded(plan: Plan, *, records: Records, runs: Mapping[str, RunSummary]) -> Plan:
     """Return what is left of a plan where some of its runs are recorded, trained on another machine perhaps.
 
-    A recorded run counts when it is finished and measured as its row asks. Stages that then serve no run are left out too.
+    A recorded run counts when it is finished and measured as its row asks, unless the run store has it finished as well: that one
+    can be measured again. Stages that then serve no run are left out too.
 
     Args:
         plan: of the tables.
         records: that `ablate --records` reads.
+        runs: of the run store, by fingerprint.
     """
-    left = [job for job in plan.jobs if not _is_recorded(job, record=records.get(job.fingerprint))]
+    here = {key for key, run in runs.items() if run.state.status == "finished"}
+    left = [job for job in plan.jobs if job.fingerprint in here or not _is_recorded(job, record=records.get(job.fingerprint))]
     needed = {job.needs for job in left}
     for job in reversed([job for job in left if job.is_stage]):  # a stage may serve another stage
         if job.fingerprint not in needed:
