@@ -91,7 +91,16 @@ class Simsiam(Section):
     zero_residual: bool = Field(True, description="the scale of the last batch norm of every residual block starts at 0")
 
 
-MethodSection = Obow | Bownet | Rotnet | Moco | Supervised | Simsiam
+class Byol(Section):
+    """BYOL: the student predicts the teacher's projection of the other crop; the values are those for ImageNet."""
+
+    name: Literal["byol"] = "byol"
+    projection_size: Count = Field(256, description="length of projections and predictions")
+    hidden_size: Count = Field(4096, description="width of the hidden layer of projection and prediction")
+    teacher_momentum: Fraction = Field(0.99, description="at the start; from there to 1 by a cosine")
+
+
+MethodSection = Obow | Bownet | Rotnet | Moco | Supervised | Simsiam | Byol
 
 METHOD_SECTIONS: dict[str, type[MethodSection]] = {
     "obow": Obow,
@@ -100,6 +109,7 @@ METHOD_SECTIONS: dict[str, type[MethodSection]] = {
     "moco": Moco,
     "supervised": Supervised,
     "simsiam": Simsiam,
+    "byol": Byol,
 }
 """Settings of every method by the name in `method.name`."""
 
@@ -129,7 +139,8 @@ AnyMethod = Annotated[
     | Annotated[Rotnet, Tag("rotnet")]
     | Annotated[Moco, Tag("moco")]
     | Annotated[Supervised, Tag("supervised")]
-    | Annotated[Simsiam, Tag("simsiam")],
+    | Annotated[Simsiam, Tag("simsiam")]
+    | Annotated[Byol, Tag("byol")],
     Discriminator(_name_of),
 ]
 """One of them; without a name it is OBoW."""

@@ -5,6 +5,7 @@ from typing import Any
 from obowlab.methods.backbones import ResNet, build_backbone, compile_encoders
 from obowlab.methods.base import Batch, Comm, LevelWords, Method, OneProcess, Preparation, StepOutput, VisualWords
 from obowlab.methods.bownet import BoWNet
+from obowlab.methods.byol import BYOL
 from obowlab.methods.moco import MoCo
 from obowlab.methods.obow import OBoW
 from obowlab.methods.rotnet import RotNet
@@ -18,10 +19,12 @@ METHODS: dict[str, type[Method[Any]]] = {
     "moco": MoCo,
     "supervised": SupervisedTraining,
     "simsiam": SimSiam,
+    "byol": BYOL,
 }
 """Every method by the name in `method.name`."""
 
 __all__ = [
+    "BYOL",
     "METHODS",
     "Batch",
     "BoWNet",

@@ -39,7 +39,8 @@ _TRAINING = (
         "loss",
         "nats",
         "min",
-        "What the method minimises, over all kinds of views, without the online classifier's; SimSiam's is minus a cosine.",
+        "What the method minimises, over all kinds of views, without the online classifier's; SimSiam's is minus a cosine, "
+        "BYOL's a squared distance.",
     ),
     Metric(
         "loss_kl",
@@ -57,7 +58,7 @@ _TRAINING = (
         "projection_std",
         "",
         "none",
-        "SimSiam: standard deviation of a channel of normalised projections; 1/sqrt(their length) is healthy, 0 is collapse.",
+        "SimSiam, BYOL: standard deviation of a channel of normalised projections; 1/sqrt(their length) is healthy, 0 collapse.",
     ),
     Metric("queue_age", "steps", "none", "MoCo: mean steps since a key was put into the queue."),
     Metric("learning_rate", "", "none", "Learning rate of this step."),
