@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 
 from obowlab.config.base import Level, Section
-from obowlab.config.methods import Bownet, Byol, Moco, Obow, Rotnet, Simsiam
+from obowlab.config.methods import Bownet, Byol, Moco, Obow, Rotnet, Simclr, Simsiam
 from obowlab.config.recipe import Backbone, Recipe, Views
 from obowlab.errors import UserError
 
-OF_TWO_CROPS: dict[type[Section], str] = {Simsiam: "SimSiam", Byol: "BYOL"}
+OF_TWO_CROPS: dict[type[Section], str] = {Simsiam: "SimSiam", Byol: "BYOL", Simclr: "SimCLR"}
 """The methods that compare two crops of an image and look at nothing else, with their names."""
 
 

@@ -100,7 +100,17 @@ class Byol(Section):
     teacher_momentum: Fraction = Field(0.99, description="at the start; from there to 1 by a cosine")
 
 
-MethodSection = Obow | Bownet | Rotnet | Moco | Supervised | Simsiam | Byol
+class Simclr(Section):
+    """SimCLR: each crop is told from all others of the batch by the other crop of its image; the values are for ImageNet."""
+
+    name: Literal["simclr"] = "simclr"
+    projection_size: Count = Field(128, description="length of projections")
+    projection_layers: Literal[2, 3] = Field(2, description="linear layers; 3 in the second version of SimCLR")
+    temperature: Positive = Field(0.1, description="0.5 for CIFAR")
+    zero_residual: bool = Field(True, description="the scale of the last batch norm of every residual block starts at 0")
+
+
+MethodSection = Obow | Bownet | Rotnet | Moco | Supervised | Simsiam | Byol | Simclr
 
 METHOD_SECTIONS: dict[str, type[MethodSection]] = {
     "obow": Obow,
@@ -110,6 +120,7 @@ METHOD_SECTIONS: dict[str, type[MethodSection]] = {
     "supervised": Supervised,
     "simsiam": Simsiam,
     "byol": Byol,
+    "simclr": Simclr,
 }
 """Settings of every method by the name in `method.name`."""
 
@@ -140,7 +151,8 @@ AnyMethod = Annotated[
     | Annotated[Moco, Tag("moco")]
     | Annotated[Supervised, Tag("supervised")]
     | Annotated[Simsiam, Tag("simsiam")]
-    | Annotated[Byol, Tag("byol")],
+    | Annotated[Byol, Tag("byol")]
+    | Annotated[Simclr, Tag("simclr")],
     Discriminator(_name_of),
 ]
 """One of them; without a name it is OBoW."""

@@ -9,6 +9,7 @@ from obowlab.methods.byol import BYOL
 from obowlab.methods.moco import MoCo
 from obowlab.methods.obow import OBoW
 from obowlab.methods.rotnet import RotNet
+from obowlab.methods.simclr import SimCLR
 from obowlab.methods.simsiam import SimSiam
 from obowlab.methods.supervised import SupervisedTraining
 
@@ -20,6 +21,7 @@ METHODS: dict[str, type[Method[Any]]] = {
     "supervised": SupervisedTraining,
     "simsiam": SimSiam,
     "byol": BYOL,
+    "simclr": SimCLR,
 }
 """Every method by the name in `method.name`."""
 
@@ -37,6 +39,7 @@ __all__ = [
     "Preparation",
     "ResNet",
     "RotNet",
+    "SimCLR",
     "SimSiam",
     "StepOutput",
     "SupervisedTraining",

@@ -52,7 +52,12 @@ _TRAINING = (
     Metric("loss_patches", "nats", "min", "The patches' part of the loss."),
     Metric("loss_small_crops", "nats", "min", "The part of the loss from the crops of the second size."),
     Metric("rotation_accuracy", "%", "max", "RotNet: rotated views whose rotation is recognised."),
-    Metric("contrast_accuracy", "%", "max", "MoCo: queries that are nearer to their own key than to any in the queue."),
+    Metric(
+        "contrast_accuracy",
+        "%",
+        "max",
+        "MoCo, SimCLR: views nearer to their image's other view than to any other's.",
+    ),
     Metric("class_accuracy", "%", "max", "Supervised training: views whose class is recognised."),
     Metric(
         "projection_std",
