@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from obowlab.config import Backbone, Bownet, Machine, MethodSection, Moco, Obow, Recipe, Rotnet, Simsiam, Supervised
+from obowlab.config import Backbone, Bownet, Byol, Machine, MethodSection, Moco, Obow, Recipe, Rotnet, Simclr, Simsiam, Supervised
 from obowlab.config.methods import learns_from_labels
 from obowlab.errors import UserError
 from obowlab.evaluation import evaluate
@@ -87,6 +87,8 @@ VARIANTS: dict[str, MethodSection] = {
     "moco": Moco(queue_size=21, batchnorm_splits=4, teacher_momentum=0.9),
     "supervised": Supervised(),
     "simsiam": Simsiam(projection_size=12, prediction_size=6, zero_residual=False),
+    "simclr": Simclr(projection_size=6, temperature=0.5, zero_residual=False),
+    "byol": Byol(projection_size=6, hidden_size=12, teacher_momentum=0.9),
 }
 """All of them train on mixed crops that can."""
 

@@ -91,7 +91,26 @@ class Simsiam(Section):
     zero_residual: bool = Field(True, description="the scale of the last batch norm of every residual block starts at 0")
 
 
-MethodSection = Obow | Bownet | Rotnet | Moco | Supervised | Simsiam
+class Byol(Section):
+    """BYOL: the student predicts the teacher's projection of the other crop; the values are those for ImageNet."""
+
+    name: Literal["byol"] = "byol"
+    projection_size: Count = Field(256, description="length of projections and predictions")
+    hidden_size: Count = Field(4096, description="width of the hidden layer of projection and prediction")
+    teacher_momentum: Fraction = Field(0.99, description="at the start; from there to 1 by a cosine")
+
+
+class Simclr(Section):
+    """SimCLR: each crop is told from all others of the batch by the other crop of its image; the values are for ImageNet."""
+
+    name: Literal["simclr"] = "simclr"
+    projection_size: Count = Field(128, description="length of projections")
+    projection_layers: Literal[2, 3] = Field(2, description="linear layers; 3 in the second version of SimCLR")
+    temperature: Positive = Field(0.1, description="0.5 for CIFAR")
+    zero_residual: bool = Field(True, description="the scale of the last batch norm of every residual block starts at 0")
+
+
+MethodSection = Obow | Bownet | Rotnet | Moco | Supervised | Simsiam | Byol | Simclr
 
 METHOD_SECTIONS: dict[str, type[MethodSection]] = {
     "obow": Obow,
@@ -100,6 +119,8 @@ METHOD_SECTIONS: dict[str, type[MethodSection]] = {
     "moco": Moco,
     "supervised": Supervised,
     "simsiam": Simsiam,
+    "byol": Byol,
+    "simclr": Simclr,
 }
 """Settings of every method by the name in `method.name`."""
 
@@ -129,7 +150,9 @@ AnyMethod = Annotated[
     | Annotated[Rotnet, Tag("rotnet")]
     | Annotated[Moco, Tag("moco")]
     | Annotated[Supervised, Tag("supervised")]
-    | Annotated[Simsiam, Tag("simsiam")],
+    | Annotated[Simsiam, Tag("simsiam")]
+    | Annotated[Byol, Tag("byol")]
+    | Annotated[Simclr, Tag("simclr")],
     Discriminator(_name_of),
 ]
 """One of them; without a name it is OBoW."""

@@ -5,9 +5,11 @@ from typing import Any
 from obowlab.methods.backbones import ResNet, build_backbone, compile_encoders
 from obowlab.methods.base import Batch, Comm, LevelWords, Method, OneProcess, Preparation, StepOutput, VisualWords
 from obowlab.methods.bownet import BoWNet
+from obowlab.methods.byol import BYOL
 from obowlab.methods.moco import MoCo
 from obowlab.methods.obow import OBoW
 from obowlab.methods.rotnet import RotNet
+from obowlab.methods.simclr import SimCLR
 from obowlab.methods.simsiam import SimSiam
 from obowlab.methods.supervised import SupervisedTraining
 
@@ -18,10 +20,13 @@ METHODS: dict[str, type[Method[Any]]] = {
     "moco": MoCo,
     "supervised": SupervisedTraining,
     "simsiam": SimSiam,
+    "byol": BYOL,
+    "simclr": SimCLR,
 }
 """Every method by the name in `method.name`."""
 
 __all__ = [
+    "BYOL",
     "METHODS",
     "Batch",
     "BoWNet",
@@ -34,6 +39,7 @@ __all__ = [
     "Preparation",
     "ResNet",
     "RotNet",
+    "SimCLR",
     "SimSiam",
     "StepOutput",
     "SupervisedTraining",
