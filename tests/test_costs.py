@@ -62,7 +62,7 @@ def table() -> CostTable:
 @pytest.mark.parametrize("scale", ["demo", "tiny", "paper"])
 def test_the_shipped_table_has_its_rows_at_every_scale_with_one_batch(scale: str) -> None:
     table = load_costs("table8", scale=scale)
-    keys = {"supervised", "vanilla", "full", "moco"}
+    keys = {"supervised", "vanilla", "full", "moco", "byol"}
     assert keys <= set(table.loaded)
     assert len({loaded.recipe.training.batch_size for loaded in table.loaded.values()}) == 1
     if scale == "paper":
@@ -173,15 +173,15 @@ def test_what_could_not_be_timed_alike_is_said(table: CostTable) -> None:
 
 
 def test_operations_are_those_of_the_arithmetic() -> None:
-    """Forward is 1, backward 2: supervised 3 for one image, MoCo v2 3 for its query and 1 for its key."""
-    changes = {"training.batch_size": 8, "views.num_crops": 1, "method.batchnorm_splits": 1}
-    moco = {**changes, "views.num_crops": 2}
-    del changes["method.batchnorm_splits"]
-    flops = {
-        name: count_flops(Work(load_recipe(name, changes=values).recipe, batch_size=8, device=torch.device("cpu")).step)
-        for name, values in {"demo-supervised": changes, "demo-moco": moco}.items()
-    }
-    assert flops["demo-moco"] / flops["demo-supervised"] == pytest.approx(4 / 3, rel=0.02)
+    """Forward is 1, backward 2: supervised 3 for one image; MoCo v2 3 and 1 for its key; BYOL 3 and 1 for each of two crops."""
+
+    def flops(name: str, **changes: Any) -> int:
+        recipe = load_recipe(name, changes={"training.batch_size": 8, **changes}).recipe
+        return count_flops(Work(recipe, batch_size=8, device=torch.device("cpu")).step)
+
+    supervised = flops("demo-supervised")
+    assert flops("demo-moco", **{"method.batchnorm_splits": 1}) / supervised == pytest.approx(4 / 3, rel=0.02)
+    assert flops("demo-byol") / supervised == pytest.approx(8 / 3, rel=0.04)
 
 
 # ------------------------------------------------------------------------------------------------------------ the timing
