@@ -21,6 +21,7 @@ VALUES: dict[str, dict[str, object]] = {
     "bownet": {"teacher.method.name": "rotnet", "method.num_words": 30, "method.kmeans_points": 4},
     "moco": {"method.batchnorm_splits": 2, "method.queue_size": 10},
     "simsiam": {"method.projection_size": 16, "method.prediction_size": 8},
+    "swav": {"method.hidden_size": 16, "method.projection_size": 8, "method.num_prototypes": 12, "method.queue_size": 8},
 }
 """What the methods need that cannot train four small images with their default settings."""
 

@@ -19,7 +19,7 @@ from obowlab.config.loading import (
     recipe_from_values,
 )
 from obowlab.config.machine import Machine, Slurm, load_machine
-from obowlab.config.methods import METHOD_SECTIONS, Bownet, MethodSection, Moco, Obow, Rotnet, Simsiam, Supervised
+from obowlab.config.methods import METHOD_SECTIONS, Bownet, MethodSection, Moco, Obow, Rotnet, Simsiam, Supervised, Swav
 from obowlab.config.recipe import (
     FINGERPRINT_VERSION,
     Backbone,
@@ -65,6 +65,7 @@ __all__ = [
     "Simsiam",
     "Slurm",
     "Supervised",
+    "Swav",
     "Training",
     "Views",
     "canonical_hash",

@@ -10,6 +10,7 @@ from obowlab.methods.obow import OBoW
 from obowlab.methods.rotnet import RotNet
 from obowlab.methods.simsiam import SimSiam
 from obowlab.methods.supervised import SupervisedTraining
+from obowlab.methods.swav import SwAV
 
 METHODS: dict[str, type[Method[Any]]] = {
     "obow": OBoW,
@@ -18,6 +19,7 @@ METHODS: dict[str, type[Method[Any]]] = {
     "moco": MoCo,
     "supervised": SupervisedTraining,
     "simsiam": SimSiam,
+    "swav": SwAV,
 }
 """Every method by the name in `method.name`."""
 
@@ -37,6 +39,7 @@ __all__ = [
     "SimSiam",
     "StepOutput",
     "SupervisedTraining",
+    "SwAV",
     "VisualWords",
     "build_backbone",
     "compile_encoders",

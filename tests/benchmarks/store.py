@@ -55,6 +55,7 @@ OF_METHOD = {
     "rotnet": {"rotation_accuracy": 70.0},
     "moco": {"contrast_accuracy": 60.0, "queue_age": 40.0, "teacher_momentum": 0.999},
     "simsiam": {"projection_std": 0.02},
+    "swav": {"loss_kl": 3.0, "code_entropy": 2.0, "prototypes_used": 30.0},
     "supervised": {"class_accuracy": 70.0},
 }
 """Method -> what it logs beside its losses, and about how much of it."""
