@@ -88,6 +88,8 @@ QUICK = {
     "demo-moco": Case("demo-moco", SHORT, steps=56),
     "demo-supervised": Case("demo-supervised", SHORT, steps=56),
     "demo-simsiam": Case("demo-simsiam", SHORT, steps=56),
+    "demo-simclr": Case("demo-simclr", SHORT, steps=56),
+    "demo-byol": Case("demo-byol", SHORT, steps=56),
     "demo-swav": Case("demo-swav", (*SHORT, *SWAV), steps=56),
     "demo-2procs-float32": Case("demo", (*THIRTY, "training.precision=float32"), ("--procs", "2"), steps=30),
     "demo-2procs-bfloat16": Case("demo", THIRTY, ("--procs", "2"), steps=30),

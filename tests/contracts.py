@@ -20,6 +20,8 @@ NUM_CLASSES = 3
 VALUES: dict[str, dict[str, object]] = {
     "bownet": {"teacher.method.name": "rotnet", "method.num_words": 30, "method.kmeans_points": 4},
     "moco": {"method.batchnorm_splits": 2, "method.queue_size": 10},
+    "byol": {"method.projection_size": 8, "method.hidden_size": 16},
+    "simclr": {"method.projection_size": 8},
     "simsiam": {"method.projection_size": 16, "method.prediction_size": 8},
     "swav": {"method.hidden_size": 16, "method.projection_size": 8, "method.num_prototypes": 12, "method.queue_size": 8},
 }

@@ -10,7 +10,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from obowlab.config import Moco, Obow
 
@@ -261,3 +261,25 @@ def balanced_assignment(distances: Tensor, *, epsilon: float, iterations: int) -
         plan = plan / plan.sum(0, keepdim=True)
         plan = plan / plan.sum(1, keepdim=True)
     return plan
+
+
+def normalised(rows: Tensor, norm: nn.Module) -> Tensor:
+    """Return batch norm with the statistics of these rows, a channel at a time."""
+    columns = []
+    for channel, values in enumerate(rows.T):
+        mean = sum(values) / len(values)
+        variance = sum((value - mean) ** 2 for value in values) / len(values)
+        column = torch.stack([(value - mean) / (variance + 1e-5) ** 0.5 for value in values])
+        if norm.weight is not None:
+            column = column * norm.weight[channel]
+        if norm.bias is not None:
+            column = column + norm.bias[channel]
+        columns.append(column)
+    return torch.stack(columns, dim=1)
+
+
+def linear(rows: Tensor, layer: nn.Linear) -> Tensor:
+    """Return what a layer makes of rows, a product at a time."""
+    columns = [sum(row[i] * weight[i] for i in range(len(row))) for row in rows for weight in layer.weight]  # type: ignore[misc]
+    product = torch.stack(columns).view(len(rows), -1)  # type: ignore[arg-type]
+    return product if layer.bias is None else product + layer.bias

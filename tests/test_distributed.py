@@ -9,7 +9,21 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from obowlab.config import Backbone, Bownet, Machine, MethodSection, Moco, Obow, Recipe, Rotnet, Simsiam, Supervised, Swav
+from obowlab.config import (
+    Backbone,
+    Bownet,
+    Byol,
+    Machine,
+    MethodSection,
+    Moco,
+    Obow,
+    Recipe,
+    Rotnet,
+    Simclr,
+    Simsiam,
+    Supervised,
+    Swav,
+)
 from obowlab.config.methods import learns_from_labels
 from obowlab.errors import UserError
 from obowlab.evaluation import evaluate
@@ -91,6 +105,8 @@ VARIANTS: dict[str, MethodSection] = {
     "moco": Moco(queue_size=21, batchnorm_splits=4, teacher_momentum=0.9),
     "supervised": Supervised(),
     "simsiam": Simsiam(projection_size=12, prediction_size=6, zero_residual=False),
+    "simclr": Simclr(projection_size=6, temperature=0.5, zero_residual=False),
+    "byol": Byol(projection_size=6, hidden_size=12, teacher_momentum=0.9),
     # The queue is full after two of the ten steps.
     "swav": Swav(hidden_size=12, projection_size=6, num_prototypes=10, queue_size=16, queue_start_step=2, frozen_steps=3),
 }

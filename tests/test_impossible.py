@@ -56,6 +56,13 @@ CASES: dict[str, tuple[str, tuple[str, ...], str]] = {
         "set views.num_crops to 2 and views.num_patches to 0.",
     ),
     "cutmix in SimSiam": ("demo-simsiam", ("views.cutmix_probability=0.5",), "SimSiam has no targets that cutmix could mix"),
+    "one view for BYOL": ("demo-byol", ("views.num_crops=1", "views.per_crop=[]"), "BYOL compares two crops of an image"),
+    "cutmix in BYOL": ("demo-byol", ("views.cutmix_probability=0.5",), "BYOL has no targets that cutmix could mix"),
+    "patches in SimCLR": (
+        "demo-simclr",
+        ("views.num_patches=2", "views.patch_size=8", "views.patch_jitter=0"),
+        "SimCLR compares two crops of an image",
+    ),
     "one crop for SwAV": ("demo-swav", ("views.num_crops=1",), "SwAV assigns two crops of an image to prototypes"),
     "patches in SwAV": (
         "demo-swav",

@@ -12,10 +12,11 @@ from torch import nn
 from obowlab.config import Backbone, Optimizer, Simsiam, Views
 from obowlab.errors import UserError
 from obowlab.methods import Batch, OneProcess, SimSiam, build_backbone
-from obowlab.methods.projection import GlobalBatchNorm1d
+from obowlab.methods.projection import GlobalBatchNorm1d, channel_std
 from obowlab.methods.schedules import learning_rate
-from obowlab.methods.simsiam import channel_std, negative_cosine
+from obowlab.methods.simsiam import negative_cosine
 from obowlab.training.optimizers import build_optimizer, set_learning_rate
+from tests.oracles import linear, normalised
 
 SMALL = Backbone(stem="small", width=4)
 NUM_IMAGES, SIZE, HIDDEN = 4, 12, 6
@@ -35,25 +36,6 @@ def draw_batch(step: int = 0, *, num_images: int = NUM_IMAGES) -> Batch:
         step=step,
         labels=torch.arange(num_images) % 3,
     )
-
-
-def normalised(rows: torch.Tensor, norm: nn.Module) -> torch.Tensor:
-    """Return batch norm with the statistics of these rows, a channel at a time."""
-    columns = []
-    for channel, values in enumerate(rows.T):
-        mean = sum(values) / len(values)
-        variance = sum((value - mean) ** 2 for value in values) / len(values)
-        column = torch.stack([(value - mean) / (variance + 1e-5) ** 0.5 for value in values])
-        if norm.weight is not None:
-            column = column * norm.weight[channel] + norm.bias[channel]
-        columns.append(column)
-    return torch.stack(columns, dim=1)
-
-
-def linear(rows: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
-    columns = [sum(row[i] * weight[i] for i in range(len(row))) for row in rows for weight in layer.weight]  # type: ignore[misc]
-    product = torch.stack(columns).view(len(rows), -1)  # type: ignore[arg-type]
-    return product if layer.bias is None else product + layer.bias
 
 
 @pytest.mark.parametrize("layers", [2, 3])

@@ -38,7 +38,7 @@ def time_rows(
     tables = [load_costs(name, scale=scale, overrides=overrides) for name in names]
     chosen = [select(row_words, table=table) for table in tables]
     for table, keys in zip(tables, chosen, strict=True):
-        rows = [[key, table.loaded[key].name, ", ".join(table.overrides[key])] for key in keys]
+        rows = [[key, table.recipes[key], ", ".join(table.overrides[key])] for key in keys]
         print_table(("row", "recipe", "with"), rows, title=table.file.title, names=("recipe", "with"))
     if dry_run:
         seconds = ROUNDS * SECONDS * sum(map(len, chosen))

@@ -19,7 +19,19 @@ from obowlab.config.loading import (
     recipe_from_values,
 )
 from obowlab.config.machine import Machine, Slurm, load_machine
-from obowlab.config.methods import METHOD_SECTIONS, Bownet, MethodSection, Moco, Obow, Rotnet, Simsiam, Supervised, Swav
+from obowlab.config.methods import (
+    METHOD_SECTIONS,
+    Bownet,
+    Byol,
+    MethodSection,
+    Moco,
+    Obow,
+    Rotnet,
+    Simclr,
+    Simsiam,
+    Supervised,
+    Swav,
+)
 from obowlab.config.recipe import (
     FINGERPRINT_VERSION,
     Backbone,
@@ -41,6 +53,7 @@ __all__ = [
     "METHOD_SECTIONS",
     "Backbone",
     "Bownet",
+    "Byol",
     "Count",
     "CropView",
     "Data",
@@ -62,6 +75,7 @@ __all__ = [
     "Recipe",
     "Rotnet",
     "Section",
+    "Simclr",
     "Simsiam",
     "Slurm",
     "Supervised",

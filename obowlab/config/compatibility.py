@@ -8,9 +8,12 @@ from __future__ import annotations
 import math
 
 from obowlab.config.base import Level, Section
-from obowlab.config.methods import Bownet, Moco, Obow, Rotnet, Simsiam, Swav
+from obowlab.config.methods import Bownet, Byol, Moco, Obow, Rotnet, Simclr, Simsiam, Swav
 from obowlab.config.recipe import Backbone, Recipe, Views
 from obowlab.errors import UserError
+
+OF_TWO_CROPS: dict[type[Section], str] = {Simsiam: "SimSiam", Byol: "BYOL", Simclr: "SimCLR"}
+"""The methods that compare two crops of an image and look at nothing else, with their names."""
 
 
 def check_settings(recipe: Recipe, *, num_images: int | None) -> None:
@@ -53,15 +56,8 @@ def check_views(method: Section, *, backbone: Backbone, views: Views) -> None:
                 f"MoCo needs one crop as the key and another view as the query, but views.num_crops is {views.num_crops} and "
                 f"views.num_patches {views.num_patches}: set views.num_crops to 2."
             )
-    elif isinstance(method, Simsiam):
-        _refuse_cutmix("SimSiam", views=views)
-        if (views.num_crops, views.num_patches) != (2, 0):
-            raise UserError(
-                f"SimSiam compares two crops of an image, but views.num_crops is {views.num_crops} and views.num_patches "
-                f"{views.num_patches}: set views.num_crops to 2 and views.num_patches to 0."
-            )
-        if views.num_small_crops:
-            raise UserError(f"SimSiam has no use for views.num_small_crops ({views.num_small_crops}): set it to 0.")
+    elif type(method) in OF_TWO_CROPS:
+        _refuse_all_but_two_crops(OF_TWO_CROPS[type(method)], views=views)
     elif isinstance(method, Swav):
         _refuse_cutmix("SwAV", views=views)
         if views.num_crops < 2:
@@ -134,6 +130,17 @@ def refuse_few_features(method: Bownet, *, num_features: int, num_images: int) -
             f"The {num_images} training images have {num_features} local features in all, too few for "
             f"{method.num_words} words: lower method.num_words or method.border, or train on more images."
         )
+
+
+def _refuse_all_but_two_crops(name: str, *, views: Views) -> None:
+    _refuse_cutmix(name, views=views)
+    if (views.num_crops, views.num_patches) != (2, 0):
+        raise UserError(
+            f"{name} compares two crops of an image, but views.num_crops is {views.num_crops} and views.num_patches "
+            f"{views.num_patches}: set views.num_crops to 2 and views.num_patches to 0."
+        )
+    if views.num_small_crops:
+        raise UserError(f"{name} has no use for views.num_small_crops ({views.num_small_crops}): set it to 0.")
 
 
 def _refuse_cutmix(name: str, *, views: Views) -> None:

@@ -91,6 +91,25 @@ class Simsiam(Section):
     zero_residual: bool = Field(True, description="the scale of the last batch norm of every residual block starts at 0")
 
 
+class Byol(Section):
+    """BYOL: the student predicts the teacher's projection of the other crop; the values are those for ImageNet."""
+
+    name: Literal["byol"] = "byol"
+    projection_size: Count = Field(256, description="length of projections and predictions")
+    hidden_size: Count = Field(4096, description="width of the hidden layer of projection and prediction")
+    teacher_momentum: Fraction = Field(0.99, description="at the start; from there to 1 by a cosine")
+
+
+class Simclr(Section):
+    """SimCLR: each crop is told from all others of the batch by the other crop of its image; the values are for ImageNet."""
+
+    name: Literal["simclr"] = "simclr"
+    projection_size: Count = Field(128, description="length of projections")
+    projection_layers: Literal[2, 3] = Field(2, description="linear layers; 3 in the second version of SimCLR")
+    temperature: Positive = Field(0.1, description="0.5 for CIFAR")
+    zero_residual: bool = Field(True, description="the scale of the last batch norm of every residual block starts at 0")
+
+
 class Swav(Section):
     """SwAV: views of an image predict the balanced codes of its large crops; the values are those for ImageNet."""
 
@@ -108,7 +127,7 @@ class Swav(Section):
     frozen_steps: Annotated[int, Field(ge=0)] = Field(0, description="steps in which prototypes stay as they began")
 
 
-MethodSection = Obow | Bownet | Rotnet | Moco | Supervised | Simsiam | Swav
+MethodSection = Obow | Bownet | Rotnet | Moco | Supervised | Simsiam | Byol | Simclr | Swav
 
 METHOD_SECTIONS: dict[str, type[MethodSection]] = {
     "obow": Obow,
@@ -117,6 +136,8 @@ METHOD_SECTIONS: dict[str, type[MethodSection]] = {
     "moco": Moco,
     "supervised": Supervised,
     "simsiam": Simsiam,
+    "byol": Byol,
+    "simclr": Simclr,
     "swav": Swav,
 }
 """Settings of every method by the name in `method.name`."""
@@ -148,6 +169,8 @@ AnyMethod = Annotated[
     | Annotated[Moco, Tag("moco")]
     | Annotated[Supervised, Tag("supervised")]
     | Annotated[Simsiam, Tag("simsiam")]
+    | Annotated[Byol, Tag("byol")]
+    | Annotated[Simclr, Tag("simclr")]
     | Annotated[Swav, Tag("swav")],
     Discriminator(_name_of),
 ]

@@ -5,9 +5,11 @@ from typing import Any
 from obowlab.methods.backbones import ResNet, build_backbone, compile_encoders
 from obowlab.methods.base import Batch, Comm, LevelWords, Method, OneProcess, Preparation, StepOutput, VisualWords
 from obowlab.methods.bownet import BoWNet
+from obowlab.methods.byol import BYOL
 from obowlab.methods.moco import MoCo
 from obowlab.methods.obow import OBoW
 from obowlab.methods.rotnet import RotNet
+from obowlab.methods.simclr import SimCLR
 from obowlab.methods.simsiam import SimSiam
 from obowlab.methods.supervised import SupervisedTraining
 from obowlab.methods.swav import SwAV
@@ -19,11 +21,14 @@ METHODS: dict[str, type[Method[Any]]] = {
     "moco": MoCo,
     "supervised": SupervisedTraining,
     "simsiam": SimSiam,
+    "byol": BYOL,
+    "simclr": SimCLR,
     "swav": SwAV,
 }
 """Every method by the name in `method.name`."""
 
 __all__ = [
+    "BYOL",
     "METHODS",
     "Batch",
     "BoWNet",
@@ -36,6 +41,7 @@ __all__ = [
     "Preparation",
     "ResNet",
     "RotNet",
+    "SimCLR",
     "SimSiam",
     "StepOutput",
     "SupervisedTraining",

@@ -20,6 +20,7 @@ from obowlab.methods.backbones import ResNet, build_backbone
 from obowlab.methods.base import Batch, Comm, Method, StepOutput
 from obowlab.methods.online_classifier import OnlineClassifier
 from obowlab.methods.split_batchnorm import split_batchnorm
+from obowlab.methods.teacher import follow_student
 from obowlab.precision import full_precision
 
 
@@ -84,7 +85,9 @@ class MoCo(Method[Moco]):
         num_images = len(batch.original)
         queries, key_images = split_views(batch.views, num_images=num_images)
         query_NC = {kind: self.forward_student(images) for kind, images in queries.items()}
-        self.update_teacher()
+        follow_student(
+            [(self.teacher, self.student), (self.teacher_projection, self.projection)], momentum=self.method.teacher_momentum
+        )
         features_ND, keys_NC = self.forward_teacher(key_images, uniforms_B=batch.uniforms[:, 0])  # of the global batch
         mine = slice(self.comm.rank * num_images, (self.comm.rank + 1) * num_images)
         queue_KC = self.queue.clone()  # the backward pass needs the keys that new ones are about to replace
@@ -104,13 +107,6 @@ class MoCo(Method[Moco]):
     def forward_student(self, images: Tensor) -> Tensor:
         """Return the queries of views, [N, C]."""
         return cast(Tensor, self.projection(self.student(images)))
-
-    @torch.no_grad()
-    def update_teacher(self) -> None:
-        """Move the teacher's parameters towards the student's; its batch-norm statistics are its own."""
-        teacher: list[Tensor] = [*self.teacher.parameters(), *self.teacher_projection.parameters()]
-        student: list[Tensor] = [*self.student.parameters(), *self.projection.parameters()]
-        torch._foreach_lerp_(teacher, student, 1.0 - self.method.teacher_momentum)
 
     @torch.no_grad()
     def forward_teacher(self, images: Tensor, *, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:

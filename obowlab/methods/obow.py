@@ -20,6 +20,7 @@ from obowlab.methods.base import Batch, Comm, LevelWords, Method, StepOutput, Vi
 from obowlab.methods.heads import DynamicHead, FixedHead
 from obowlab.methods.online_classifier import OnlineClassifier
 from obowlab.methods.schedules import teacher_momentum
+from obowlab.methods.teacher import follow_student
 from obowlab.methods.vocabulary import VOCABULARIES, Vocabulary, level_metrics
 
 
@@ -118,7 +119,6 @@ class OBoW(Method[Obow]):
         """Return the features of every kind of views, [B·V, D], one pass per kind."""
         return {kind: self.student(images) for kind, images in views.items()}
 
-    @torch.no_grad()
     def update_teacher(self, step: int) -> float:
         """Move the teacher's parameters towards the student's (eq. 3) and return the momentum.
 
@@ -128,7 +128,7 @@ class OBoW(Method[Obow]):
         momentum = teacher_momentum(
             step, start=method.teacher_momentum, schedule=method.teacher_momentum_schedule, total_steps=self.total_steps
         )
-        torch._foreach_lerp_(list(self.teacher.parameters()), list(self.student.parameters()), 1.0 - momentum)
+        follow_student([(self.teacher, self.student)], momentum=momentum)
         return momentum
 
     @torch.no_grad()

@@ -16,7 +16,7 @@ from obowlab.methods import bow
 from obowlab.methods.backbones import ResNet, build_backbone, zero_last_scales
 from obowlab.methods.base import Batch, Comm, Method, StepOutput
 from obowlab.methods.online_classifier import OnlineClassifier
-from obowlab.methods.projection import GlobalBatchNorm1d
+from obowlab.methods.projection import GlobalBatchNorm1d, channel_std, hidden_layer
 
 
 class SimSiam(Method[Simsiam]):
@@ -68,11 +68,6 @@ class SimSiam(Method[Simsiam]):
         return self._output({"crops": loss}, metrics, features=features[0], labels=batch.labels)
 
 
-def hidden_layer(inputs: int, outputs: int) -> tuple[nn.Module, ...]:
-    """Return Linear without bias, batch norm over all processes, ReLU."""
-    return nn.Linear(inputs, outputs, bias=False), GlobalBatchNorm1d(outputs), nn.ReLU(inplace=True)
-
-
 def build_projection(features: int, *, size: int, num_layers: int) -> nn.Sequential:
     """Return the MLP from features to projections, all of whose layers but the first have the same width.
 
@@ -89,11 +84,3 @@ def negative_cosine(predicted_ND: Tensor, projected_ND: Tensor) -> Tensor:
     """Return minus the mean cosine of predictions and what they predict, 0-dim; no gradient reaches the second."""
     cosines = F.cosine_similarity(bow.at_least_float32(predicted_ND), bow.at_least_float32(projected_ND.detach()), dim=1)
     return -cosines.mean()
-
-
-def channel_std(projected_ND: Tensor) -> Tensor:
-    """Return the standard deviation over rows of normalised projections, mean over channels, 0-dim.
-
-    It is about 1/√D for directions that are spread out, and 0 when all rows are one.
-    """
-    return F.normalize(bow.at_least_float32(projected_ND), dim=1).std(dim=0).mean()

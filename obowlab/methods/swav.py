@@ -1,4 +1,4 @@
-"""SwAV: predict from one view of an image how another is shared out among prototypes (docs/method.md, 10.6).
+"""SwAV: predict from one view of an image how another is shared out among prototypes (docs/method.md, 10.8).
 
 Caron et al., "Unsupervised learning of visual features by contrasting cluster assignments", NeurIPS 2020.
 """

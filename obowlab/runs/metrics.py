@@ -39,7 +39,8 @@ _TRAINING = (
         "loss",
         "nats",
         "min",
-        "What the method minimises, over all kinds of views, without the online classifier's; SimSiam's is minus a cosine.",
+        "What the method minimises, over all kinds of views, without the online classifier's; SimSiam's is minus a cosine, "
+        "BYOL's a squared distance.",
     ),
     Metric(
         "loss_kl",
@@ -51,13 +52,18 @@ _TRAINING = (
     Metric("loss_patches", "nats", "min", "The patches' part of the loss."),
     Metric("loss_small_crops", "nats", "min", "The part of the loss from the crops of the second size."),
     Metric("rotation_accuracy", "%", "max", "RotNet: rotated views whose rotation is recognised."),
-    Metric("contrast_accuracy", "%", "max", "MoCo: queries that are nearer to their own key than to any in the queue."),
+    Metric(
+        "contrast_accuracy",
+        "%",
+        "max",
+        "MoCo, SimCLR: views nearer to their image's other view than to any other's.",
+    ),
     Metric("class_accuracy", "%", "max", "Supervised training: views whose class is recognised."),
     Metric(
         "projection_std",
         "",
         "none",
-        "SimSiam: standard deviation of a channel of normalised projections; 1/sqrt(their length) is healthy, 0 is collapse.",
+        "SimSiam, BYOL: standard deviation of a channel of normalised projections; 1/sqrt(their length) is healthy, 0 collapse.",
     ),
     Metric("code_entropy", "nats", "none", "SwAV: entropy of a crop's code, mean over the batch; ln(num_prototypes) is even."),
     Metric("prototypes_used", "%", "max", "SwAV: prototypes that are the first choice of some crop in this batch."),

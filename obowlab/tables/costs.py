@@ -50,7 +50,7 @@ class CostRow(Section):
 
     key: str = Field(pattern=NAME, description="short name for --rows, unique in the table")
     label: str
-    recipes: dict[str, str] = Field(description="scale -> name of the recipe")
+    recipes: dict[str, str] = Field(description="scale -> name of the recipe, or its file beside this one")
     set: dict[str, dict[str, Any]] = Field({}, description="scale -> recipe key -> value")
     paper: Ratios | None = None
     footnotes: tuple[str, ...] = ()
@@ -74,6 +74,7 @@ class CostTable:
         name: of its file, without the ending.
         scale: one of `SCALES`.
         file: what it says.
+        recipes: name or file of every row's recipe at this scale, by key.
         loaded: recipe of every row that has one at this scale, by key; all with the base row's batch.
         overrides: what is changed of each, as texts.
         changes: what all rows change (`--set`), as texts.
@@ -82,6 +83,7 @@ class CostTable:
     name: str
     scale: str
     file: CostFile
+    recipes: dict[str, str]
     loaded: dict[str, Loaded] = field(repr=False)
     overrides: dict[str, tuple[str, ...]] = field(repr=False)
     changes: tuple[str, ...] = ()
@@ -177,14 +179,15 @@ def load_costs(name: str, *, scale: str, overrides: Sequence[str] = ()) -> CostT
     changes = dict(map(parse_override, overrides))
     common = override_texts(changes)
     try:
-        batch = _loaded(base, scale=scale, changes=changes).recipe.training.batch_size
-        same = {"training.batch_size": batch}
         rows = [row for row in file.row if scale in row.recipes]
-        loaded = {row.key: _loaded(row, scale=scale, changes={**same, **changes}) for row in rows}
+        recipes = {row.key: _reference(row.recipes[scale], folder=path.parent) for row in rows}
+        batch = _loaded(base, recipes=recipes, scale=scale, changes=changes).recipe.training.batch_size
+        same = {"training.batch_size": batch}
+        loaded = {row.key: _loaded(row, recipes=recipes, scale=scale, changes={**same, **changes}) for row in rows}
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     texts = {row.key: override_texts({**row.set.get(scale, {}), **same, **changes}) for row in rows}
-    return CostTable(path.stem, scale, file, loaded, texts, common)
+    return CostTable(path.stem, scale, file, recipes, loaded, texts, common)
 
 
 def measure_costs(
@@ -208,9 +211,8 @@ def measure_costs(
     due = [(number, row) for number in range(ROUNDS) for row in wanted if costs.speed(row.key, number) is None]
     for done, (number, row) in enumerate(due):
         say(f"Timing {row.label}, round {number + 1} of {ROUNDS}; {len(due) - done} to go.")
-        loaded = table.loaded[row.key]
         measured = measure(
-            loaded.name,
+            table.recipes[row.key],
             overrides=table.overrides[row.key],
             machine=machine,
             seconds=seconds,
@@ -277,9 +279,13 @@ def _is_costs(name: str) -> bool:
     return read_toml(files.get(name, Path(name))).get("kind") == COSTS
 
 
-def _loaded(row: CostRow, *, scale: str, changes: Mapping[str, Any]) -> Loaded:
+def _reference(recipe: str, *, folder: Path) -> str:
+    return str(folder / recipe) if recipe.endswith(".toml") else recipe
+
+
+def _loaded(row: CostRow, *, recipes: Mapping[str, str], scale: str, changes: Mapping[str, Any]) -> Loaded:
     try:
-        return load_recipe(row.recipes[scale], changes={**row.set.get(scale, {}), **changes})
+        return load_recipe(recipes[row.key], changes={**row.set.get(scale, {}), **changes})
     except UserError as error:
         raise UserError(f"row '{row.key}': {error}") from None
 

@@ -161,7 +161,7 @@ def remarks(table: CostTable, *, costs: Costs | None) -> list[str]:
     where = speed.card or f"{speed.threads} thread(s) of {costs.processor}"
     batches = sorted({each.speed.measured_batch for each in costs.timed})
     lines.append(
-        f"Measured with {' and '.join(map(str, batches))} images a step on {where} ({costs.host}), begun {costs.began}, torch "
+        f"Timed with {' and '.join(map(str, batches))} images a step on {where} ({costs.host}), begun {costs.began}, torch "
         f"{costs.software.get('torch', 'unknown')}, commit {(costs.commit or 'unknown')[:12]}."
     )
     if len(batches) > 1:

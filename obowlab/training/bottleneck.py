@@ -391,7 +391,7 @@ def main() -> int:
         "say": lambda words: write(say=words),
     }
     try:
-        if request["speed_alone"]:
+        if request.get("speed_alone"):
             write(speed=asdict(measure_speed(request["name"], **how)))
             return 0
         for found in measure(request["name"], **how):

@@ -55,6 +55,8 @@ OF_METHOD = {
     "rotnet": {"rotation_accuracy": 70.0},
     "moco": {"contrast_accuracy": 60.0, "queue_age": 40.0, "teacher_momentum": 0.999},
     "simsiam": {"projection_std": 0.02},
+    "simclr": {"contrast_accuracy": 60.0},
+    "byol": {"projection_std": 0.06, "teacher_momentum": 0.99},
     "swav": {"loss_kl": 3.0, "code_entropy": 2.0, "prototypes_used": 30.0},
     "supervised": {"class_accuracy": 70.0},
 }
