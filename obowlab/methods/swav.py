@@ -16,7 +16,7 @@ from obowlab.methods import bow
 from obowlab.methods.backbones import ResNet, build_backbone
 from obowlab.methods.base import Batch, Comm, Method, StepOutput
 from obowlab.methods.online_classifier import OnlineClassifier
-from obowlab.methods.projection import GlobalBatchNorm1d
+from obowlab.methods.projection import hidden_layer
 from obowlab.precision import full_precision
 
 NUM_ASSIGNED = 2
@@ -44,9 +44,7 @@ class SwAV(Method[Swav]):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + 1)  # the student's weights are a function of the seed alone: see build_backbone
             features, hidden, size = self.student.num_features, method.hidden_size, method.projection_size
-            self.projection = nn.Sequential(
-                nn.Linear(features, hidden), GlobalBatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, size)
-            )
+            self.projection = nn.Sequential(*hidden_layer(features, hidden, bias=True), nn.Linear(hidden, size))
             self.prototypes = nn.Linear(size, method.num_prototypes, bias=False)
             self.register_buffer("queue", torch.zeros(method.queue_size, NUM_ASSIGNED, size))
             self.monitor = None if num_classes is None else OnlineClassifier(num_features=features, num_classes=num_classes)
