@@ -106,7 +106,7 @@ def test_every_command_has_a_dry_run_and_help_for_every_option() -> None:
         return 1
 
     commands = [cli.get_command(click.Context(cli), name) for name in COMMANDS]
-    assert sum(check(command) for command in commands if command is not None) == 33
+    assert sum(check(command) for command in commands if command is not None) == 34
 
 
 def test_choices_are_those_of_the_code_they_stand_for() -> None:
@@ -247,6 +247,7 @@ def test_file_that_is_no_weights_is_refused(obowlab: Obowlab, workplace: Path, d
         "weights import noise.safetensors --out new.safetensors --dry-run",
         "weights export noise.safetensors --out out --dry-run",
         "weights export noise.pth --out out.pth",
+        "weights continue noise.safetensors demo --dry-run",
     ):
         code, out, err = obowlab(*words.split())
         assert (code, out, err.count("\n")) == (2, "", 1), words
@@ -309,6 +310,7 @@ DRY = {
     "runs export RUN": ["Would write run.json, state.json", "demo-s0-"],
     "weights inspect FILE": ["Would say what weights.pth holds"],
     "weights import FILE": ["Would read weights.pth and write its encoder to weights.safetensors"],
+    "weights continue FILE demo": ["Would make a run of demo, seed 0, in", "that goes on where weights.pth stopped"],
     "weights export RUN --out net": ["Would write the encoder of demo-s0-", "to net as module"],
     "weights export RUN --out net.safetensors": ["to net.safetensors as safetensors"],
     "weights export FILE --out net --format timm": ["of weights.pth to net as timm", "not known before weights.pth is read"],
@@ -348,6 +350,8 @@ def _write_torch_archive(path: Path) -> None:
 ALSO_DRY = (
     "ablate table3 --scale demo",
     "ablate table3 --scale demo --seeds auto --power 0.9",
+    "ablate table8 --scale demo",
+    "table table8 --scale demo",
     "bench demo",
     "init SOURCE",
     "table table3 --scale demo",

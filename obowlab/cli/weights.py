@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from obowlab.cli import Family
-from obowlab.cli.options import PATH, MachineOptions, dry_run_option, machine_options, would
+from obowlab.cli.options import PATH, MachineOptions, dry_run_option, machine_options, set_option, would
 from obowlab.errors import UserError
 from obowlab.weights.releases import RELEASE_KEYS as RELEASES
 
@@ -130,6 +131,55 @@ def import_file(file: Path, out: Path | None, force: bool, choices: dict[str, An
     if imported.method is not None:
         click.echo(f"Wrote {write_method(imported, path=target)}: the whole model, with teacher, heads and vocabulary.")
     click.echo(f"Measure it with: obowlab eval {written.path} --dataset NAME")
+    return None
+
+
+@weights.command("continue")
+@click.argument("file", type=PATH)
+@click.argument("recipe", metavar="RECIPE")
+@click.option("--optimizer", "optimizer_file", type=PATH, metavar="FILE", help="The authors' optimiser file of the same epoch.")
+@set_option
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the images' order and views.")
+@machine_options("data_root", "runs_root", "machine_file")
+@dry_run_option
+def continue_file(
+    file: Path,
+    recipe: str,
+    optimizer_file: Path | None,
+    overrides: tuple[str, ...],
+    seed: int,
+    options: MachineOptions,
+    dry_run: bool,
+) -> None:
+    """Make a run of a full model that the authors' code has trained; `obowlab run RECIPE` goes on with it.
+
+    FILE is their model_net_checkpoint_*.pth.tar: student, teacher, heads, vocabulary and the number of steps. RECIPE must
+    describe the same model; what differs is said, with the options that fit. No code of the file is run.
+    """
+    from obowlab.config import load_recipe
+    from obowlab.launch.preflight import data_checks
+
+    loaded, machine = load_recipe(recipe, overrides=overrides), options.machine()
+    from obowlab.weights.info import peek, refuse_own
+
+    for each in (file, *([optimizer_file] if optimizer_file is not None else [])):
+        _refuse_absent(each)
+        refuse_own(peek(each), path=each)
+    for check in data_checks([loaded], machine=machine, dry_run=dry_run, say=click.echo):
+        check()
+    if dry_run:
+        return would(f"make a run of {loaded.name}, seed {seed}, in {machine.runs_root} that goes on where {file} stopped")
+    from obowlab.training.take_over import take_over
+
+    made = take_over(file, loaded=loaded, seed=seed, machine=machine, optimizer_file=optimizer_file)
+    epoch = made.step / made.steps_per_epoch
+    click.echo(f"Made {made.folder.run_id}: step {made.step} of {made.total_steps}, epoch {epoch:.4g}.")
+    if made.num_momenta:
+        click.echo(f"  momentum of {made.num_momenta} parameters from {optimizer_file}")
+    for note in made.notes:
+        click.echo(f"  {note}")
+    words = [recipe, *(word for text in overrides for word in ("--set", text)), *(["--seed", str(seed)] if seed else [])]
+    click.echo(f"Continue it with: obowlab run {shlex.join(words)}")
     return None
 
 

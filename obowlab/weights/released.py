@@ -169,14 +169,14 @@ def build_model(state: Mapping[str, Tensor], *, origin: Path, prefix: str = "") 
     mapped = with_counters(mapped, expected=method.state_dict())
 
     def spell(name: str) -> str:
-        return prefix + _model_name(name, levels=levels)
+        return prefix + authors_name(name, levels=levels)
 
     check_fit({**mapped, **rest}, expected=method.state_dict(), origin=origin, spell=spell)
     method.load_state_dict(mapped, strict=True)
     return method.eval(), backbone, unused
 
 
-def _model_name(name: str, *, levels: Sequence[Level]) -> str:
+def authors_name(name: str, *, levels: Sequence[Level]) -> str:
     """Return the authors' name of a tensor of an OBoW method; a name of theirs stays."""
     for ours, theirs in (("student.", "feature_extractor."), ("teacher.", "feature_extractor_teacher.")):
         if name.startswith(ours):
