@@ -54,6 +54,9 @@ SHORT = ("training.epochs=2", "training.batch_size=64", "data.images_per_class=3
 THIRTY = ("training.epochs=2", "training.batch_size=64", "data.images_per_class=16", *CHEAP)
 """60 classes x 16 images = 960 images, // 64 = 15 steps an epoch, x 2 = 30 steps."""
 
+SWAV = ("method.queue_size=128", "method.queue_start_step=5", "method.frozen_steps=10")
+"""Within 30 steps the queue is full, and the prototypes move."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -87,6 +90,7 @@ QUICK = {
     "demo-simsiam": Case("demo-simsiam", SHORT, steps=56),
     "demo-simclr": Case("demo-simclr", SHORT, steps=56),
     "demo-byol": Case("demo-byol", SHORT, steps=56),
+    "demo-swav": Case("demo-swav", (*SHORT, *SWAV), steps=56),
     "demo-2procs-float32": Case("demo", (*THIRTY, "training.precision=float32"), ("--procs", "2"), steps=30),
     "demo-2procs-bfloat16": Case("demo", THIRTY, ("--procs", "2"), steps=30),
 }
@@ -140,6 +144,7 @@ MORE = {  # --more: settings that no recipe above has
         steps=30,
     ),
     "simsiam-2procs": Case("demo-simsiam", THIRTY, ("--procs", "2"), steps=30),
+    "swav-2procs": Case("demo-swav", (*THIRTY, *SWAV), ("--procs", "2"), steps=30),
     "moco-2procs": Case("demo-moco", THIRTY, ("--procs", "2"), steps=30),
     "bownet-2procs": Case("demo-bownet", THIRTY, ("--procs", "2"), steps=30, runs=3),
 }

@@ -23,6 +23,7 @@ VALUES: dict[str, dict[str, object]] = {
     "byol": {"method.projection_size": 8, "method.hidden_size": 16},
     "simclr": {"method.projection_size": 8},
     "simsiam": {"method.projection_size": 16, "method.prediction_size": 8},
+    "swav": {"method.hidden_size": 16, "method.projection_size": 8, "method.num_prototypes": 12, "method.queue_size": 8},
 }
 """What the methods need that cannot train four small images with their default settings."""
 

@@ -9,7 +9,21 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from obowlab.config import Backbone, Bownet, Byol, Machine, MethodSection, Moco, Obow, Recipe, Rotnet, Simclr, Simsiam, Supervised
+from obowlab.config import (
+    Backbone,
+    Bownet,
+    Byol,
+    Machine,
+    MethodSection,
+    Moco,
+    Obow,
+    Recipe,
+    Rotnet,
+    Simclr,
+    Simsiam,
+    Supervised,
+    Swav,
+)
 from obowlab.config.methods import learns_from_labels
 from obowlab.errors import UserError
 from obowlab.evaluation import evaluate
@@ -54,9 +68,13 @@ def train_in_float64(world: World, method_config: MethodSection) -> Method[Any]:
         uniforms = torch.rand(BATCH, method.num_uniforms, generator=generator, dtype=torch.float64)[mine]
         share = torch.rand(BATCH, 2, generator=generator, dtype=torch.float64)[mine].flatten()
         mixed = {"crops": share} if method_config.name in ("obow", "bownet", "supervised") else {}
+        views = {"crops": crops}
+        if method_config.name == "swav":
+            small = torch.randn(BATCH, 3, 3, 12, 12, generator=generator, dtype=torch.float64)[mine]
+            views["small_crops"] = small.flatten(0, 1)
         batch = Batch(
             original=original,
-            views={"crops": crops},
+            views=views,
             uniforms=uniforms,
             step=step,
             labels=(torch.arange(BATCH) % 3)[mine],
@@ -89,8 +107,10 @@ VARIANTS: dict[str, MethodSection] = {
     "simsiam": Simsiam(projection_size=12, prediction_size=6, zero_residual=False),
     "simclr": Simclr(projection_size=6, temperature=0.5, zero_residual=False),
     "byol": Byol(projection_size=6, hidden_size=12, teacher_momentum=0.9),
+    # The queue is full after two of the ten steps.
+    "swav": Swav(hidden_size=12, projection_size=6, num_prototypes=10, queue_size=16, queue_start_step=2, frozen_steps=3),
 }
-"""All of them train on mixed crops that can."""
+"""All of them train on mixed crops that can, and SwAV on small crops too."""
 
 
 def test_every_method_is_compared() -> None:

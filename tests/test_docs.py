@@ -27,6 +27,7 @@ from obowlab.config.scales import SCALES
 from obowlab.config.validation import known_keys
 from obowlab.errors import UserError
 from obowlab.studies.spec import load_study, plan_study
+from obowlab.tables.costs import load_costs, separate
 from obowlab.tables.spec import load_table
 from tests.command_line import finished_run
 
@@ -150,7 +151,9 @@ def resolve(context: click.Context) -> None:
                 if name:
                     load_recipe(name)
         case ["ablate"] | ["table"]:
-            tables = [name for name in values["names"] if name != "all" and not PLACEHOLDER.search(name)]
+            costs, tables = separate([name for name in values["names"] if name != "all" and not PLACEHOLDER.search(name)])
+            for name in costs:
+                load_costs(name, scale=values["scale"], overrides=changes)
             rows = {key for text in values.get("rows") or () for key in text.split(",")}
             for name in tables:
                 planned = load_table(Path(name) if name.endswith(".toml") else name, scale=values["scale"])

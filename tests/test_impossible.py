@@ -63,6 +63,18 @@ CASES: dict[str, tuple[str, tuple[str, ...], str]] = {
         ("views.num_patches=2", "views.patch_size=8", "views.patch_jitter=0"),
         "SimCLR compares two crops of an image",
     ),
+    "one crop for SwAV": ("demo-swav", ("views.num_crops=1",), "SwAV assigns two crops of an image to prototypes"),
+    "patches in SwAV": (
+        "demo-swav",
+        ("views.num_patches=2", "views.patch_size=8", "views.patch_jitter=0"),
+        "SwAV has no use for views.num_patches (2): set it to 0",
+    ),
+    "cutmix in SwAV": ("demo-swav", ("views.cutmix_probability=0.5",), "SwAV has no targets that cutmix could mix"),
+    "a queue that the batch does not divide": (
+        "demo-swav",
+        ("method.queue_size=500",),
+        "method.queue_size (500) must be a multiple of training.batch_size (32)",
+    ),
     "groups of one image": ("demo-moco", ("method.batchnorm_splits=64",), "into groups of two images or more: change either."),
     "groups that differ": ("demo-moco", ("method.batchnorm_splits=7",), "method.batchnorm_splits (7) must divide"),
     "cutmix without targets": ("demo-moco", ("views.cutmix_probability=0.5",), "set views.cutmix_probability to 0.0."),

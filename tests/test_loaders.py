@@ -14,7 +14,7 @@ import torchvision.transforms.functional as F
 from PIL import Image
 from torchvision.transforms import InterpolationMode
 
-from obowlab.config import Views
+from obowlab.config import CropView, Views
 from obowlab.data.datasets import open_split
 from obowlab.data.prepare import prepare
 from obowlab.errors import UserError
@@ -131,8 +131,10 @@ def test_batches_follow_the_order_and_carry_shapes_and_labels(split):
     assert loader(split, views=CROPS_ONLY).batches(epoch=0).__next__().patch_source is None
 
 
-def test_views_equal_torchvision_on_pil(split):
-    cutter = Cutter(split=split, views=FOUR_KINDS, seed=3)
+@pytest.mark.parametrize(("interpolation", "rounding"), [("bilinear", 1), ("bicubic", 6)])
+def test_views_equal_torchvision_on_pil(split, interpolation, rounding):
+    """Those of the student by the filter of the recipe, the original by evaluation's."""
+    cutter = Cutter(split=split, views=FOUR_KINDS.model_copy(update={"interpolation": interpolation}), seed=3)
     indices = np.arange(split.num_images)
     compared = 0
     for epoch in range(4):
@@ -146,13 +148,13 @@ def test_views_equal_torchvision_on_pil(split):
             for view, ours in enumerate((*crops[index], *sources[index], *small[index]), start=1):
                 top, left, height, width = plan.boxes[index, view].tolist()
                 expected = np.asarray(
-                    F.resized_crop(image, top, left, height, width, list(ours.shape[:2]), InterpolationMode.BILINEAR)
+                    F.resized_crop(image, top, left, height, width, list(ours.shape[:2]), InterpolationMode(interpolation))
                 )
                 if height <= width:
                     assert np.array_equal(ours, expected)
                     compared += 1
                 else:  # from version 13 on, Pillow may begin with the columns
-                    assert np.abs(ours.astype(int) - expected).max() <= 1
+                    assert np.abs(ours.astype(int) - expected).max() <= rounding
     assert compared > 60
 
 
@@ -272,7 +274,8 @@ def test_leaving_early_ends_the_workers(split):
 
 
 @pytest.mark.ffcv
-def test_resampling_equals_pil_to_the_bit():
+@pytest.mark.parametrize("resampling", [Image.Resampling.BILINEAR, Image.Resampling.BICUBIC])
+def test_resampling_equals_pil_to_the_bit(resampling):
     pytest.importorskip("numba", reason="numba, which comes with ffcv, is not installed")
     from obowlab.views.pil_resize import cut_view, transpose
 
@@ -283,19 +286,17 @@ def test_resampling_equals_pil_to_the_bit():
         (64, 64, 32, 32),
         (40, 33, 40, 33),
         (7, 300, 90, 31),
+        (1, 2, 9, 8),
     ]:
         pixels = rng.integers(0, 256, (height + 20, width + 20, 3), dtype=np.uint8)
+        pixels[:, : width // 2] = 255 * (pixels[:, : width // 2] > 127)  # edges at which a cubic goes beyond 0 and 255
         columns = np.empty((width + 20, height + 20, 3), np.uint8)
         transpose(pixels, columns)
         box = Image.fromarray(pixels[5 : 5 + height, 9 : 9 + width])
-        expected = np.asarray(
-            box.resize((resized_width, height), Image.Resampling.BILINEAR).resize(
-                (resized_width, resized_height), Image.Resampling.BILINEAR
-            )
-        )
+        expected = np.asarray(box.resize((resized_width, height), resampling).resize((resized_width, resized_height), resampling))
         side = min(resized_height, resized_width) - 3
         out = np.empty((side, side, 3), np.uint8)
-        plan = np.array([5, 9, height, width, resized_height, resized_width, 2, 3])
+        plan = np.array([5, 9, height, width, resized_height, resized_width, 2, 3, resampling == Image.Resampling.BICUBIC])
         cut_view(columns, plan, np.empty(height * side * 3, np.uint8), out)
         assert np.array_equal(out, expected[2 : 2 + side, 3 : 3 + side])
 
@@ -337,6 +338,27 @@ def test_crops_of_a_second_size_leave_the_other_views_alone(split, changes):
         for one, plain in zip(ours, loader(split).batches(epoch=1), strict=True):
             assert plain.small_crops is None
             assert all(torch.equal(getattr(one, kind), getattr(plain, kind)) for kind in ("original", "crops", "patch_source"))
+
+
+@pytest.mark.ffcv
+def test_either_backend_resizes_bicubically_what_the_recipe_says(split):
+    pytest.importorskip("ffcv", reason="ffcv is not installed")
+    plain, whole = (next(loader(split, views=views).batches(epoch=1)) for views in (FOUR_KINDS, bicubic()))
+    assert torch.equal(plain.original, whole.original)
+    for kind in ("crops", "patch_source", "small_crops"):
+        assert not torch.equal(getattr(plain, kind), getattr(whole, kind))
+    own = FOUR_KINDS.model_copy(update={"per_crop": (CropView(), CropView(interpolation="bicubic"), *[CropView()] * 3)})
+    second = next(loader(split, views=own).batches(epoch=1))
+    assert torch.equal(second.crops[:, 0], plain.crops[:, 0])
+    assert torch.equal(second.crops[:, 1], whole.crops[:, 1])
+    assert torch.equal(second.small_crops, plain.small_crops)
+    for views in (bicubic(), own):
+        ours = list(loader(split, views=views, backend="ffcv", workers=2).batches(epoch=1))
+        assert_same(ours, list(loader(split, views=views).batches(epoch=1)))
+
+
+def bicubic():
+    return FOUR_KINDS.model_copy(update={"interpolation": "bicubic"})
 
 
 @pytest.mark.ffcv

@@ -19,6 +19,7 @@ PARTS = {
     "": ("torch", "demo"),
     "ffcv": ("torch", "demo", "ffcv"),
     "postgresql": ("torch", "demo", "train"),
+    "onnx": ("torch", "demo", "train", "test"),
     "services": ("torch", "demo", "train", "test"),
     "test": ("torch", "demo", "train", "test"),
     "dev": ("torch", "demo", "train", "test", "dev"),

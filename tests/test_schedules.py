@@ -35,6 +35,15 @@ def test_the_papers_resnet50_schedule_warms_up_per_step_and_steps_its_cosine_per
     assert found[600] == pytest.approx(3e-5)
 
 
+def test_swavs_warm_up_for_large_batches_begins_above_zero() -> None:
+    optimizer = Optimizer(learning_rate=4.8, end_learning_rate=0.0048, warmup_epochs=10, warmup_start=0.3)
+    found = rates(optimizer, epochs=800, steps_per_epoch=2)
+    assert found[:20] == pytest.approx([0.3 + 4.5 * step / 20 for step in range(20)])
+    assert found[20] == 4.8
+    assert found[-1] == pytest.approx(0.0048, rel=1e-2)
+    assert found[21:] == rates(optimizer.model_copy(update={"warmup_start": 0.0}), epochs=800, steps_per_epoch=2)[21:]
+
+
 def test_a_warm_up_that_ends_within_an_epoch_does_not_start_the_cosine_early() -> None:
     found = rates(Optimizer(learning_rate=1.0, warmup_epochs=1.5, cosine_per="epoch"), epochs=4, steps_per_epoch=4)
     assert found[6] == found[7] == 1.0

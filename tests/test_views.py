@@ -233,6 +233,7 @@ def test_colours_are_these_functions_of_the_draws(num_patches):
 def test_a_crop_with_settings_of_its_own_is_drawn_as_if_all_had_them():
     own = {
         "scale": (0.3, 0.4),
+        "interpolation": "bicubic",
         "jitter_probability": 1.0,
         "brightness": 0.7,
         "contrast": 0.1,
@@ -258,6 +259,8 @@ def test_a_crop_with_settings_of_its_own_is_drawn_as_if_all_had_them():
         found, alike, so = (geometry(views, **drawn, **sizes) for views in (mixed, plain, all_so))
         for column, expected in enumerate((alike, alike, so, alike, alike)):  # the original, crops, patches
             np.testing.assert_array_equal(found.boxes[:, column], expected.boxes[:, column])
+        assert found.bicubic == (False, False, True, False, False)
+        assert so.bicubic == (False, True, True, True, True)
         assert not np.array_equal(alike.boxes[:, 2], so.boxes[:, 2])
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from obowlab.cli.costs import show_costs, time_rows
 from obowlab.cli.options import (
     CLUSTER,
     HARDWARE,
@@ -20,7 +21,7 @@ from obowlab.cli.options import (
     submitter_of,
     would,
 )
-from obowlab.cli.output import print_lines, print_obstacles, print_table, send_to_mlflow
+from obowlab.cli.output import print_lines, print_obstacles, print_table, send_to_mlflow, write_out
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
@@ -111,12 +112,14 @@ def ablate(
     TABLE is a table of the paper (table1 to table5, table7), `all`, or a TOML file. Rows with the same recipe are trained once.
     Interrupted and typed again, the command continues; a row that fails does not stop the others. --set holds for all rows: a
     table of its own, with runs of its own. --seeds auto says how many seeds it takes to find a row's difference, and trains them.
+    table8 is what training costs: its rows are timed side by side on this machine, in a few minutes, and `all` leaves it out.
     """
     from obowlab.launch.cost import CostBook
     from obowlab.launch.gpu_leases import check_gpus
     from obowlab.launch.stages import find_obstacles
     from obowlab.runs.provenance import num_cores
     from obowlab.runs.records import read_records, store_runs
+    from obowlab.tables.costs import separate
     from obowlab.tables.execute import Execution
     from obowlab.tables.kept import keep_table
     from obowlab.tables.plan import (
@@ -136,6 +139,19 @@ def ablate(
         raise UserError("--gpus N runs one training on each of N GPUs; leave --jobs and --device out.")
     if seeds is not None and (power, effect, max_seeds) != (None, None, None):
         raise UserError("--power, --effect and --max-seeds are for `--seeds auto`: add it, or leave them out.")
+    costs, trained = separate(names)
+    if costs and trained:
+        raise UserError(f"{costs[0]} is timed and {trained[0]} is trained, which would disturb each other: one after the other.")
+    if costs:
+        return time_rows(
+            costs,
+            scale=scale,
+            overrides=overrides,
+            row_words=row_words,
+            machine=options.machine(procs=1),
+            records=records,
+            dry_run=dry_run,
+        )
     tables = load_tables(names, scale=scale, overrides=overrides)
     machine = (replace(options, device="cuda") if gpus is not None else options).machine(procs=gpus)
     on_cluster = machine.launcher == "slurm"
@@ -214,14 +230,20 @@ def table(
     from obowlab.runs.records import read_records
     from obowlab.tables import render
     from obowlab.tables.build import build_from_store, build_table, finished_seeds
+    from obowlab.tables.costs import separate
     from obowlab.tables.kept import keep_table
     from obowlab.tables.spec import load_tables
 
     machine = options.machine()
-    tables = load_tables(names, scale=scale, overrides=overrides)
+    costs, trained = separate(names)
     if out is not None and not out.absolute().parent.is_dir():
         raise UserError(f"The folder of --out {out} does not exist.")
     source = records or machine.runs_root
+    if costs:
+        if trained:
+            raise UserError(f"{costs[0]} is another kind of table than {trained[0]}: show one after the other.")
+        return show_costs(costs, scale=scale, overrides=overrides, source=source, form=form, out=out, dry_run=dry_run)
+    tables = load_tables(names, scale=scale, overrides=overrides)
     if dry_run:
         return would(f"build {', '.join(planned.name for planned in tables)} at scale {scale} from {source}")
     wanted = None if seeds is None else range(seeds)
@@ -234,7 +256,7 @@ def table(
         known = read_records(records)
         built = [build_table(each, seeds=wanted or finished_seeds(each, records=known), records=known) for each in tables]
     if out is not None:
-        _write(out, render.as_text(built, form=form))
+        write_out(out, render.as_text(built, form=form))
     elif form == "rich":
         for each in built:
             show(each, with_runs=with_runs)
@@ -351,13 +373,3 @@ def _say(line: str) -> None:
 def _warn(warning: str | None) -> None:
     if warning is not None:
         _say(f"Warning: {warning}")
-
-
-def _write(path: Path, text: str) -> None:
-    from obowlab.files.replacing import write_atomic
-
-    try:
-        write_atomic(path, text)
-    except OSError as error:
-        raise UserError(f"Cannot write --out {path}: {error.strerror}.") from None
-    _say(f"Wrote {path}.")

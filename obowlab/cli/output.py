@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from obowlab import text
+from obowlab.errors import UserError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from obowlab.config import Machine
     from obowlab.launch.stages import Obstacles
     from obowlab.runs.folder import RunFolder
@@ -34,6 +37,21 @@ def print_json(value: Any) -> None:
 def json_line(value: Any) -> str:
     """Return a value as one line of JSON, in ASCII."""
     return json.dumps(value, separators=(",", ":"))
+
+
+def write_out(path: Path, content: str) -> None:
+    """Write the file of `--out`, and say so.
+
+    Raises:
+        UserError: the disk refuses.
+    """
+    from obowlab.files.replacing import write_atomic
+
+    try:
+        write_atomic(path, content)
+    except OSError as error:
+        raise UserError(f"Cannot write --out {path}: {error.strerror}.") from None
+    click.echo(f"Wrote {path}.", err=True)
 
 
 def print_table(

@@ -19,7 +19,19 @@ from obowlab.config.loading import (
     recipe_from_values,
 )
 from obowlab.config.machine import Machine, Slurm, load_machine
-from obowlab.config.methods import METHOD_SECTIONS, Bownet, Byol, MethodSection, Moco, Obow, Rotnet, Simclr, Simsiam, Supervised
+from obowlab.config.methods import (
+    METHOD_SECTIONS,
+    Bownet,
+    Byol,
+    MethodSection,
+    Moco,
+    Obow,
+    Rotnet,
+    Simclr,
+    Simsiam,
+    Supervised,
+    Swav,
+)
 from obowlab.config.recipe import (
     FINGERPRINT_VERSION,
     Backbone,
@@ -67,6 +79,7 @@ __all__ = [
     "Simsiam",
     "Slurm",
     "Supervised",
+    "Swav",
     "Training",
     "Views",
     "canonical_hash",

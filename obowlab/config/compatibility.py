@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 from obowlab.config.base import Level, Section
-from obowlab.config.methods import Bownet, Byol, Moco, Obow, Rotnet, Simclr, Simsiam
+from obowlab.config.methods import Bownet, Byol, Moco, Obow, Rotnet, Simclr, Simsiam, Swav
 from obowlab.config.recipe import Backbone, Recipe, Views
 from obowlab.errors import UserError
 
@@ -58,14 +58,31 @@ def check_views(method: Section, *, backbone: Backbone, views: Views) -> None:
             )
     elif type(method) in OF_TWO_CROPS:
         _refuse_all_but_two_crops(OF_TWO_CROPS[type(method)], views=views)
+    elif isinstance(method, Swav):
+        _refuse_cutmix("SwAV", views=views)
+        if views.num_crops < 2:
+            raise UserError(
+                f"SwAV assigns two crops of an image to prototypes, but views.num_crops is {views.num_crops}: set it to 2. "
+                "Further views are views.num_small_crops."
+            )
+        if views.num_patches:
+            raise UserError(
+                f"SwAV has no use for views.num_patches ({views.num_patches}): set it to 0; its small views are "
+                "views.num_small_crops."
+            )
 
 
 def check_batch(method: Section, *, batch_size: int, world_size: int) -> None:
-    """Refuse groups of batch-norm that are not equally large, lie across processes, or hold a single image.
+    """Refuse groups of batch-norm that are not equally large, lie across processes, or hold a single image; and uneven queues.
 
     Raises:
         UserError: names the setting to change.
     """
+    if isinstance(method, Swav) and method.queue_size % batch_size:
+        raise UserError(
+            f"method.queue_size ({method.queue_size}) must be a multiple of training.batch_size ({batch_size}), as whole batches "
+            f"enter and leave the queue: set it to {max(1, method.queue_size // batch_size) * batch_size}, or to 0 for none."
+        )
     if not isinstance(method, Moco):
         return
     splits = method.batchnorm_splits

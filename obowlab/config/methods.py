@@ -110,7 +110,24 @@ class Simclr(Section):
     zero_residual: bool = Field(True, description="the scale of the last batch norm of every residual block starts at 0")
 
 
-MethodSection = Obow | Bownet | Rotnet | Moco | Supervised | Simsiam | Byol | Simclr
+class Swav(Section):
+    """SwAV: views of an image predict the balanced codes of its large crops; the values are those for ImageNet."""
+
+    name: Literal["swav"] = "swav"
+    hidden_size: Count = Field(2048, description="width of the projection's hidden layer")
+    projection_size: Count = Field(128, description="length of projections and prototypes")
+    num_prototypes: Annotated[int, Field(ge=2)] = 3000
+    temperature: Positive = Field(0.1, description="of predictions")
+    sinkhorn_epsilon: Positive = Field(0.05, description="temperature of codes")
+    sinkhorn_iterations: Count = 3
+    queue_size: Annotated[int, Field(ge=0)] = Field(
+        0, description="earlier images that codes are balanced over too: for small batches, a multiple of them; 0: none"
+    )
+    queue_start_step: Annotated[int, Field(ge=0)] = Field(0, description="from which images are put into the queue")
+    frozen_steps: Annotated[int, Field(ge=0)] = Field(0, description="steps in which prototypes stay as they began")
+
+
+MethodSection = Obow | Bownet | Rotnet | Moco | Supervised | Simsiam | Byol | Simclr | Swav
 
 METHOD_SECTIONS: dict[str, type[MethodSection]] = {
     "obow": Obow,
@@ -121,6 +138,7 @@ METHOD_SECTIONS: dict[str, type[MethodSection]] = {
     "simsiam": Simsiam,
     "byol": Byol,
     "simclr": Simclr,
+    "swav": Swav,
 }
 """Settings of every method by the name in `method.name`."""
 
@@ -152,7 +170,8 @@ AnyMethod = Annotated[
     | Annotated[Supervised, Tag("supervised")]
     | Annotated[Simsiam, Tag("simsiam")]
     | Annotated[Byol, Tag("byol")]
-    | Annotated[Simclr, Tag("simclr")],
+    | Annotated[Simclr, Tag("simclr")]
+    | Annotated[Swav, Tag("swav")],
     Discriminator(_name_of),
 ]
 """One of them; without a name it is OBoW."""

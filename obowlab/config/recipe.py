@@ -30,10 +30,15 @@ class Data(Section):
         return None if value == "all" else value  # TOML has no null, and `extends` must be able to undo a number
 
 
+Interpolation = Literal["bilinear", "bicubic"]
+"""How a box of an image becomes a view of another size, both as PIL does it, with antialiasing."""
+
+
 class CropView(Section):
     """What one crop of an image has of its own; what is absent is as in `[views]`."""
 
     scale: Range | None = None
+    interpolation: Interpolation | None = None
     jitter_probability: Fraction | None = None
     brightness: Fraction | None = None
     contrast: Fraction | None = None
@@ -69,6 +74,7 @@ class Views(Section):
     patch_source_size: Count = 256
     patch_scale: Range = (0.6, 1.0)
     patch_jitter: Annotated[int, Field(ge=0)] = 24
+    interpolation: Interpolation = Field("bilinear", description="of the student's views; BYOL's and SimCLR's are bicubic")
     flip_probability: Fraction = 0.5
     jitter_probability: Fraction = 0.8
     brightness: Fraction = 0.4
@@ -166,6 +172,7 @@ class Optimizer(Section):
     learning_rate: Positive = 0.05
     end_learning_rate: Annotated[float, Field(ge=0.0)] = 0.0
     warmup_epochs: Annotated[float, Field(ge=0.0)] = 0.0
+    warmup_start: Annotated[float, Field(ge=0.0)] = Field(0.0, description="learning rate that a warm-up begins with")
     schedule: Literal["cosine", "steps"] = Field("cosine", description="steps: divided by 10 at intervals")
     decay_every: Count = Field(30, description="epochs between divisions of the learning rate by 10; unused by cosine")
     cosine_per: Literal["step", "epoch"] = Field("step", description="epoch: the authors' stepwise cosine")

@@ -88,12 +88,40 @@ class Facts:
         return None if self.peak_tflops is None else 100 * self.tflops / self.peak_tflops
 
 
+@dataclass(frozen=True)
+class Speed:
+    """How fast a recipe trains in one process, and what that takes.
+
+    Attributes:
+        loop_images_per_s: training as `obowlab run` does it.
+        step_images_per_s: steps on a fixed batch in memory.
+        gflops_per_image: operations of a step that torch counts, a multiplication and an addition as two, in 10^9.
+        memory_mib: peak of the training on its device; on a CPU of the process, less what it had before the network was built.
+        measured_batch: images of a step.
+        device: cpu or cuda.
+        card: of the GPU; empty on a CPU.
+        threads: of the process.
+        images: what the loader read.
+    """
+
+    loop_images_per_s: float
+    step_images_per_s: float
+    gflops_per_image: float
+    memory_mib: float
+    measured_batch: int
+    device: str
+    card: str
+    threads: int
+    images: str
+
+
 @dataclass
 class Measured:
-    """Everything that was measured; facts come last."""
+    """Everything that was measured; facts, or the speed alone, come last."""
 
     parts: list[Part] = field(default_factory=list)
     facts: Facts | None = None
+    speed: Speed | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------- what follows
@@ -164,6 +192,7 @@ def measure(
     machine: Machine,
     seconds: float,
     say: Callable[[str], None],
+    speed_alone: bool = False,
 ) -> Measured:
     """Measure the parts of a recipe's run in a process of its own, which has its threads and GPU as a run has.
 
@@ -173,12 +202,19 @@ def measure(
         machine: where and with what.
         seconds: about so long.
         say: called with a line of progress at a time.
+        speed_alone: measure no parts, only how fast it trains.
 
     Raises:
         UserError: the recipe cannot be trained here.
     """
     machine = machine.model_copy(update={"threads": threads_of(machine), "procs": 1, "nodes": 1})
-    request = {"name": name, "overrides": list(overrides), "machine": machine.model_dump(mode="json"), "seconds": seconds}
+    request = {
+        "name": name,
+        "overrides": list(overrides),
+        "machine": machine.model_dump(mode="json"),
+        "seconds": seconds,
+        "speed_alone": speed_alone,
+    }
     measured = Measured()
     with tempfile.TemporaryDirectory(prefix="obowlab-bench-") as scratch, leased(machine) as gpus:
         environment = {**os.environ, "OMP_NUM_THREADS": str(machine.threads), **gpus}
@@ -202,7 +238,7 @@ def measure(
             kill_family(child)
             child.wait()
             raise
-    if code or measured.facts is None:
+    if code or (measured.facts is None and measured.speed is None):
         raise UserError(
             f"The process that measured ended with exit code {code}, and what it printed is above; if memory ran out, lower "
             "training.batch_size."
@@ -223,5 +259,7 @@ def _take(line: Mapping[str, Any], *, measured: Measured, say: Callable[[str], N
             measured.parts.append(Part(**part))
         case {"facts": facts}:
             measured.facts = Facts(**facts)
+        case {"speed": speed}:
+            measured.speed = Speed(**speed)
         case {"error": message}:
             raise UserError(message)

@@ -12,6 +12,7 @@ from obowlab.methods.rotnet import RotNet
 from obowlab.methods.simclr import SimCLR
 from obowlab.methods.simsiam import SimSiam
 from obowlab.methods.supervised import SupervisedTraining
+from obowlab.methods.swav import SwAV
 
 METHODS: dict[str, type[Method[Any]]] = {
     "obow": OBoW,
@@ -22,6 +23,7 @@ METHODS: dict[str, type[Method[Any]]] = {
     "simsiam": SimSiam,
     "byol": BYOL,
     "simclr": SimCLR,
+    "swav": SwAV,
 }
 """Every method by the name in `method.name`."""
 
@@ -43,6 +45,7 @@ __all__ = [
     "SimSiam",
     "StepOutput",
     "SupervisedTraining",
+    "SwAV",
     "VisualWords",
     "build_backbone",
     "compile_encoders",

@@ -45,9 +45,9 @@ GROUPS = {
             "contrast_accuracy",
             "class_accuracy",
         ),
-        *("projection_std", "queue_age", "monitor_loss"),
+        *("projection_std", "prototypes_used", "queue_age", "monitor_loss"),
     ),
-    "Targets and predictions": ("target_entropy", "prediction_entropy", "kappa", "msd"),
+    "Targets and predictions": ("target_entropy", "code_entropy", "prediction_entropy", "kappa", "msd"),
     "Optimiser": ("learning_rate", "teacher_momentum", "grad_norm"),
     "Speed": ("images_per_s", "step_time_s", "data_wait_s"),
 }

@@ -14,6 +14,7 @@ from obowlab.report.vocabulary_health import Finding
 from obowlab.runs.results import Measured
 from obowlab.studies.schema import StudyReport
 from obowlab.tables.model import Estimate, Status, Table
+from obowlab.tables.render import Grid
 
 
 @dataclass(frozen=True)
@@ -188,6 +189,7 @@ class Site:
         as_of: day and time of the newest thing in the store, UTC; empty for an empty store.
         version: of obowlab.
         tables: the paper's tables beside ours.
+        costs: tables of what training costs, ready to be shown.
         runs: newest first.
         trainings: of the runs, by base recipe.
         studies: by name.
@@ -197,6 +199,7 @@ class Site:
     as_of: str
     version: str
     tables: tuple[Table, ...] = ()
+    costs: tuple[Grid, ...] = ()
     runs: tuple[Run, ...] = ()
     trainings: tuple[Training, ...] = ()
     studies: tuple[StudyReport, ...] = ()

@@ -65,6 +65,8 @@ _TRAINING = (
         "none",
         "SimSiam, BYOL: standard deviation of a channel of normalised projections; 1/sqrt(their length) is healthy, 0 collapse.",
     ),
+    Metric("code_entropy", "nats", "none", "SwAV: entropy of a crop's code, mean over the batch; ln(num_prototypes) is even."),
+    Metric("prototypes_used", "%", "max", "SwAV: prototypes that are the first choice of some crop in this batch."),
     Metric("queue_age", "steps", "none", "MoCo: mean steps since a key was put into the queue."),
     Metric("learning_rate", "", "none", "Learning rate of this step."),
     Metric("teacher_momentum", "", "none", "Momentum of the teacher's moving average at this step."),

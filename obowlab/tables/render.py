@@ -15,6 +15,9 @@ from obowlab.tables.model import Cell, Column, Estimate, Row, RunRef, Table
 
 Format = Literal["rich", "md", "verdicts", "json", "csv", "html"]
 
+Grid = tuple[str, Sequence[str], list[list[str]], list[str]]
+"""Title, headings, rows and remarks of another kind of table."""
+
 MARKS = {"agrees": "✓", "disagrees": "✗", "higher": "↑", "lower": "↓", "indistinguishable": "≈", "one seed": "○"}
 NOT_COMPARABLE = "not comparable"
 HASH_DIGITS = 12
@@ -156,21 +159,21 @@ def markdown(table: Table) -> str:
         "Direction against the base row: by a paired test on identical episodes (or images) and seeds, at 5 % after Holm's "
         "correction over the rows.",
         "",
-        *_markdown_table(columns, rows),
+        *markdown_table(columns, rows),
         "",
         *(f"{number}. {text}" for number, text in enumerate(table.footnotes, start=1)),
         *(["", *(f"- {line}" for line in problems(table))] if problems(table) else []),
         "",
         "## Random initialisation",
         "",
-        *_markdown_table(
+        *markdown_table(
             ["row", *(column.label for column in table.columns)],
             [[row.label, *(estimate_text(cell.random) for cell in row.cells)] for row in table.rows],
         ),
         "",
         "## Runs",
         "",
-        *_markdown_table(*runs_overview(table)),
+        *markdown_table(*runs_overview(table)),
     ]
     return "\n".join(lines) + "\n"
 
@@ -220,7 +223,7 @@ def verdicts(tables: Sequence[Table]) -> str:
         "Each row against the base row of its table, in points; ± is the 95 % interval over seeds and episodes (or images).",
         f"The {max(map(legend, tables), key=len)}.",
         "",
-        *_markdown_table(columns, rows),
+        *markdown_table(columns, rows),
     ]
     return "\n".join(lines) + "\n"
 
@@ -268,6 +271,13 @@ def as_csv(tables: Sequence[Table]) -> str:
 
 def html(tables: Sequence[Table]) -> str:
     """Return tables as one self-contained page."""
+    return html_page(tables=tables)
+
+
+def html_page(
+    *, tables: Sequence[Table] = (), grids: Sequence[tuple[str, Sequence[str], list[list[str]], list[str]]] = ()
+) -> str:
+    """Return one self-contained page of tables, and of others that are title, headings, rows and remarks."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -277,7 +287,7 @@ def html(tables: Sequence[Table]) -> str:
     )
     parts = {"overview": overview, "runs_overview": runs_overview, "remarks": remarks, "legend": legend}
     style = Markup((folder / "report" / "style.css").read_text(encoding="utf-8"))  # ours, and the report's: one look
-    return environment.get_template("table.html").render(tables=tables, style=style, **parts) + "\n"
+    return environment.get_template("table.html").render(tables=tables, grids=grids, style=style, **parts) + "\n"
 
 
 def as_text(tables: Sequence[Table], *, form: Format) -> str:
@@ -357,6 +367,7 @@ def _superscript(numbers: Iterable[int]) -> str:
     return f" {text}" if text else ""
 
 
-def _markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return the lines of a Markdown table."""
     lines = [columns, ["---"] * len(columns), *rows]
     return [f"| {' | '.join(text.replace('|', chr(92) + '|') for text in line)} |" for line in lines]

@@ -32,6 +32,9 @@ from obowlab.errors import UserError
 from obowlab.runs.metrics import lookup
 from obowlab.text import override
 
+COSTS = "costs"
+"""`kind` of a file whose rows are timed and not trained (`tables.costs`)."""
+
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
@@ -118,9 +121,14 @@ class PlannedTable:
         return override_texts(self.changes)
 
 
-def table_files() -> dict[str, Path]:
-    """Return every shipped table by name."""
+def shipped_files() -> dict[str, Path]:
+    """Return the file of every shipped table by name, those of costs too."""
     return {path.stem: path for path in sorted((project_root() / "ablations").glob("*.toml"))}
+
+
+def table_files() -> dict[str, Path]:
+    """Return the file of every shipped table whose rows are trained, by name."""
+    return {name: path for name, path in shipped_files().items() if read_toml(path).get("kind") != COSTS}
 
 
 def load_tables(names: Sequence[str], *, scale: str, overrides: Sequence[str] = ()) -> list[PlannedTable]:
@@ -182,7 +190,7 @@ def load_table(name: str | Path, *, scale: str, changes: Mapping[str, Any] | Non
 
 
 def resolve_names(names: Sequence[str]) -> list[str]:
-    """Return the tables that are meant: `all` stands for every shipped one, and none is named twice.
+    """Return the tables that are meant: `all` stands for every shipped one that is trained, and none is named twice.
 
     Raises:
         UserError: there is no such table.
@@ -224,7 +232,7 @@ def also_differs(row: PlannedRow, *, base: PlannedRow, paper_row: PlannedRow, pa
 
 
 def _find(name: str) -> Path:
-    return find_file(name, shipped=table_files(), kind="table", also=["all"])
+    return find_file(name, shipped=shipped_files(), kind="table", also=["all"])
 
 
 def _read(path: Path) -> TableFile:

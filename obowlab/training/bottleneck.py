@@ -2,7 +2,7 @@
 
 `obowlab.launch.bounds` starts it, writes what to measure to its standard input, and reads parts and facts from its output, a JSON
 line each. Loader, rendering, step and evaluation are first timed alone; then `loop.train` itself trains for a while, in a run
-folder that is thrown away.
+folder that is thrown away. Of a table of costs only step and training are asked for, and their memory.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 
 from obowlab.config import Loaded, Machine, Recipe, load_recipe
-from obowlab.data.datasets import open_split, prepare
+from obowlab.data.datasets import Split, open_split, prepare
 from obowlab.data.manifest import read_manifest
 from obowlab.data.synthetic import NAME as SYNTHETIC
 from obowlab.errors import UserError
@@ -37,6 +37,7 @@ from obowlab.launch.bounds import (
     TOGETHER,
     Facts,
     Part,
+    Speed,
 )
 from obowlab.runs.folder import RunFolder
 from obowlab.runs.provenance import num_cores
@@ -45,6 +46,7 @@ from obowlab.training.distributed import World, join
 from obowlab.training.evaluation_speed import Sizes, evaluation
 from obowlab.training.flops import count_flops, matmul_tflops, peak_tflops
 from obowlab.training.loop import open_loader, train
+from obowlab.training.memory import forget_peak, peak_mib, present_mib
 from obowlab.training.reporter import Reporter
 from obowlab.training.signals import Interrupted, StopRequest
 from obowlab.training.timing import WARM_UP, rate, timed
@@ -65,16 +67,40 @@ DRAWN, DRAWN_SIZE, DRAWN_IMAGES = "drawn", (500, 375), 64
 """What is read where the data set is not prepared: as many different images, of ImageNet's usual size."""
 
 
-def measure(
+@dataclass(frozen=True)
+class Opened:
+    """A run in the scratch folder, ready to be timed.
+
+    Attributes:
+        asked: the recipe as it was asked for.
+        run: of the same recipe with a batch that fits, on images that are there.
+        split: what it trains on.
+        batch: images of a step.
+        work: a step of that batch alone, which has been done.
+        images: what the loader reads, in words.
+        resident_mib: memory on the device before anything was built.
+    """
+
+    asked: Recipe
+    run: RunContext
+    split: Split
+    batch: int
+    work: Work
+    images: str
+    resident_mib: float
+
+
+@contextlib.contextmanager
+def opened(
     name: str, *, overrides: list[str], machine: Machine, seconds: float, scratch: Path, say: Callable[[str], None]
-) -> Iterator[Part | Facts]:
-    """Yield every part of a recipe's run as soon as it is measured, and the facts at the end.
+) -> Iterator[Opened]:
+    """Open a recipe's run in a folder that is thrown away; where its data set is not prepared, on drawn images.
 
     Args:
         name: of the recipe, or its file.
         overrides: texts `key=value`.
         machine: where and with what.
-        seconds: about so long; a slow step is done twice nevertheless.
+        seconds: that the parts may take together, by which a CPU's batch is chosen.
         scratch: an empty folder, for what is drawn and trained.
         say: called with a line of progress at a time.
 
@@ -85,6 +111,7 @@ def measure(
     with join(machine) as world:
         if world.device.type == "cuda":
             torch.backends.cudnn.benchmark = not machine.deterministic
+        resident_mib = present_mib(world.device)
         say("Timing a step to choose the batch.")
         batch, work = choose_batch(asked, machine=machine, device=world.device, seconds=seconds)
         overrides = [*overrides, f"training.batch_size={batch}", "evaluation.every_epochs=0"]
@@ -101,51 +128,68 @@ def measure(
         machine = machine.model_copy(update={"runs_root": scratch / "runs"})
         loaded = load_recipe(name, overrides=overrides)
         split = open_split(loaded.recipe.data.dataset, "train", data_root=machine.data_root, runs_root=machine.runs_root)
-        run = make_run(loaded, machine=machine, world=world)
+        yield Opened(asked, make_run(loaded, machine=machine, world=world), split, batch, work, images, resident_mib)
 
+
+def measure(
+    name: str, *, overrides: list[str], machine: Machine, seconds: float, scratch: Path, say: Callable[[str], None]
+) -> Iterator[Part | Facts]:
+    """Yield every part of a recipe's run as soon as it is measured, and the facts at the end.
+
+    Args:
+        name: as for `opened`, and the others.
+        overrides: texts.
+        machine: where and with what.
+        seconds: about so long; a slow step is done twice nevertheless.
+        scratch: an empty folder.
+        say: called with a line of progress at a time.
+
+    Raises:
+        UserError: as `opened`.
+    """
+    with opened(name, overrides=overrides, machine=machine, seconds=seconds, scratch=scratch, say=say) as it:
+        asked, run, batch, device = it.asked, it.run, it.batch, it.run.world.device
         say("Loader.")
-        loader = open_loader(run, split=split)
+        loader = open_loader(run, split=it.split)
         workers = torch.get_num_threads() if machine.workers is None else machine.workers
         taken, stream = seconds * SHARES[LOADER], batches(loader)
-        alone = rate(stream, batch_size=batch, seconds=taken, wait=work.wait)
-        yield _of_batch(LOADER, alone, batch=batch, note=f"{loader.backend}, {workers} worker(s), {images}")
+        alone = rate(stream, batch_size=batch, seconds=taken, wait=it.work.wait)
+        yield _of_batch(LOADER, alone, batch=batch, note=f"{loader.backend}, {workers} worker(s), {it.images}")
 
         say("Rendering.")
         with contextlib.closing(batches(loader)) as one:
             pixels = next(one)
         rendered = timed(
-            lambda: render(pixels, pixels.numbers.on(world.device)[0], device=world.device),
+            lambda: render(pixels, pixels.numbers.on(device)[0], device=device),
             seconds=seconds * SHARES[RENDERING],
-            wait=work.wait,
+            wait=it.work.wait,
         )
         yield _of_batch(RENDERING, batch / rendered, batch=batch, note="colours, blur and flips of a batch that is cut")
 
         say("Step.")
         step_s = 0.0
-        for part, one_s in steps(work, seconds=seconds * SHARES[STEP]):
+        for part, one_s in steps(it.work, seconds=seconds * SHARES[STEP]):
             step_s = one_s if part.name == STEP else step_s
             yield part
-        flops = count_flops(work.step)
-        del work
-        if world.device.type == "cuda":
-            torch.cuda.empty_cache()
+        flops = count_flops(it.work.step)
+        it.work.forget()
 
         say("All parts together.")
         whole = together(run, seconds=seconds * SHARES[TOGETHER], batch=batch)
         yield whole
 
         say("Evaluation.")
-        sizes = Sizes(asked, split=split, data_root=machine.data_root)
+        sizes = Sizes(asked, split=it.split, data_root=run.machine.data_root)
         evaluated: list[tuple[Part, float]] = []
-        for found in evaluation(run, split=split, sizes=sizes, seconds=seconds * SHARES["evaluation"]):
+        for found in evaluation(run, split=it.split, sizes=sizes, seconds=seconds * SHARES["evaluation"]):
             evaluated.append(found)
             yield found[0]
-        card = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
+        card = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         precision = asked.training.precision
         peak = peak_tflops(card, precision) if card else matmul_tflops()
         images_seen = asked.training.epochs * (sizes.num_train // asked.training.batch_size) * asked.training.batch_size
         yield Facts(
-            device=world.device.type,
+            device=device.type,
             card=card,
             gpus=torch.cuda.device_count() if card else 0,
             cores=num_cores(),
@@ -155,12 +199,50 @@ def measure(
             precision=precision,
             batch_size=asked.training.batch_size,
             measured_batch=batch,
-            images=images,
+            images=it.images,
             source_px=max(asked.views.original_resize, asked.views.patch_source_size if asked.views.num_patches else 0),
             tflops=flops / step_s / 1e12,
             peak_tflops=peak,
             train_s=None if whole.images_per_s is None else images_seen / whole.images_per_s,
             evaluation_s=sum(each_s for _, each_s in evaluated) * (2 if asked.evaluation.random_baseline else 1),
+        )
+
+
+def measure_speed(
+    name: str, *, overrides: list[str], machine: Machine, seconds: float, scratch: Path, say: Callable[[str], None]
+) -> Speed:
+    """Return how fast a recipe trains and what memory that takes: half of the time a step alone, half the training itself.
+
+    Args:
+        name: as for `opened`, and the others.
+        overrides: texts.
+        machine: where and with what.
+        seconds: about so long; a slow step is done twice nevertheless.
+        scratch: an empty folder.
+        say: called with a line of progress at a time.
+
+    Raises:
+        UserError: as `opened`; an epoch has too few steps to be timed.
+    """
+    with opened(name, overrides=overrides, machine=machine, seconds=seconds, scratch=scratch, say=say) as it:
+        device = it.run.world.device
+        step_s = timed(it.work.step, seconds=seconds / 2, wait=it.work.wait)
+        flops = count_flops(it.work.step)
+        it.work.forget()
+        forget_peak(device)
+        whole = together(it.run, seconds=seconds / 2, batch=it.batch)
+        if whole.images_per_s is None:
+            raise UserError(f"The training of {name} could not be timed: {whole.note}.")
+        return Speed(
+            loop_images_per_s=whole.images_per_s,
+            step_images_per_s=it.batch / step_s,
+            gflops_per_image=flops / it.batch / 1e9,
+            memory_mib=max(0.0, peak_mib(device) - it.resident_mib),
+            measured_batch=it.batch,
+            device=device.type,
+            card=torch.cuda.get_device_name(device) if device.type == "cuda" else "",
+            threads=torch.get_num_threads(),
+            images=it.images,
         )
 
 
@@ -301,15 +383,18 @@ def main() -> int:
     machine = Machine.model_validate_json(json.dumps(request["machine"]))
     if machine.threads is not None:
         torch.set_num_threads(machine.threads)
+    how: dict[str, Any] = {
+        "overrides": request["overrides"],
+        "machine": machine,
+        "seconds": request["seconds"],
+        "scratch": Path(request["scratch"]),
+        "say": lambda words: write(say=words),
+    }
     try:
-        for found in measure(
-            request["name"],
-            overrides=request["overrides"],
-            machine=machine,
-            seconds=request["seconds"],
-            scratch=Path(request["scratch"]),
-            say=lambda words: write(say=words),
-        ):
+        if request.get("speed_alone"):
+            write(speed=asdict(measure_speed(request["name"], **how)))
+            return 0
+        for found in measure(request["name"], **how):
             write(**{"part" if isinstance(found, Part) else "facts": asdict(found)})
     except UserError as error:
         write(error=str(error))

@@ -116,6 +116,12 @@ class Work:
         with computing_in(name, device=self.device):  # autocast is forward's alone
             loss.backward()  # type: ignore[no-untyped-call]
 
+    def forget(self) -> None:
+        """Give the memory back; nothing can be done with this object any more."""
+        del self.model, self._optimizer, self.original, self.views
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def wait(self) -> None:
         """Wait for the device."""
         if self.device.type == "cuda":

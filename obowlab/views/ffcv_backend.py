@@ -49,7 +49,7 @@ POLL_S = 0.1
 """How long the reading thread waits for room in the queue before it checks whether it should end."""
 
 RECORD_FIELDS = 4
-VIEW_FIELDS = 8
+VIEW_FIELDS = 9
 """Whole numbers that describe an image and each of its views: see `plans`."""
 
 NUM_KINDS = 4
@@ -263,10 +263,11 @@ class _Reader(EpochIterator):  # type: ignore[misc]
 
 
 def plans(split: Split, indices: Ints, geometry: Geometry) -> Ints:
-    """Return one row of whole numbers per image, [N, 4 + 8 V].
+    """Return one row of whole numbers per image, [N, 4 + 9 V].
 
     Where its bytes start, how many they are, height, width; then each view as `pil_resize.cut_view` expects it.
     """
     record = np.stack([values[indices] for values in (split.pointers, split.sizes, split.heights, split.widths)], axis=1)
-    views = np.concatenate([geometry.boxes, geometry.resized, geometry.windows], axis=-1)
+    bicubic = np.broadcast_to(np.array(geometry.bicubic)[None, :, None], (*geometry.boxes.shape[:2], 1))
+    views = np.concatenate([geometry.boxes, geometry.resized, geometry.windows, bicubic], axis=-1)
     return np.concatenate([record, views.reshape(len(indices), -1)], axis=1, dtype=np.int64)

@@ -1,8 +1,8 @@
-"""Compiled resizing that equals PIL's bilinear filter bit for bit (numba).
+"""Compiled resizing that equals PIL's bilinear and bicubic filters bit for bit (numba).
 
 PIL resizes bytes in two passes, first along the rows, then along the columns, and rounds to bytes between them. Each output
-pixel is a weighted sum of the input pixels under a triangle that widens with the reduction (antialiasing); the weights are
-integers of 22 bits. Integer sums do not depend on their order, so a compiled loop can give exactly PIL's bytes.
+pixel is a weighted sum of the input pixels under a triangle or a cubic that widens with the reduction (antialiasing); the weights
+are integers of 22 bits. Integer sums do not depend on their order, so a compiled loop can give exactly PIL's bytes.
 
 Along a row three interleaved channels are awkward for vector instructions, so the first pass reads a transposed copy of the
 image, made once for all views: there too the inner loop runs over neighbouring bytes. Only the window that is kept is computed.
@@ -40,7 +40,18 @@ def _compiled(function: Any) -> Any:
 
 
 @_compiled
-def weights(size: int, out_size: int, first: int, count: int) -> tuple[Any, Any]:
+def cubic(x: float) -> float:
+    """Return the weight of a pixel at distance x >= 0 from the centre, Keys's cubic with a = -1/2, computed in PIL's order."""
+    a = -0.5
+    if x < 1.0:
+        return ((a + 2.0) * x - (a + 3.0)) * x * x + 1.0
+    if x < 2.0:
+        return (((x - 5.0) * x + 8.0) * x - 4.0) * a
+    return 0.0
+
+
+@_compiled
+def weights(size: int, out_size: int, first: int, count: int, bicubic: bool) -> tuple[Any, Any]:
     """Return where the taps of output pixels first .. first+count-1 begin and end, [count, 2], and their weights.
 
     Args:
@@ -48,9 +59,11 @@ def weights(size: int, out_size: int, first: int, count: int) -> tuple[Any, Any]
         out_size: Pixels that the input is resized to.
         first: First output pixel wanted.
         count: Output pixels wanted.
+        bicubic: The weights are a cubic and not a triangle.
     """
     scale = size / out_size
-    support = max(scale, 1.0)  # half the triangle's base
+    spread = max(scale, 1.0)
+    support = 2.0 * spread if bicubic else spread  # how far the filter reaches to either side
     bounds = np.empty((count, 2), np.int64)
     taps = np.empty((count, int(np.ceil(support)) * 2 + 1), np.int32)
     row = np.empty(taps.shape[1])
@@ -62,10 +75,12 @@ def weights(size: int, out_size: int, first: int, count: int) -> tuple[Any, Any]
         total = 0.0
         for tap in range(stop - start):
             # The reciprocal, not a division: PIL multiplies by it, and the last bit decides some roundings.
-            row[tap] = max(0.0, 1.0 - abs((tap + start - centre + 0.5) * (1.0 / support)))
+            distance = abs((tap + start - centre + 0.5) * (1.0 / spread))
+            row[tap] = cubic(distance) if bicubic else max(0.0, 1.0 - distance)
             total += row[tap]
         for tap in range(stop - start):
-            taps[index, tap] = int(row[tap] / total * (1 << PRECISION_BITS) + 0.5)
+            weight = row[tap] / total * (1 << PRECISION_BITS)
+            taps[index, tap] = int(weight + (0.5 if weight >= 0.0 else -0.5))
     return bounds, taps
 
 
@@ -105,31 +120,38 @@ def weighted_sum(lines: Pixels, offset: int, taps: Any, num_taps: int, sums: Any
 
 
 @_compiled
+def byte(total: int) -> int:
+    """Return a weighted sum as a byte; the negative weights of a cubic can take it out of range."""
+    return min(max(total >> PRECISION_BITS, 0), 255)
+
+
+@_compiled
 def cut_view(columns: Pixels, plan: Ints, between: Pixels, out: Pixels) -> None:
     """Resize a rectangle of an image and keep a square of the result.
 
     Args:
         columns: The image, transposed, [W, H, 3].
-        plan: Top, left, height and width of the rectangle; height and width to resize it to; top and left of the square, [8].
+        plan: Top, left, height and width of the rectangle; height and width to resize it to; top and left of the square; 1 for
+            the bicubic filter and 0 for the bilinear one, [9].
         between: Memory for the rows between the two passes, at least height * side * 3 bytes.
         out: The square, [side, side, 3].
     """
-    top, left, height, width, resized_height, resized_width, window_top, window_left = plan
+    top, left, height, width, resized_height, resized_width, window_top, window_left, bicubic = plan
     side = out.shape[0]
-    bounds, taps = weights(height, resized_height, window_top, side)
+    bounds, taps = weights(height, resized_height, window_top, side, bicubic != 0)
     first_row, last_row = bounds[0, 0], bounds[side - 1, 1]
     rows = between[: (last_row - first_row) * side * 3].reshape(last_row - first_row, side * 3)
 
-    column_bounds, column_taps = weights(width, resized_width, window_left, side)
+    column_bounds, column_taps = weights(width, resized_width, window_left, side, bicubic != 0)
     lines = columns.reshape(columns.shape[0], columns.shape[1] * 3)
     sums = np.empty((last_row - first_row) * 3, np.int32)
     for x in range(side):
         start, stop = column_bounds[x]
         weighted_sum(lines[left + start : left + stop], (top + first_row) * 3, column_taps[x], stop - start, sums)
         for y in range(last_row - first_row):
-            rows[y, 3 * x] = sums[3 * y] >> PRECISION_BITS
-            rows[y, 3 * x + 1] = sums[3 * y + 1] >> PRECISION_BITS
-            rows[y, 3 * x + 2] = sums[3 * y + 2] >> PRECISION_BITS
+            rows[y, 3 * x] = byte(sums[3 * y])
+            rows[y, 3 * x + 1] = byte(sums[3 * y + 1])
+            rows[y, 3 * x + 2] = byte(sums[3 * y + 2])
 
     sums = np.empty(side * 3, np.int32)
     flat = out.reshape(side, side * 3)
@@ -137,4 +159,4 @@ def cut_view(columns: Pixels, plan: Ints, between: Pixels, out: Pixels) -> None:
         start, stop = bounds[y]
         weighted_sum(rows[start - first_row : stop - first_row], 0, taps[y], stop - start, sums)
         for j in range(side * 3):
-            flat[y, j] = sums[j] >> PRECISION_BITS
+            flat[y, j] = byte(sums[j])

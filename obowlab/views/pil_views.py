@@ -150,8 +150,9 @@ def cut_view(image: Image.Image, plan: Geometry, row: int, view: int) -> Pixels:
         image = image.crop((left, top, left + width, top + height))
     resized_height, resized_width = plan.resized[row, view].tolist()
     # Rows first, as Pillow did up to version 12; left to itself, Pillow 13 starts with the columns of tall images.
-    image = image.resize((resized_width, height), Image.Resampling.BILINEAR)
-    image = image.resize((resized_width, resized_height), Image.Resampling.BILINEAR)
+    resampling = Image.Resampling.BICUBIC if plan.bicubic[view] else Image.Resampling.BILINEAR
+    image = image.resize((resized_width, height), resampling)
+    image = image.resize((resized_width, resized_height), resampling)
     side = plan.sizes[view]
     if (resized_width, resized_height) != (side, side):
         top, left = plan.windows[row, view].tolist()

@@ -37,12 +37,14 @@ class Geometry:
 
     Attributes:
         sizes: Side of the square kept, one per view.
+        bicubic: Whether a view is resized by PIL's bicubic filter, and not by its bilinear one; one per view.
         boxes: Top, left, height and width of the source rectangle, [N, V, 4].
         resized: Height and width that the rectangle is resized to, [N, V, 2].
         windows: Top and left of the square within the resized rectangle, [N, V, 2].
     """
 
     sizes: tuple[int, ...]
+    bicubic: tuple[bool, ...]
     boxes: Ints
     resized: Ints
     windows: Ints
@@ -86,7 +88,8 @@ class Colour:
 def geometry(views: Views, *, seed: int, epoch: int, indices: Ints, heights: Ints, widths: Ints) -> Geometry:
     """Return how every view of every image is cut in one epoch (paper, appendix G).
 
-    The original is Resize + CenterCrop; crops and the patch source are torchvision's RandomResizedCrop.
+    The original is Resize + CenterCrop, always bilinear as in evaluation; crops and the patch source are torchvision's
+    RandomResizedCrop.
 
     Args:
         views: Sizes and ranges.
@@ -97,18 +100,21 @@ def geometry(views: Views, *, seed: int, epoch: int, indices: Ints, heights: Int
         widths: Widths of the images in pixels, [N].
     """
     centre = centre_geometry(views, heights=heights, widths=widths)
-    lanes = [(Stream.CROPS, lane, views.crop(lane).cut_scale, views.cut_size) for lane in range(views.num_crops)]
+    crops = [(lane, views.crop(lane)) for lane in range(views.num_crops)]
+    small = [(lane, views.crop(lane)) for lane in small_lanes(views)]
+    lanes = [(Stream.CROPS, lane, crop.cut_scale, views.cut_size, crop.interpolation) for lane, crop in crops]
     if views.num_patches:
-        lanes.append((Stream.PATCH_SOURCE, 0, views.patch_scale, views.patch_source_size))
-    lanes += [(Stream.CROPS, lane, views.crop(lane).small_crop_scale, views.small_crop_size) for lane in small_lanes(views)]
+        lanes.append((Stream.PATCH_SOURCE, 0, views.patch_scale, views.patch_source_size, views.interpolation))
+    lanes += [(Stream.CROPS, lane, crop.small_crop_scale, views.small_crop_size, crop.interpolation) for lane, crop in small]
     boxes = [centre.boxes[:, 0]]
-    for stream, lane, scale, _ in lanes:
+    for stream, lane, scale, *_ in lanes:
         draws = uniforms(seed=seed, epoch=epoch, indices=indices, stream=stream, count=2 * CROP_TRIES + 2, lane=lane)
         boxes.append(random_boxes(draws, heights=heights, widths=widths, scale=scale))
-    sizes = [size for *_, size in lanes]
+    sizes = [size for *_, size, _ in lanes]
     squares = np.broadcast_to(np.array(sizes, dtype=np.int64)[None, :, None], (len(heights), len(sizes), 2))
     return Geometry(
         sizes=(views.original_size, *sizes),
+        bicubic=(False, *(filtering == "bicubic" for *_, filtering in lanes)),
         boxes=np.stack(boxes, axis=1),
         resized=np.concatenate([centre.resized, squares], axis=1),
         windows=np.concatenate([centre.windows, np.zeros_like(squares)], axis=1),
@@ -138,6 +144,7 @@ def centre_geometry(views: Views, *, heights: Ints, widths: Ints) -> Geometry:
     zeros = np.zeros_like(heights)
     return Geometry(
         sizes=(views.original_size,),
+        bicubic=(False,),
         boxes=np.stack((zeros, zeros, heights, widths), axis=-1)[:, None],
         resized=resized,
         windows=np.rint((resized - views.original_size) / 2.0).astype(np.int64),

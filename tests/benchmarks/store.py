@@ -57,6 +57,7 @@ OF_METHOD = {
     "simsiam": {"projection_std": 0.02},
     "simclr": {"contrast_accuracy": 60.0},
     "byol": {"projection_std": 0.06, "teacher_momentum": 0.99},
+    "swav": {"loss_kl": 3.0, "code_entropy": 2.0, "prototypes_used": 30.0},
     "supervised": {"class_accuracy": 70.0},
 }
 """Method -> what it logs beside its losses, and about how much of it."""

@@ -1,0 +1,308 @@
+"""Tables of what training costs (Table 8): every row is timed on this machine, in turns, and trained by nobody.
+
+A file in `ablations/` with `kind = "costs"` names a recipe per row and scale. All rows are timed with the base row's batch, in a
+process of their own, round after round, so that a machine that slows down slows all of them. What was measured is kept in
+`RUNS_ROOT/.tables/NAME-SCALE.costs` after every row: the same command continues there.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from obowlab.config import Loaded, Machine, Section, load_recipe, nearest, parse_override, parse_section, read_toml
+from obowlab.config.base import canonical_hash
+from obowlab.config.scales import SCALES
+from obowlab.errors import UserError
+from obowlab.files.opening import read_file
+from obowlab.files.replacing import write_atomic
+from obowlab.files.sharing import shared_folder
+from obowlab.launch.bounds import Speed, measure
+from obowlab.runs import provenance
+from obowlab.tables.kept import KEPT, identity
+from obowlab.tables.spec import COSTS, NAME, override_texts, resolve_names, shipped_files
+
+ROUNDS = 3
+"""How often every row is timed."""
+
+SECONDS = 12.0
+"""About what timing a row takes each time, beside the start of its process."""
+
+
+class Ratios(Section):
+    """A row of the paper, relative to its base row."""
+
+    epochs: int = Field(description="of training")
+    epoch_time: float = Field(description="time per epoch")
+    training_time: float = Field(description="time of all epochs")
+    memory: float = Field(description="per GPU")
+
+
+class CostRow(Section):
+    """A row of the file."""
+
+    key: str = Field(pattern=NAME, description="short name for --rows, unique in the table")
+    label: str
+    recipes: dict[str, str] = Field(description="scale -> name of the recipe, or its file beside this one")
+    set: dict[str, dict[str, Any]] = Field({}, description="scale -> recipe key -> value")
+    paper: Ratios | None = None
+    footnotes: tuple[str, ...] = ()
+
+
+class CostFile(Section):
+    """A table file of costs."""
+
+    kind: Literal["costs"]
+    title: str
+    base: str = Field(description="key of the row that is the unit")
+    footnotes: tuple[str, ...] = ()
+    row: tuple[CostRow, ...] = Field(min_length=1)
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """A table of costs at one scale.
+
+    Attributes:
+        name: of its file, without the ending.
+        scale: one of `SCALES`.
+        file: what it says.
+        recipes: name or file of every row's recipe at this scale, by key.
+        loaded: recipe of every row that has one at this scale, by key; all with the base row's batch.
+        overrides: what is changed of each, as texts.
+        changes: what all rows change (`--set`), as texts.
+    """
+
+    name: str
+    scale: str
+    file: CostFile
+    recipes: dict[str, str]
+    loaded: dict[str, Loaded] = field(repr=False)
+    overrides: dict[str, tuple[str, ...]] = field(repr=False)
+    changes: tuple[str, ...] = ()
+
+    @property
+    def rows(self) -> list[CostRow]:
+        """The rows that have a recipe at this scale."""
+        return [row for row in self.file.row if row.key in self.loaded]
+
+    @property
+    def file_name(self) -> str:
+        """The name under which what was measured is kept."""
+        return f"{identity(self.name, scale=self.scale, changes=self.changes)}.costs"
+
+
+class Timed(BaseModel):
+    """A row, timed once."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    round: int
+    row: str
+    speed: Speed
+
+
+class Costs(BaseModel):
+    """Everything that was measured for a table on one machine.
+
+    Attributes:
+        identity: hash of the rows' recipes, the machine and what it was asked to use.
+        host: name of the machine.
+        processor: its model.
+        cores: that the processes may use.
+        commit: of the code; None when unknown.
+        software: package -> version.
+        began: UTC, ISO 8601.
+        timed: in the order of time.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    identity: str
+    host: str
+    processor: str
+    cores: int
+    commit: str | None
+    software: dict[str, str]
+    began: str
+    timed: tuple[Timed, ...] = ()
+
+    def speed(self, row: str, number: int) -> Speed | None:
+        """Return what a row was timed at in a round; None where it was not."""
+        return next((each.speed for each in self.timed if (each.row, each.round) == (row, number)), None)
+
+
+def separate(names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the tables of costs that a command names, and the others; `all` stands for tables that are trained.
+
+    Raises:
+        UserError: there is no such table.
+    """
+    costs = [name for name in names if name != "all" and _is_costs(name)]
+    return costs, [name for name in names if name not in costs]
+
+
+def load_costs(name: str, *, scale: str, overrides: Sequence[str] = ()) -> CostTable:
+    """Read a table of costs and resolve its rows' recipes at a scale.
+
+    Args:
+        name: of a shipped table, or its file.
+        scale: one of `SCALES`.
+        overrides: what every row changes, as texts `key=value`.
+
+    Raises:
+        UserError: no such scale, recipe or key; two rows of one name; no base row.
+    """
+    if scale not in SCALES:
+        raise UserError(f"There is no scale '{scale}'.{nearest(scale, list(SCALES))}")
+    path = shipped_files().get(name, Path(name))
+    file = parse_section(CostFile, read_toml(path), place=str(path))
+    keys = [row.key for row in file.row]
+    if len(set(keys)) != len(keys):
+        raise UserError(f"{path}: two rows have the key '{next(key for key in keys if keys.count(key) > 1)}'.")
+    if file.base not in keys:
+        raise UserError(f"{path}: no row has the key '{file.base}', which 'base' names.{nearest(file.base, keys)}")
+    for row in file.row:
+        for word in (*row.recipes, *row.set):
+            if word not in SCALES:
+                raise UserError(f"{path}: row '{row.key}' names the scale '{word}'.{nearest(word, list(SCALES))}")
+    base = next(row for row in file.row if row.key == file.base)
+    if scale not in base.recipes:
+        raise UserError(f"{path}: the base row '{base.key}' has no recipe at scale {scale}.")
+    changes = dict(map(parse_override, overrides))
+    common = override_texts(changes)
+    try:
+        rows = [row for row in file.row if scale in row.recipes]
+        recipes = {row.key: _reference(row.recipes[scale], folder=path.parent) for row in rows}
+        batch = _loaded(base, recipes=recipes, scale=scale, changes=changes).recipe.training.batch_size
+        same = {"training.batch_size": batch}
+        loaded = {row.key: _loaded(row, recipes=recipes, scale=scale, changes={**same, **changes}) for row in rows}
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    texts = {row.key: override_texts({**row.set.get(scale, {}), **same, **changes}) for row in rows}
+    return CostTable(path.stem, scale, file, recipes, loaded, texts, common)
+
+
+def measure_costs(
+    table: CostTable, *, rows: Sequence[str], machine: Machine, say: Callable[[str], None], seconds: float = SECONDS
+) -> Costs:
+    """Time what is not timed yet, and return everything; kept after every row.
+
+    Args:
+        table: at its scale.
+        rows: keys of those that are timed, see `select`.
+        machine: where and with what; its run store keeps the results.
+        say: called with a line of progress at a time.
+        seconds: about so long for a row in a round.
+
+    Raises:
+        UserError: a recipe cannot be trained here; the run store cannot be written to.
+    """
+    path = machine.runs_root / KEPT / table.file_name
+    costs = _begin(table, machine=machine, kept=read_costs(path))
+    wanted = [row for row in table.rows if row.key in rows]
+    due = [(number, row) for number in range(ROUNDS) for row in wanted if costs.speed(row.key, number) is None]
+    for done, (number, row) in enumerate(due):
+        say(f"Timing {row.label}, round {number + 1} of {ROUNDS}; {len(due) - done} to go.")
+        measured = measure(
+            table.recipes[row.key],
+            overrides=table.overrides[row.key],
+            machine=machine,
+            seconds=seconds,
+            say=lambda _: None,
+            speed_alone=True,
+        )
+        assert measured.speed is not None
+        costs = costs.model_copy(update={"timed": (*costs.timed, Timed(round=number, row=row.key, speed=measured.speed))})
+        try:
+            shared_folder(path.parent)
+        except OSError as error:
+            raise UserError(f"Cannot write {path}: {error.strerror}.") from None
+        write_costs(costs, path, shared=True)
+    return costs
+
+
+def select(words: Sequence[str], *, table: CostTable) -> list[str]:
+    """Return the keys of the rows that `--rows` asks for, the base row always among them; all rows without a word.
+
+    Raises:
+        UserError: there is no such row at this scale.
+    """
+    keys = list(table.loaded)
+    wanted = [part for word in words for part in word.split(",") if part]
+    for key in wanted:
+        if key not in keys:
+            raise UserError(f"{table.name} has no row '{key}' at scale {table.scale} (--rows).{nearest(key, keys)}")
+    return [key for key in keys if not wanted or key in wanted or key == table.file.base]
+
+
+def find_costs(table: CostTable, *, folder: Path) -> Costs | None:
+    """Return what was measured for a table: as a run store keeps it, or among the records of `ablate --records`."""
+    return read_costs(folder / KEPT / table.file_name) or read_costs(folder / table.file_name)
+
+
+def read_costs(path: Path) -> Costs | None:
+    """Return what was measured; None where nothing was, or by another version."""
+    try:
+        return Costs.model_validate_json(read_file(path))
+    except (OSError, ValueError):
+        return None
+
+
+def write_costs(costs: Costs, path: Path, *, shared: bool = False) -> None:
+    """Write what was measured; the same gives the same bytes.
+
+    Raises:
+        UserError: the disk refuses.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, costs.model_dump_json(indent=1) + "\n", shared=shared)
+    except OSError as error:
+        raise UserError(f"Cannot write {path}: {error.strerror}.") from None
+
+
+# -------------------------------------------------------------------------------------------------------------- helpers
+
+
+def _is_costs(name: str) -> bool:
+    files = shipped_files()
+    if name not in files:
+        resolve_names([name])  # refuses what there is not
+    return read_toml(files.get(name, Path(name))).get("kind") == COSTS
+
+
+def _reference(recipe: str, *, folder: Path) -> str:
+    return str(folder / recipe) if recipe.endswith(".toml") else recipe
+
+
+def _loaded(row: CostRow, *, recipes: Mapping[str, str], scale: str, changes: Mapping[str, Any]) -> Loaded:
+    try:
+        return load_recipe(recipes[row.key], changes={**row.set.get(scale, {}), **changes})
+    except UserError as error:
+        raise UserError(f"row '{row.key}': {error}") from None
+
+
+def _begin(table: CostTable, *, machine: Machine, kept: Costs | None) -> Costs:
+    """Return what was measured before, if it was here and of the same recipes; else a new beginning."""
+    recipes = {key: loaded.recipe.fingerprint(seed=0) for key, loaded in table.loaded.items()}
+    asked = machine.model_dump(mode="json", include={"device", "threads", "loader", "workers", "compile", "channels_last"})
+    word = canonical_hash([recipes, asked, socket.gethostname(), os.cpu_count()])
+    if kept is not None and kept.identity == word:
+        return kept
+    return Costs(
+        identity=word,
+        host=socket.gethostname(),
+        processor=str(provenance.environment()["cpu_model"]),
+        cores=provenance.num_cores(),
+        commit=provenance.code().commit,
+        software=provenance.versions(),
+        began=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
