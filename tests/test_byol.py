@@ -191,6 +191,7 @@ def test_the_recipes_crops_differ_in_blur_and_solarisation(name: str) -> None:
     assert solarised[0] == 0.0
     assert solarised[1] == pytest.approx(0.2, abs=0.03)
     assert views.saturation == 0.2
+    assert views.interpolation == ("bicubic" if views.original_size == 224 else "bilinear")
 
 
 @pytest.mark.parametrize(
