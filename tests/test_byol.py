@@ -155,6 +155,24 @@ def test_the_heads_are_the_authors() -> None:
             assert float(scaled.std()) == pytest.approx(0.8796, abs=2e-3)  # of a normal that is cut at two deviations
 
 
+class Mirrored(OneProcess):
+    """A second process whose rows are those of this one, turned round."""
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat((x, -x)).detach()
+
+
+def test_the_spread_is_that_of_the_rows_of_all_processes() -> None:
+    """A process with one image has none of its own."""
+    method = build()
+    alone = float(method(draw_batch()).metrics["projection_std"])
+    method = build()
+    method.comm = Mirrored()
+    both = float(method(draw_batch()).metrics["projection_std"])
+    assert both == pytest.approx(SIZE**-0.5, rel=0.15)
+    assert both != pytest.approx(alone, rel=1e-3)
+
+
 def test_only_what_the_student_has_is_learnt() -> None:
     method = build()
     (group, monitor) = method.param_groups(weight_decay=1e-6)
@@ -173,6 +191,7 @@ def test_the_recipes_crops_differ_in_blur_and_solarisation(name: str) -> None:
     assert solarised[0] == 0.0
     assert solarised[1] == pytest.approx(0.2, abs=0.03)
     assert views.saturation == 0.2
+    assert views.interpolation == ("bicubic" if views.original_size == 224 else "bilinear")
 
 
 @pytest.mark.parametrize(

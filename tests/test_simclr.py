@@ -158,7 +158,7 @@ def test_the_large_recipes_have_the_authors_colours(name: str) -> None:
     views = load_recipe(name).recipe.views
     assert (views.brightness, views.contrast, views.saturation, views.hue) == (0.8, 0.8, 0.8, 0.2)
     assert (views.jitter_probability, views.grayscale_probability, views.blur_probability) == (0.8, 0.2, 0.5)
-    assert (views.cut_scale, views.cut_size) == ((0.08, 1.0), 224)
+    assert (views.cut_scale, views.cut_size, views.interpolation) == ((0.08, 1.0), 224, "bicubic")
 
 
 @pytest.mark.parametrize(

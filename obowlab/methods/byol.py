@@ -66,7 +66,9 @@ class BYOL(Method[Byol]):
         loss = squared_distance(predicted[0], targets[1]) + squared_distance(predicted[1], targets[0])
         metrics = {}
         if batch.wants_metrics:
-            metrics["projection_std"] = torch.stack([channel_std(each.detach()) for each in projected]).mean()
+            metrics["projection_std"] = torch.stack(
+                [channel_std(self.comm.all_gather(each.detach())) for each in projected]
+            ).mean()
             metrics["teacher_momentum"] = torch.full((), momentum, device=loss.device)
         return self._output({"crops": loss}, metrics, features=features[0], labels=batch.labels)
 

@@ -64,7 +64,9 @@ class SimSiam(Method[Simsiam]):
         loss = 0.5 * (negative_cosine(predicted[0], projected[1]) + negative_cosine(predicted[1], projected[0]))
         metrics = {}
         if batch.wants_metrics:
-            metrics["projection_std"] = torch.stack([channel_std(each.detach()) for each in projected]).mean()
+            metrics["projection_std"] = torch.stack(
+                [channel_std(self.comm.all_gather(each.detach())) for each in projected]
+            ).mean()
         return self._output({"crops": loss}, metrics, features=features[0], labels=batch.labels)
 
 
