@@ -39,6 +39,12 @@ def json_line(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"))
 
 
+def warn(sentences: Sequence[str]) -> None:
+    """Print warnings, a line each."""
+    for sentence in sentences:
+        click.echo(f"Warning: {sentence}", err=True)
+
+
 def write_out(path: Path, content: str) -> None:
     """Write the file of `--out`, and say so.
 
