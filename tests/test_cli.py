@@ -347,6 +347,14 @@ def _write_torch_archive(path: Path) -> None:
         archive.writestr("weights/data.pkl", b"")
 
 
+@pytest.mark.usefixtures("workplace")
+def test_a_run_that_measures_nothing_has_no_random_initialisation_beside_it(obowlab: Obowlab) -> None:
+    _, out, _ = obowlab("run", "demo", "--set", "evaluation.protocols=[]", "--dry-run")
+    assert "  evaluation: none\n" in out
+    _, out, _ = obowlab("run", "demo", "--dry-run")
+    assert "  evaluation: fewshot, linear, knn, random initialisation beside it\n" in out
+
+
 ALSO_DRY = (
     "ablate table3 --scale demo",
     "ablate table3 --scale demo --seeds auto --power 0.9",

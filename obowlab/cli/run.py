@@ -155,7 +155,7 @@ def _print_plan(loaded: Loaded, *, plan: Plan, machine: Machine, cost: Cost | No
             else []
         ),
         f"evaluation: {', '.join(recipe.evaluation.protocols) or 'none'}"
-        + (", random initialisation beside it" if recipe.evaluation.random_baseline else ""),
+        + (", random initialisation beside it" if recipe.evaluation.protocols and recipe.evaluation.random_baseline else ""),
     ]
     if cost is not None:
         sentence = cost.sentence(procs=machine.procs, device=machine.device).rstrip(".")
