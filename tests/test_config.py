@@ -226,6 +226,7 @@ def test_fingerprint_is_of_everything_that_changes_weights_and_of_nothing_else()
         "optimizer.name": "larc",
         "optimizer.schedule": "steps",
         "optimizer.cosine_per": "epoch",
+        "views.interpolation": "bicubic",
         "training.precision": "float32",
     }
     for key, value in flatten(recipe).items():

@@ -25,6 +25,8 @@ LOSS_SCALE = {"float16": 1024.0}
 MORE_VALUES: dict[str, dict[str, object]] = {
     # 26 words and 8 images a step: the ring wraps around. delta_base makes codes soft in earnest.
     "obow": {"method.levels": ["conv4", "conv5"], "method.num_words": 26, "method.delta_base": 2.0},
+    # Scores are divided by these: rounding is to be compared, and not what they make of it.
+    "swav": {"method.temperature": 0.5, "method.sinkhorn_epsilon": 0.5},
 }
 
 

@@ -25,9 +25,10 @@ FLOAT32_BOUND, FLOAT32_TURN = 1e-4, 1e-3
 """Losses, words, mu_MSD and teacher; 1 - cosine of the gradients. On a CPU 3e-7 and 3e-6; cuDNN may choose Winograd's
 convolution, whose numbers grow before they cancel, which costs one to two decimals."""
 
-LOW_BOUNDS = {"tf32": (2**-9, 0.01), "bfloat16": (2**-7, 0.05), "float16": (2**-9, 0.01)}
-"""Loss, 1 - cosine of the gradients. bfloat16 has 8 bits, so 2^-8 is its rounding and twice that the bound; TF32 and float16 have
-11 bits and are given four times theirs. On a CPU: 2^-7.7 and 0.023 in bfloat16."""
+LOW_BOUNDS = {"tf32": (2**-8, 0.02), "bfloat16": (2**-6, 0.1), "float16": (2**-8, 0.02)}
+"""Loss, 1 - cosine of the gradients. bfloat16 has 8 bits, so 2^-8 is its rounding and four times that the bound; TF32 and float16
+have 11 bits and are given eight times theirs. On a CPU the most is BYOL, whose two heads have batch norms over 8 images: 2^-7.0
+and 0.067 in bfloat16, 2^-9.0 and 0.007 in float16."""
 
 
 @pytest.mark.parametrize("count", [1, 3])
