@@ -34,6 +34,7 @@ from obowlab.training.work import Work
 from tests.command_line import Obowlab
 from tests.runs import small_recipe
 
+ROOT = Path(__file__).resolve().parents[1]
 Measure = Callable[..., Measured]
 
 
@@ -300,3 +301,12 @@ def test_a_process_of_its_own_times_real_training(tmp_path: Path, data_root: Pat
     write_costs(costs, tmp_path / "x.costs")
     assert Costs.model_validate_json((tmp_path / "x.costs").read_text()) == costs
     assert json.loads(as_text([(table, costs)], form="json"))[0]["measured"]["timed"][0]["row"] == "a"
+
+
+def test_what_was_measured_is_kept_with_the_project() -> None:
+    table = load_costs("table8", scale="demo")
+    costs = find_costs(table, folder=ROOT / "ablations/results/demo")
+    assert costs is not None
+    lines = lines_of(table, costs=costs)
+    assert [line.rounds for line in lines] == [ROUNDS] * len(table.rows)
+    assert all(line.loop and line.step and line.operations and line.memory for line in lines)
