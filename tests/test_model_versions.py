@@ -196,3 +196,22 @@ def test_no_code_of_a_version_is_run(workplace: Path, capsys: pytest.CaptureFixt
     path.unlink()
     with pytest.raises(UserError, match=rf"its run may still have the file: '{run.run_id}'"):
         lab.load("models:/obowlab-mine/1")
+
+
+def test_a_run_folder_or_store_that_was_taken_away_is_not_made_anew(tmp_path: Path) -> None:
+    """Nothing that a run or its mirror writes makes the folder again: what is there comes back later."""
+    recipe = Recipe(data=Data(dataset="none"), backbone=Backbone(stem="small", width=4))
+    run = RunFolder.create(Loaded("gone", recipe, {}), seed=0, runs_root=tmp_path / "runs")
+    model = build_backbone(recipe.backbone, seed=0)
+    (tmp_path / "runs").rename(tmp_path / "away")
+    result = {"subject": "student", "protocol": "knn", "protocol_hash": "0"}
+    about = {"recipe": recipe, "fingerprint": None, "source": "a run"}
+    with pytest.raises(FileNotFoundError):
+        run.add_result(result)
+    with pytest.raises(UserError, match="Cannot write"):
+        save_encoder(model, path=run.path / "encoder.safetensors", **about)
+    with pytest.raises(FileNotFoundError):
+        save_encoder_model(model.eval(), path=run.path / "model", example=torch.zeros(2, 3, 16, 16))
+    with pytest.raises(Exception, match=r"unable to open database file|No such file"):
+        connect(f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}").search_experiments()
+    assert not (tmp_path / "runs").exists()

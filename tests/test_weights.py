@@ -114,7 +114,7 @@ def save(path: Path, state: State, *, module: bool = False, legacy: bool = False
 def test_an_encoder_file_gives_back_the_encoder(tmp_path: Path) -> None:
     encoder = worn(build_backbone(SMALL, seed=0)).train()
     recipe = Recipe(backbone=SMALL, views=Views(original_size=32, original_resize=36))
-    path = tmp_path / "deeper" / "encoder.safetensors"
+    path = tmp_path / "encoder.safetensors"
     info = save_encoder(encoder, path=path, recipe=recipe, fingerprint="f" * 64, source="run-1")
     assert encoder.training
     loaded = load_encoder(str(path), runs_root=tmp_path)

@@ -228,9 +228,14 @@ class RunFolder:
         return {key: value for attempt in self.attempts() for key, value in attempt.items()}
 
     def write_artifact(self, name: str, content: str | bytes) -> Path:
-        """Write a file of the run atomically and return its path."""
+        """Write a file of the run, or of a folder in it, atomically and return its path.
+
+        Raises:
+            OSError: the disk refuses, or the run folder is away: it is not made anew.
+        """
         path = self.path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.parent != self.path:
+            path.parent.mkdir(exist_ok=True)
         write_atomic(path, content)
         return path
 

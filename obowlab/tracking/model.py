@@ -118,7 +118,7 @@ def save_encoder_model(encoder: Any, *, path: Path, example: Any, metadata: Mapp
 
     Args:
         encoder: a torch module on the CPU that maps float32 [N, 3, H, W] to features [N, c], in evaluation mode.
-        path: the folder to write; an existing one is replaced.
+        path: the folder to write, in one that is there; an existing one is replaced.
         example: float32 tensor [N, 3, H, W] to keep as the input example; MLflow writes it as text.
         metadata: JSON values to keep in the model's description.
     """
@@ -129,21 +129,23 @@ def save_encoder_model(encoder: Any, *, path: Path, example: Any, metadata: Mapp
 
     any_image = TensorSpec(np.dtype("float32"), (-1, example.shape[1], -1, -1))
     features = TensorSpec(np.dtype("float32"), (-1, encoder(example).shape[1]))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
+    with tempfile.TemporaryDirectory(prefix="obowlab-model-") as scratch:  # MLflow makes every folder of its path that is away
+        whole = Path(scratch) / "model"
         fail_fast()
         mlflow.pytorch.save_model(
             encoder,
-            str(beside / "model"),
+            str(whole),
             serialization_format="pickle",
             input_example=example.numpy(),
             signature=ModelSignature(inputs=Schema([any_image]), outputs=Schema([features])),
             pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in NEEDED],
             metadata=dict(metadata or {}),
         )
-        if path.exists():
-            shutil.rmtree(path)
-        (beside / "model").replace(path)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        try:
+            shutil.copytree(whole, beside / "model")
+            if path.exists():
+                shutil.rmtree(path)
+            (beside / "model").replace(path)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)

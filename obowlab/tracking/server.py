@@ -35,6 +35,9 @@ from obowlab.tracking.local_store import (
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+IN_FULL = "sqlite+pysqlite:///"
+"""Means the same as `SQLITE`, but MLflow does not make the folder of such a file anew where a store was taken away."""
+
 DATABASE = "mlflow.db"
 EXPERIMENT = "obowlab"
 REPORTS = "-reports"
@@ -226,6 +229,8 @@ def connect(uri: str) -> MlflowClient:
     from mlflow import MlflowClient
     from mlflow.tracking._tracking_service import utils
 
+    if database_path(uri) is not None:
+        uri = uri.replace(SQLITE, IN_FULL, 1)
     # Where the files of a run go is cached for the process under the run's id, which a copied store has too.
     getattr(utils, "_artifact_repos_cache", {}).clear()
     return MlflowClient(tracking_uri=uri, registry_uri=uri)

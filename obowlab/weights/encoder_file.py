@@ -105,20 +105,24 @@ def save_encoder(encoder: nn.Module, *, path: Path, recipe: Recipe, fingerprint:
 
     Args:
         encoder: the student's ResNet.
-        path: `.safetensors` file to write or replace.
+        path: `.safetensors` file to write or replace; its folder, the run's, is not made anew where it is away.
         recipe: its backbone and views are kept in the file.
         fingerprint: of the run, if there is one.
         source: where the weights come from, for example the run id.
     """
     info = info_of(encoder, recipe=recipe, source=source, fingerprint=fingerprint)
-    write_encoder(encoder, path=path, info=info)
+    _write(path, _content(encoder, info=info), in_new_folder=False)
     return info
 
 
 def write_encoder(encoder: nn.Module, *, path: Path, info: EncoderInfo) -> None:
     """Write an encoder file from weights and what is known about them."""
+    _write(path, _content(encoder, info=info))
+
+
+def _content(encoder: nn.Module, *, info: EncoderInfo) -> bytes:
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in encoder.state_dict().items()}
-    _write(path, safetensors.torch.save(state, metadata={METADATA_KEY: info.model_dump_json()}))
+    return safetensors.torch.save(state, metadata={METADATA_KEY: info.model_dump_json()})
 
 
 def load(ref: str | Path, *, runs_root: str | Path | None = None) -> Encoder:
@@ -198,9 +202,10 @@ def info_of(encoder: nn.Module, *, recipe: Recipe, source: str, fingerprint: str
     )
 
 
-def _write(path: Path, content: bytes) -> None:
+def _write(path: Path, content: bytes, *, in_new_folder: bool = True) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if in_new_folder:
+            path.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(path, content)
     except OSError as error:
         raise UserError(f"Cannot write {path}: {error.strerror}.") from None
