@@ -160,7 +160,7 @@ def links(case: Case) -> None:
             child = forks.train(folder.path, place=case.place)
             time.sleep(case.dice.random())
             child.send(signal.SIGTERM)
-            if ended_well(child, codes=(0, 2, 128 + signal.SIGTERM)) == 2:
+            if ended_well(child, codes=(0, 2, 128 + signal.SIGTERM, -signal.SIGTERM)) == 2:  # the last: before it could answer
                 case.sentence(sentence(child))
         else:
             child = forks.obowlab(["runs", "sync", "--runs-root", str(folder.path.parent)], place=case.place, name="sync")
