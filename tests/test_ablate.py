@@ -15,7 +15,8 @@ import pytest
 
 from obowlab.report.pages import build_site
 from obowlab.report.read import gather, read_store, tables_at
-from obowlab.runs.folder import RunFolder, list_runs
+from obowlab.runs.folder import RunFolder
+from obowlab.runs.listing import list_runs
 from obowlab.tables.plan import make_plan
 from obowlab.tables.spec import load_table
 from tests.runs import SMALL_RECIPE

@@ -9,7 +9,8 @@ import pytest
 
 from obowlab.config import Machine, load_recipe
 from obowlab.launch.cost import COSTS, Cost, CostBook, Measured, num_steps, write_actual_cost, write_quote
-from obowlab.runs.folder import RunFolder, list_runs
+from obowlab.runs.folder import RunFolder
+from obowlab.runs.listing import list_runs
 from obowlab.tracking.outbox import Outbox, Sent
 from obowlab.training.benchmark import through
 from tests.runs import small_recipe

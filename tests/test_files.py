@@ -23,7 +23,8 @@ from obowlab.data.manifest import file_sha256
 from obowlab.errors import UserError
 from obowlab.files.records import append_whole, checksum_fits, cut_torn_tail, parse_checked, read_all, read_lines, with_checksum
 from obowlab.files.sharing import only_we_write
-from obowlab.runs.folder import RunFolder, list_runs, read_runs
+from obowlab.runs.folder import RunFolder
+from obowlab.runs.listing import list_runs, read_runs
 from obowlab.runs.metric_log import parse_point
 from obowlab.tracking.outbox import Outbox, Sent
 from tests.command_line import Obowlab, finished_run

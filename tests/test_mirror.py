@@ -501,7 +501,7 @@ def test_the_encoder_is_a_model_version_that_loads_without_this_package(root: Pa
     torch = pytest.importorskip("torch")
     import numpy as np
 
-    from obowlab.tracking.mirror import save_encoder_model
+    from obowlab.tracking.model import save_encoder_model
 
     torch.manual_seed(0)
     layers = [torch.nn.Conv2d(3, 8, 3, stride=2), torch.nn.BatchNorm2d(8), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(1)]

@@ -18,7 +18,8 @@ from obowlab.config import Backbone, Data, Evaluation, Loaded, Recipe, Views
 from obowlab.errors import UserError
 from obowlab.methods import build_backbone
 from obowlab.runs.folder import RunFolder
-from obowlab.tracking.mirror import Mirror, save_encoder_model
+from obowlab.tracking.mirror import Mirror
+from obowlab.tracking.model import save_encoder_model
 from obowlab.tracking.server import connect
 from obowlab.weights.encoder_file import save_encoder
 from obowlab.weights.export import plain_network

@@ -139,7 +139,8 @@ def test_an_encoder_can_be_trained_further(weights_file: Path) -> None:
 
 def test_a_model_version_is_the_encoder_of_its_run(weights_file: Path, workplace: Path) -> None:
     from obowlab.runs.folder import RunFolder
-    from obowlab.tracking.mirror import Mirror, save_encoder_model
+    from obowlab.tracking.mirror import Mirror
+    from obowlab.tracking.model import save_encoder_model
 
     encoder = lab.load(weights_file)
     run = RunFolder.create(Loaded("mine", RECIPE, {}), seed=0, runs_root=workplace / "runs")

@@ -17,8 +17,9 @@ from obowlab.data.manifest import read_manifest
 from obowlab.errors import UserError, memory_sentence, refusal_of
 from obowlab.files.opening import read_file
 from obowlab.methods.backbones import build_backbone
-from obowlab.runs.folder import RunFolder, list_runs, read_runs
+from obowlab.runs.folder import RunFolder
 from obowlab.runs.info import ENCODER_FILE
+from obowlab.runs.listing import list_runs, read_runs
 from obowlab.runs.trash import put_aside
 from obowlab.training import __main__ as compute
 from obowlab.training.reporter import Reporter

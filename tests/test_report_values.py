@@ -25,7 +25,8 @@ from obowlab.report.labels import in_short
 from obowlab.report.model import Gallery
 from obowlab.report.pages import build_site
 from obowlab.report.vocabulary_health import RULES, Finding, judge
-from obowlab.runs.folder import TAG, RunFolder, RunSummary, list_runs
+from obowlab.runs.folder import TAG, RunFolder
+from obowlab.runs.listing import RunSummary, list_runs
 from obowlab.runs.records import Record, store_records
 from obowlab.runs.results import Measured, tabulate
 from obowlab.studies.schema import FORMAT, StudyReport, read_studies, read_study

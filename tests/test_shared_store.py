@@ -38,8 +38,9 @@ from obowlab.launch.slurm import submitted_jobs
 from obowlab.methods import build_backbone
 from obowlab.report.read import find_gallery
 from obowlab.runs import provenance
-from obowlab.runs.folder import RunFolder, list_runs, read_runs
+from obowlab.runs.folder import RunFolder
 from obowlab.runs.info import RunInfo
+from obowlab.runs.listing import list_runs, read_runs
 from obowlab.runs.locks import RunTakenError
 from obowlab.runs.store import check_store
 from obowlab.runs.trash import put_aside, remove_for_good, trashed_runs

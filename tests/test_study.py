@@ -23,7 +23,8 @@ from optuna.trial import TrialState, create_trial
 
 from obowlab.errors import UserError
 from obowlab.launch import local as launching
-from obowlab.runs.folder import RunFolder, list_runs
+from obowlab.runs.folder import RunFolder
+from obowlab.runs.listing import list_runs
 from obowlab.runs.results import unpack
 from obowlab.studies import storage as storages
 from obowlab.studies import trial as trials

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from obowlab.config import Machine
     from obowlab.launch.cost import CostBook
-    from obowlab.runs.folder import RunSummary
+    from obowlab.runs.listing import RunSummary
     from obowlab.runs.records import Records
     from obowlab.tables.execute import Execution
     from obowlab.tables.model import Table

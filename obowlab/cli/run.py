@@ -80,7 +80,8 @@ def run(
     from obowlab.launch.stages import check_stages, find_obstacles, open_stages
     from obowlab.launch.submit import spread
     from obowlab.report.read import cache_curves
-    from obowlab.runs.folder import RunFolder, run_id_of
+    from obowlab.runs.folder import RunFolder
+    from obowlab.runs.names import run_id_of
 
     if gpus is not None:
         if options.device not in (None, "cuda") or procs not in (None, gpus):
@@ -121,7 +122,8 @@ def run(
 
 def _submit(command: list[str], stages: list[Stage], *, seed: int, submitter: Submitter) -> int:
     from obowlab.launch.submit import submit_run
-    from obowlab.runs.folder import RunFolder, run_id_of
+    from obowlab.runs.folder import RunFolder
+    from obowlab.runs.names import run_id_of
 
     due = [stage.loaded for stage in stages if stage.is_due]
     code = submit_run(command, due, seed=seed, fresh=stages[-1].fresh, submitter=submitter)

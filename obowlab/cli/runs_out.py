@@ -32,7 +32,8 @@ def sync(run: tuple[str, ...], timeout_s: float, rebuild: bool, options: Machine
     Nothing is sent twice, so it may be repeated at will. The exit code is 1 when something could not be sent.
     """
     from obowlab.files.sharing import is_others
-    from obowlab.runs.folder import RunFolder, read_runs
+    from obowlab.runs.folder import RunFolder
+    from obowlab.runs.listing import read_runs
     from obowlab.runs.trash import trashed_runs
     from obowlab.tracking.local_store import put_aside
     from obowlab.tracking.mirror import Mirror

@@ -39,7 +39,8 @@ def delete(names: tuple[str, ...], yes: bool, options: MachineOptions, dry_run: 
     from obowlab.runs.folder import RunFolder
     from obowlab.runs.lineage import waiting_students
     from obowlab.runs.trash import check_deletable, find_trashed, put_aside
-    from obowlab.tracking.mirror import DELETED_TAG, Mirror
+    from obowlab.tracking.mirror import Mirror
+    from obowlab.tracking.sending import DELETED_TAG
 
     machine = options.machine()
     folders: dict[str, RunFolder] = {}

@@ -32,8 +32,9 @@ from obowlab.files.replacing import write_atomic
 from obowlab.launch.compute_command import compute_command, environment_of, threads_of
 from obowlab.launch.gpu_leases import leased
 from obowlab.launch.system import count_gpus
-from obowlab.runs.folder import COST_FILE, RunFolder, RunSummary
+from obowlab.runs.folder import COST_FILE, RunFolder
 from obowlab.runs.info import DAMAGED
+from obowlab.runs.listing import RunSummary
 from obowlab.runs.records import store_runs
 
 COSTS = ".costs.json"

@@ -21,8 +21,9 @@ from obowlab.files.locks import lock_holder, process_name
 from obowlab.files.opening import user_name
 from obowlab.files.sharing import is_others
 from obowlab.launch.slurm import SlurmJob, SlurmState, cancel, log_files, states, submitted_jobs
-from obowlab.runs.folder import RunFolder, RunSummary, damage_of, list_runs, read_runs
+from obowlab.runs.folder import RunFolder
 from obowlab.runs.info import DAMAGED, Status
+from obowlab.runs.listing import RunSummary, damage_of, list_runs, read_runs
 from obowlab.runs.locks import LAUNCHER, holder_of, is_locked
 
 RECENT_S = 24 * 3600.0

@@ -28,10 +28,12 @@ from obowlab.launch.nodes import POLL_S, RENDEZVOUS_VARIABLE, Rendezvous, Round
 from obowlab.launch.preflight import to_measure
 from obowlab.launch.processes import StopSignals, kill_family, shell_code, start
 from obowlab.launch.system import SystemSampler, count_gpus
-from obowlab.runs.folder import RunFolder, has_run, refuse_others, run_id_of
+from obowlab.runs.folder import RunFolder, refuse_others
 from obowlab.runs.info import ENCODER_FILE, TRAINED, Status
+from obowlab.runs.listing import has_run
 from obowlab.runs.locks import Lock, RunTakenError
 from obowlab.runs.metric_log import MetricLog
+from obowlab.runs.names import run_id_of
 from obowlab.runs.trash import put_aside
 from obowlab.signals import STOPPING
 from obowlab.tracking.mirror import Mirror

@@ -11,8 +11,10 @@ from obowlab.errors import AbsentError, UserError
 from obowlab.launch.cost import Cost, quoted
 from obowlab.launch.gpu_leases import check_gpus
 from obowlab.launch.preflight import check_compiler, check_loader, check_nodes, data_checks, to_measure
-from obowlab.runs.folder import RunFolder, has_run, refuse_others, run_id_of
+from obowlab.runs.folder import RunFolder, refuse_others
 from obowlab.runs.lineage import stages_of
+from obowlab.runs.listing import has_run
+from obowlab.runs.names import run_id_of
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,9 @@ from obowlab.errors import UserError
 from obowlab.launch import jobs as cluster_jobs
 from obowlab.launch import slurm
 from obowlab.launch.slurm import JobRequest, Resources, SlurmJob, check_slurm, live_runs
-from obowlab.runs.folder import RunFolder, has_run, run_id_of
+from obowlab.runs.folder import RunFolder
+from obowlab.runs.listing import has_run
+from obowlab.runs.names import run_id_of
 from obowlab.runs.trash import put_aside
 
 logger = logging.getLogger(__name__)

@@ -24,8 +24,9 @@ from obowlab.report.model import Gallery, Run, Setting, Site
 from obowlab.report.trainings import trainings_of
 from obowlab.report.vocabulary_health import judge
 from obowlab.report.words_page import FACTS
-from obowlab.runs.folder import RunFolder, RunSummary, read_runs
+from obowlab.runs.folder import RunFolder
 from obowlab.runs.info import DAMAGED, RunInfo
+from obowlab.runs.listing import RunSummary, read_runs
 from obowlab.runs.metrics import lookup
 from obowlab.runs.records import Record, Records, by_fingerprint
 from obowlab.runs.results import Measured, tabulate

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from obowlab.errors import UserError
 from obowlab.report.labels import in_short
 from obowlab.report.model import Run, Training
-from obowlab.runs.folder import RunSummary
 from obowlab.runs.info import TRAINED
+from obowlab.runs.listing import RunSummary
 from obowlab.runs.records import Record
 from obowlab.tables.build import mean_over_seeds
 from obowlab.tables.model import Estimate

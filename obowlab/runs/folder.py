@@ -12,28 +12,24 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import re
 import socket
 import time
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from obowlab import __version__
-from obowlab.config import Evaluation, Loaded, Machine, canonical_hash, recipe_files
+from obowlab.config import Evaluation, Loaded, Machine, canonical_hash
 from obowlab.errors import UserError
 from obowlab.files.locks import locked
 from obowlab.files.opening import UnusableFileError, open_file, user_name
 from obowlab.files.records import append_whole, cut_torn_tail, read_all, read_checked, read_lines, with_checksum
 from obowlab.files.replacing import write_atomic
-from obowlab.files.sharing import is_others, leads_astray
+from obowlab.files.sharing import is_others
 from obowlab.runs.info import (
-    DAMAGED,
     RunInfo,
     State,
-    cannot_be_read,
     read_info,
     read_machine,
     read_result,
@@ -41,24 +37,14 @@ from obowlab.runs.info import (
     refuse_newer,
     write_machine,
 )
-from obowlab.runs.locks import Lock, hold, is_locked
+from obowlab.runs.listing import believable, run_ids
+from obowlab.runs.locks import Lock, hold
 from obowlab.runs.metric_log import MetricLog, Point, parse_point, read_points
+from obowlab.runs.names import meaning_of, run_id_of, split_run_id
 
 COST_FILE = "cost.json"
 TAG = "obowlab.tag."
 """How the labels begin that a user gave a run."""
-
-STALE_AFTER_S = 3600.0
-"""A `running` state of another host counts for so long after its last update, once no process holds the lock."""
-
-
-@dataclass(frozen=True)
-class RunSummary:
-    """A row of `obowlab runs list`."""
-
-    path: Path
-    info: RunInfo
-    state: State
 
 
 class RunFolder:
@@ -134,7 +120,7 @@ class RunFolder:
         given = Path(ref)
         if (given / "run.json").is_file():
             return cls.open(given.absolute())
-        known = _run_ids(runs_root)
+        known = run_ids(runs_root)
         meaning, matches = meaning_of(ref, known=known)
         if len(matches) == 1:
             return cls.open(runs_root / matches[0])
@@ -155,7 +141,7 @@ class RunFolder:
 
     def current_state(self) -> State:
         """Return the state, `interrupted` when it says `running` but nothing trains the run any more."""
-        return _believable(self.state, self.path)
+        return believable(self.state, self.path)
 
     def set_state(self, **changes: Any) -> State:
         """Replace the given fields of the state atomically; `updated_at` is set by itself.
@@ -358,75 +344,6 @@ class RunFolder:
         return self.path / "mirror.json"
 
 
-# ------------------------------------------------------------------------------------------------------------ all runs
-
-
-def run_id_of(loaded: Loaded, *, seed: int) -> str:
-    """Return the id of the run that this recipe and seed make: `NAME-sSEED-` and 8 digits of the fingerprint.
-
-    Raises:
-        UserError: the recipe's name holds characters that do not belong in a folder or model name.
-    """
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", loaded.name):
-        raise UserError(
-            f"Rename the recipe file '{loaded.name}.toml': runs are named after it and may have letters, digits and '._-' only."
-        )
-    return f"{loaded.name}-s{seed}-{loaded.recipe.fingerprint(seed=seed)[:8]}"
-
-
-def split_run_id(run_id: str) -> tuple[str, str, str]:
-    """Return the recipe, `sSEED` and the digits of an id, the reverse of `run_id_of`; a folder of another name is all recipe."""
-    found = re.fullmatch(r"(.+)-(s\d+)-([0-9a-f]{8})", run_id)
-    return (found[1], found[2], found[3]) if found is not None else (run_id, "", "")
-
-
-def meaning_of(ref: str, *, known: Collection[str]) -> tuple[str, list[str]]:
-    """Return what a name stands for among the ids of runs, in words, and the ids that it fits; see `RunFolder.find`."""
-    parts = {run_id: split_run_id(run_id) for run_id in known}
-    meanings = {
-        "the name": [run_id for run_id in known if run_id == ref],
-        "the recipe": [run_id for run_id, (recipe, _, _) in parts.items() if recipe == ref],
-        "recipe and seed": [run_id for run_id, (recipe, seed, _) in parts.items() if f"{recipe}-{seed}" == ref],
-        "the end": [run_id for run_id, (_, _, digits) in parts.items() if digits and digits == ref],
-        "a prefix": [run_id for run_id in known if ref and run_id.startswith(ref) and ref not in recipe_files()],
-    }
-    return next((item for item in meanings.items() if item[1]), ("", []))
-
-
-def has_run(path: Path) -> bool:
-    """Return whether a folder is a run's; not of one that is another user's alone, of which `refuse_others` tells."""
-    try:
-        return (path / "run.json").is_file()
-    except PermissionError:
-        return False
-
-
-def read_runs(runs_root: Path) -> tuple[list[RunSummary], list[str]]:
-    """Return every run, newest first, from two small files each, and a sentence for every folder that cannot be read."""
-    runs, errors = [], []
-    for run_id in _run_ids(runs_root):
-        path = runs_root / run_id
-        try:
-            runs.append(_summary(path))
-        except DAMAGED as error:
-            errors.append(damage_of(path, error))
-    return sorted(runs, key=lambda run: run.info.created_at, reverse=True), errors
-
-
-def list_runs(runs_root: Path) -> list[RunSummary]:
-    """Return every run, newest first; folders that cannot be read are left out."""
-    return read_runs(runs_root)[0]
-
-
-def damage_of(path: Path, error: Exception) -> str:
-    """Return one sentence on a run whose folder cannot be read as it has to be."""
-    if isinstance(error, UserError):
-        return str(error)
-    if isinstance(error, OSError):
-        return cannot_be_read(error.filename or path, error)
-    return f"{path} cannot be read ({type(error).__name__}: {error}): it is damaged, or of another version of obowlab."
-
-
 def refuse_others(path: Path) -> None:
     """Refuse to train in a run folder that somebody else made, who may have put anything into it; an absent one passes.
 
@@ -446,51 +363,6 @@ def refuse_others(path: Path) -> None:
         )
 
 
-# ------------------------------------------------------------------------------------------------------------- helpers
-
-
-def _run_ids(runs_root: Path) -> list[str]:
-    if not runs_root.is_dir():
-        return []
-    return sorted(entry.name for entry in runs_root.iterdir() if not entry.name.startswith(".") and _is_run(entry))
-
-
-def _is_run(entry: Path) -> bool:
-    try:
-        os.lstat(entry / "run.json")  # whatever it is: reading it says what is wrong with it
-    except PermissionError:
-        return True  # nobody but its owner can tell; reading it says so
-    except OSError:
-        return False
-    return True
-
-
-def _summary(path: Path) -> RunSummary:
-    """Read what `list_runs` shows of a run.
-
-    Raises:
-        UserError: a file is damaged, or not for us to read.
-    """
-    if leads_astray(path):
-        raise UserError(f"{path} is not used: it is a link that somebody made to a folder that is not theirs.")
-    info = read_info(path)
-    return RunSummary(path=path, info=info, state=_believable(read_state(path), path))
-
-
 def _check_attempt(line: dict[str, Any]) -> None:
     if not isinstance(line.get("versions", {}), dict):
         raise ValueError("no attempt")
-
-
-def _believable(state: State, path: Path) -> State:
-    if state.status != "running":
-        return state
-    if state.host == socket.gethostname():
-        import psutil  # late: most runs are not running
-
-        gone = state.pid is None or not psutil.pid_exists(state.pid)
-    else:
-        gone = time.time() - state.updated_at > STALE_AFTER_S
-    if gone and not is_locked(path):
-        return state.model_copy(update={"status": "interrupted", "message": state.message or "its process is gone"})
-    return state

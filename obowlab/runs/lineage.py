@@ -8,8 +8,9 @@ from pathlib import Path
 
 from obowlab.config import Loaded
 from obowlab.errors import UserError
-from obowlab.runs.folder import RunFolder, list_runs
+from obowlab.runs.folder import RunFolder
 from obowlab.runs.info import TRAINED
+from obowlab.runs.listing import list_runs
 
 
 def find_run(fingerprint: str, *, runs_root: Path) -> RunFolder | None:

@@ -18,8 +18,9 @@ from pydantic import BaseModel, ConfigDict
 from obowlab.errors import UserError
 from obowlab.files.opening import read_file
 from obowlab.files.replacing import write_atomic
-from obowlab.runs.folder import RunFolder, RunSummary, damage_of, read_runs
+from obowlab.runs.folder import RunFolder
 from obowlab.runs.info import DAMAGED, Status
+from obowlab.runs.listing import RunSummary, damage_of, read_runs
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,9 @@ from obowlab import text
 from obowlab.config import flatten, nearest, parse_override
 from obowlab.config.validation import flat_pairs
 from obowlab.errors import UserError
-from obowlab.runs.folder import RunFolder, RunSummary, damage_of, read_runs
+from obowlab.runs.folder import RunFolder
 from obowlab.runs.info import DAMAGED, Status
+from obowlab.runs.listing import RunSummary, damage_of, read_runs
 from obowlab.runs.metrics import lookup
 
 MEASURED = ("fewshot_1shot", "fewshot_5shot", "linear_top1", "knn_top1")

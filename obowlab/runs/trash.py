@@ -17,7 +17,8 @@ from pathlib import Path
 from obowlab.errors import UserError
 from obowlab.files.opening import user_name
 from obowlab.files.sharing import is_others, shared_folder
-from obowlab.runs.folder import RunFolder, meaning_of, split_run_id
+from obowlab.runs.folder import RunFolder
+from obowlab.runs.names import meaning_of, split_run_id
 
 TRASH = ".trash"
 DELETED = "-deleted"

@@ -16,8 +16,9 @@ from optuna.trial import FrozenTrial, TrialState
 from obowlab.config import Machine
 from obowlab.errors import UserError
 from obowlab.files.replacing import write_atomic
-from obowlab.runs.folder import RunFolder, damage_of
+from obowlab.runs.folder import RunFolder
 from obowlab.runs.info import DAMAGED, TRAINED
+from obowlab.runs.listing import damage_of
 from obowlab.runs.metrics import lookup
 from obowlab.runs.records import warn_once
 from obowlab.runs.results import unpack

@@ -12,9 +12,9 @@ from typing import Any
 
 from obowlab.config import Recipe
 from obowlab.errors import UserError
-from obowlab.runs.folder import run_id_of
 from obowlab.runs.info import TRAINED
 from obowlab.runs.metrics import lookup
+from obowlab.runs.names import run_id_of
 from obowlab.runs.records import Record, Records, store_records, store_runs
 from obowlab.runs.results import is_alike, unpack
 from obowlab.tables.model import Cell, Column, Estimate, Row, RunRef, Table

@@ -21,7 +21,8 @@ from obowlab.config import Machine
 from obowlab.files.opening import read_file
 from obowlab.files.sharing import shared_file, shared_folder
 from obowlab.launch.processes import STOPPING_RUNS, StopSignals, start
-from obowlab.runs.folder import RunFolder, RunSummary, has_run
+from obowlab.runs.folder import RunFolder
+from obowlab.runs.listing import RunSummary, has_run
 from obowlab.runs.locks import is_locked
 from obowlab.runs.records import store_runs
 from obowlab.tables.plan import Job, Plan, labels_of

@@ -14,7 +14,9 @@ from obowlab.config import Loaded, Machine, nearest
 from obowlab.errors import UserError
 from obowlab.launch.cost import CostBook
 from obowlab.launch.preflight import data_checks, to_measure
-from obowlab.runs.folder import RunFolder, RunSummary, run_id_of
+from obowlab.runs.folder import RunFolder
+from obowlab.runs.listing import RunSummary
+from obowlab.runs.names import run_id_of
 from obowlab.runs.records import Record, Records
 from obowlab.runs.results import not_measured
 from obowlab.tables.spec import PlannedRow, PlannedTable, override_texts

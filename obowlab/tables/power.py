@@ -19,7 +19,7 @@ from scipy.special import chdtri, nctdtr, stdtrit
 from obowlab import text
 from obowlab.errors import UserError
 from obowlab.launch.cost import CostBook
-from obowlab.runs.folder import RunSummary
+from obowlab.runs.listing import RunSummary
 from obowlab.runs.records import Records
 from obowlab.tables.build import paired_differences, paper_difference
 from obowlab.tables.spec import PlannedRow, PlannedTable

@@ -14,7 +14,7 @@ from obowlab.evaluation import evaluate
 from obowlab.methods import ResNet
 from obowlab.runs.info import ENCODER_FILE
 from obowlab.runs.results import not_measured
-from obowlab.tracking.mirror import save_encoder_model
+from obowlab.tracking.model import save_encoder_model
 from obowlab.training.context import RunContext
 from obowlab.training.loop import build, set_up_device, train
 from obowlab.weights.encoder_file import read_encoder, save_encoder

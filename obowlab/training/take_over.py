@@ -16,7 +16,9 @@ from obowlab.config import Loaded, Machine, Obow
 from obowlab.errors import UserError
 from obowlab.methods import OBoW
 from obowlab.runs import provenance
-from obowlab.runs.folder import RunFolder, has_run, run_id_of
+from obowlab.runs.folder import RunFolder
+from obowlab.runs.listing import has_run
+from obowlab.runs.names import run_id_of
 from obowlab.training import checkpoint as checkpoints
 from obowlab.training.context import RunContext
 from obowlab.training.distributed import World

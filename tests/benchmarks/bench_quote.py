@@ -21,7 +21,8 @@ from obowlab.config import Loaded, Machine, load_recipe
 from obowlab.data.datasets import open_split
 from obowlab.data.manifest import read_manifest
 from obowlab.launch.cost import Cost, CostBook
-from obowlab.runs.folder import RunFolder, run_id_of
+from obowlab.runs.folder import RunFolder
+from obowlab.runs.names import run_id_of
 
 PHOTOS = "tinyimagenet100"
 

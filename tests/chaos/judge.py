@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from obowlab.runs.folder import RunFolder, list_runs
+from obowlab.runs.folder import RunFolder
+from obowlab.runs.listing import list_runs
 from obowlab.runs.metrics import METRIC_FILES, mlflow_name
 from obowlab.tracking.outbox import Outbox
 from tests.chaos.forks import Child, obowlab

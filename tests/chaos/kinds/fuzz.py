@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from obowlab.config import Recipe, flatten, load_recipe, recipe_from_values
 from obowlab.config.validation import known_keys
 from obowlab.errors import UserError
-from obowlab.runs.folder import run_id_of
+from obowlab.runs.names import run_id_of
 from tests.chaos.judge import BrokenError, clear
 from tests.chaos.ledger import Case, Kind
 
