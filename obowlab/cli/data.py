@@ -11,7 +11,7 @@ import click
 
 from obowlab import text
 from obowlab.cli import Family
-from obowlab.cli.options import MachineOptions, dry_run_option, json_flag, machine_options, when_interrupted, would
+from obowlab.cli.options import PATH, MachineOptions, dry_run_option, json_flag, machine_options, when_interrupted, would
 from obowlab.cli.output import print_json, print_table, show_progress
 
 if TYPE_CHECKING:
@@ -99,6 +99,25 @@ def prepare(
         progress=_show_progress if sys.stderr.isatty() else None,
     )
     return _print_report(name, root / name, report)
+
+
+@data.command("draw")
+@click.argument("layout", type=click.Choice(["voc"]))
+@click.argument("folder", type=PATH)
+@dry_run_option
+def draw(layout: str, folder: Path, dry_run: bool) -> None:
+    """Draw images in the layout of a public data set, for trying a protocol without a download.
+
+    voc writes FOLDER/VOC2007: 1000 small images that show one to four of 24 parts of the synthetic set, with lists and boxes.
+    """
+    from obowlab.data.drawn_voc import NUM_IMAGES, draw_voc
+
+    if dry_run:
+        return would(f"draw {sum(NUM_IMAGES.values())} images into {folder / 'VOC2007'}")
+    when_interrupted(f"{folder / 'VOC2007'} is not complete: remove it, and type the same command again.")
+    place = draw_voc(folder)
+    click.echo(f"Drawn: {place}. To use it: obowlab data prepare drawn-voc --source {place}")
+    return None
 
 
 @data.command("verify")

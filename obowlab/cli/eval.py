@@ -27,9 +27,11 @@ from obowlab.cli.output import json_line, print_measurements, print_obstacles, s
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
-    from obowlab.config import Machine
+    from collections.abc import Sequence
 
-PROTOCOLS = ("fewshot", "linear", "knn")
+    from obowlab.config import Machine, Recipe
+
+PROTOCOLS = ("fewshot", "linear", "knn", "voc07-svm")
 
 
 @click.command("eval")
@@ -83,6 +85,7 @@ def evaluate(
     if untrained and chosen.folder is None:
         raise UserError("--random needs a run: of other encoders the initialisation is not known.")
     names = protocols or chosen.recipe.evaluation.protocols
+    dataset = dataset or _usual_dataset(names, chosen.recipe, data_root=machine.data_root)
     with_random = chosen.folder is not None and (chosen.recipe.evaluation.random_baseline if untrained is None else untrained)
     check = partial(check_protocols, chosen.recipe, protocols=names, dataset=dataset, machine=machine)
     if dry_run:
@@ -125,6 +128,22 @@ def evaluate(
         click.echo(f"Added to run {chosen.folder.run_id}.")
         send_to_mlflow([chosen.folder], machine=machine)
     return 0
+
+
+def _usual_dataset(protocols: Sequence[str], recipe: Recipe, *, data_root: Path) -> str | None:
+    """Return the data set that a protocol measures on when none is named; None for the recipe's.
+
+    Raises:
+        UserError: the protocols measure on different ones.
+    """
+    from obowlab.data.manifest import read_manifest
+
+    manifest = read_manifest(data_root, recipe.data.dataset, "train")
+    if "voc07-svm" not in protocols or (manifest is not None and manifest.targets):
+        return None
+    if len(set(protocols)) > 1:
+        raise UserError("--protocol voc07-svm measures on other images than the other protocols: give it a command of its own.")
+    return "voc07"
 
 
 def _check_writable(path: Path) -> None:

@@ -45,6 +45,7 @@ from obowlab.config.recipe import (
     Recipe,
     Training,
     Views,
+    Voc07Svm,
 )
 from obowlab.config.validation import known_keys, nearest, parse_section, read_toml, set_by
 
@@ -82,6 +83,7 @@ __all__ = [
     "Swav",
     "Training",
     "Views",
+    "Voc07Svm",
     "canonical_hash",
     "find_file",
     "find_recipe",

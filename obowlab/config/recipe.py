@@ -221,15 +221,33 @@ class Knn(Section):
     temperature: Positive = 0.07
 
 
+class Voc07Svm(Section):
+    """Linear SVMs on features of images with several classes, as PASCAL VOC's (docs/transfer.md)."""
+
+    features: Literal["pool5", "pool5_bn"] = Field(
+        "pool5", description="pool5_bn: standardised by mean and variance of the training images"
+    )
+    view: Literal["stretched", "centre"] = Field("stretched", description="stretched: the whole image, made square")
+    costs: tuple[Positive, ...] = Field(
+        (0.05, 0.1, 0.3, 0.5, 1.0, 3.0, 5.0, *(2.0**-power for power in range(4, 20))),
+        min_length=1,
+        description="values of C that are tried; the first of equally good ones is taken",
+    )
+    num_folds: Annotated[int, Field(ge=2)] = Field(3, description="parts of the cross-validation that chooses C")
+    positive_weight: Positive = Field(2.0, description="how much more an error on an image of the class costs")
+    max_iterations: Count = Field(2000, description="of LIBLINEAR; a fit that reaches them is counted")
+
+
 class Evaluation(Section):
     """What is measured, during training and once it is over; not part of a run's identity."""
 
-    protocols: tuple[Literal["fewshot", "linear", "knn"], ...] = ("fewshot", "linear", "knn")
+    protocols: tuple[Literal["fewshot", "linear", "knn", "voc07-svm"], ...] = ("fewshot", "linear", "knn")
     random_baseline: bool = Field(False, description="measure the untrained weights of the same seed as well")
     every_epochs: Annotated[int, Field(ge=0)] = Field(0, description="few-shot during training, every n epochs; 0: never")
     fewshot: FewShot = FewShot()
     linear: Linear = Linear()
     knn: Knn = Knn()
+    voc07_svm: Voc07Svm = Voc07Svm()
 
 
 class Recipe(Section):

@@ -55,6 +55,17 @@ DATASETS: dict[str, DatasetInfo] = {
             ),
         ),
         DatasetInfo(
+            name="voc07",
+            title="PASCAL VOC 2007: photographs that show several of 20 classes",
+            num_classes=20,
+            num_images={"train": 5_011, "val": 4_952},
+            layout="VOC2007/JPEGImages, VOC2007/ImageSets/Main",
+            obtain=(
+                "From the PASCAL VOC 2007 challenge, unpack trainval and test into one folder, then `obowlab data prepare voc07 "
+                "--source VOCdevkit/VOC2007`: trainval becomes train, test becomes val."
+            ),
+        ),
+        DatasetInfo(
             name=synthetic.NAME,
             title="Drawn scenes of recurring parts; a class is a combination of parts, never a colour",
             num_classes=len(synthetic.CLASS_NAMES),

@@ -16,6 +16,7 @@ from obowlab.data.catalogue import DATASETS, DatasetInfo
 from obowlab.data.identity import FileIdentity, identify, is_written_file
 from obowlab.data.manifest import Manifest, Skipped, beton_path, check_name, read_manifest
 from obowlab.data.prepare import Plan, PrepareReport, Progress, plan_prepare, prepare, synthetic_is_drawn
+from obowlab.data.sources import ABSENT, DIFFICULT, PRESENT
 from obowlab.data.split_names import SPLITS
 from obowlab.data.verification import Problem, VerifyReport, verify
 from obowlab.errors import AbsentError, UserError
@@ -60,6 +61,8 @@ class Split:
     """SHA-256 (hex) over the label and the JPEG bytes of every image in order."""
     pointers: NDArray[np.int64] = field(repr=False)
     sizes: NDArray[np.int64] = field(repr=False)
+    targets: NDArray[np.int8] | None = field(repr=False)
+    """Of images that may show several classes, [N, classes]: 1 shown, 0 not shown, -1 shown by difficult objects alone."""
     identity: FileIdentity = field(repr=False)
     """Which file it was when it was opened; see `check_unchanged`."""
 
@@ -165,8 +168,23 @@ def _open(dataset: str, split: str, data_root: Path, *, runs_root: Path | None =
         content_hash=manifest.content_hash,
         pointers=index.pointers,
         sizes=index.sizes,
+        targets=_targets(path, manifest),
         identity=identity,
     )
+
+
+def _targets(path: Path, manifest: Manifest) -> NDArray[np.int8] | None:
+    if not manifest.targets:
+        return None
+    values = {ord(PRESENT): 1, ord(ABSENT): 0, ord(DIFFICULT): -1}
+    marks = np.frombuffer("".join(manifest.targets).encode("utf-8"), dtype=np.uint8)
+    shape = (manifest.num_images, len(manifest.class_names))
+    if {len(each) for each in manifest.targets} != {shape[1]} or len(marks) != shape[0] * shape[1] or {*marks} - {*values}:
+        raise damaged(path, "the manifest beside it does not mark every class of every image")
+    targets = np.zeros(shape, dtype=np.int8)
+    for mark, value in values.items():
+        targets[marks.reshape(shape) == mark] = value
+    return targets
 
 
 def subset(split: Split, *, images_per_class: int | None) -> NDArray[np.int64]:

@@ -54,6 +54,8 @@ class Manifest(BaseModel):
     skipped: tuple[Skipped, ...] = ()
     val_fraction: float | None = None
     """Share of every class that became val for want of a val split, see `opening.with_val`; None for splits of the source."""
+    targets: tuple[str, ...] = ()
+    """Of images that may show several classes: for every image a mark for every class, see `sources.PRESENT`."""
 
 
 def check_name(name: str) -> str:

@@ -112,6 +112,7 @@ class Content:
         source: where the images come from.
         source_hash: identifies them without reading them.
         val_fraction: see `Source`.
+        targets: see `SourceSplit`.
         records: begins to yield the images in order, each as a record or with the reason why it is skipped.
     """
 
@@ -123,6 +124,7 @@ class Content:
     source_hash: str
     records: Callable[[], Iterator[Record | Skipped]]
     val_fraction: float | None = None
+    targets: tuple[str, ...] = ()
 
 
 def plan_prepare(
@@ -229,6 +231,7 @@ def build(content: Content, *, dataset: str, folder: Path, progress: Callable[[P
     """
     path = folder / f"{content.split}.beton"
     skipped: list[Skipped] = []
+    targets: list[str] = []
     start = last = time.monotonic()
     try:
         with BetonWriter(path, capacity=content.num_images, page_size=content.page_size) as writer:
@@ -237,6 +240,7 @@ def build(content: Content, *, dataset: str, folder: Path, progress: Callable[[P
                     skipped.append(record)
                 else:
                     writer.append(record)
+                    targets += content.targets[done - 1 : done]
                 now = time.monotonic()
                 if progress is not None and (now - last >= REPORT_EVERY_S or done == content.num_images):
                     last = now
@@ -263,6 +267,7 @@ def build(content: Content, *, dataset: str, folder: Path, progress: Callable[[P
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         obowlab_version=obowlab.__version__,
         skipped=tuple(skipped),
+        targets=tuple(targets),
     )
     write_manifest(path.with_suffix(".json"), manifest)
     return manifest
@@ -301,6 +306,7 @@ def _content(split: SourceSplit, source: Source, *, workers: int) -> Content:
         source=str(source.path),
         source_hash=split.listing_hash,
         val_fraction=source.val_fraction,
+        targets=split.targets,
         records=lambda: _decoded(split.images, page_size=page_size, workers=workers),
     )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from obowlab.config import FewShot, Knn, Recipe
+from obowlab.config import FewShot, Knn, Recipe, Voc07Svm
 from obowlab.config.methods import learns_from_labels
 from obowlab.data.class_lists import ClassList, class_list
 from obowlab.data.datasets import Split, open_split, subset
@@ -33,6 +33,21 @@ def unmet_needs(recipe: Recipe, *, data_root: Path, runs_root: Path) -> dict[str
     if not wanted:
         return {}
     train = open_split(dataset, "train", data_root=data_root, runs_root=runs_root)
+    unmet: dict[str, str | None] = {}
+    if "voc07-svm" in wanted:
+        val = open_split(dataset, "val", data_root=data_root, runs_root=runs_root) if train.targets is not None else train
+        unmet["voc07-svm"] = several_classes_need(train, val, config=evaluation.voc07_svm)
+        wanted = tuple(protocol for protocol in wanted if protocol != "voc07-svm")
+    if wanted:
+        unmet |= _one_class_needs(wanted, train=train, recipe=recipe, data_root=data_root, runs_root=runs_root)
+    return {protocol: reason for protocol, reason in unmet.items() if reason is not None}
+
+
+def _one_class_needs(
+    wanted: Sequence[str], *, train: Split, recipe: Recipe, data_root: Path, runs_root: Path
+) -> dict[str, str | None]:
+    """Return the needs of the protocols that take one class an image; None for one that is met."""
+    evaluation, dataset = recipe.evaluation, train.dataset
     if (reason := labels_need(train)) is not None:
         return dict.fromkeys(wanted, reason)
     if read_manifest(data_root, dataset, "val") is None:
@@ -50,7 +65,7 @@ def unmet_needs(recipe: Recipe, *, data_root: Path, runs_root: Path) -> dict[str
         if protocol == "knn":
             num_images = len(subset(train, images_per_class=recipe.data.images_per_class))
             unmet[protocol] = unmet[protocol] or knn_need(num_images, config=evaluation.knn)
-    return {protocol: reason for protocol, reason in unmet.items() if reason is not None}
+    return unmet
 
 
 def left_out_lines(unmet: dict[str, str]) -> Iterator[str]:
@@ -109,6 +124,11 @@ def refuse_unlabelled(recipe: Recipe, *, train: Split) -> None:
     Raises:
         UserError: names the settings to change.
     """
+    if learns_from_labels(recipe.method) and train.targets is not None:
+        raise UserError(
+            f"method.name is {recipe.method.name}, which learns from one label an image, but those of '{train.dataset}' show "
+            "several classes: choose other images (data.dataset), or a method that learns without labels."
+        )
     if learns_from_labels(recipe.method) and train.num_classes < 2:
         raise UserError(
             f"method.name is {recipe.method.name}, which learns from labels, but {_one_class(train)}: choose images with labels "
@@ -122,9 +142,33 @@ def _one_class(train: Split) -> str:
 
 def labels_need(train: Split) -> str | None:
     """Return that there is nothing to tell apart, and what would do; None when there is."""
+    if train.targets is not None:
+        return (
+            f"the images of '{train.dataset}' show several classes each; `obowlab eval RUN --protocol voc07-svm --dataset "
+            f"{train.dataset}` measures on them"
+        )
     if train.num_classes > 1:
         return None
     return f"{_one_class(train)}; `obowlab eval RUN --dataset OTHER` measures the encoder on a data set with labels"
+
+
+def several_classes_need(train: Split, val: Split, *, config: Voc07Svm) -> str | None:
+    """Return why a classifier for each of several classes an image cannot be trained or tested; None when it can."""
+    if train.targets is None or val.targets is None:
+        return (
+            f"voc07-svm needs images that show several classes, and those of '{train.dataset}' have one each; `obowlab data "
+            "prepare voc07 --source VOCdevkit/VOC2007`, then --dataset voc07"
+        )
+    if train.class_names != val.class_names:
+        return f"'{train.dataset}' does not have the same classes in train and val; prepare the data set again"
+    for split, least in ((train, config.num_folds), (val, 1)):
+        assert split.targets is not None
+        shown, hidden = ((split.targets == value).sum(axis=0) for value in (1, 0))
+        for name, *counts in zip(split.class_names, shown, hidden, strict=True):
+            if min(counts) < least:
+                what = "show" if counts[0] < least else "do not show"
+                return f"{min(counts)} images of {train.dataset}/{split.name} {what} '{name}', and voc07-svm needs {least}"
+    return None
 
 
 def same_classes_need(train: Split, val: Split) -> str | None:

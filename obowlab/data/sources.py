@@ -13,6 +13,9 @@ from obowlab.errors import UserError
 
 ARCHIVE_SUFFIXES = (".tar", ".zip", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".7z", ".rar")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+PRESENT, ABSENT, DIFFICULT = "+-?"
+"""Marks of images with several classes: shown, not shown, and shown by objects alone that are hard to recognise."""
+
 UNLABELLED = "unlabelled"
 """The one class of images without labels."""
 LAYOUT = "train/CLASS/*.JPEG and val/CLASS/*.JPEG (or CLASS/*.JPEG alone, which becomes train)"
@@ -53,11 +56,15 @@ class FetchedImage(SourceImage):
 
 @dataclass(frozen=True)
 class SourceSplit:
-    """The images of one split in their final order; `class_names` are those of train, for every split."""
+    """The images of one split in their final order; `class_names` are those of train, for every split.
+
+    Images that may show several classes have `targets`: for every image a mark for every class.
+    """
 
     name: str
     class_names: tuple[str, ...]
     images: tuple[SourceImage, ...]
+    targets: tuple[str, ...] = ()
 
     @property
     def num_bytes(self) -> int:
@@ -70,6 +77,8 @@ class SourceSplit:
         digest = hashlib.sha256()
         for image in self.images:
             digest.update(f"{image.name}\0{image.size}\n".encode("utf-8", "surrogateescape"))
+        for marks in self.targets:
+            digest.update(f"{marks}\n".encode())
         return digest.hexdigest()
 
 

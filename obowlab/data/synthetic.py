@@ -61,7 +61,7 @@ def records(split: str) -> Iterator[Record]:
         yield Record(label=label, jpeg=buffer.getvalue(), height=IMAGE_SIZE, width=IMAGE_SIZE)
 
 
-class _Draws:
+class Draws:
     """Uniform numbers of one image (or of the class table), each drawn once and in order."""
 
     def __init__(self, *, stream: int, index: int) -> None:
@@ -167,7 +167,7 @@ PARTS: dict[str, Callable[[Plane, Plane], Plane]] = {
     "triangle": _triangle,
     "star": _star,
 }
-_SHAPES = tuple(PARTS.values())
+SHAPES = tuple(PARTS.values())
 
 
 _COMBINATIONS = (((0, 1, 3, 9), 1), ((0, 1, 5, 12), 1), ((0, 2, 5, 15), 2))
@@ -184,7 +184,7 @@ def class_parts() -> tuple[tuple[int, ...], ...]:
 
     Every part is used by ten classes, and two classes share at most two parts.
     """
-    draws = _Draws(stream=_CLASSES_STREAM, index=0)
+    draws = Draws(stream=_CLASSES_STREAM, index=0)
     classes = []
     for first, step in _COMBINATIONS:
         for shift in range(0, len(PARTS), step):
@@ -199,11 +199,11 @@ def class_parts() -> tuple[tuple[int, ...], ...]:
 
 def draw(split: str, *, index: int) -> NDArray[np.uint8]:
     """Return one image, uint8 [40, 40, 3]; its class is `index // IMAGES_PER_CLASS[split]`."""
-    draws = _Draws(stream=_STREAMS[split], index=index)
+    draws = Draws(stream=_STREAMS[split], index=index)
     parts = class_parts()[index // IMAGES_PER_CLASS[split]]
-    canvas = _background(draws)
+    canvas = background(draws)
     for _ in range(int(draws.one(0, 3))):
-        _clutter(canvas, draws)
+        clutter(canvas, draws)
     _scene(canvas, draws, parts)
     if draws.one() < 0.1:
         _cover(canvas, draws)
@@ -213,39 +213,39 @@ def draw(split: str, *, index: int) -> NDArray[np.uint8]:
     return image
 
 
-def _scene(canvas: Plane, draws: _Draws, parts: tuple[int, ...]) -> None:
+def _scene(canvas: Plane, draws: Draws, parts: tuple[int, ...]) -> None:
     """Draw the parts of a class: the scene is mirrored, shifted, turned and scaled, then each part on its own."""
     side = len(canvas)
     scale = draws.one(0.82, 1.08)
-    cos, sin = _turn(draws.one(-0.25, 0.25))
+    cos, sin = turn(draws.one(-0.25, 0.25))
     centre_u, centre_v = draws.one(0.43, 0.57), draws.one(0.43, 0.57)
     missing = int(draws.one(0, 4)) if draws.one() < 0.1 else None
     mirrored = -1 if draws.one() < 0.5 else 1
-    shared_colour = _colour(draws)
+    shared_colour = light_colour(draws)
     for place, part in enumerate(parts):
         slot_u = mirrored * (-1, 1)[place % 2] * 0.235 + draws.one(-0.045, 0.045)
         slot_v = (-1, 1)[place // 2] * 0.235 + draws.one(-0.045, 0.045)
         at = (centre_u + scale * (cos * slot_u - sin * slot_v), centre_v + scale * (sin * slot_u + cos * slot_v))
-        colour = shared_colour if draws.one() < 0.5 else _colour(draws)
+        colour = shared_colour if draws.one() < 0.5 else light_colour(draws)
         size = scale * draws.one(0.19, 0.235)
-        turned = _turn(draws.one(-0.25, 0.25))
+        turned = turn(draws.one(-0.25, 0.25))
         if place != missing:
-            _paint(canvas, _SHAPES[part], at=(at[0] * side, at[1] * side), radius=size * side, turned=turned, colour=colour)
+            paint(canvas, SHAPES[part], at=(at[0] * side, at[1] * side), radius=size * side, turned=turned, colour=colour)
 
 
-def _background(draws: _Draws) -> Plane:
-    """Return a patchy ground [40, 40, 3]."""
-    return _LIGHTNESS + draws.one(0.03, 0.08) * (_smooth(draws.many(5, 5, 3), IMAGE_SIZE) - 0.5)
+def background(draws: Draws, *, side: int = IMAGE_SIZE) -> Plane:
+    """Return a patchy ground [side, side, 3]."""
+    return _LIGHTNESS + draws.one(0.03, 0.08) * (_smooth(draws.many(5, 5, 3), side) - 0.5)
 
 
-def _clutter(canvas: Plane, draws: _Draws) -> None:
+def clutter(canvas: Plane, draws: Draws) -> None:
     """Draw a bar or a blot that is no part."""
     side = len(canvas)
     half_width, half_height = draws.one(0.15, 0.9), draws.one(0.08, 0.25)
     colour = _LIGHTNESS + draws.one(-0.15, 0.2) + (draws.many(3) - 0.5) * 0.15
     at = (draws.one() * side, draws.one() * side)
-    turned = _turn(draws.one(-3.2, 3.2))
-    _paint(
+    turned = turn(draws.one(-3.2, 3.2))
+    paint(
         canvas,
         lambda u, v: _box(u, v, half_width, half_height),
         at=at,
@@ -255,7 +255,7 @@ def _clutter(canvas: Plane, draws: _Draws) -> None:
     )
 
 
-def _cover(canvas: Plane, draws: _Draws) -> None:
+def _cover(canvas: Plane, draws: Draws) -> None:
     """Cover a rectangle with one colour."""
     side = len(canvas)
     height, width = int(draws.one(0.12, 0.3) * side), int(draws.one(0.12, 0.3) * side)
@@ -263,12 +263,12 @@ def _cover(canvas: Plane, draws: _Draws) -> None:
     canvas[top : top + height, left : left + width] = 0.1 + 0.5 * draws.one() + (draws.many(3) - 0.5) * 0.2
 
 
-def _colour(draws: _Draws) -> Plane:
+def light_colour(draws: Draws) -> Plane:
     """Return a colour lighter than the ground: hue at random, so that colour says nothing about the class."""
     return (_LIGHTNESS + draws.one(0.45, 0.55) + (draws.many(3) - 0.5) * 0.12).clip(0, 1)
 
 
-def _paint(
+def paint(
     canvas: Plane,
     shape: Callable[[Plane, Plane], Plane],
     *,
@@ -278,10 +278,10 @@ def _paint(
     colour: Plane,
 ) -> None:
     """Blend a shape into the canvas with smooth edges; `at` is (x, y) in pixels, `turned` its (cosine, sine)."""
-    side = len(canvas)
+    height, width = canvas.shape[:2]
     reach = radius * 1.5
-    left, right = max(0, int(at[0] - reach)), min(side, int(at[0] + reach) + 1)
-    top, bottom = max(0, int(at[1] - reach)), min(side, int(at[1] + reach) + 1)
+    left, right = max(0, int(at[0] - reach)), min(width, int(at[0] + reach) + 1)
+    top, bottom = max(0, int(at[1] - reach)), min(height, int(at[1] + reach) + 1)
     if left >= right or top >= bottom:
         return
     x = (np.arange(left, right) + 0.5 - at[0])[None, :] / radius
@@ -304,6 +304,6 @@ def _smooth(grid: Plane, side: int) -> Plane:
     return smooth
 
 
-def _turn(angle: float) -> tuple[float, float]:
+def turn(angle: float) -> tuple[float, float]:
     """Return cosine and sine, rounded so that mathematical libraries agree about them."""
     return round(math.cos(angle), 9), round(math.sin(angle), 9)

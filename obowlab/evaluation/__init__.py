@@ -18,7 +18,7 @@ from torch import nn
 from obowlab import text
 from obowlab.config import Evaluation, Machine, Recipe, canonical_hash, nearest
 from obowlab.data.class_lists import class_list
-from obowlab.data.protocol_needs import refuse_unmet, same_classes_need
+from obowlab.data.protocol_needs import refuse_unmet, same_classes_need, several_classes_need
 from obowlab.errors import UserError
 from obowlab.evaluation.features import FeatureStore, View
 from obowlab.evaluation.fewshot import few_shot
@@ -55,12 +55,12 @@ class Evaluator:
 
     Attributes:
         version: raised whenever the same weights and settings would give another number.
-        needs: the views it reads of every split; they are computed in one pass per split.
+        needs: the views it reads of every split, by its settings; they are computed before it runs.
         run: measures, given the features, the settings and a function that reports progress.
     """
 
     version: int
-    needs: Mapping[str, tuple[View, ...]]
+    needs: Callable[[Evaluation], Mapping[str, tuple[View, ...]]]
     run: Callable[[FeatureStore, Evaluation, Callable[[str], None]], Outcome]
 
 
@@ -115,6 +115,42 @@ def _knn(store: FeatureStore, evaluation: Evaluation, report: Callable[[str], No
     )
 
 
+def _voc07_svm(store: FeatureStore, evaluation: Evaluation, report: Callable[[str], None]) -> Outcome:
+    from obowlab.evaluation import svm  # late: scipy takes half a second to import
+
+    config, train, val = evaluation.voc07_svm, store.split("train"), store.split("val")
+    refuse_unmet(several_classes_need(train, val, config=config))
+    assert train.targets is not None
+    assert val.targets is not None
+    features, test_features = (store.get(name, views=(config.view,))[0].double().cpu().numpy() for name in ("train", "val"))
+    standard = {}
+    if config.features == "pool5_bn":
+        standard = {"mean": features.mean(axis=0), "variance": features.var(axis=0)}
+    targets_hash = canonical_hash([train.targets.tolist(), val.targets.tolist()])
+    settings = {**config.model_dump(mode="json"), "targets_hash": targets_hash}
+    fits = svm.fit_classes(
+        svm.normalised(features, **standard),
+        targets=train.targets,
+        test_features=svm.normalised(test_features, **standard),
+        class_names=train.class_names,
+        config=config,
+        processes=store.num_processes,
+        kept=store.place_beside("voc07-svm", settings),
+        report=report,
+    )
+    measurement, precisions = svm.mean_average_precision(fits, targets=val.targets)
+    return Outcome(
+        measurements=(measurement,),
+        settings=settings,
+        remarks={
+            "interval": f"bootstrap over validation images, {svm.NUM_RESAMPLES} times",
+            "precision_of_classes": precisions,
+            "cost_of_classes": {fit.name: fit.cost for fit in fits},
+            "fits_at_the_limit": sum(fit.unconverged for fit in fits),
+        },
+    )
+
+
 def _labelled(store: FeatureStore) -> tuple[int, dict[str, Any]]:
     """Return the number of classes that both splits share, and which training images are used."""
     train, val = store.split("train"), store.split("val")
@@ -124,9 +160,12 @@ def _labelled(store: FeatureStore) -> tuple[int, dict[str, Any]]:
 
 
 EVALUATORS: dict[str, Evaluator] = {
-    "fewshot": Evaluator(version=1, needs={"val": ("centre",)}, run=_few_shot),
-    "linear": Evaluator(version=1, needs={"train": ("centre", "mirrored"), "val": ("centre",)}, run=_linear),
-    "knn": Evaluator(version=1, needs={"train": ("centre",), "val": ("centre",)}, run=_knn),
+    "fewshot": Evaluator(version=1, needs=lambda _: {"val": ("centre",)}, run=_few_shot),
+    "linear": Evaluator(version=1, needs=lambda _: {"train": ("centre", "mirrored"), "val": ("centre",)}, run=_linear),
+    "knn": Evaluator(version=1, needs=lambda _: {"train": ("centre",), "val": ("centre",)}, run=_knn),
+    "voc07-svm": Evaluator(
+        version=1, needs=lambda settings: dict.fromkeys(("train", "val"), (settings.voc07_svm.view,)), run=_voc07_svm
+    ),
 }
 
 
@@ -178,15 +217,15 @@ def evaluate(
         report=report,
     )
     with full_precision(device):  # whatever training ran in
-        for split, views in _union_of_needs(names).items():
+        for split, views in _union_of_needs(names, recipe.evaluation).items():
             store.get(split, views=views)  # one pass over the images, however many protocols want them
         return [_measure(name, store=store, recipe=recipe, subject=subject, report=report) for name in names]
 
 
-def _union_of_needs(names: Sequence[str]) -> dict[str, tuple[View, ...]]:
+def _union_of_needs(names: Sequence[str], evaluation: Evaluation) -> dict[str, tuple[View, ...]]:
     union: dict[str, tuple[View, ...]] = {}
     for name in names:
-        for split, views in EVALUATORS[name].needs.items():
+        for split, views in EVALUATORS[name].needs(evaluation).items():
             union[split] = tuple(dict.fromkeys((*union.get(split, ()), *views)))
     return union
 
@@ -195,7 +234,7 @@ def _measure(name: str, *, store: FeatureStore, recipe: Recipe, subject: str, re
     evaluator = EVALUATORS[name]
     started = time.monotonic()
     outcome = evaluator.run(store, recipe.evaluation, report)
-    data_hash = store.data_hash(sorted(evaluator.needs))
+    data_hash = store.data_hash(sorted(evaluator.needs(recipe.evaluation)))
     view = {"resize": recipe.views.original_resize, "size": recipe.views.original_size, "mean": list(MEAN), "std": list(STD)}
     # An encoder's own mean and deviation are part of the encoder: its protocol is that of all others.
     shown = {**view, "mean": list(store.mean), "std": list(store.std)}

@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -31,6 +31,7 @@ from obowlab.files.opening import UnusableFileError, name_beside, open_file, rea
 from obowlab.files.sharing import share, shared_folder
 from obowlab.views.loaders import centre_loader
 from obowlab.views.photometric import normalise
+from obowlab.views.stretched import stretched_batches
 from obowlab.views.views import MEAN, STD
 
 FEATURES_VERSION = 1
@@ -41,8 +42,8 @@ REPORT_EVERY_S = 20.0
 _TOLD: set[Path] = set()
 """Folders of kept features that cannot be used, of which this process has said so."""
 
-View = Literal["centre", "mirrored"]
-"""The centre crop of an image (`Views.original_resize`, `original_size`), or its horizontal mirror image."""
+View = Literal["centre", "mirrored", "stretched"]
+"""The centre crop of an image (`Views.original_resize`, `original_size`), its mirror image, or all of it, made square."""
 
 
 def weights_hash(module: nn.Module) -> str:
@@ -148,16 +149,27 @@ class FeatureStore:
         return canonical_hash({name: self._images_key(name) for name in splits})
 
     def get(self, name: str, *, views: Sequence[View] = ("centre",)) -> tuple[torch.Tensor, ...]:
-        """Return the features of a split for every view, computing in one pass those that are not kept yet.
+        """Return the features of a split for every view, computing those that are not kept yet.
 
         Returns:
             One float32 [N, c] per view, in the order asked, on the store's device.
         """
         keys = {view: self._key(name, view=view) for view in views}
         missing = [view for view in views if not self._is_sound(keys[view])]
-        if missing:
-            self._compute(name, keys={view: keys[view] for view in missing})
+        for alike in (("centre", "mirrored"), ("stretched",)):  # views of the same pixels, computed in one pass
+            if wanted := {view: keys[view] for view in missing if view in alike}:
+                self._compute(name, keys=wanted)
         return tuple(self._read(keys[view]) for view in views)
+
+    @property
+    def num_processes(self) -> int:
+        """How many processes a protocol may use besides this one."""
+        return max(1, self._workers)
+
+    def place_beside(self, name: str, settings: dict[str, Any]) -> Path:
+        """Return the folder, which need not exist, for what a protocol keeps of this encoder on these images."""
+        splits = {split: [self._key(split, view=view) for view in ("centre", "stretched")] for split in ("train", "val")}
+        return self._places[0] / f"{name}-{canonical_hash({'features': splits, 'settings': settings})[:32]}"
 
     def _images_key(self, name: str) -> dict[str, Any]:
         positions = np.ascontiguousarray(self.indices(name), dtype="<i8")
@@ -231,16 +243,8 @@ class FeatureStore:
         return torch.from_numpy(np.load(self._entry(key) / "features.npy", mmap_mode="c")).to(self.device)
 
     def _compute(self, name: str, *, keys: dict[View, dict[str, Any]]) -> None:
-        split, indices = self.split(name), self.indices(name)
-        loader = centre_loader(
-            split,
-            indices=indices,
-            views=self.views,
-            batch_size=BATCH_SIZE,
-            backend=self._backend,
-            workers=self._workers,
-            pin=self.device.type == "cuda",
-        )
+        indices = self.indices(name)
+        loader = self._loader(self.split(name), indices=indices, stretched="stretched" in keys)
         done, last = 0, time.monotonic()
         place = self._writable()
         with ExitStack() as stack:
@@ -260,6 +264,19 @@ class FeatureStore:
                     last = time.monotonic()
                     self.report(f"features of {self.dataset}/{name}: {done}/{len(indices)} images")
             assert done == len(indices), "the loader must give every image once"
+
+    def _loader(self, split: Split, *, indices: npt.NDArray[np.int64], stretched: bool) -> Iterable[tuple[Any, torch.Tensor]]:
+        if stretched:
+            return stretched_batches(split, indices=indices, views=self.views, batch_size=BATCH_SIZE, workers=self._workers)
+        return centre_loader(
+            split,
+            indices=indices,
+            views=self.views,
+            batch_size=BATCH_SIZE,
+            backend=self._backend,
+            workers=self._workers,
+            pin=self.device.type == "cuda",
+        )
 
 
 class _EntryWriter:

@@ -95,6 +95,7 @@ _EVALUATION = (
     Metric("fewshot", "%", "max", "Accuracy of prototype classification, mean over episodes.", "eval"),
     Metric("linear_top1", "%", "max", "Top-1 of a linear classifier on frozen features.", "eval"),
     Metric("knn_top1", "%", "max", "Top-1 of the cosine-weighted vote of the nearest training images.", "eval"),
+    Metric("svm_map", "%", "max", "Mean average precision of linear SVMs on frozen features, over classes.", "eval"),
 )
 
 _SYSTEM = (

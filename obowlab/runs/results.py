@@ -84,7 +84,7 @@ def is_alike(result: Mapping[str, Any], *, recipe: Recipe) -> bool:
     A setting that an earlier version did not file had its default.
     """
     details = result.get("details", {})
-    settings: BaseModel | None = getattr(recipe.evaluation, result["protocol"], None)
+    settings: BaseModel | None = getattr(recipe.evaluation, str(result["protocol"]).replace("-", "_"), None)
     if settings is None:  # a protocol of another version
         return False
     filed = {key: details.get(key, value) for key, value in type(settings)().model_dump(mode="json").items()}

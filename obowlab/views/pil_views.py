@@ -149,15 +149,19 @@ def cut_view(image: Image.Image, plan: Geometry, row: int, view: int) -> Pixels:
     if (left, top, width, height) != (0, 0, *image.size):
         image = image.crop((left, top, left + width, top + height))
     resized_height, resized_width = plan.resized[row, view].tolist()
-    # Rows first, as Pillow did up to version 12; left to itself, Pillow 13 starts with the columns of tall images.
-    resampling = Image.Resampling.BICUBIC if plan.bicubic[view] else Image.Resampling.BILINEAR
-    image = image.resize((resized_width, height), resampling)
-    image = image.resize((resized_width, resized_height), resampling)
+    image = resized(image, width=resized_width, height=resized_height, bicubic=plan.bicubic[view])
     side = plan.sizes[view]
     if (resized_width, resized_height) != (side, side):
         top, left = plan.windows[row, view].tolist()
         image = image.crop((left, top, left + side, top + side))
     return np.asarray(image)
+
+
+def resized(image: Image.Image, *, width: int, height: int, bicubic: bool = False) -> Image.Image:
+    """Return an image of another size, under PIL's triangle or its cubic."""
+    # Rows first, as Pillow did up to version 12; left to itself, Pillow 13 starts with the columns of tall images.
+    resampling = Image.Resampling.BICUBIC if bicubic else Image.Resampling.BILINEAR
+    return image.resize((width, image.height), resampling).resize((width, height), resampling)
 
 
 def broken_record(split: Split, index: int, reason: str) -> UserError:

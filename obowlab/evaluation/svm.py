@@ -1,0 +1,256 @@
+"""Linear SVMs on frozen features of images that show several classes (docs/transfer.md; paper, appendix C.4: VOC07).
+
+As in Facebook's benchmark: features divided by their length, one LIBLINEAR classifier a class, its cost chosen by the mean
+average precision of three folds, difficult images absent in training and left out of their class's test. The score is the mean
+over classes of the average precision: the area under the precision that is made non-increasing, over the recall.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, fields
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from obowlab.config import Voc07Svm, canonical_hash
+from obowlab.evaluation.result import Measurement
+from obowlab.files.opening import UnusableFileError
+from obowlab.files.records import read_checked, with_checksum
+from obowlab.files.replacing import write_atomic
+from obowlab.files.sharing import shared_folder
+from obowlab.randomness import Stream, uniforms
+
+Floats = npt.NDArray[np.float64]
+Marks = npt.NDArray[np.int8]
+Signs = npt.NDArray[np.int64]
+
+LENGTH_EPSILON = 1e-5
+"""Added to the length of a feature before it is divided by it."""
+
+NORM_EPSILON = 1e-5
+"""Added to the variance of a feature, for `pool5_bn`."""
+
+BOOTSTRAP_LANE = 2
+"""Keeps the draws of resamples apart from those of episodes and probes, lanes 0 and 1 of the same stream."""
+
+NUM_RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class ClassFit:
+    """What was found for one class.
+
+    Attributes:
+        name: of the class.
+        cost: the C with the best mean average precision of the folds, the first of equals.
+        fold_precision: that mean, in [0, 1].
+        scores: of the test images.
+        unconverged: how many of the fits reached the limit of iterations.
+    """
+
+    name: str
+    cost: float
+    fold_precision: float
+    scores: tuple[float, ...]
+    unconverged: int
+
+
+def normalised(features: Floats, *, mean: Floats | None = None, variance: Floats | None = None) -> Floats:
+    """Return rows divided by their length, float64 [N, c]; standardised before it when mean and variance [c] are given."""
+    features = np.asarray(features, dtype=np.float64)
+    if mean is not None and variance is not None:
+        features = (features - mean) / np.sqrt(variance + NORM_EPSILON)
+    rows: Floats = features / (np.linalg.norm(features, axis=1, keepdims=True) + LENGTH_EPSILON)
+    return rows
+
+
+def average_precision(targets: npt.NDArray[Any], scores: Floats) -> float:
+    """Return the area under the precision, made non-increasing from the right, over the recall, in [0, 1]; 0 without a positive.
+
+    Args:
+        targets: 1 or 0, [N].
+        scores: [N]; equal ones keep their order.
+    """
+    order = np.argsort(-np.asarray(scores), kind="stable")
+    return _area(np.asarray(targets)[order] == 1, np.ones(len(order)))
+
+
+def _area(hits: npt.NDArray[np.bool_], weights: Floats) -> float:
+    """Return the average precision of images in the order of their scores, each of which counts as often as its weight says."""
+    gained = weights * hits
+    total = gained.sum()
+    if not total:
+        return 0.0
+    found, seen = np.cumsum(gained), np.cumsum(weights)
+    precision = np.divide(found, seen, out=np.zeros_like(found), where=seen > 0)
+    envelope = np.maximum.accumulate(precision[::-1])[::-1]
+    return float((gained * envelope).sum() / total)
+
+
+def fit_class(name: str, signs: Signs, *, features: Floats, test_features: Floats, config: Voc07Svm) -> ClassFit:
+    """Choose the cost of a class by cross-validation, fit it on all training images and score the test images.
+
+    Args:
+        name: of the class.
+        signs: 1 for images that show it, -1 for all others, [N].
+        features: of the training images, as `normalised` returns them, [N, c].
+        test_features: of the test images, likewise.
+        config: costs, folds and iterations.
+    """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.metrics import average_precision_score
+    from sklearn.model_selection import StratifiedKFold
+
+    folds = list(StratifiedKFold(config.num_folds).split(features, signs))
+
+    def scores_of(cost: float, *, train: Any, test: Floats) -> Floats:
+        scores: Floats = _svm(cost, config=config).fit(features[train], signs[train]).decision_function(test)
+        return scores
+
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", ConvergenceWarning)
+        means = [
+            np.mean(
+                [average_precision_score(signs[test], scores_of(cost, train=train, test=features[test])) for train, test in folds]
+            )
+            for cost in config.costs
+        ]
+        best = int(np.argmax(means))
+        scores = scores_of(config.costs[best], train=slice(None), test=test_features)
+    unconverged = sum(issubclass(each.category, ConvergenceWarning) for each in said)
+    return ClassFit(name, config.costs[best], float(means[best]), tuple(scores.tolist()), unconverged)
+
+
+def _svm(cost: float, *, config: Voc07Svm) -> Any:
+    from sklearn.svm import LinearSVC
+
+    return LinearSVC(
+        C=cost,
+        class_weight={1: config.positive_weight, -1: 1},
+        penalty="l2",
+        loss="squared_hinge",
+        dual=True,
+        tol=1e-4,
+        max_iter=config.max_iterations,
+        intercept_scaling=1.0,
+        random_state=0,
+    )
+
+
+def fit_classes(
+    features: Floats,
+    *,
+    targets: Marks,
+    test_features: Floats,
+    class_names: Sequence[str],
+    config: Voc07Svm,
+    processes: int,
+    kept: Path,
+    report: Callable[[str], None],
+) -> tuple[ClassFit, ...]:
+    """Fit all classes, several at a time; each is kept as soon as it is done, so that a call that was killed continues.
+
+    Args:
+        features: of the training images, as `normalised` returns them, [N, c].
+        targets: 1, 0 or -1, [N, classes].
+        test_features: of the test images.
+        class_names: one a column of `targets`.
+        config: the settings.
+        processes: how many work at the same time.
+        kept: folder of the fits to this encoder, these images and these settings.
+        report: called with a line for every class.
+    """
+    fits = {name: fit for name in class_names if (fit := _read_fit(kept, name, count=len(test_features))) is not None}
+    signs = {name: np.where(targets[:, column] == 1, 1, -1) for column, name in enumerate(class_names) if name not in fits}
+    for fit in _fitted(signs, features=features, test_features=test_features, config=config, processes=processes):
+        fits[fit.name] = fit
+        _keep(kept, fit)
+        report(f"voc07-svm: {len(fits)}/{len(class_names)} classes, {fit.name} with C = {fit.cost:g}")
+    return tuple(fits[name] for name in class_names)
+
+
+def _fitted(
+    signs: Mapping[str, Signs], *, features: Floats, test_features: Floats, config: Voc07Svm, processes: int
+) -> Iterator[ClassFit]:
+    """Yield the fit of every class as soon as it is there."""
+    work = partial(fit_class, features=features, test_features=test_features, config=config)
+    if processes == 1 or len(signs) < 2:
+        yield from (work(name, each) for name, each in signs.items())
+        return
+    # Every process gets the features once, when it starts; processes of their own, as a fork would copy CUDA's state.
+    with ProcessPoolExecutor(min(processes, len(signs)), get_context("spawn"), _take, (work,)) as pool:
+        try:
+            for done in as_completed([pool.submit(_fit_taken, name, each) for name, each in signs.items()]):
+                yield done.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+_TAKEN: list[Callable[[str, Signs], ClassFit]] = []
+"""In a process of `_fitted`: what fits a class to the features that it was started with."""
+
+
+def _take(work: Callable[[str, Signs], ClassFit]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one answers Ctrl-C
+    _TAKEN.append(work)
+
+
+def _fit_taken(name: str, signs: Signs) -> ClassFit:
+    return _TAKEN[0](name, signs)
+
+
+def _file_of(kept: Path, name: str) -> Path:
+    return kept / f"{canonical_hash(name)[:16]}.json"
+
+
+def _keep(kept: Path, fit: ClassFit) -> None:
+    """File a fit where that can be done: it only saves time."""
+    with contextlib.suppress(OSError, UnusableFileError):
+        write_atomic(_file_of(shared_folder(kept), fit.name), with_checksum(json.dumps(asdict(fit))))
+
+
+def _read_fit(kept: Path, name: str, *, count: int) -> ClassFit | None:
+    try:
+        values = read_checked(_file_of(kept, name))
+        fit = ClassFit(**{field.name: values[field.name] for field in fields(ClassFit)} | {"scores": tuple(values["scores"])})
+    except (OSError, UnusableFileError, ValueError, TypeError, KeyError):
+        return None
+    return fit if fit.name == name and len(fit.scores) == count else None
+
+
+def mean_average_precision(fits: Sequence[ClassFit], *, targets: Marks) -> tuple[Measurement, dict[str, float]]:
+    """Return the mean over classes with its bootstrap interval, and the average precision of every class, in percent.
+
+    The interval is that of other test images from the same world: its ends are the 2.5 and 97.5 percentiles of `NUM_RESAMPLES`
+    draws of as many images with replacement. What training and the choice of C add to the spread is not in it.
+
+    Args:
+        fits: one a class, with the scores of N test images.
+        targets: 1, 0 or -1, [N, classes]; images of -1 do not count in that class.
+    """
+    ranked = []
+    for column, fit in enumerate(fits):
+        counted = np.flatnonzero(targets[:, column] >= 0)
+        order = counted[np.argsort(-np.asarray(fit.scores)[counted], kind="stable")]
+        ranked.append((order, targets[order, column] == 1))
+    images = np.arange(len(targets), dtype=np.int64)
+    each = [100.0 * _area(hits, np.ones(len(order))) for order, hits in ranked]
+    means = np.empty(NUM_RESAMPLES)
+    for resample in range(NUM_RESAMPLES):
+        chance = uniforms(seed=0, epoch=resample, indices=images, stream=Stream.EPISODES, count=1, lane=BOOTSTRAP_LANE)[:, 0]
+        counts = np.bincount((chance * len(images)).astype(np.int64), minlength=len(images)).astype(np.float64)
+        means[resample] = np.mean([100.0 * _area(hits, counts[order]) for order, hits in ranked])
+    low, high = (float(end) for end in np.percentile(means, (2.5, 97.5)))
+    value = float(np.mean(each))
+    measurement = Measurement("svm_map", value, (high - low) / 2.0, low, high, count=len(images), samples={})
+    return measurement, {fit.name: precision for fit, precision in zip(fits, each, strict=True)}
