@@ -228,6 +228,8 @@ def test_fingerprint_is_of_everything_that_changes_weights_and_of_nothing_else()
         "optimizer.cosine_per": "epoch",
         "views.interpolation": "bicubic",
         "training.precision": "float32",
+        "evaluation.voc07_svm.features": "pool5_bn",
+        "evaluation.voc07_svm.view": "centre",
     }
     for key, value in flatten(recipe).items():
         if key in ("method.name", "evaluation.protocols", "evaluation.fewshot.sampler", "evaluation.linear.schedule"):
