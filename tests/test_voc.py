@@ -27,7 +27,7 @@ from obowlab.data.drawn_voc import CLASS_NAMES, NUM_IMAGES, draw, draw_voc
 from obowlab.data.opening import open_source
 from obowlab.data.protocol_needs import several_classes_need
 from obowlab.errors import UserError
-from obowlab.evaluation import evaluate
+from obowlab.evaluation import evaluate, svm
 from obowlab.evaluation.svm import (
     ClassFit,
     average_precision,
@@ -38,6 +38,7 @@ from obowlab.evaluation.svm import (
 )
 from obowlab.files.records import read_checked, with_checksum
 from obowlab.methods.backbones import ResNet, build_backbone
+from obowlab.runs.results import unpack
 from obowlab.views.pil_views import decode
 from obowlab.views.stretched import stretched, stretched_batches
 from obowlab.weights.encoder_file import save_encoder
@@ -308,6 +309,34 @@ def test_difficult_images_are_left_out_of_their_class_alone() -> None:
     assert measured.value == pytest.approx(np.mean(expected))
     assert measured.low < measured.value < measured.high
     assert measured.count == 80
+
+
+def test_the_shares_of_images_have_the_value_as_mean_and_its_spread() -> None:
+    fits, targets = some_fits(150, 3)
+    measured, _ = mean_average_precision(fits, targets=targets)
+    shares = unpack(measured.samples)
+    assert shares.mean() == pytest.approx(measured.value, abs=1e-3)
+    error = 1.96 * shares.std(ddof=1) / np.sqrt(len(shares))
+    assert error == pytest.approx(measured.interval, rel=0.15)  # jackknife and bootstrap agree
+    one = targets.copy()
+    rows = [row for row in range(150) if row != 17]
+    without, _ = mean_average_precision(
+        [ClassFit(fit.name, 1.0, 0.5, tuple(fit.scores[row] for row in rows), 0) for fit in fits], targets=one[rows]
+    )
+    others = [row for row in range(150) if row != 18]
+    without_next, _ = mean_average_precision(
+        [ClassFit(fit.name, 1.0, 0.5, tuple(fit.scores[row] for row in others), 0) for fit in fits], targets=one[others]
+    )
+    assert shares[17] - shares[18] == pytest.approx(149 * (without_next.value - without.value), abs=2e-3)
+
+
+def test_resamples_count_an_image_as_often_as_it_was_drawn() -> None:
+    """The average precision of weights equals that of images written out as often as they were drawn."""
+    random = np.random.default_rng(6)
+    hits, weights = random.random(40) < 0.4, random.integers(0, 4, (5, 40)).astype(float)
+    for row, got in zip(weights, svm._area(hits, weights), strict=True):
+        drawn = np.repeat(np.arange(40), row.astype(int))
+        assert got == pytest.approx(slow_average_precision(hits[drawn].astype(int).tolist(), (-drawn.astype(float)).tolist()))
 
 
 def test_the_interval_covers_other_test_sets() -> None:

@@ -102,13 +102,13 @@ def prepare(
 
 
 @data.command("draw")
-@click.argument("layout", type=click.Choice(["voc"]))
+@click.argument("layout", type=click.Choice(["voc"]), metavar="LAYOUT")
 @click.argument("folder", type=PATH)
 @dry_run_option
 def draw(layout: str, folder: Path, dry_run: bool) -> None:
     """Draw images in the layout of a public data set, for trying a protocol without a download.
 
-    voc writes FOLDER/VOC2007: 1000 small images that show one to four of 24 parts of the synthetic set, with lists and boxes.
+    LAYOUT voc writes FOLDER/VOC2007: 1000 small images of one to four parts of the synthetic set, with lists and boxes.
     """
     from obowlab.data.drawn_voc import NUM_IMAGES, draw_voc
 

@@ -29,6 +29,7 @@ from obowlab.files.records import read_checked, with_checksum
 from obowlab.files.replacing import write_atomic
 from obowlab.files.sharing import shared_folder
 from obowlab.randomness import Stream, uniforms
+from obowlab.runs.results import pack_values
 
 Floats = npt.NDArray[np.float64]
 Marks = npt.NDArray[np.int8]
@@ -44,6 +45,7 @@ BOOTSTRAP_LANE = 2
 """Keeps the draws of resamples apart from those of episodes and probes, lanes 0 and 1 of the same stream."""
 
 NUM_RESAMPLES = 1000
+ROWS_AT_A_TIME = 64
 
 
 @dataclass(frozen=True)
@@ -82,19 +84,27 @@ def average_precision(targets: npt.NDArray[Any], scores: Floats) -> float:
         scores: [N]; equal ones keep their order.
     """
     order = np.argsort(-np.asarray(scores), kind="stable")
-    return _area(np.asarray(targets)[order] == 1, np.ones(len(order)))
+    return float(_area(np.asarray(targets)[order] == 1, np.ones(len(order))))
 
 
-def _area(hits: npt.NDArray[np.bool_], weights: Floats) -> float:
-    """Return the average precision of images in the order of their scores, each of which counts as often as its weight says."""
-    gained = weights * hits
-    total = gained.sum()
-    if not total:
-        return 0.0
-    found, seen = np.cumsum(gained), np.cumsum(weights)
+def _area(hits: npt.NDArray[np.bool_], weights: Floats) -> Floats:
+    """Return the average precision of images in the order of their scores, each of which counts as often as its weight says.
+
+    Args:
+        hits: [N].
+        weights: [..., N]; one average precision, [...], for each row.
+    """
+    places = np.flatnonzero(hits)
+    if not len(places):
+        return np.zeros(weights.shape[:-1])
+    # From a hit to the next one precision only falls, so its largest values are at hits.
+    gained, seen = weights[..., places], np.cumsum(weights, axis=-1)[..., places]
+    found = np.cumsum(gained, axis=-1)
     precision = np.divide(found, seen, out=np.zeros_like(found), where=seen > 0)
-    envelope = np.maximum.accumulate(precision[::-1])[::-1]
-    return float((gained * envelope).sum() / total)
+    envelope = np.maximum.accumulate(precision[..., ::-1], axis=-1)[..., ::-1]
+    total = found[..., -1]
+    area: Floats = np.divide((gained * envelope).sum(axis=-1), total, out=np.zeros_like(total), where=total > 0)
+    return area
 
 
 def fit_class(name: str, signs: Signs, *, features: Floats, test_features: Floats, config: Voc07Svm) -> ClassFit:
@@ -234,8 +244,11 @@ def mean_average_precision(fits: Sequence[ClassFit], *, targets: Marks) -> tuple
     The interval is that of other test images from the same world: its ends are the 2.5 and 97.5 percentiles of `NUM_RESAMPLES`
     draws of as many images with replacement. What training and the choice of C add to the spread is not in it.
 
+    So that runs can be compared on the same images, every image gets a share whose mean is the value: the value plus its
+    jackknife pseudo-value's deviation from their mean (Efron and Tibshirani, "An introduction to the bootstrap", chapter 11).
+
     Args:
-        fits: one a class, with the scores of N test images.
+        fits: one a class, with the scores of N test images, at least two.
         targets: 1, 0 or -1, [N, classes]; images of -1 do not count in that class.
     """
     ranked = []
@@ -243,14 +256,41 @@ def mean_average_precision(fits: Sequence[ClassFit], *, targets: Marks) -> tuple
         counted = np.flatnonzero(targets[:, column] >= 0)
         order = counted[np.argsort(-np.asarray(fit.scores)[counted], kind="stable")]
         ranked.append((order, targets[order, column] == 1))
-    images = np.arange(len(targets), dtype=np.int64)
-    each = [100.0 * _area(hits, np.ones(len(order))) for order, hits in ranked]
-    means = np.empty(NUM_RESAMPLES)
-    for resample in range(NUM_RESAMPLES):
-        chance = uniforms(seed=0, epoch=resample, indices=images, stream=Stream.EPISODES, count=1, lane=BOOTSTRAP_LANE)[:, 0]
-        counts = np.bincount((chance * len(images)).astype(np.int64), minlength=len(images)).astype(np.float64)
-        means[resample] = np.mean([100.0 * _area(hits, counts[order]) for order, hits in ranked])
-    low, high = (float(end) for end in np.percentile(means, (2.5, 97.5)))
+
+    def mean_of(weights: Floats) -> Floats:
+        """Return the mean in percent, [R], with images that count as often as each of R rows says, [R, N]."""
+        mean: Floats = 100.0 * np.mean([_area(hits, weights[:, order]) for order, hits in ranked], axis=0)
+        return mean
+
+    num_images = len(targets)
+    each = [100.0 * float(_area(hits, np.ones(len(order)))) for order, hits in ranked]
     value = float(np.mean(each))
-    measurement = Measurement("svm_map", value, (high - low) / 2.0, low, high, count=len(images), samples={})
+    resampled = np.concatenate([mean_of(_resamples(rows, num_images)) for rows in _chunks(NUM_RESAMPLES)])
+    low, high = (float(end) for end in np.percentile(resampled, (2.5, 97.5)))
+    without = np.concatenate([mean_of(_all_but(rows, num_images)) for rows in _chunks(num_images)])
+    shares = value - (num_images - 1) * (without - without.mean())
+    measurement = Measurement("svm_map", value, (high - low) / 2.0, low, high, count=num_images, samples=pack_values(shares))
     return measurement, {fit.name: precision for fit, precision in zip(fits, each, strict=True)}
+
+
+def _chunks(count: int) -> Iterator[Signs]:
+    """Yield the numbers below `count`, few enough at a time for a table of rows of images to stay small."""
+    for first in range(0, count, ROWS_AT_A_TIME):
+        yield np.arange(first, min(first + ROWS_AT_A_TIME, count))
+
+
+def _all_but(rows: Signs, num_images: int) -> Floats:
+    """Return a row for each of some images, [R, N], in which all others count once and it does not."""
+    counts = np.ones((len(rows), num_images))
+    counts[np.arange(len(rows)), rows] = 0.0
+    return counts
+
+
+def _resamples(rows: Signs, num_images: int) -> Floats:
+    """Return how often each image is drawn in some resamples, [R, N]; pure in the number of the resample."""
+    images = np.arange(num_images, dtype=np.int64)
+    counts = np.empty((len(rows), num_images))
+    for place, row in enumerate(rows.tolist()):
+        chance = uniforms(seed=0, epoch=row, indices=images, stream=Stream.EPISODES, count=1, lane=BOOTSTRAP_LANE)[:, 0]
+        counts[place] = np.bincount((chance * num_images).astype(np.int64), minlength=num_images)
+    return counts

@@ -116,8 +116,15 @@ def pack(correct: Sequence[int], *, of: int) -> dict[str, Any]:
     return {"of": of, "count": len(counts), "correct": packed}
 
 
+def pack_values(values: npt.NDArray[np.float64]) -> dict[str, Any]:
+    """Return observations that are no answers, in percent, as JSON values; a thousandth of a percent is kept."""
+    return {"count": len(values), "values": np.round(values, 3).tolist()}
+
+
 def unpack(samples: Mapping[str, Any]) -> npt.NDArray[np.float64]:
-    """Return the observations in percent, [count]; the inverse of `pack`."""
+    """Return the observations in percent, [count]; the inverse of `pack` and of `pack_values`."""
+    if "values" in samples:
+        return np.asarray(samples["values"], dtype=np.float64)
     of, count, packed = int(samples["of"]), int(samples["count"]), samples["correct"]
     if of == 1:
         bits = np.frombuffer(bytes.fromhex(packed), dtype=np.uint8)
