@@ -307,7 +307,7 @@ def ensure_cluster(tools: Path) -> None:
 
 
 def is_up() -> bool:
-    done = subprocess.run(["sinfo", "--noheader", "--format=%t"], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(["sinfo", "--noheader", "--format=%t"], capture_output=True, text=True, timeout=240, check=False)
     return done.returncode == 0 and bool(done.stdout.split())
 
 

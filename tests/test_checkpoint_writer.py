@@ -83,7 +83,7 @@ def test_a_run_is_killed_and_continues_to_the_bit(tmp_path: Path, data_root: Pat
     )
     for wait_s in (0.0, 0.1, 0.25, None):
         process = Fork(train_with_a_thread, str(folder.path), environment=quiet())
-        until = time.monotonic() + 60
+        until = time.monotonic() + 240
         while wait_s is not None and not (folder.path / checkpoints.CURRENT).exists() and time.monotonic() < until:
             time.sleep(0.005)
         if wait_s is not None:

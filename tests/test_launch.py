@@ -169,7 +169,7 @@ def test_a_signal_is_passed_on_once(tmp_path: Path, number: int, code: int) -> N
     with pytest.raises(UserError, match="being trained"):
         run(tmp_path, "quick", fresh=True)
     launcher.send_signal(number)
-    assert launcher.wait(timeout=20) == code
+    assert launcher.wait(timeout=240) == code
     assert folder.state.status == "interrupted"
     assert folder.state.message == "asked to"
 
@@ -180,7 +180,7 @@ def test_a_signal_reaches_the_workers_of_torchrun(tmp_path: Path) -> None:
     child = folder.state.pid
     assert child is not None
     launcher.send_signal(signal.SIGINT)
-    assert launcher.wait(timeout=30) == 130
+    assert launcher.wait(timeout=240) == 130
     assert folder.state.status == "interrupted"
     assert folder.state.message == "asked to"
     assert not is_alive(child)
@@ -194,7 +194,7 @@ def test_a_second_signal_kills(tmp_path: Path) -> None:
     time.sleep(0.3)
     assert is_alive(child)
     launcher.send_signal(signal.SIGTERM)
-    assert launcher.wait(timeout=20) == 143
+    assert launcher.wait(timeout=240) == 143
     assert not is_alive(child)
     assert folder.state.status == "interrupted"
 

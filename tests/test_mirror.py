@@ -422,7 +422,7 @@ class Server:
             self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
 
     def wait(self) -> None:
-        end = time.monotonic() + 60
+        end = time.monotonic() + 240
         while time.monotonic() < end:
             assert self.process.poll() is None, "the server ended"
             with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.uri}/health", timeout=2):

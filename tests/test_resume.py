@@ -69,7 +69,7 @@ def test_stopped_politely(tmp_path: Path, data_root: Path, uninterrupted: RunFol
     while process.poll() is None and len(folder.metrics()) < 30:
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
+    process.communicate(timeout=240)
     assert process.returncode == 128 + signal.SIGTERM
     assert folder.state.status == "interrupted"
     assert (folder.path / "checkpoint.pt").exists()

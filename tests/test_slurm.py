@@ -185,7 +185,7 @@ def test_a_job_saves_itself_once_and_queues_again_only_when_its_time_is_up(
     for number in signals[1:]:
         task.send_signal(number)
     (tmp_path / "saved").touch()
-    said, _ = task.communicate(timeout=30)
+    said, _ = task.communicate(timeout=240)
     assert "told" not in said
     assert task.returncode == 143
     file = cluster.folder / "requeued"
@@ -197,7 +197,7 @@ def test_a_job_saves_itself_once_and_queues_again_only_when_its_time_is_up(
 )
 def test_a_job_ends_as_its_command_does(tmp_path: Path, cluster: Cluster, ending: str, code: int) -> None:
     task = start_task(tmp_path, ending)
-    assert task.wait(timeout=30) == code
+    assert task.wait(timeout=240) == code
     assert not (cluster.folder / "requeued").exists()
 
 
@@ -286,7 +286,7 @@ def test_a_job_of_the_cluster_is_cancelled_and_a_run_here_is_told_to_stop(tmp_pa
     assert holder.stdout is not None
     holder.stdout.readline()
     assert f"Asked process {holder.pid} to stop" in stop(here.run_id, runs_root=tmp_path / "runs")
-    assert holder.wait(timeout=20) == -signal.SIGTERM
+    assert holder.wait(timeout=240) == -signal.SIGTERM
     (job.folder / "1_0_log.out").write_text("what node 0 said\n")
     assert [path.read_text() for path in logs_of(far.run_id, runs_root=tmp_path / "runs")] == ["what node 0 said\n"]
     with pytest.raises(UserError, match="has printed nothing yet"):

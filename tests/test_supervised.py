@@ -107,7 +107,7 @@ def test_images_without_labels_are_refused_before_the_run_and_in_it(tmp_path: Pa
     obstacles = find_obstacles([without, loaded], machine=machine, say=lambda line: None)
     assert obstacles.refused == (sentence,), "although the run before it has the same images"
     _, process = start(loaded, machine=machine)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=240)
     assert process.returncode == 2
     assert sentence in errors.decode()
 

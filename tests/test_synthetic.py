@@ -142,7 +142,7 @@ def test_two_processes_draw_it_once(tmp_path: Path) -> None:
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     children = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    assert sorted(child.communicate(timeout=60)[0].strip() for child in children) == ["False", "True"]
+    assert sorted(child.communicate(timeout=240)[0].strip() for child in children) == ["False", "True"]
 
 
 def test_classes_are_combinations_of_shared_parts() -> None:

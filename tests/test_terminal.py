@@ -275,7 +275,7 @@ def on_terminal(words: Sequence[str], *, columns: int = 80, **env: str) -> tuple
             break
         out += chunk
     os.close(master)
-    return process.wait(timeout=60), out.decode(errors="replace")
+    return process.wait(timeout=240), out.decode(errors="replace")
 
 
 def test_a_real_terminal_gets_styles_and_its_width(store: None) -> None:
@@ -307,7 +307,7 @@ def test_a_reader_that_leaves_ends_a_command_quietly(words: list[str]) -> None:
     os.close(reading)
     process = subprocess.Popen([sys.executable, "-m", "obowlab.cli", *words], stdout=writing, stderr=subprocess.PIPE)
     os.close(writing)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=240)
     assert (process.returncode, errors) == (141, b"")
 
 
@@ -330,7 +330,7 @@ def test_the_first_interruption_is_answered_at_once_with_what_is_kept(store: Non
     process.send_signal(signal.SIGINT)
     assert process.stderr.readline() == "Interrupted: nothing was changed.\n"
     assert process.poll() is None, "the answer did not come first"
-    assert process.wait(timeout=60) == 130
+    assert process.wait(timeout=240) == 130
     assert process.stderr.read() == ""
 
 

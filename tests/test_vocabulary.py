@@ -187,9 +187,9 @@ class TwoThreads:
 
     def exchange(self, x: Tensor, combine: Callable[[list[Tensor]], Tensor]) -> Tensor:
         self.shared[self.rank] = x.clone()
-        self.barrier.wait(timeout=20)
+        self.barrier.wait(timeout=240)
         result = combine(list(self.shared))
-        self.barrier.wait(timeout=20)
+        self.barrier.wait(timeout=240)
         return result
 
     def all_gather(self, x: Tensor) -> Tensor:
@@ -222,7 +222,7 @@ def test_two_processes_with_half_the_batch_each_equal_one(vocabulary: str, codes
         if step == 5:
             last = expected
     for thread in threads:
-        thread.join(timeout=30)
+        thread.join(timeout=240)
     assert torch.allclose(torch.cat([targets[0][5], targets[1][5]]), last, atol=1e-4)
     for half in halves:
         for name, value in whole.state_dict().items():
