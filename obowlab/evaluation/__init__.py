@@ -135,7 +135,7 @@ def _voc07_svm(store: FeatureStore, evaluation: Evaluation, report: Callable[[st
         class_names=train.class_names,
         config=config,
         processes=store.num_processes,
-        kept=store.place_beside("voc07-svm", settings),
+        kept=store.place_beside("voc07-svm", {"version": EVALUATORS["voc07-svm"].version, **settings}),
         report=report,
     )
     measurement, precisions = svm.mean_average_precision(fits, targets=val.targets)
