@@ -259,7 +259,7 @@ def test_files_that_are_missing_are_listed_and_left_out(tmp_path: Path, workplac
         ("1.jpg,a\n2.jpg,\n", "1 images without a label, such as 2.jpg"),
         ("1.jpg,a,train\n2.jpg,a,\n", "line 2: no split"),
         ("1.jpg,a,fold1\n2.jpg,a,fold2\n", "splits 'fold1', 'fold2', and it is not clear"),
-        ("1.jpg,a,train\n2.jpg,b,val\n", "classes in val that train does not have, such as 'b'"),
+        ("1.jpg,a,train\n2.jpg,b,val\n", "such as 'b': give those images a class of train, or leave them out"),
         ("a,1.jpg\nb,2.jpg\n", "the path of the image comes first"),
         ("id,breed\nx,y\n", "names neither an image"),
         ("path,breed,owner\n1.jpg,y,z\n", r"none of its columns \(path, breed, owner\) is called `label`"),

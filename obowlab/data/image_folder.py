@@ -258,7 +258,10 @@ def _splits(path: Path, layout: _Layout, images: Iterable[SourceImage], *, label
     class_names = tuple(sorted(groups["train"]))
     unknown = sorted(set(groups.get("val", {})) - set(class_names))
     if unknown:
-        raise UserError(f"--source {path} has classes in val/ that train/ does not have, such as '{unknown[0]}'.")
+        raise UserError(
+            f"--source {path} has classes in val/ that train/ does not have, such as '{unknown[0]}': name the folders of val/ as "
+            "those of train/, or prepare train/ alone, with --val-fraction 0.1."
+        )
     splits = []
     for split in SPLITS:
         if split in groups:

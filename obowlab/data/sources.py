@@ -157,7 +157,10 @@ def source_of_entries(
         raise UserError(f"--source {path} has {without} images without a label, such as {odd}: label or remove them.")
     found = {split: {entry.class_name or UNLABELLED for where, entry in kept if where == split} for split, _ in kept}
     if unknown := sorted(found.get("val", set()) - found.get("train", set())):
-        raise UserError(f"--source {path} has classes in val that train does not have, such as '{unknown[0]}'.")
+        raise UserError(
+            f"--source {path} has classes in val that train does not have, such as '{unknown[0]}': give those images a class of "
+            "train, or leave them out."
+        )
     names = tuple(class_names or _in_order(found["train"]))
     numbers = {name: number for number, name in enumerate(names)}
     images: dict[str, list[SourceImage]] = {}
