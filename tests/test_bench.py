@@ -31,6 +31,7 @@ FACTS = Facts(
     workers=1,
     loader="ffcv",
     precision="float32",
+    bfloat16=False,
     batch_size=64,
     measured_batch=64,
     images="'synthetic'",
@@ -94,6 +95,9 @@ def test_the_sentence_has_the_times_and_what_to_change() -> None:
         ("loader", replace(FACTS, workers=6, loader="torch"), "install obowlab[ffcv] for the compiled loader"),
         ("loader", replace(FACTS, workers=6), "shrink the images to about 256 px before `obowlab data prepare`"),
         ("step", replace(FACTS, cores=1), "train on a GPU, or on a machine with more cores"),
+        ("step", FACTS, "try --procs 4, or a GPU"),
+        ("step", replace(FACTS, precision="bfloat16"), "try --set training.precision=float32, which makes another run: this"),
+        ("step", replace(FACTS, precision="bfloat16", bfloat16=True), "try --procs 4, or a GPU"),
         ("rendering", FACTS, "try --procs 4, or a GPU"),  # 64 images cannot be shared by 6 or 5
         ("step", ON_GPU, "try --set training.precision=bfloat16, which makes another run, or --gpus 4"),
         ("step", replace(ON_GPU, gpus=1, precision="bfloat16"), "try a machine with more GPUs and --gpus N"),

@@ -8,7 +8,19 @@ from pathlib import Path
 import pytest
 
 from obowlab.config import Machine, load_recipe
-from obowlab.launch.cost import COSTS, Cost, CostBook, Measured, num_steps, write_actual_cost, write_quote
+from obowlab.launch import cost as cost_module
+from obowlab.launch.cost import (
+    COSTS,
+    NO_BFLOAT16,
+    Cost,
+    CostBook,
+    Measured,
+    num_steps,
+    quoted,
+    write_actual_cost,
+    write_quote,
+)
+from obowlab.launch.system import computes_bfloat16
 from obowlab.runs.folder import RunFolder
 from obowlab.runs.listing import list_runs
 from obowlab.tracking.outbox import Outbox, Sent
@@ -46,6 +58,46 @@ def test_a_benchmark_is_kept_and_a_finished_run_knows_better(data_root: Path, tm
     assert (known.source, known.seconds) == ("run", 12.5)
     on_gpu = CostBook(machine.model_copy(update={"device": "cuda"}), runs=runs).cost(loaded.recipe)
     assert on_gpu.source == "unknown", "another device, another time"
+
+
+@pytest.mark.parametrize(
+    ("text", "known"),
+    [
+        ("processor\t: 0\nflags\t\t: fpu avx2 avx512f avx512bw\n", False),
+        ("processor\t: 0\nflags\t\t: fpu avx512f avx512_bf16\n", True),
+        ("processor\t: 0\nflags\t\t: fpu amx_bf16 amx_tile\n", True),
+        ("processor\t: 0\nFeatures\t: fp asimd bf16\n", True),  # ARM: not asked
+        (None, True),
+    ],
+)
+def test_whether_a_processor_computes_bfloat16_is_read_from_its_flags(tmp_path: Path, text: str | None, known: bool) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    if text is not None:
+        cpuinfo.write_text(text)
+    assert computes_bfloat16(cpuinfo) is known
+
+
+@pytest.mark.parametrize(
+    ("precision", "has", "said"), [("bfloat16", False, True), ("bfloat16", True, False), ("float32", False, False)]
+)
+def test_a_quote_says_where_bfloat16_is_the_slower_choice(
+    data_root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    precision: str,
+    has: bool,
+    said: bool,
+) -> None:
+    monkeypatch.setattr(cost_module, "computes_bfloat16", lambda: has)
+    loaded = small_recipe(tmp_path, dataset="small", epochs=3, batch_size=8, overrides=(f"training.precision={precision}",))
+    machine = Machine(data_root=data_root, runs_root=tmp_path / "runs", device="cpu")
+    folder = RunFolder.create(loaded, seed=0, runs_root=machine.runs_root)
+    folder.append_attempt({"device": "cpu"})
+    folder.set_state(status="finished", step=21, total_steps=21, trained_s=12.5)
+    with caplog.at_level("INFO", logger="obowlab"):
+        quoted(loaded.recipe, machine=machine, measure=True)
+    assert (NO_BFLOAT16 in caplog.messages) is said
 
 
 STORED = {

@@ -54,6 +54,7 @@ class Facts:
         workers: of the loader.
         loader: its backend.
         precision: of the recipe.
+        bfloat16: whether the processor has instructions for it.
         batch_size: of the recipe, all processes together.
         measured_batch: images of a step as it was measured.
         images: what the loader read.
@@ -73,6 +74,7 @@ class Facts:
     workers: int
     loader: str
     precision: str
+    bfloat16: bool
     batch_size: int
     measured_batch: int
     images: str
@@ -167,6 +169,8 @@ def advice(name: str, *, facts: Facts) -> str:
             return "install obowlab[ffcv] for the compiled loader"
         return f"shrink the images to about {facts.source_px} px before `obowlab data prepare`, which makes another data set"
     if facts.device == "cpu":
+        if name == STEP and facts.precision == "bfloat16" and not facts.bfloat16:
+            return "try --set training.precision=float32, which makes another run: this processor has no bfloat16 instructions"
         procs = _shares(facts.batch_size, most=facts.cores)
         return f"try --procs {procs}, or a GPU" if procs > 1 else "train on a GPU, or on a machine with more cores"
     changes = []

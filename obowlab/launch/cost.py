@@ -31,7 +31,7 @@ from obowlab.files.records import read_lines
 from obowlab.files.replacing import write_atomic
 from obowlab.launch.compute_command import compute_command, environment_of, threads_of
 from obowlab.launch.gpu_leases import leased
-from obowlab.launch.system import count_gpus
+from obowlab.launch.system import computes_bfloat16, count_gpus
 from obowlab.runs.folder import COST_FILE, RunFolder
 from obowlab.runs.info import DAMAGED
 from obowlab.runs.listing import RunSummary
@@ -43,6 +43,10 @@ SMALL_FILES_MIB = 3.0
 """Metrics, results and logs of a run."""
 
 BENCHMARK_TIMEOUT_S = 600.0
+
+NO_BFLOAT16 = (
+    "This processor has no bfloat16 instructions: --set training.precision=float32 is likely faster here, and makes another run."
+)
 
 NODE_MIB_PER_S = 10_000.0
 NODE_LATENCY_S = 50e-6
@@ -272,6 +276,8 @@ def quoted(recipe: Recipe, *, machine: Machine, measure: bool) -> Cost:
     if measure and cost.seconds is not None:
         on_cpu = machine.device == "cpu" or (machine.device == "auto" and count_gpus() == 0)
         logger.info(cost.sentence(procs=machine.procs, device="cpu" if on_cpu else machine.device))
+        if on_cpu and recipe.training.precision == "bfloat16" and not computes_bfloat16():
+            logger.info(NO_BFLOAT16)
     return cost
 
 

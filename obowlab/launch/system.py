@@ -85,6 +85,18 @@ def visible_gpus() -> list[str]:
     return gpus
 
 
+def computes_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Return whether the processor has instructions for bfloat16; True also where that is not known, without x86 or Linux.
+
+    Without them PyTorch still computes in bfloat16, but slower than in float32 (docs/training.md, "What a training costs").
+    """
+    with suppress(OSError):
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("flags"):
+                return not {"avx512_bf16", "amx_bf16"}.isdisjoint(line.split())
+    return True
+
+
 @functools.cache
 def installed_gpus() -> tuple[str, ...]:
     """Return the UUIDs of this machine's NVIDIA GPUs in NVML's order, asked once per process; none without a driver."""

@@ -39,6 +39,7 @@ from obowlab.launch.bounds import (
     Part,
     Speed,
 )
+from obowlab.launch.system import computes_bfloat16
 from obowlab.runs.folder import RunFolder
 from obowlab.runs.provenance import num_cores
 from obowlab.training.context import RunContext
@@ -197,6 +198,7 @@ def measure(
             workers=workers,
             loader=loader.backend,
             precision=precision,
+            bfloat16=computes_bfloat16(),
             batch_size=asked.training.batch_size,
             measured_batch=batch,
             images=it.images,
