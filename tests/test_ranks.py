@@ -41,8 +41,8 @@ from tests.fork_server import Fork, fork_all
 from tests.processes import wait_until
 from tests.runs import create, quiet, small_recipe
 
-ENDS_WITHIN_S = 20.0
-"""The shortest timeout of a collective that waits for a lost rank is longer."""
+ENDS_WITHIN_S = 240.0
+"""The shortest timeout of a collective that waits for a lost rank is longer: `patient` sees to that."""
 
 
 def free_port() -> int:
@@ -62,8 +62,15 @@ def two_ranks(folder: RunFolder, play: Callable[[str, str], int], fault: str) ->
     }
     variables["TORCH_CPP_LOG_LEVEL"] = "FATAL"
     return [
-        Fork(play, str(folder.path), fault, environment={**variables, "RANK": rank, "LOCAL_RANK": rank}) for rank in ("0", "1")
+        Fork(patient, play, str(folder.path), fault, environment={**variables, "RANK": rank, "LOCAL_RANK": rank})
+        for rank in ("0", "1")
     ]
+
+
+def patient(play: Callable[[str, str], int], path: str, fault: str) -> int:
+    """Be a rank that waits longer for the others at its end than a test does for it."""
+    distributed.LEAVE_TIMEOUT = timedelta(minutes=10)
+    return play(path, fault)
 
 
 def end(ranks: list[Fork]) -> tuple[list[int | None], str]:
@@ -330,7 +337,7 @@ def test_rank_0_evaluates_when_the_others_have_gone_and_a_signal_ends_that(tmp_p
     folder = copy_of(trained, tmp_path)
     ranks = two_ranks(folder, wait_in, "evaluating")
     wait_until((folder.path / "evaluating").exists)
-    wait_until(lambda: ranks[1].poll() is not None, timeout_s=10)
+    wait_until(lambda: ranks[1].poll() is not None, timeout_s=240)
     assert ranks[0].poll() is None
     with pytest.raises(RunTakenError), folder.lock():
         pass
