@@ -24,6 +24,8 @@ from obowlab.cli.options import (
     would,
 )
 from obowlab.cli.output import json_line, print_measurements, print_obstacles, send_to_mlflow
+from obowlab.cli.run import Wanted
+from obowlab.cli.transfer import TRAININGS, measure_by_training, recipe_of
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 
     from obowlab.config import Machine, Recipe
 
-PROTOCOLS = ("fewshot", "linear", "knn", "voc07-svm")
+PROTOCOLS = ("fewshot", "linear", "knn", "voc07-svm", *TRAININGS)
 
 
 @click.command("eval")
@@ -41,7 +43,16 @@ PROTOCOLS = ("fewshot", "linear", "knn", "voc07-svm")
 )
 @click.option("--dataset", help="Another prepared data set than the recipe's.")
 @click.option("--recipe", "recipe_name", metavar="NAME", help="For a weights file: the recipe whose evaluation settings apply.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one evaluation.* setting; repeatable.")
+@click.option("--preset", metavar="NAME", help="Of a protocol that is a training: authors, tiny, demo, ...")
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change one evaluation.* setting, or any of a protocol that is a training; repeatable.",
+)
+@click.option("--seed", type=click.IntRange(min=0, max=2**31 - 1), help="Of a protocol that is a training. [default: 0]")
+@click.option("--procs", type=click.IntRange(min=1), metavar="N", help="Processes of a protocol that is a training. [default: 1]")
 @click.option(
     "--random/--no-random",
     "untrained",
@@ -56,7 +67,10 @@ def evaluate(
     protocols: tuple[str, ...],
     dataset: str | None,
     recipe_name: str | None,
+    preset: str | None,
     overrides: tuple[str, ...],
+    seed: int | None,
+    procs: int | None,
     untrained: bool | None,
     json_file: Path | None,
     options: MachineOptions,
@@ -67,11 +81,25 @@ def evaluate(
     RUN is a run id, the beginning of one, or a run folder: its results are added to the run and mirrored to MLflow. FILE is a
     weights file (ours, torchvision's or the authors') or a model version in MLflow, models:/NAME/VERSION: its results are
     printed.
+
+    Some protocols train a classifier, or the whole network, for hours: linear-imagenet, places205, semi-1, semi-10. Each is a
+    recipe, and its training a run of its own, which the same command continues.
     """
     from obowlab.launch.preflight import check_protocols
     from obowlab.launch.stages import obstacles_of
     from obowlab.weights.subject import find_subject
 
+    trainings = [name for name in protocols if name in TRAININGS]
+    if trainings:
+        if len(protocols) > 1 or recipe_name is not None or untrained is not None or json_file is not None:
+            raise UserError(
+                f"--protocol {trainings[0]} is a training: give it a command of its own, without --recipe, --random and --json."
+            )
+        changes = (*([f'data.dataset="{dataset}"'] if dataset is not None else []), *overrides)
+        wanted = Wanted(recipe_of(trainings[0], preset=preset), seed or 0, changes)
+        return _train(subject, wanted, procs=procs, options=options, dry_run=dry_run)
+    if preset is not None or seed is not None or procs is not None:
+        raise UserError(f"--preset, --seed and --procs are for protocols that are trainings: {', '.join(TRAININGS)}.")
     machine = options.machine()
     chosen = find_subject(
         subject,
@@ -128,6 +156,15 @@ def evaluate(
         click.echo(f"Added to run {chosen.folder.run_id}.")
         send_to_mlflow([chosen.folder], machine=machine)
     return 0
+
+
+def _train(subject: str, wanted: Wanted, *, procs: int | None, options: MachineOptions, dry_run: bool) -> int:
+    from obowlab.weights.source import find_source
+
+    when_interrupted("the same command continues from what is saved.")
+    machine = options.machine(procs=procs)
+    source = find_source(subject, runs_root=machine.runs_root, tracking_uri=machine.tracking_uri)
+    return measure_by_training(source, wanted=wanted, machine=machine, options=options, dry_run=dry_run)
 
 
 def _usual_dataset(protocols: Sequence[str], recipe: Recipe, *, data_root: Path) -> str | None:

@@ -75,9 +75,20 @@ class Moco(Section):
 
 
 class Supervised(Section):
-    """Cross-entropy with the images' classes (paper, Table 8). Nothing to set."""
+    """Cross-entropy with the images' classes, from the seed's weights or from an encoder's (paper, Tables 6 and 8)."""
 
     name: Literal["supervised"] = "supervised"
+    weights: str = Field(
+        "", pattern=r"^([0-9a-f]{64})?$", description="SHA-256 of the encoder weights to begin with; empty: the seed's own"
+    )
+    trunk: Literal["trained", "frozen"] = Field(
+        "trained", description="frozen: the classifier alone learns, on features of a network in evaluation mode"
+    )
+    trunk_rate: Positive = Field(1.0, description="times the learning rate, for everything below the classifier")
+    head_start: Literal["uniform", "normal"] = Field(
+        "uniform", description="of the classifier: PyTorch's initial values, or N(0, 0.01²) and a bias of 0"
+    )
+    head_batchnorm: bool = Field(False, description="normalise features before the classifier, without scale and shift")
 
 
 class Simsiam(Section):

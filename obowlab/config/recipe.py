@@ -175,6 +175,8 @@ class Optimizer(Section):
     warmup_start: Annotated[float, Field(ge=0.0)] = Field(0.0, description="learning rate that a warm-up begins with")
     schedule: Literal["cosine", "steps"] = Field("cosine", description="steps: divided by 10 at intervals")
     decay_every: Count = Field(30, description="epochs between divisions of the learning rate by 10; unused by cosine")
+    decay_after: tuple[Count, ...] = Field((), description="epochs after which it is multiplied by decay_factor, instead")
+    decay_factor: Annotated[float, Field(gt=0.0, le=1.0)] = Field(0.1, description="of decay_after")
     cosine_per: Literal["step", "epoch"] = Field("step", description="epoch: the authors' stepwise cosine")
     momentum: Fraction = 0.9
     weight_decay: Annotated[float, Field(ge=0.0)] = 5e-4
@@ -238,16 +240,26 @@ class Voc07Svm(Section):
     max_iterations: Count = Field(2000, description="of LIBLINEAR; a fit that reaches them is counted")
 
 
+class Classes(Section):
+    """The classifier that a supervised training has learned itself (docs/transfer.md)."""
+
+    name: Literal["classes", "imagenet", "places205", "semi1", "semi10"] = Field(
+        "classes", description="of the measurements: NAME_top1, ...; what the training is a protocol of"
+    )
+    ranks: tuple[Count, ...] = Field((1, 5), min_length=1, description="how many guesses an image has")
+
+
 class Evaluation(Section):
     """What is measured, during training and once it is over; not part of a run's identity."""
 
-    protocols: tuple[Literal["fewshot", "linear", "knn", "voc07-svm"], ...] = ("fewshot", "linear", "knn")
+    protocols: tuple[Literal["fewshot", "linear", "knn", "voc07-svm", "classes"], ...] = ("fewshot", "linear", "knn")
     random_baseline: bool = Field(False, description="measure the untrained weights of the same seed as well")
     every_epochs: Annotated[int, Field(ge=0)] = Field(0, description="few-shot during training, every n epochs; 0: never")
     fewshot: FewShot = FewShot()
     linear: Linear = Linear()
     knn: Knn = Knn()
     voc07_svm: Voc07Svm = Voc07Svm()
+    classes: Classes = Classes()
 
 
 class Recipe(Section):
@@ -317,6 +329,12 @@ class Recipe(Section):
         """Return `fingerprint` for several seeds, by seed."""
         distinct = self._distinct()
         return {seed: canonical_hash({"version": FINGERPRINT_VERSION, "recipe": distinct, "seed": seed}) for seed in seeds}
+
+    def training_settings(self) -> dict[str, Any]:
+        """Return how the recipe trains, whatever it begins with and on whichever images: for the protocols that are trainings."""
+        settings = self._distinct()
+        settings["method"].pop("weights", None)
+        return {name: settings.get(name, {}) for name in ("views", "method", "optimizer", "training")}
 
     def _distinct(self) -> dict[str, Any]:
         """Return what identifies the recipe, the stages before it included."""

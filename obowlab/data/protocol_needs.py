@@ -62,6 +62,11 @@ def _one_class_needs(
             unmet[protocol] = few_shot_need(val.labels, classes=classes, class_names=val.class_names, config=evaluation.fewshot)
             continue
         unmet[protocol] = same_classes_need(train, val)
+        if protocol == "classes" and not learns_from_labels(recipe.method):
+            unmet[protocol] = (
+                f"evaluation.protocols has 'classes', but method.name {recipe.method.name} learns no classifier; 'linear' "
+                "trains one"
+            )
         if protocol == "knn":
             num_images = len(subset(train, images_per_class=recipe.data.images_per_class))
             unmet[protocol] = unmet[protocol] or knn_need(num_images, config=evaluation.knn)

@@ -20,6 +20,7 @@ from obowlab.config import Evaluation, Machine, Recipe, canonical_hash, nearest
 from obowlab.data.class_lists import class_list
 from obowlab.data.protocol_needs import refuse_unmet, same_classes_need, several_classes_need
 from obowlab.errors import UserError
+from obowlab.evaluation.classes import accuracies
 from obowlab.evaluation.features import FeatureStore, View
 from obowlab.evaluation.fewshot import few_shot
 from obowlab.evaluation.knn import nearest_neighbours
@@ -56,16 +57,16 @@ class Evaluator:
     Attributes:
         version: raised whenever the same weights and settings would give another number.
         needs: the views it reads of every split, by its settings; they are computed before it runs.
-        run: measures, given the features, the settings and a function that reports progress.
+        run: measures, given the features, the recipe and a function that reports progress.
     """
 
     version: int
     needs: Callable[[Evaluation], Mapping[str, tuple[View, ...]]]
-    run: Callable[[FeatureStore, Evaluation, Callable[[str], None]], Outcome]
+    run: Callable[[FeatureStore, Recipe, Callable[[str], None]], Outcome]
 
 
-def _few_shot(store: FeatureStore, evaluation: Evaluation, report: Callable[[str], None]) -> Outcome:
-    split, config = store.split("val"), evaluation.fewshot
+def _few_shot(store: FeatureStore, recipe: Recipe, report: Callable[[str], None]) -> Outcome:
+    split, config = store.split("val"), recipe.evaluation.fewshot
     classes = class_list(config.classes, class_names=split.class_names, folder=store.folder)
     (features,) = store.get("val")
     measurements = few_shot(
@@ -79,46 +80,48 @@ def _few_shot(store: FeatureStore, evaluation: Evaluation, report: Callable[[str
     )
 
 
-def _linear(store: FeatureStore, evaluation: Evaluation, report: Callable[[str], None]) -> Outcome:
+def _linear(store: FeatureStore, recipe: Recipe, report: Callable[[str], None]) -> Outcome:
     num_classes, facts = _labelled(store)
+    config = recipe.evaluation.linear
     measurements = linear_probe(
         store.get("train", views=("centre", "mirrored")),
         labels=torch.from_numpy(store.labels("train")).to(store.device),
         test_features=store.get("val")[0],
         test_labels=torch.from_numpy(store.labels("val")).to(store.device),
         num_classes=num_classes,
-        config=evaluation.linear,
+        config=config,
         seed=PROBE_SEED,
         report=report,
     )
     return Outcome(
         measurements=measurements,
-        settings={**evaluation.linear.model_dump(mode="json"), "seed": PROBE_SEED, **facts},
+        settings={**config.model_dump(mode="json"), "seed": PROBE_SEED, **facts},
         remarks={"classifier": "weight and bias on plain features", "interval": "Wilson, over validation images"},
     )
 
 
-def _knn(store: FeatureStore, evaluation: Evaluation, report: Callable[[str], None]) -> Outcome:
+def _knn(store: FeatureStore, recipe: Recipe, report: Callable[[str], None]) -> Outcome:
     num_classes, facts = _labelled(store)
+    config = recipe.evaluation.knn
     measurements = nearest_neighbours(
         store.get("val")[0],
         labels=torch.from_numpy(store.labels("val")).to(store.device),
         bank=store.get("train")[0],
         bank_labels=torch.from_numpy(store.labels("train")).to(store.device),
         num_classes=num_classes,
-        config=evaluation.knn,
+        config=config,
     )
     return Outcome(
         measurements=measurements,
-        settings={**evaluation.knn.model_dump(mode="json"), **facts},
+        settings={**config.model_dump(mode="json"), **facts},
         remarks={"interval": "Wilson, over validation images"},
     )
 
 
-def _voc07_svm(store: FeatureStore, evaluation: Evaluation, report: Callable[[str], None]) -> Outcome:
+def _voc07_svm(store: FeatureStore, recipe: Recipe, report: Callable[[str], None]) -> Outcome:
     from obowlab.evaluation import svm  # late: scipy takes half a second to import
 
-    config, train, val = evaluation.voc07_svm, store.split("train"), store.split("val")
+    config, train, val = recipe.evaluation.voc07_svm, store.split("train"), store.split("val")
     refuse_unmet(several_classes_need(train, val, config=config))
     assert train.targets is not None
     assert val.targets is not None
@@ -151,6 +154,20 @@ def _voc07_svm(store: FeatureStore, evaluation: Evaluation, report: Callable[[st
     )
 
 
+def _classes(store: FeatureStore, recipe: Recipe, report: Callable[[str], None]) -> Outcome:
+    config = recipe.evaluation.classes
+    assert store.classifier is not None, "refused before"
+    labels = torch.from_numpy(store.labels("val")).to(store.device)
+    measurements = accuracies(store.classifier, features=store.get("val")[0], labels=labels, ranks=config.ranks, name=config.name)
+    num_classes, facts = _labelled(store)
+    training = recipe.training_settings()
+    return Outcome(
+        measurements=measurements,
+        settings={**config.model_dump(mode="json"), **facts, "training": training, "training_data": store.data_hash(["train"])},
+        remarks={"interval": "Wilson, over validation images", "classes": num_classes},
+    )
+
+
 def _labelled(store: FeatureStore) -> tuple[int, dict[str, Any]]:
     """Return the number of classes that both splits share, and which training images are used."""
     train, val = store.split("train"), store.split("val")
@@ -163,6 +180,7 @@ EVALUATORS: dict[str, Evaluator] = {
     "fewshot": Evaluator(version=1, needs=lambda _: {"val": ("centre",)}, run=_few_shot),
     "linear": Evaluator(version=1, needs=lambda _: {"train": ("centre", "mirrored"), "val": ("centre",)}, run=_linear),
     "knn": Evaluator(version=1, needs=lambda _: {"train": ("centre",), "val": ("centre",)}, run=_knn),
+    "classes": Evaluator(version=1, needs=lambda _: {"val": ("centre",)}, run=_classes),
     "voc07-svm": Evaluator(
         version=1, needs=lambda settings: dict.fromkeys(("train", "val"), (settings.voc07_svm.view,)), run=_voc07_svm
     ),
@@ -178,6 +196,7 @@ def evaluate(
     cache_dir: Path,
     protocols: Sequence[str] | None = None,
     dataset: str | None = None,
+    classifier: nn.Module | None = None,
     device: torch.device,
     report: Callable[[str], None],
 ) -> list[Result]:
@@ -193,6 +212,7 @@ def evaluate(
         cache_dir: where features are kept.
         protocols: keys of `EVALUATORS`; the recipe's if absent.
         dataset: another prepared data set than the recipe's.
+        classifier: that a supervised training has learned on the encoder's features, for `classes`; moved to `device`.
         device: where to compute.
         report: called with one line at a time.
 
@@ -216,6 +236,7 @@ def evaluate(
         channels_last=machine.channels_last,
         report=report,
     )
+    store.classifier = None if classifier is None else classifier.to(device).eval()
     with full_precision(device):  # whatever training ran in
         for split, views in _union_of_needs(names, recipe.evaluation).items():
             store.get(split, views=views)  # one pass over the images, however many protocols want them
@@ -233,7 +254,7 @@ def _union_of_needs(names: Sequence[str], evaluation: Evaluation) -> dict[str, t
 def _measure(name: str, *, store: FeatureStore, recipe: Recipe, subject: str, report: Callable[[str], None]) -> Result:
     evaluator = EVALUATORS[name]
     started = time.monotonic()
-    outcome = evaluator.run(store, recipe.evaluation, report)
+    outcome = evaluator.run(store, recipe, report)
     data_hash = store.data_hash(sorted(evaluator.needs(recipe.evaluation)))
     view = {"resize": recipe.views.original_resize, "size": recipe.views.original_size, "mean": list(MEAN), "std": list(STD)}
     # An encoder's own mean and deviation are part of the encoder: its protocol is that of all others.

@@ -56,9 +56,15 @@ def weights_hash(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def pixel_statistics(encoder: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+Statistics = tuple[float, float, float]
+"""A number of each channel."""
+
+
+def pixel_statistics(encoder: nn.Module) -> tuple[Statistics, Statistics]:
     """Return the mean and deviation of pixels in [0, 1] that an encoder expects, `pixel_mean` and `pixel_std`, or ImageNet's."""
-    return tuple(getattr(encoder, "pixel_mean", MEAN)), tuple(getattr(encoder, "pixel_std", STD))
+    mean: Statistics = getattr(encoder, "pixel_mean", MEAN)
+    std: Statistics = getattr(encoder, "pixel_std", STD)
+    return mean, std
 
 
 @contextmanager
@@ -89,6 +95,9 @@ class FeatureStore:
         workers: loader workers.
         channels_last: memory layout of the images.
         report: called with a line now and then.
+
+    Attributes:
+        classifier: on the encoder's features, where one was learned with it; in evaluation mode.
     """
 
     def __init__(
@@ -123,6 +132,7 @@ class FeatureStore:
         self._workers = workers
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self._splits: dict[str, Split] = {}
+        self.classifier: nn.Module | None = None
 
     @property
     def folder(self) -> Path:

@@ -120,7 +120,7 @@ class Preparation:
     """What a method may use in `prepare`.
 
     Attributes:
-        teacher: the encoder of the stage before; None when the recipe has none.
+        teacher: the encoder of the stage before, or of the weights that the settings name; None when there is neither.
         num_images: how many training images there are.
         originals: the normalised original views, unflipped, of the training images with these numbers (int64, [N]), in
             batches and in order, on the method's device.
@@ -232,6 +232,11 @@ class Method(nn.Module, ABC, Generic[SettingsT]):
     @abstractmethod
     def encoder(self) -> ResNet:
         """Return the network that is learnt."""
+
+    @property
+    def own_classifier(self) -> nn.Module | None:
+        """Return what maps the encoder's features to scores of the classes, of a method that learns that; else None."""
+        return None
 
     def visual_words(self) -> VisualWords | None:
         """Return the words, sharing memory with the method; None for a method that has none."""

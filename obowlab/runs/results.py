@@ -98,7 +98,8 @@ def not_measured(recipe: Recipe, *, results: Sequence[Mapping[str, Any]]) -> tup
     return tuple(
         (subject, protocol)
         for subject, protocol in wanted
-        if not is_measured(recipe, subject=subject, protocol=protocol, results=results)
+        if (subject, protocol) != ("random", "classes")  # untrained weights come without a classifier
+        and not is_measured(recipe, subject=subject, protocol=protocol, results=results)
     )
 
 

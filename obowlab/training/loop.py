@@ -190,7 +190,7 @@ class Trainer:
         run.reporter.say(
             f"Training {folder.run_id}: {training.epochs} epochs of {self.split.dataset}, {self.total_steps} steps of "
             f"{training.batch_size} images, {world.world_size} process(es) on {world.device.type}, {self.loader.backend} loader."
-            + (f" Teacher: {teacher.run_id}." if teacher is not None else "")
+            + (f" It begins with {teacher.run_id}." if teacher is not None else "")
         )
         attempt = folder.append_attempt({**provenance.environment(), **facts})
         folder.set_state(status="running", attempt=attempt, step=self.step, total_steps=self.total_steps, message="")
