@@ -104,6 +104,8 @@ VARIANTS: dict[str, MethodSection] = {
     "rotnet": Rotnet(),
     "moco": Moco(queue_size=21, batchnorm_splits=4, teacher_momentum=0.9),
     "supervised": Supervised(),
+    "frozen": Supervised(trunk="frozen", head_start="normal", head_batchnorm=True),
+    "finetuned": Supervised(trunk_rate=0.01, head_start="normal"),
     "simsiam": Simsiam(projection_size=12, prediction_size=6, zero_residual=False),
     "simclr": Simclr(projection_size=6, temperature=0.5, zero_residual=False),
     "byol": Byol(projection_size=6, hidden_size=12, teacher_momentum=0.9),

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from obowlab.runs.folder import RunFolder
     from obowlab.weights.source import Source
 
-TRAININGS = ("linear-imagenet", "places205", "semi-1", "semi-10")
+TRAININGS = ("linear-imagenet", "places205")
 """The protocols, and the recipes that they are; with a preset it is the recipe PROTOCOL-PRESET."""
 
 

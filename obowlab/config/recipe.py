@@ -60,8 +60,10 @@ class Views(Section):
     original_size: Count = 224
     original_resize: Count = 256
     num_crops: Annotated[int, Field(ge=0)] = 1
-    crop_extent: Literal["part", "whole"] = Field(
-        "part", description="part: crops of crop_size and crop_scale; whole: of original_size and whole_scale (Table 4's 1x224)"
+    crop_extent: Literal["part", "whole", "resized"] = Field(
+        "part",
+        description="part: crops of crop_size and crop_scale; whole: of original_size and whole_scale (Table 4's 1x224); "
+        "resized: original_size, anywhere in the image of original_resize",
     )
     crop_size: Count = 160
     crop_scale: Range = (0.08, 0.6)

@@ -55,6 +55,17 @@ DATASETS: dict[str, DatasetInfo] = {
             ),
         ),
         DatasetInfo(
+            name="places205",
+            title="Places205: photographs of 205 kinds of places",
+            num_classes=205,
+            num_images={"train": 2_448_873, "val": 20_500},
+            layout=LAYOUT,
+            obtain=(
+                "Ask for Places205 at places.csail.mit.edu, unpack imagesPlaces205_resize and sort its images into train/CLASS and "
+                "val/CLASS as trainvalsplit_places205 says, then `obowlab data prepare places205 --source DIR`."
+            ),
+        ),
+        DatasetInfo(
             name="voc07",
             title="PASCAL VOC 2007: photographs that show several of 20 classes",
             num_classes=20,
