@@ -226,6 +226,8 @@ def test_fingerprint_is_of_everything_that_changes_weights_and_of_nothing_else()
         "optimizer.name": "larc",
         "optimizer.schedule": "steps",
         "optimizer.cosine_per": "epoch",
+        "optimizer.decay_after": [3],
+        "evaluation.classes.name": "semi1",
         "views.interpolation": "bicubic",
         "training.precision": "float32",
         "evaluation.voc07_svm.features": "pool5_bn",

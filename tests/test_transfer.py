@@ -81,7 +81,9 @@ def rate_at(recipe: str, epoch: int, *, steps_per_epoch: int, last: bool = False
 )
 def test_imagenets_rate_is_a_cosine_that_stands_still_within_an_epoch(epoch: int, rate: float) -> None:
     for last in (False, True):
-        assert rate_at("linear-imagenet", epoch, steps_per_epoch=1251, last=last) == pytest.approx(rate, abs=5e-7 if rate > 1 else 5e-9)
+        assert rate_at("linear-imagenet", epoch, steps_per_epoch=1251, last=last) == pytest.approx(
+            rate, abs=5e-7 if rate > 1 else 5e-9
+        )
 
 
 @pytest.mark.parametrize(("recipe", "epochs", "fall"), [("places205", 14, 5), ("places205-authors", 28, 10)])
