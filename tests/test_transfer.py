@@ -80,10 +80,9 @@ def rate_at(recipe: str, epoch: int, *, steps_per_epoch: int, last: bool = False
     ("epoch", "rate"), [(0, 10.0), (1, 9.997533), (25, 8.535534), (50, 5.0), (75, 1.464466), (99, 0.00246720)]
 )
 def test_imagenets_rate_is_a_cosine_that_stands_still_within_an_epoch(epoch: int, rate: float) -> None:
+    digit = 5e-7 if rate > 1 else 5e-9
     for last in (False, True):
-        assert rate_at("linear-imagenet", epoch, steps_per_epoch=1251, last=last) == pytest.approx(
-            rate, abs=5e-7 if rate > 1 else 5e-9
-        )
+        assert rate_at("linear-imagenet", epoch, steps_per_epoch=1251, last=last) == pytest.approx(rate, abs=digit)
 
 
 @pytest.mark.parametrize(("recipe", "epochs", "fall"), [("places205", 14, 5), ("places205-authors", 28, 10)])

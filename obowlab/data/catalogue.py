@@ -61,8 +61,8 @@ DATASETS: dict[str, DatasetInfo] = {
             num_images={"train": 2_448_873, "val": 20_500},
             layout=LAYOUT,
             obtain=(
-                "Ask for Places205 at places.csail.mit.edu, unpack imagesPlaces205_resize and sort its images into train/CLASS and "
-                "val/CLASS as trainvalsplit_places205 says, then `obowlab data prepare places205 --source DIR`."
+                "Ask for Places205 at places.csail.mit.edu, unpack imagesPlaces205_resize and trainvalsplit_places205 into one "
+                "folder, then `obowlab data prepare places205 --source DIR`."
             ),
         ),
         DatasetInfo(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from obowlab.data.image_folder import is_hidden, read_source
 from obowlab.data.list_files import LIST_SUFFIXES, read_list
+from obowlab.data.places import find_places, read_places
 from obowlab.data.sources import ARCHIVE_SUFFIXES, LAYOUT, NoImageError, Source, SourceImage, SourceSplit
 from obowlab.data.tables import files_of_folder, files_of_saved, read_tables
 from obowlab.data.torchvision_sets import PREFIX, read_torchvision
@@ -28,7 +29,8 @@ def open_source(
 
     Args:
         spec: a folder or .tar of class folders or of images, a list (.csv, .tsv, .txt), Parquet files, a folder that Hugging
-            Face's `datasets` has saved, the tars of a WebDataset, a folder of PASCAL VOC, or `torchvision:NAME:ROOT`.
+            Face's `datasets` has saved, the tars of a WebDataset, a folder of PASCAL VOC or of Places205, or
+            `torchvision:NAME:ROOT`.
         labelled: whether to use the labels that there are.
         val_fraction: share of every class that becomes val where the source has no val, in [0, 1).
         usual_fraction: the same where `val_fraction` is None; None for a tenth of images with labels, nothing of others.
@@ -106,6 +108,8 @@ def _read(spec: str | Path, *, labelled: bool) -> Source:
             return read_tables(path, files_of_saved(path), labelled=labelled)
         if labelled and (voc := find_voc(path)) is not None:
             return read_voc(voc)
+        if labelled and (lists := find_places(path)) is not None:
+            return read_places(path, lists=lists)
         return _read_folder(path, labelled=labelled)
     if not path.is_file():
         raise UserError(f"--source {path} is neither a folder nor a .tar file, a list or a table: there is nothing of that name.")
