@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -12,9 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
-from obowlab.config import Backbone, Machine, Supervised, Views, load_recipe
+from obowlab.config import Backbone, Data, Machine, Supervised, Views, load_recipe
+from obowlab.data.datasets import open_split, prepare, trained_on
+from obowlab.data.image_lists import keep_list, listed, num_listed, read_names
 from obowlab.errors import UserError
 from obowlab.evaluation.classes import accuracies
 from obowlab.evaluation.features import weights_hash
@@ -95,15 +99,12 @@ def test_places_rate_is_divided_by_ten_twice(recipe: str, epochs: int, fall: int
 
 
 @pytest.mark.parametrize(("epochs", "after", "steps_per_epoch"), [(40, (24, 32), 50), (20, (12, 16), 500)])
-def test_a_rate_falls_after_the_epochs_that_are_named(epochs: int, after: tuple[int, ...], steps_per_epoch: int) -> None:
-    overrides = [
-        "optimizer.schedule=steps",
-        f"optimizer.decay_after={list(after)}",
-        "optimizer.decay_factor=0.2",
-        "optimizer.learning_rate=0.5",
-        "method.trunk_rate=4e-4",
-    ]
-    recipe = load_recipe("full-supervised", overrides=overrides).recipe
+def test_the_rates_of_semi_supervised_learning_fall_after_their_epochs(
+    epochs: int, after: tuple[int, ...], steps_per_epoch: int
+) -> None:
+    recipe = load_recipe("semi-1" if epochs == 40 else "semi-10").recipe
+    assert (recipe.training.epochs, recipe.training.batch_size, recipe.method.trunk_rate) == (epochs, 256, 4e-4)
+    assert (recipe.optimizer.weight_decay, recipe.optimizer.momentum, recipe.optimizer.warmup_epochs) == (0.0, 0.9, 0.0)
     optimizer = torch.optim.SGD([{"params": [nn.Parameter(torch.zeros(1))], "rate_factor": 4e-4}], lr=1.0)
     found = []
     for epoch in range(epochs):
@@ -425,7 +426,12 @@ def test_eval_trains_what_the_protocol_is_and_adds_it_to_the_run(
         (("--protocol", "places205", "--preset", "nobody"), "--protocol places205 has no preset 'nobody'. Known: authors."),
         (("--protocol", "places205", "--protocol", "knn"), "--protocol places205 is a training: give it a command of its own"),
         (("--protocol", "places205", "--random"), "is a training: give it a command of its own, without --recipe, --random"),
-        (("--protocol", "knn", "--preset", "authors"), "--preset, --seed and --procs are for protocols that are trainings: "),
+        (("--protocol", "semi-1", "--dataset", "small"), "data.image_list names a list (SHA-256 71e82a48ba78) that is not in"),
+        (("--protocol", "semi-1", "--list", "no.txt"), "Cannot read --list no.txt: No such file or directory."),
+        (
+            ("--protocol", "knn", "--preset", "authors"),
+            "--preset, --list, --seed and --procs are for protocols that are trainings: ",
+        ),
         (("--protocol", "places205", "--set", "evaluation.knn.num_neighbors=3"), "Did you mean 'evaluation.knn.num_neighbours'?"),
         (("--protocol", "places205"), "'places205'"),
     ],
@@ -462,3 +468,91 @@ def test_a_file_of_pixels_of_its_own_can_be_measured(tmp_path: Path, data_root: 
     assert (written.mean, written.std, written.weights_hash) == (encoder.info.mean, encoder.info.std, encoder.info.weights_hash)
     (result,) = json.loads(json.dumps(RunFolder.open(run).results()))
     assert result["details"]["view"]["mean"] == [0.5, 0.5, 0.5]
+
+
+# -------------------------------------------------------------------------------------------------------------------- lists
+
+
+def test_a_list_chooses_images_by_the_names_their_files_had(tmp_path: Path, image_folder: Path) -> None:
+    prepare("listed", source=image_folder, data_root=tmp_path, workers=1)
+    split = open_split("listed", "train", data_root=tmp_path)
+    names = read_names(split)
+    assert names == tuple(sorted(str(each.relative_to(image_folder / "train")) for each in (image_folder / "train").rglob("*.*")))
+    chosen = [names[position] for position in (7, 3, 40)]
+    file = tmp_path / "few.txt"
+    file.write_text("\n".join(chosen) + "\n")
+    digest = keep_list(file, dataset="listed", data_root=tmp_path)
+    assert digest == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert listed(split, digest).tolist() == [3, 7, 40]
+    assert num_listed(digest, dataset="listed", data_root=tmp_path) == 3
+    prepare("listed", source=image_folder, data_root=tmp_path, workers=1, force=True)
+    assert trained_on(open_split("listed", "train", data_root=tmp_path), Data(dataset="listed", image_list=digest)).tolist() == [
+        3,
+        7,
+        40,
+    ], "the list stays when images are prepared again"
+
+
+def test_a_line_without_a_folder_names_the_one_image_called_so(tmp_path: Path) -> None:
+    for name in ("a/1.png", "a/2.png", "b/1.png", "b/3.png"):
+        path = tmp_path / "source" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9)).save(path)
+    prepare("small", source=tmp_path / "source", data_root=tmp_path, workers=1, val_fraction=0.0)
+    split = open_split("small", "train", data_root=tmp_path)
+
+    def positions(text: str) -> list[int]:
+        (tmp_path / "list.txt").write_text(text)
+        return listed(split, keep_list(tmp_path / "list.txt", dataset="small", data_root=tmp_path)).tolist()
+
+    assert positions("3.png\r\n2.png\r\n\r\n") == [1, 3]
+    assert positions("b/1.png") == [2]
+    for text, sentence in (
+        ("1.png", "names 1.png, which several images of 'small' are called: write CLASS/1.png."),
+        ("2.png\n4.png\n5.png", "2 of the 3 images of .* are not in 'small', such as 4.png: prepare all of its images"),
+        ("2.png\n2.png", "names an image twice"),
+        ("\n\n", "names no image"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            positions(text)
+    split.path.with_suffix(".names.gz").unlink()
+    with pytest.raises(UserError, match="'small' was prepared without the names of its images"):
+        positions("2.png")
+
+
+def test_both_ways_to_choose_images_at_once_are_refused() -> None:
+    overrides = [f'data.image_list="{"a" * 64}"', "data.images_per_class=3"]
+    with pytest.raises(UserError, match="image_list and images_per_class both choose images: set one of them"):
+        load_recipe("full-supervised", overrides=overrides)
+
+
+def test_an_encoder_is_fine_tuned_on_the_images_of_a_list(
+    pretrained: RunFolder, image_folder: Path, tmp_path: Path, obowlab: Obowlab
+) -> None:
+    prepare("listed", source=image_folder, data_root=tmp_path / "data", workers=1)
+    names = read_names(open_split("listed", "train", data_root=tmp_path / "data"))
+    (tmp_path / "few.txt").write_text("".join(f"{name}\n" for name in names[::3]))
+    roots = ("--runs-root", str(tmp_path / "runs"), "--data-root", str(tmp_path / "data"), "--device", "cpu", "--loader", "torch")
+    words = (
+        "eval",
+        pretrained.run_id,
+        "--protocol",
+        "semi-10",
+        "--dataset",
+        "listed",
+        "--list",
+        str(tmp_path / "few.txt"),
+        *roots,
+    )
+    words = (*words, *(word for change in QUICK for word in ("--set", change)), "--set", "optimizer.decay_after=[1]")
+    code, out, _ = obowlab(*words, "--dry-run")
+    assert code == 0
+    assert not (tmp_path / "data/listed/lists").exists()
+    code, out, errors = obowlab(*words)
+    assert code == 0, errors
+    (result,) = RunFolder.open(pretrained.path).results()
+    assert [each["name"] for each in result["measurements"]] == ["semi10_top1", "semi10_top5"]
+    tuned = RunFolder.open(tmp_path / "runs" / result["details"]["trained_in"])
+    assert tuned.state.total_steps == 2 * (20 // 8)
+    before, after = (read_encoder(run.path / "encoder.safetensors").info.weights_hash for run in (pretrained, tuned))
+    assert before != after

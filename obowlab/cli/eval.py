@@ -51,6 +51,7 @@ PROTOCOLS = ("fewshot", "linear", "knn", "voc07-svm", *TRAININGS)
     metavar="KEY=VALUE",
     help="Change one evaluation.* setting, or any of a protocol that is a training; repeatable.",
 )
+@click.option("--list", "list_file", type=PATH, metavar="FILE", help="Of semi-1 and semi-10: the names of the labelled images.")
 @click.option("--seed", type=click.IntRange(min=0, max=2**31 - 1), help="Of a protocol that is a training. [default: 0]")
 @click.option("--procs", type=click.IntRange(min=1), metavar="N", help="Processes of a protocol that is a training. [default: 1]")
 @click.option(
@@ -69,6 +70,7 @@ def evaluate(
     recipe_name: str | None,
     preset: str | None,
     overrides: tuple[str, ...],
+    list_file: Path | None,
     seed: int | None,
     procs: int | None,
     untrained: bool | None,
@@ -82,7 +84,7 @@ def evaluate(
     weights file (ours, torchvision's or the authors') or a model version in MLflow, models:/NAME/VERSION: its results are
     printed.
 
-    Some protocols train a classifier, or the whole network, for hours: linear-imagenet, places205. Each is a
+    Some protocols train a classifier, or the whole network, for hours: linear-imagenet, places205, semi-1, semi-10. Each is a
     recipe, and its training a run of its own, which the same command continues.
     """
     from obowlab.launch.preflight import check_protocols
@@ -96,10 +98,10 @@ def evaluate(
                 f"--protocol {trainings[0]} is a training: give it a command of its own, without --recipe, --random and --json."
             )
         changes = (*([f'data.dataset="{dataset}"'] if dataset is not None else []), *overrides)
-        wanted = Wanted(recipe_of(trainings[0], preset=preset), seed or 0, changes)
+        wanted = Wanted(recipe_of(trainings[0], preset=preset), seed or 0, changes, list_file=list_file)
         return _train(subject, wanted, procs=procs, options=options, dry_run=dry_run)
-    if preset is not None or seed is not None or procs is not None:
-        raise UserError(f"--preset, --seed and --procs are for protocols that are trainings: {', '.join(TRAININGS)}.")
+    if any(option is not None for option in (preset, list_file, seed, procs)):
+        raise UserError(f"--preset, --list, --seed and --procs are for protocols that are trainings: {', '.join(TRAININGS)}.")
     machine = options.machine()
     chosen = find_subject(
         subject,

@@ -10,6 +10,7 @@ import click
 from obowlab.cli.options import (
     CLUSTER,
     HARDWARE,
+    PATH,
     ROOTS,
     MachineOptions,
     absolute_recipe,
@@ -24,6 +25,8 @@ from obowlab.cli.output import print_obstacles, print_results
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from obowlab.config import Loaded, Machine
     from obowlab.launch.cost import Cost
     from obowlab.launch.local import Plan
@@ -50,6 +53,7 @@ if TYPE_CHECKING:
 @machine_options(*CLUSTER, *HARDWARE, *ROOTS)
 @click.option("--no-progress", is_flag=True, help="Print no progress; the run's log.txt has it.")
 @click.option("--weights", metavar="RUN|FILE", help="Begin with this encoder (a recipe whose method.name is supervised).")
+@click.option("--list", "list_file", type=PATH, metavar="FILE", help="Train on the images that a list names, a file name a line.")
 @click.option("--stage", type=click.IntRange(min=1), metavar="K", help="Stop after stage K of a recipe with several.")
 @click.option("--quote/--no-quote", default=True, help="Say first what it will cost, from earlier runs or a few timed steps.")
 @dry_run_option
@@ -63,6 +67,7 @@ def run(
     nodes: int | None,
     no_progress: bool,
     weights: str | None,
+    list_file: Path | None,
     stage: int | None,
     quote: bool,
     options: MachineOptions,
@@ -90,7 +95,7 @@ def run(
         refuse_weights(name, overrides=overrides)
         source = find_source(weights, runs_root=machine.runs_root, tracking_uri=machine.tracking_uri)
         overrides = (*beginning_with(source, runs_root=machine.runs_root, dry_run=dry_run), *overrides)
-    wanted = Wanted(name, seed, overrides, resume=resume, nodes=nodes, stage=stage)
+    wanted = Wanted(name, seed, overrides, resume=resume, nodes=nodes, stage=stage, list_file=list_file)
     return train(wanted, machine=machine, options=options, progress=not no_progress, quote=quote, dry_run=dry_run)
 
 
@@ -105,6 +110,7 @@ class Wanted:
         resume: True requires a run to resume, False starts again.
         nodes: over which its processes are spread; as few as will do if absent.
         stage: with which to stop; the last if absent.
+        list_file: a list of the images to train on; as the recipe says if absent.
     """
 
     name: str
@@ -113,6 +119,18 @@ class Wanted:
     resume: bool | None = None
     nodes: int | None = None
     stage: int | None = None
+    list_file: Path | None = None
+
+    def changes(self, *, data_root: Path, dry_run: bool) -> tuple[str, ...]:
+        """Return the overrides, with what stands for the list, which is kept beside its data set but for a dry run."""
+        if self.list_file is None:
+            return self.overrides
+        from obowlab.config import load_recipe
+        from obowlab.data.image_lists import keep_list
+
+        dataset = load_recipe(self.name, overrides=self.overrides).recipe.data.dataset
+        digest = keep_list(self.list_file, dataset=dataset, data_root=data_root, dry_run=dry_run)
+        return (*self.overrides, f'data.image_list="{digest}"')
 
 
 def train(wanted: Wanted, *, machine: Machine, options: MachineOptions, progress: bool, quote: bool, dry_run: bool) -> int:
@@ -133,6 +151,7 @@ def train(wanted: Wanted, *, machine: Machine, options: MachineOptions, progress
         UserError: it cannot be trained, and why.
     """
     from obowlab.config import load_recipe
+    from obowlab.data.image_lists import refuse_absent
     from obowlab.launch.local import launch, plan
     from obowlab.launch.stages import check_stages, find_obstacles, open_stages
     from obowlab.launch.submit import spread
@@ -141,7 +160,10 @@ def train(wanted: Wanted, *, machine: Machine, options: MachineOptions, progress
     from obowlab.runs.names import run_id_of
 
     name, seed = wanted.name, wanted.seed
-    loaded = load_recipe(name, overrides=wanted.overrides)
+    overrides = wanted.changes(data_root=machine.data_root, dry_run=dry_run)
+    loaded = load_recipe(name, overrides=overrides)
+    if loaded.recipe.data.image_list and wanted.list_file is None:
+        refuse_absent(loaded.recipe.data.image_list, folder=machine.data_root / loaded.recipe.data.dataset)
     if machine.launcher == "slurm":
         machine = spread(machine, nodes=wanted.nodes)
     stages = open_stages(loaded, seed=seed, machine=machine, last=wanted.stage, resume=wanted.resume)
@@ -150,7 +172,7 @@ def train(wanted: Wanted, *, machine: Machine, options: MachineOptions, progress
     if obstacles is None:
         check_stages(stages, machine=machine, say=click.echo)
     if machine.launcher == "slurm" and any(each.is_due for each in stages) and not dry_run:
-        changes = [word for change in wanted.overrides for word in ("--set", change)]
+        changes = [word for change in overrides for word in ("--set", change)]
         command = ["run", absolute_recipe(name), "--seed", str(seed), *changes]
         command += ["--stage", str(wanted.stage)] if wanted.stage is not None else []
         return _submit(command, stages, seed=seed, submitter=submitter_of(machine, options=options))

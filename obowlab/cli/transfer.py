@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from obowlab.runs.folder import RunFolder
     from obowlab.weights.source import Source
 
-TRAININGS = ("linear-imagenet", "places205")
+TRAININGS = ("linear-imagenet", "places205", "semi-1", "semi-10")
 """The protocols, and the recipes that they are; with a preset it is the recipe PROTOCOL-PRESET."""
 
 
@@ -63,6 +63,7 @@ def measure_by_training(source: Source, *, wanted: Wanted, machine: Machine, opt
     wanted = replace(wanted, overrides=changes)
     if code := train(wanted, machine=machine, options=options, progress=True, quote=True, dry_run=dry_run):
         return code
+    changes = wanted.changes(data_root=machine.data_root, dry_run=True)
     path = machine.runs_root / run_id_of(load_recipe(wanted.name, overrides=changes), seed=wanted.seed)
     if dry_run or source.folder is None or not (path / "run.json").is_file():
         return 0

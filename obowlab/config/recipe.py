@@ -23,11 +23,20 @@ class Data(Section):
 
     dataset: str = Field("imagenet", pattern=r"^[a-z0-9][a-z0-9_-]*$")
     images_per_class: Count | None = Field(None, description="first n of every class in sorted order; all if absent or 'all'")
+    image_list: str = Field(
+        "", pattern=r"^([0-9a-f]{64})?$", description="SHA-256 of a list of file names that are trained on; empty: no list"
+    )
 
     @field_validator("images_per_class", mode="before")
     @classmethod
     def _all(cls, value: object) -> object:
         return None if value == "all" else value  # TOML has no null, and `extends` must be able to undo a number
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> Data:
+        if self.image_list and self.images_per_class is not None:
+            raise conflict("image_list and images_per_class both choose images: set one of them", keys=["image_list"])
+        return self
 
 
 Interpolation = Literal["bilinear", "bicubic"]

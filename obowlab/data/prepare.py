@@ -21,7 +21,9 @@ from obowlab.data.beton import MAX_PAGE_SIZE, MIN_PAGE_SIZE, BetonWriter, Record
 from obowlab.data.catalogue import DATASETS, check_spelling, missing
 from obowlab.data.decoding import UnreadableImageError, to_jpeg
 from obowlab.data.identity import note_written
+from obowlab.data.image_lists import write_names
 from obowlab.data.manifest import (
+    NAMES_SUFFIX,
     Manifest,
     Skipped,
     beton_path,
@@ -113,6 +115,7 @@ class Content:
         source_hash: identifies them without reading them.
         val_fraction: see `Source`.
         targets: see `SourceSplit`.
+        names: of the images, the unreadable included; none of drawn ones.
         records: begins to yield the images in order, each as a record or with the reason why it is skipped.
     """
 
@@ -125,6 +128,7 @@ class Content:
     records: Callable[[], Iterator[Record | Skipped]]
     val_fraction: float | None = None
     targets: tuple[str, ...] = ()
+    names: Sequence[str] = ()
 
 
 def plan_prepare(
@@ -232,6 +236,7 @@ def build(content: Content, *, dataset: str, folder: Path, progress: Callable[[P
     path = folder / f"{content.split}.beton"
     skipped: list[Skipped] = []
     targets: list[str] = []
+    names: list[str] = []
     start = last = time.monotonic()
     try:
         with BetonWriter(path, capacity=content.num_images, page_size=content.page_size) as writer:
@@ -241,6 +246,7 @@ def build(content: Content, *, dataset: str, folder: Path, progress: Callable[[P
                 else:
                     writer.append(record)
                     targets += content.targets[done - 1 : done]
+                    names += content.names[done - 1 : done]
                 now = time.monotonic()
                 if progress is not None and (now - last >= REPORT_EVERY_S or done == content.num_images):
                     last = now
@@ -269,6 +275,8 @@ def build(content: Content, *, dataset: str, folder: Path, progress: Callable[[P
         skipped=tuple(skipped),
         targets=tuple(targets),
     )
+    if names:
+        write_names(path.with_suffix(NAMES_SUFFIX), names)
     write_manifest(path.with_suffix(".json"), manifest)
     return manifest
 
@@ -307,6 +315,7 @@ def _content(split: SourceSplit, source: Source, *, workers: int) -> Content:
         source_hash=split.listing_hash,
         val_fraction=source.val_fraction,
         targets=split.targets,
+        names=[image.name for image in split.images],
         records=lambda: _decoded(split.images, page_size=page_size, workers=workers),
     )
 

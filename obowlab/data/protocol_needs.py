@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from obowlab.config import FewShot, Knn, Recipe, Voc07Svm
 from obowlab.config.methods import learns_from_labels
 from obowlab.data.class_lists import ClassList, class_list
-from obowlab.data.datasets import Split, open_split, subset
+from obowlab.data.datasets import Split, open_split, trained_on
 from obowlab.data.manifest import read_manifest
 from obowlab.data.sources import UNLABELLED
 from obowlab.errors import UserError
@@ -68,7 +68,7 @@ def _one_class_needs(
                 "trains one"
             )
         if protocol == "knn":
-            num_images = len(subset(train, images_per_class=recipe.data.images_per_class))
+            num_images = len(trained_on(train, recipe.data))
             unmet[protocol] = unmet[protocol] or knn_need(num_images, config=evaluation.knn)
     return unmet
 

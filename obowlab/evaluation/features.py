@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from obowlab.config import Recipe, Views, canonical_hash
-from obowlab.data.datasets import Split, open_split, subset
+from obowlab.data.datasets import Split, open_split, trained_on
 from obowlab.errors import UserError
 from obowlab.files.opening import UnusableFileError, name_beside, open_file, read_file
 from obowlab.files.sharing import share, shared_folder
@@ -121,7 +121,8 @@ class FeatureStore:
         self.views: Views = recipe.views
         self.dataset = recipe.data.dataset if dataset is None else dataset
         # The authors' probe sees the labels of the images that were pretrained on, and no others.
-        self.images_per_class = recipe.data.images_per_class if self.dataset == recipe.data.dataset else None
+        self._trained_on = recipe.data if self.dataset == recipe.data.dataset else None
+        self.images_per_class = None if self._trained_on is None else self._trained_on.images_per_class
         self.data_root = data_root
         self.runs_root = runs_root
         self._places = [cache_dir]
@@ -147,7 +148,7 @@ class FeatureStore:
 
     def indices(self, name: str) -> npt.NDArray[np.int64]:
         """Return the positions that are measured: the recipe's images per class of `train`, all of any other split."""
-        return subset(self.split(name), images_per_class=self.images_per_class if name == "train" else None)
+        return trained_on(self.split(name), self._trained_on if name == "train" else None)
 
     def labels(self, name: str) -> npt.NDArray[np.int64]:
         """Return the labels of these images, int64 [N]."""

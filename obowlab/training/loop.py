@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from obowlab.config.methods import learns_from_labels
-from obowlab.data.datasets import Split, open_split, subset
+from obowlab.data.datasets import Split, open_split, trained_on
 from obowlab.data.protocol_needs import refuse_unlabelled
 from obowlab.errors import UserError
 from obowlab.methods import METHODS, Batch, Method, StepOutput, compile_encoders
@@ -370,7 +370,7 @@ def open_loader(run: RunContext, *, split: Split) -> TrainLoader:
     recipe, machine = run.recipe, run.machine
     return train_loader(
         split,
-        subset=subset(split, images_per_class=recipe.data.images_per_class),
+        subset=trained_on(split, recipe.data),
         views=recipe.views,
         batch_size=recipe.training.batch_size,
         seed=run.seed,

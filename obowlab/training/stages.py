@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from obowlab.config import Supervised
-from obowlab.data.datasets import Split, subset
+from obowlab.data.datasets import Split, trained_on
 from obowlab.errors import UserError
 from obowlab.methods import Method, Preparation, ResNet
 from obowlab.randomness import Stream, uniforms
@@ -82,7 +82,7 @@ def prepare(run: RunContext, *, method: Method[Any], teacher: Teacher | None, sp
         UserError: as `Method.prepare`.
     """
     recipe, machine = run.recipe, run.machine
-    chosen = subset(split, images_per_class=recipe.data.images_per_class)
+    chosen = trained_on(split, recipe.data)
 
     def originals(numbers: Tensor) -> Iterator[Tensor]:
         loader = centre_loader(
