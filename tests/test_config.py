@@ -210,6 +210,7 @@ def test_fingerprint_is_of_everything_that_changes_weights_and_of_nothing_else()
         "title": "Another",
         "data.dataset": "other",
         "data.images_per_class": 3,
+        "data.image_list": "a" * 64,
         "views.crop_extent": "whole",
         "views.per_crop": [{}, {"blur_probability": 0.1}],
         "backbone.arch": "resnet50",

@@ -99,9 +99,7 @@ def test_places_rate_is_divided_by_ten_twice(recipe: str, epochs: int, fall: int
 
 
 @pytest.mark.parametrize(("epochs", "after", "steps_per_epoch"), [(40, (24, 32), 50), (20, (12, 16), 500)])
-def test_the_rates_of_semi_supervised_learning_fall_after_their_epochs(
-    epochs: int, after: tuple[int, ...], steps_per_epoch: int
-) -> None:
+def test_semi_supervised_rates_fall_after_their_epochs(epochs: int, after: tuple[int, ...], steps_per_epoch: int) -> None:
     recipe = load_recipe("semi-1" if epochs == 40 else "semi-10").recipe
     assert (recipe.training.epochs, recipe.training.batch_size, recipe.method.trunk_rate) == (epochs, 256, 4e-4)
     assert (recipe.optimizer.weight_decay, recipe.optimizer.momentum, recipe.optimizer.warmup_epochs) == (0.0, 0.9, 0.0)
@@ -548,7 +546,7 @@ def test_an_encoder_is_fine_tuned_on_the_images_of_a_list(
     code, out, _ = obowlab(*words, "--dry-run")
     assert code == 0
     assert not (tmp_path / "data/listed/lists").exists()
-    code, out, errors = obowlab(*words)
+    code, _, errors = obowlab(*words)
     assert code == 0, errors
     (result,) = RunFolder.open(pretrained.path).results()
     assert [each["name"] for each in result["measurements"]] == ["semi10_top1", "semi10_top5"]
