@@ -35,6 +35,7 @@ from obowlab.config.methods import (
 from obowlab.config.recipe import (
     FINGERPRINT_VERSION,
     Backbone,
+    Classes,
     CropView,
     Data,
     Evaluation,
@@ -55,6 +56,7 @@ __all__ = [
     "Backbone",
     "Bownet",
     "Byol",
+    "Classes",
     "Count",
     "CropView",
     "Data",
