@@ -543,7 +543,7 @@ def test_an_encoder_is_fine_tuned_on_the_images_of_a_list(
         *roots,
     )
     words = (*words, *(word for change in QUICK for word in ("--set", change)), "--set", "optimizer.decay_after=[1]")
-    code, out, _ = obowlab(*words, "--dry-run")
+    code, _, _ = obowlab(*words, "--dry-run")
     assert code == 0
     assert not (tmp_path / "data/listed/lists").exists()
     code, _, errors = obowlab(*words)
