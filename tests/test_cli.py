@@ -21,8 +21,8 @@ from obowlab.cli import tune as tune_module
 from obowlab.cli import weights as weights_module
 from obowlab.cli import words as words_module
 from obowlab.cli.output import print_table
-from obowlab.cli.transfer import TRAININGS
 from obowlab.config import Evaluation, Level, Machine, Padding, recipe_files
+from obowlab.config.protocols import TRAININGS
 from obowlab.config.scales import SCALES
 from obowlab.data.split_names import SPLITS
 from obowlab.runs.folder import RunFolder

@@ -27,8 +27,9 @@ from obowlab.config.scales import SCALES
 from obowlab.config.validation import known_keys
 from obowlab.errors import UserError
 from obowlab.studies.spec import load_study, plan_study
-from obowlab.tables.costs import load_costs, separate
-from obowlab.tables.spec import load_table
+from obowlab.tables.costs import load_costs
+from obowlab.tables.spec import COSTS, TRANSFER, load_table, one_kind
+from obowlab.tables.transfer import load_transfer
 from tests.command_line import finished_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -151,11 +152,14 @@ def resolve(context: click.Context) -> None:
                 if name:
                     load_recipe(name)
         case ["ablate"] | ["table"]:
-            costs, tables = separate([name for name in values["names"] if name != "all" and not PLACEHOLDER.search(name)])
-            for name in costs:
+            tables = [name for name in values["names"] if name != "all" and not PLACEHOLDER.search(name)]
+            kind = one_kind(tables) if tables else None
+            for name in tables if kind == COSTS else ():
                 load_costs(name, scale=values["scale"], overrides=changes)
+            for name in tables if kind == TRANSFER else ():
+                load_transfer(name, scale=values["scale"])
             rows = {key for text in values.get("rows") or () for key in text.split(",")}
-            for name in tables:
+            for name in tables if kind is None else ():
                 planned = load_table(Path(name) if name.endswith(".toml") else name, scale=values["scale"])
                 assert rows <= {row.row.key for row in planned.rows}, rows
         case ["tune"] if values["study"] and not PLACEHOLDER.search(values["study"]):

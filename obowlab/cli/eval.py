@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -25,13 +25,16 @@ from obowlab.cli.options import (
 )
 from obowlab.cli.output import json_line, print_measurements, print_obstacles, send_to_mlflow
 from obowlab.cli.run import Wanted
-from obowlab.cli.transfer import TRAININGS, measure_by_training, recipe_of
+from obowlab.cli.transfer import measure_by_training
+from obowlab.config.protocols import TRAININGS, recipe_of
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from obowlab.config import Machine, Recipe
+    from obowlab.runs.folder import RunFolder
+    from obowlab.weights.subject import Subject
 
 PROTOCOLS = ("fewshot", "linear", "knn", "voc07-svm", *TRAININGS)
 
@@ -137,13 +140,7 @@ def evaluate(
         _check_writable(chosen.folder.path)
     check()
     when_interrupted("no result was added; the same command measures again, with the features that are kept.")
-    from obowlab.launch.gpu_leases import using_gpus
-
-    with using_gpus(machine.model_copy(update={"procs": 1, "nodes": 1})):
-        from obowlab.training.measure import measure  # imports torch, which must not see GPUs of others
-
-        results = measure(chosen, protocols=names, dataset=dataset, with_random=with_random, machine=machine, report=_say)
-    values = [result.to_json() for result in results]
+    values = measure_here(chosen, protocols=names, dataset=dataset, with_random=with_random, machine=machine)
     print_measurements(values)
     if json_file is not None:
         from obowlab.files.replacing import write_atomic
@@ -153,11 +150,29 @@ def evaluate(
         except OSError as error:
             raise UserError(f"Cannot write --json {json_file}: {error.strerror}.") from None
     if chosen.folder is not None:
-        for value in values:
-            chosen.folder.add_result(value)
-        click.echo(f"Added to run {chosen.folder.run_id}.")
-        send_to_mlflow([chosen.folder], machine=machine)
+        keep_results(values, folder=chosen.folder, machine=machine)
     return 0
+
+
+def measure_here(
+    chosen: Subject, *, protocols: Sequence[str], dataset: str | None, with_random: bool, machine: Machine
+) -> list[dict[str, Any]]:
+    """Measure an encoder in this process, and return the results as JSON values."""
+    from obowlab.launch.gpu_leases import using_gpus
+
+    with using_gpus(machine.model_copy(update={"procs": 1, "nodes": 1})):
+        from obowlab.training.measure import measure  # imports torch, which must not see GPUs of others
+
+        results = measure(chosen, protocols=protocols, dataset=dataset, with_random=with_random, machine=machine, report=_say)
+    return [result.to_json() for result in results]
+
+
+def keep_results(values: Sequence[dict[str, Any]], *, folder: RunFolder, machine: Machine) -> None:
+    """Add results to the run that was measured, in MLflow as well."""
+    for value in values:
+        folder.add_result(value)
+    click.echo(f"Added to run {folder.run_id}.")
+    send_to_mlflow([folder], machine=machine)
 
 
 def _train(subject: str, wanted: Wanted, *, procs: int | None, options: MachineOptions, dry_run: bool) -> int:

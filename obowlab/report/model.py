@@ -189,7 +189,7 @@ class Site:
         as_of: day and time of the newest thing in the store, UTC; empty for an empty store.
         version: of obowlab.
         tables: the paper's tables beside ours.
-        costs: tables of what training costs, ready to be shown.
+        grids: tables of what training costs and of transfer, ready to be shown.
         runs: newest first.
         trainings: of the runs, by base recipe.
         studies: by name.
@@ -199,7 +199,7 @@ class Site:
     as_of: str
     version: str
     tables: tuple[Table, ...] = ()
-    costs: tuple[Grid, ...] = ()
+    grids: tuple[Grid, ...] = ()
     runs: tuple[Run, ...] = ()
     trainings: tuple[Training, ...] = ()
     studies: tuple[StudyReport, ...] = ()

@@ -31,13 +31,14 @@ from obowlab.runs.metrics import lookup
 from obowlab.runs.records import Record, Records, by_fingerprint
 from obowlab.runs.results import Measured, tabulate
 from obowlab.studies.schema import read_studies
-from obowlab.tables import costs_render
+from obowlab.tables import costs_render, transfer_render
 from obowlab.tables.build import COMPARABLE, build_table, seeds_with_runs
 from obowlab.tables.costs import find_costs, load_costs
 from obowlab.tables.kept import kept_tables
 from obowlab.tables.model import Table
 from obowlab.tables.render import Grid
-from obowlab.tables.spec import PlannedTable, load_table, shipped_files, table_files
+from obowlab.tables.spec import COSTS, PlannedTable, load_table, one_kind, shipped_files, table_files
+from obowlab.tables.transfer import find_transfers, load_transfer
 
 NOT_TRAINED_WITH = re.compile(r"(teacher\.)*(title$|evaluation\.)")
 """Settings that do not make another training."""
@@ -127,7 +128,7 @@ def gather(store: Store, *, tables: Tables) -> Site:
         as_of=store.as_of,
         version=__version__,
         tables=tables.tables,
-        costs=costs_in(store.root),
+        grids=measured_in(store.root),
         runs=tuple(runs),
         trainings=trainings_of(runs, stored=store.runs),
         studies=read_studies(store.root),
@@ -166,17 +167,20 @@ def tables_at(scales: Iterable[str], *, store: Store) -> Tables:
     return Tables(tuple(tables), (*problems, *wrong, *_unknown_tables(store, known=known)))
 
 
-def costs_in(runs_root: Path) -> tuple[Grid, ...]:
-    """Return the shipped tables of costs whose rows were timed with this run store, at every scale."""
+def measured_in(runs_root: Path) -> tuple[Grid, ...]:
+    """Return the shipped tables of costs and of transfer of which this run store has something, at every scale."""
     grids = []
-    for name in shipped_files().keys() - table_files().keys():
+    for name in sorted(shipped_files().keys() - table_files().keys()):
         for scale in SCALES:
             with suppress(UserError):
-                table = load_costs(name, scale=scale)
-                if costs := find_costs(table, folder=runs_root):
-                    rows = costs_render.overview(table, costs=costs)
-                    remarks = costs_render.remarks(table, costs=costs)
-                    grids.append((costs_render.heading(table), costs_render.COLUMNS, rows, remarks))
+                if one_kind([name]) == COSTS:
+                    table = load_costs(name, scale=scale)
+                    if costs := find_costs(table, folder=runs_root):
+                        grids.append(costs_render.grid(table, costs=costs))
+                else:
+                    transfer = load_transfer(name, scale=scale)
+                    if (found := find_transfers(transfer, folder=runs_root)).entries:
+                        grids.append(transfer_render.grid(transfer, transfers=found))
     return tuple(grids)
 
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from obowlab.config import Backbone
+from obowlab.config import Backbone, Recipe
 from obowlab.errors import UserError
+from obowlab.evaluation.features import weights_hash as hash_of
 from obowlab.files.sharing import share, shared_folder
+from obowlab.methods import build_backbone
 from obowlab.weights.encoder_file import Encoder, read_encoder, write_encoder
+from obowlab.weights.info import EncoderInfo
 
 FOLDER = ".weights"
 
@@ -22,7 +25,7 @@ def keep_weights(encoder: Encoder, *, runs_root: Path) -> str:
     Raises:
         UserError: the run store cannot be written to.
     """
-    path = _path(encoder.info.weights_hash, runs_root=runs_root)
+    path = kept_path(encoder.info.weights_hash, runs_root=runs_root)
     if not path.exists():
         try:
             shared_folder(runs_root)
@@ -45,7 +48,7 @@ def kept_weights(weights_hash: str, *, backbone: Backbone, runs_root: Path) -> E
     Raises:
         UserError: it is not there, it is damaged, or its network is not the recipe's.
     """
-    path = _path(weights_hash, runs_root=runs_root)
+    path = kept_path(weights_hash, runs_root=runs_root)
     if not path.is_file():
         raise UserError(
             f"method.weights names an encoder ({weights_hash[:12]}) that is not in {path.parent}: begin the run with --weights "
@@ -64,5 +67,19 @@ def kept_weights(weights_hash: str, *, backbone: Backbone, runs_root: Path) -> E
     return encoder
 
 
-def _path(weights_hash: str, *, runs_root: Path) -> Path:
+def untrained(recipe: Recipe) -> Encoder:
+    """Return the network of a recipe with the weights that seed 0 begins it with, in evaluation mode on the CPU."""
+    model = build_backbone(recipe.backbone, seed=0).eval()
+    info = EncoderInfo(
+        backbone=recipe.backbone,
+        original_resize=recipe.views.original_resize,
+        original_size=recipe.views.original_size,
+        source="random initialisation, seed 0",
+        weights_hash=hash_of(model),
+    )
+    return Encoder(model=model, info=info, path=Path(info.source))
+
+
+def kept_path(weights_hash: str, *, runs_root: Path) -> Path:
+    """Return where an encoder is kept by the hash of its weights, or would be."""
     return runs_root / FOLDER / f"{weights_hash}.safetensors"
