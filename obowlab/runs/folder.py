@@ -252,12 +252,14 @@ class RunFolder:
         return [] if place.is_symlink() else sorted(place.glob("*.json"))
 
     def add_result(self, result: Mapping[str, Any]) -> Path:
-        """Write one evaluation result; the same protocol, weights and data replace an earlier one.
+        """Write one evaluation result; the same protocol, weights and data, measured in the same training, replace an earlier one.
 
         Args:
             result: at least `subject`, `protocol` and `protocol_hash`; JSON values.
         """
         identity = [result.get(key) for key in ("subject", "protocol", "version", "protocol_hash", "weights_hash", "data_hash")]
+        if trained_in := result.get("details", {}).get("trained_in"):
+            identity.append(trained_in)
         name = f"{result['subject']}-{result['protocol']}-{canonical_hash(identity)[:8]}.json"
         dated = {**result, "measured_at": round(time.time(), 3)}
         return self.write_artifact(f"results/{name}", with_checksum(json.dumps(dated, indent=1, allow_nan=False)))
