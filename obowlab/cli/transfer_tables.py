@@ -94,7 +94,7 @@ def measure_rows(
         _print_work(work, chosen=chosen, due=due, refused=refused)
         print_lines([f"Left out: {protocol}: {why}" for protocol, why in refused.items()])
         due = [each for each in due if each.protocol not in refused]
-        if refused and not due:
+        if refused and not due and not any(work.transfers.of_row(key) for key in chosen):
             raise UserError(f"Nothing of {table.name} can be measured here, see above.")
         if dry_run:
             would(f"measure {len(due)} times")

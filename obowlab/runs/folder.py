@@ -252,7 +252,7 @@ class RunFolder:
         return [] if place.is_symlink() else sorted(place.glob("*.json"))
 
     def add_result(self, result: Mapping[str, Any]) -> Path:
-        """Write one evaluation result; the same protocol, weights and data, measured in the same training, replace an earlier one.
+        """Write one evaluation result; the same protocol, weights and data, of the same training, replace an earlier one.
 
         Args:
             result: at least `subject`, `protocol` and `protocol_hash`; JSON values.
