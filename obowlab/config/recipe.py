@@ -221,8 +221,9 @@ class Linear(Section):
     epochs: Count = 50
     batch_size: Count = 256
     learning_rate: Positive = 10.0
-    schedule: Literal["steps", "cosine"] = Field("steps", description="steps: divided by 10 at intervals; cosine: to 0, per step")
+    schedule: Literal["steps", "cosine"] = Field("steps", description="steps: divided by 10 at intervals; cosine: to 0")
     decay_every: Count = Field(15, description="epochs between divisions of the learning rate by 10; unused by cosine")
+    cosine_per: Literal["step", "epoch"] = Field("step", description="epoch: the authors' stepwise cosine")
     momentum: Fraction = 0.9
     weight_decay: Annotated[float, Field(ge=0.0)] = 2e-6
 

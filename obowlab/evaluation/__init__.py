@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel
 from torch import nn
 
 from obowlab import text
@@ -95,7 +96,7 @@ def _linear(store: FeatureStore, recipe: Recipe, report: Callable[[str], None]) 
     )
     return Outcome(
         measurements=measurements,
-        settings={**config.model_dump(mode="json"), "seed": PROBE_SEED, **facts},
+        settings={**_without_later(config, "cosine_per"), "seed": PROBE_SEED, **facts},
         remarks={"classifier": "weight and bias on plain features", "interval": "Wilson, over validation images"},
     )
 
@@ -166,6 +167,12 @@ def _classes(store: FeatureStore, recipe: Recipe, report: Callable[[str], None])
         settings={**config.model_dump(mode="json"), **facts, "training": training, "training_data": store.data_hash(["train"])},
         remarks={"interval": "Wilson, over validation images", "classes": num_classes},
     )
+
+
+def _without_later(config: BaseModel, *names: str) -> dict[str, Any]:
+    """Return settings as JSON values without later ones that have their default, so that earlier results keep their hash."""
+    defaults = type(config)().model_dump(mode="json")
+    return {key: value for key, value in config.model_dump(mode="json").items() if key not in names or value != defaults[key]}
 
 
 def _labelled(store: FeatureStore) -> tuple[int, dict[str, Any]]:
