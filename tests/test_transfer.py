@@ -17,6 +17,7 @@ from PIL import Image
 from torch import nn
 
 from obowlab.config import Backbone, Data, Machine, Supervised, Views, load_recipe
+from obowlab.config.protocols import unlike_the_paper
 from obowlab.data.datasets import open_split, prepare, trained_on
 from obowlab.data.image_lists import keep_list, listed, num_listed, read_names
 from obowlab.errors import UserError
@@ -113,6 +114,26 @@ def test_semi_supervised_rates_fall_after_their_epochs(epochs: int, after: tuple
     expected = [0.5] * after[0] + [0.1] * (after[1] - after[0]) + [0.02] * (epochs - after[1])
     assert [rate for rate, _ in found] == pytest.approx(np.repeat(expected, 2).tolist(), rel=1e-12)
     assert [rate for _, rate in found] == pytest.approx(np.repeat(np.multiply(expected, 4e-4), 2).tolist(), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("protocol", "recipe", "images", "words"),
+    [
+        ("linear-imagenet", "linear-imagenet", 50_000, ""),
+        ("places205", "places205-authors", 20_500, ""),
+        ("places205", "places205", 20_499, "20499 test images instead of 20500."),
+        ("semi-1", "semi-1-demo", 1200, "1200 test images instead of 50000, data.dataset synthetic instead of imagenet, "),
+        ("voc07-svm", "full", 4952, ""),
+        ("voc07-svm", "full", 400, "400 test images instead of 4952."),
+    ],
+)
+def test_what_is_not_the_papers_measurement_is_said_to_be_not_comparable(
+    protocol: str, recipe: str, images: int, words: str
+) -> None:
+    encoder = (f'method.weights="{"ab" * 32}"',) if protocol != "voc07-svm" else ()
+    found = unlike_the_paper(protocol, load_recipe(recipe, overrides=encoder).recipe, num_images=images)
+    assert found.startswith(f"Not comparable with the paper's value: {words}" if words else "")
+    assert bool(found) == bool(words)
 
 
 # ------------------------------------------------------------------------------------------------------------ frozen trunk
@@ -404,8 +425,12 @@ def test_eval_trains_what_the_protocol_is_and_adds_it_to_the_run(
     code, out, errors = obowlab(*words)
     assert code == 0, errors
     assert f"Added to run {pretrained.run_id}." in out
+    assert (
+        "Not comparable with the paper's value: 30 test images instead of 20500, data.dataset small instead of places205" in out
+    )
     (result,) = RunFolder.open(pretrained.path).results()
     assert [each["name"] for each in result["measurements"]] == ["places205_top1", "places205_top5"]
+    assert result["details"]["not_comparable"].startswith("Not comparable with the paper's value: 30 test images")
     assert result["weights_hash"] == read_encoder(pretrained.path / "encoder.safetensors").info.weights_hash
     head = RunFolder.open(tmp_path / "runs" / result["details"]["trained_in"])
     assert result["details"]["training"]["optimizer"]["learning_rate"] == 0.1

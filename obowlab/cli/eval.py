@@ -23,7 +23,7 @@ from obowlab.cli.options import (
     when_interrupted,
     would,
 )
-from obowlab.cli.output import json_line, print_measurements, print_obstacles, send_to_mlflow
+from obowlab.cli.output import json_line, print_lines, print_measurements, print_obstacles, send_to_mlflow
 from obowlab.cli.run import Wanted
 from obowlab.cli.transfer import measure_by_training
 from obowlab.config.protocols import TRAININGS, recipe_of
@@ -102,7 +102,7 @@ def evaluate(
             )
         changes = (*([f'data.dataset="{dataset}"'] if dataset is not None else []), *overrides)
         wanted = Wanted(recipe_of(trainings[0], preset=preset), seed or 0, changes, list_file=list_file)
-        return _train(subject, wanted, procs=procs, options=options, dry_run=dry_run)
+        return _train(subject, wanted, protocol=trainings[0], procs=procs, options=options, dry_run=dry_run)
     if any(option is not None for option in (preset, list_file, seed, procs)):
         raise UserError(f"--preset, --list, --seed and --procs are for protocols that are trainings: {', '.join(TRAININGS)}.")
     machine = options.machine()
@@ -142,6 +142,7 @@ def evaluate(
     when_interrupted("no result was added; the same command measures again, with the features that are kept.")
     values = measure_here(chosen, protocols=names, dataset=dataset, with_random=with_random, machine=machine)
     print_measurements(values)
+    print_lines(_not_comparable(values, recipe=chosen.recipe))
     if json_file is not None:
         from obowlab.files.replacing import write_atomic
 
@@ -167,6 +168,15 @@ def measure_here(
     return [result.to_json() for result in results]
 
 
+def _not_comparable(values: Sequence[dict[str, Any]], *, recipe: Recipe) -> list[str]:
+    """Return why VOC07's value is not to be held against the paper's, if it is not."""
+    from obowlab.config.protocols import unlike_the_paper
+
+    counts = {each["count"] for value in values for each in value["measurements"] if value["protocol"] == "voc07-svm"}
+    sentences = (unlike_the_paper("voc07-svm", recipe, num_images=count) for count in counts)
+    return [sentence for sentence in sentences if sentence]
+
+
 def keep_results(values: Sequence[dict[str, Any]], *, folder: RunFolder, machine: Machine) -> None:
     """Add results to the run that was measured, in MLflow as well."""
     for value in values:
@@ -175,13 +185,13 @@ def keep_results(values: Sequence[dict[str, Any]], *, folder: RunFolder, machine
     send_to_mlflow([folder], machine=machine)
 
 
-def _train(subject: str, wanted: Wanted, *, procs: int | None, options: MachineOptions, dry_run: bool) -> int:
+def _train(subject: str, wanted: Wanted, *, protocol: str, procs: int | None, options: MachineOptions, dry_run: bool) -> int:
     from obowlab.weights.source import find_source
 
     when_interrupted("the same command continues from what is saved.")
     machine = options.machine(procs=procs)
     source = find_source(subject, runs_root=machine.runs_root, tracking_uri=machine.tracking_uri)
-    return measure_by_training(source, wanted=wanted, machine=machine, options=options, dry_run=dry_run)
+    return measure_by_training(source, protocol=protocol, wanted=wanted, machine=machine, options=options, dry_run=dry_run)
 
 
 def _usual_dataset(protocols: Sequence[str], recipe: Recipe, *, data_root: Path) -> str | None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from obowlab.cli.output import send_to_mlflow
+from obowlab.cli.output import print_lines, send_to_mlflow
 
 if TYPE_CHECKING:
     from obowlab.cli.options import MachineOptions
@@ -17,11 +17,14 @@ if TYPE_CHECKING:
     from obowlab.weights.source import Source
 
 
-def measure_by_training(source: Source, *, wanted: Wanted, machine: Machine, options: MachineOptions, dry_run: bool) -> int:
+def measure_by_training(
+    source: Source, *, protocol: str, wanted: Wanted, machine: Machine, options: MachineOptions, dry_run: bool
+) -> int:
     """Train what a protocol is, and add what it measured to the run whose encoder it began with; return the command's exit code.
 
     Args:
         source: the encoder.
+        protocol: one of `config.protocols.TRAININGS`.
         wanted: the protocol's recipe and its changes, without the encoder.
         machine: where and with what.
         options: of the command line.
@@ -31,8 +34,11 @@ def measure_by_training(source: Source, *, wanted: Wanted, machine: Machine, opt
         UserError: the encoder cannot be read, or the recipe not be trained here.
     """
     code, trained = train_beginning_with(source, wanted=wanted, machine=machine, options=options, dry_run=dry_run)
-    if trained is not None and source.folder is not None:
-        add_results(trained, to=source.folder, machine=machine)
+    if trained is None:
+        return code
+    print_lines([sentence] if (sentence := why_not_comparable(trained, protocol=protocol)) else [])
+    if source.folder is not None:
+        add_results(trained, to=source.folder, protocol=protocol, machine=machine)
     return code
 
 
@@ -41,7 +47,7 @@ def train_beginning_with(
 ) -> tuple[int, RunFolder | None]:
     """Train what a protocol is, and return the exit code and the finished run; None while there is none.
 
-    Args and errors as for `measure_by_training`.
+    Arguments and errors are those of `measure_by_training`.
     """
     from obowlab.cli.beginning import beginning_with
     from obowlab.cli.run import train
@@ -61,7 +67,15 @@ def train_beginning_with(
     return 0, trained if trained.current_state().status == "finished" else None
 
 
-def add_results(trained: RunFolder, *, to: RunFolder, machine: Machine) -> None:
+def why_not_comparable(trained: RunFolder, *, protocol: str) -> str:
+    """Return why what a training measured is not to be held against the paper's value; empty where it may be."""
+    from obowlab.config.protocols import unlike_the_paper
+
+    counts = [each["count"] for result in trained.results() for each in result["measurements"] if result["protocol"] == "classes"]
+    return unlike_the_paper(protocol, trained.info.recipe, num_images=counts[-1]) if counts else ""
+
+
+def add_results(trained: RunFolder, *, to: RunFolder, protocol: str, machine: Machine) -> None:
     """Add the results of a training to the run whose encoder it measures, in MLflow as well."""
     from obowlab.weights.info import peek
 
@@ -69,7 +83,12 @@ def add_results(trained: RunFolder, *, to: RunFolder, machine: Machine) -> None:
     assert info is not None, "a run's own file"
     for result in trained.results():
         if result["protocol"] == "classes":
-            facts = {**result["details"], "trained_in": trained.run_id, "seed": trained.info.seed}
+            facts = {
+                **result["details"],
+                "trained_in": trained.run_id,
+                "seed": trained.info.seed,
+                "not_comparable": why_not_comparable(trained, protocol=protocol),
+            }
             to.add_result({**result, "weights_hash": info.weights_hash, "details": facts})
     click.echo(f"Added to run {to.run_id}.")
     send_to_mlflow([to], machine=machine)

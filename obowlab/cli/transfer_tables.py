@@ -253,7 +253,7 @@ class _Work:
             if trained is None:
                 return code, None
             if folder is not None:
-                add_results(trained, to=folder, machine=self.machine)
+                add_results(trained, to=folder, protocol=due.protocol, machine=self.machine)
             results = [result for result in trained.results() if result["protocol"] == "classes"]
             return code, self._entry(due, result=results[-1], run_id=trained.run_id) if results else None
         ref = str(folder.path if folder is not None else due.source.path)
