@@ -1,0 +1,371 @@
+"""The detector's parts against hand-made values and slow versions, and a whole that learns a few images by heart."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torchvision.ops import box_iou, nms, roi_align
+
+from obowlab.config import Backbone
+from obowlab.data import drawn_voc
+from obowlab.data.voc_boxes import read_annotation
+from obowlab.errors import UserError
+from obowlab.evaluation.detection.anchors import anchors_of, shapes
+from obowlab.evaluation.detection.boxes import HEAD_WEIGHTS, RPN_WEIGHTS, clip, decode, encode
+from obowlab.evaluation.detection.faster_rcnn import FasterRcnn, Objects
+from obowlab.evaluation.detection.matching import IGNORED, NEGATIVE, POSITIVE, match, sample
+from obowlab.evaluation.detection.rpn import RegionProposals
+from obowlab.evaluation.detection.views import TRAIN_SIDES, View, is_kept, moved, resized, show, train_view
+from obowlab.evaluation.detection.voc_metric import OVERLAPS, Found, Truth, as_written, average_precision
+from obowlab.methods import build_backbone
+
+# ------------------------------------------------------------------------------------------------------------- the metric
+
+
+def truth(*boxes: tuple[float, float, float, float], difficult: tuple[int, ...] = ()) -> Truth:
+    hard = np.zeros(len(boxes), dtype=np.bool_)
+    hard[list(difficult)] = True
+    return Truth(np.array(boxes, dtype=np.float64).reshape(-1, 4), hard)
+
+
+DOGS = {"A": truth((11, 11, 50, 50), (61, 61, 90, 90), difficult=(1,)), "B": truth((21, 21, 60, 80))}
+FOUND_DOGS = [
+    Found("A", 0.9, (11, 11, 50, 50)),
+    Found("A", 0.8, (61, 61, 90, 90)),
+    Found("C", 0.7, (1, 1, 30, 30)),
+    Found("B", 0.6, (21, 21, 60, 64)),
+    Found("A", 0.5, (11, 11, 50, 49)),
+]
+
+
+@pytest.mark.parametrize("overlap", OVERLAPS)
+def test_the_hand_made_dogs(overlap: float) -> None:
+    expected = 84.848 if overlap <= 0.70 else 54.545
+    assert average_precision(FOUND_DOGS, truths=DOGS, overlap=overlap) == pytest.approx(expected, abs=5e-4)
+
+
+def test_means_over_classes_and_overlaps() -> None:
+    cats = {"C": truth((1, 1, 100, 100))}
+    per_class = [
+        [average_precision(found, truths=truths, overlap=overlap) for overlap in OVERLAPS]
+        for found, truths in ((FOUND_DOGS, DOGS), ([], cats))
+    ]
+    assert np.mean(per_class[0]) == pytest.approx(69.697, abs=5e-4)
+    assert np.mean(per_class[1]) == 0.0
+    both = np.mean(per_class, axis=0)
+    assert (both[0], both[5], both.mean()) == pytest.approx((42.424, 27.273, 34.848), abs=5e-4)
+
+
+@pytest.mark.parametrize(("box", "expected"), [((11, 11, 20, 20), 100.0), ((10, 10, 20, 20), 70.0), ((11, 11, 20, 15), 0.0)])
+def test_pixels_are_counted_from_one_with_both_ends_and_overlaps_must_be_greater(
+    box: tuple[float, float, float, float], expected: float
+) -> None:
+    birds = {"A": truth((11, 11, 20, 20))}
+    found = [Found("A", 0.9, box)]
+    values = [average_precision(found, truths=birds, overlap=overlap) for overlap in OVERLAPS]
+    assert np.mean(values) == pytest.approx(expected)
+
+
+def test_detections_are_rounded_as_they_are_written() -> None:
+    assert as_written("A", score=0.98765, box=(10.04, 20.26, 30.55001, 40.0)) == Found("A", 0.988, (11.0, 21.3, 30.6, 40.0))
+
+
+def test_a_detection_on_an_image_without_the_class_is_wrong_and_nothing_found_is_nothing() -> None:
+    assert average_precision([], truths=DOGS, overlap=0.5) == 0.0
+    assert average_precision(FOUND_DOGS, truths={}, overlap=0.5) == 0.0
+
+
+# -------------------------------------------------------------------------------------------------------------- the boxes
+
+
+def test_what_moves_a_box_onto_another_is_as_computed_by_hand() -> None:
+    anchor, target = torch.tensor([[0.0, 0.0, 16.0, 16.0]]), torch.tensor([[4.0, 4.0, 20.0, 28.0]])
+    plain, weighted = (encode(anchor, towards=target, weights=weights) for weights in (RPN_WEIGHTS, HEAD_WEIGHTS))
+    assert plain[0].tolist() == pytest.approx([0.25, 0.5, 0.0, 0.405465], abs=1e-6)
+    assert weighted[0].tolist() == pytest.approx([2.5, 5.0, 0.0, 2.027326], abs=1e-5)
+    assert torch.allclose(decode(weighted, boxes=anchor, weights=HEAD_WEIGHTS), target)
+    per_class = weighted[:, None].expand(1, 3, 4)
+    assert decode(per_class, boxes=anchor, weights=HEAD_WEIGHTS).shape == (1, 3, 4)
+
+
+def test_no_box_grows_without_end_and_none_leaves_the_image() -> None:
+    anchor = torch.tensor([[0.0, 0.0, 16.0, 16.0]])
+    grown = decode(torch.tensor([[0.0, 0.0, 50.0, 0.0]]), boxes=anchor, weights=RPN_WEIGHTS)
+    assert float(grown[0, 2] - grown[0, 0]) == pytest.approx(1000.0)
+    assert clip(grown, size=(12, 20))[0].tolist() == [0.0, 0.0, 20.0, 12.0]
+
+
+def test_anchors_are_not_rounded_and_lie_at_multiples_of_the_stride() -> None:
+    found = shapes()
+    assert found.shape == (15, 4)
+    assert found[0].tolist() == pytest.approx([-22.6274, -11.3137, 22.6274, 11.3137], abs=1e-4)
+    assert found[1].tolist() == [-16.0, -16.0, 16.0, 16.0]
+    grid = anchors_of(2, 67, stride=16, at_origin=found)
+    assert grid.shape == (2 * 67 * 15, 4)
+    assert torch.equal(grid[(67 + 66) * 15 + 1], torch.tensor([66 * 16.0 - 16, 16.0 - 16, 66 * 16.0 + 16, 16.0 + 16]))
+
+
+def test_regions_are_pooled_aligned_with_as_many_points_as_they_have_places() -> None:
+    ramp = torch.arange(20.0).expand(1, 1, 20, 20).contiguous()
+    region = torch.tensor([[0.0, 64.0, 64.0, 192.0, 192.0]])
+    pooled = roi_align(ramp, region, output_size=14, spatial_scale=1 / 16, sampling_ratio=0, aligned=True)
+    assert pooled[0, 0, 0, [0, -1]].tolist() == pytest.approx([3.785714, 11.214286], abs=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------ matches and samples
+
+
+def slow_match(overlaps: np.ndarray, *, below: float, above: float, best_too: bool) -> tuple[list[int], list[int]]:
+    objects, labels = [], []
+    for box in range(overlaps.shape[1]):
+        column = overlaps[:, box]
+        objects.append(int(column.argmax()))
+        most = column.max()
+        label = POSITIVE if most >= above else NEGATIVE if most < below else IGNORED
+        if best_too and any(column[thing] == overlaps[thing].max() for thing in range(len(column))):
+            label = POSITIVE
+        labels.append(label)
+    return objects, labels
+
+
+@pytest.mark.parametrize("best_too", [True, False])
+def test_boxes_are_matched_as_a_slow_version_does(best_too: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        overlaps = torch.rand(3, 40, generator=generator).mul(10).round().div(10)
+        found = match(overlaps, below=0.3, above=0.7, best_too=best_too)
+        objects, labels = slow_match(overlaps.numpy(), below=np.float32(0.3), above=np.float32(0.7), best_too=best_too)
+        assert found.objects.tolist() == objects
+        assert found.labels.tolist() == labels
+
+
+def test_thresholds_belong_to_the_class_above_them() -> None:
+    overlaps = torch.tensor([[0.3, 0.7, 0.2, 0.9]])
+    assert match(overlaps, below=0.3, above=0.7, best_too=False).labels.tolist() == [IGNORED, POSITIVE, NEGATIVE, POSITIVE]
+    assert match(torch.tensor([[0.5]]), below=0.5, above=0.5, best_too=False).labels.tolist() == [POSITIVE]
+    assert match(torch.zeros(0, 5), below=0.3, above=0.7, best_too=True).labels.tolist() == [NEGATIVE] * 5
+
+
+def test_a_sample_has_as_many_positive_boxes_as_it_may_and_fills_up_with_negative_ones() -> None:
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.tensor([POSITIVE] * 50 + [NEGATIVE] * 500 + [IGNORED] * 50, dtype=torch.int8)
+    positive, negative = sample(labels, count=64, positives=0.25, keys=torch.rand(600, generator=generator))
+    assert (len(positive), len(negative)) == (16, 48)
+    assert set(labels[positive].tolist()) == {POSITIVE}
+    assert set(labels[negative].tolist()) == {NEGATIVE}
+    few, many = sample(labels, count=256, positives=0.5, keys=torch.rand(600, generator=generator))
+    assert (len(few), len(many)) == (50, 206)
+
+
+def slow_nms(boxes: np.ndarray, scores: np.ndarray, overlap: float) -> list[int]:
+    left, kept = sorted(range(len(boxes)), key=lambda i: -scores[i]), []
+    while left:
+        first = left.pop(0)
+        kept.append(first)
+        left = [i for i in left if float(box_iou(torch.tensor(boxes[[first]]), torch.tensor(boxes[[i]]))) <= overlap]
+    return kept
+
+
+def random_boxes(count: int, *, seed: int, side: float = 100.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    corners = torch.rand(count, 2, generator=generator) * side * 0.7
+    return torch.cat((corners, corners + 5 + torch.rand(count, 2, generator=generator) * side * 0.3), dim=1)
+
+
+def test_overlapping_boxes_are_thinned_out_as_a_slow_version_does() -> None:
+    boxes, scores = random_boxes(40, seed=2), torch.rand(40, generator=torch.Generator().manual_seed(3))
+    assert nms(boxes, scores, 0.7).tolist() == slow_nms(boxes.numpy(), scores.numpy(), 0.7)
+
+
+def test_the_losses_of_proposals_are_those_of_a_slow_version() -> None:
+    rpn = RegionProposals(8, stride=16, sizes=(32.0, 64.0))
+    generator = torch.Generator().manual_seed(4)
+    maps = torch.randn(2, 8, 6, 7, generator=generator)
+    anchors, scores, deltas = rpn(maps)
+    assert anchors.shape == (6 * 7 * 6, 4)
+    assert rpn.deltas.weight.std() < 0.02
+    objects = [random_boxes(3, seed=5), torch.zeros(0, 4)]
+    keys = [torch.rand(len(anchors), generator=generator) for _ in range(2)]
+    found = rpn.losses(anchors, scores=scores, deltas=deltas, objects=objects, keys=keys)
+    of_scores, of_boxes = 0.0, 0.0
+    for image in range(2):
+        overlaps = box_iou(objects[image], anchors)
+        if len(objects[image]):
+            which, labels = slow_match(overlaps.numpy(), below=np.float32(0.3), above=np.float32(0.7), best_too=True)
+        else:
+            which, labels = [0] * len(anchors), [NEGATIVE] * len(anchors)
+        by_key = sorted(range(len(anchors)), key=lambda i: float(keys[image][i]))
+        positive = [i for i in by_key if labels[i] == POSITIVE][:128]
+        negative = [i for i in by_key if labels[i] == NEGATIVE][: 256 - len(positive)]
+        for i in positive:
+            of_scores += math.log1p(math.exp(-float(scores[image, i].detach())))
+            wanted = encode(anchors[[i]], towards=objects[image][[which[i]]], weights=RPN_WEIGHTS)[0]
+            of_boxes += float((deltas[image, i].detach() - wanted).abs().sum())
+        of_scores += sum(math.log1p(math.exp(float(scores[image, i].detach()))) for i in negative)
+    assert float(found["rpn_objectness"]) == pytest.approx(of_scores / 512, rel=1e-5)
+    assert float(found["rpn_boxes"]) == pytest.approx(of_boxes / 512, rel=1e-5)
+
+
+def test_a_score_and_its_box_belong_to_the_same_anchor() -> None:
+    rpn = RegionProposals(4, stride=16, sizes=(32.0,))
+    maps = torch.randn(1, 4, 2, 3, generator=torch.Generator().manual_seed(6))
+    _, scores, deltas = rpn(maps)
+    x = F.relu(rpn.conv(maps))
+    raw_scores, raw_deltas = rpn.objectness(x), rpn.deltas(x)
+    for row in range(2):
+        for column in range(3):
+            for anchor in range(3):
+                place = (row * 3 + column) * 3 + anchor
+                assert scores[0, place] == raw_scores[0, anchor, row, column]
+                assert torch.equal(deltas[0, place], raw_deltas[0, 4 * anchor : 4 * anchor + 4, row, column])
+
+
+# --------------------------------------------------------------------------------------------------------------- the views
+
+
+@pytest.mark.parametrize(
+    ("size", "side", "expected"),
+    [
+        ((375, 500), 800, (800, 1067)),
+        ((333, 1000), 800, (444, 1333)),
+        ((500, 375), 480, (640, 480)),
+        ((500, 500), 800, (800, 800)),
+    ],
+)
+def test_sizes_are_detectron2s(size: tuple[int, int], side: int, expected: tuple[int, int]) -> None:
+    assert resized(size, side=side) == expected
+
+
+def test_a_view_is_a_function_of_its_numbers_and_boxes_move_with_the_pixels() -> None:
+    assert len(TRAIN_SIDES) == 11
+    assert train_view((100, 200), uniforms=np.array([0.0, 0.6])) == View((480, 960), flipped=False)
+    assert train_view((100, 200), uniforms=np.array([0.999, 0.4])) == View((667, 1333), flipped=True)
+    picture = np.zeros((20, 40, 3), dtype=np.uint8)
+    picture[4:10, 6:14] = 255
+    view = View((40, 80), flipped=True)
+    pixels = show(Image.fromarray(picture), view=view)
+    ((x0, y0, x1, y1),) = moved(np.array([[6.0, 4.0, 14.0, 10.0]]), size=(20, 40), view=view)
+    assert (x0, y0, x1, y1) == (52.0, 8.0, 68.0, 20.0)
+    bright = pixels[..., 0] > 127
+    assert np.argwhere(bright).min(axis=0).tolist() == [8, 52]
+    assert (np.argwhere(bright).max(axis=0) + 1).tolist() == [20, 68]
+    assert is_kept(np.array([[1.0, 1.0, 1.0, 5.0], [1.0, 1.0, 2.0, 5.0]])).tolist() == [False, True]
+
+
+# ---------------------------------------------------------------------------------------------------------- the annotations
+
+XML = """<annotation><size><width>{width}</width><height>80</height><depth>3</depth></size>
+<object><name>person</name><bndbox><ymin>2</ymin><xmax>30.5</xmax><xmin>1</xmin><ymax>40</ymax></bndbox>
+<part><name>head</name><bndbox><xmin>3</xmin><ymin>3</ymin><xmax>9</xmax><ymax>9</ymax></bndbox></part></object>
+<object><name>{name}</name><difficult>1</difficult><bndbox><xmin>5</xmin><ymin>6</ymin><xmax>{right}</xmax><ymax>8</ymax></bndbox></object>
+</annotation>"""
+NUMBERS = {"dog": 0, "person": 1}
+
+
+def annotated(folder: Path, **values: object) -> Path:
+    path = folder / "000001.xml"
+    path.write_text(XML.format(**{"width": 100, "name": "dog", "right": 7, **values}))
+    return path
+
+
+def test_boxes_lose_one_at_their_minima_and_parts_of_persons_are_no_objects(tmp_path: Path) -> None:
+    found = read_annotation(annotated(tmp_path), class_numbers=NUMBERS, size=(80, 100))
+    assert found.boxes.tolist() == [[0.0, 1.0, 30.5, 40.0], [4.0, 5.0, 7.0, 8.0]]
+    assert found.as_counted.tolist() == [[1.0, 2.0, 30.5, 40.0], [5.0, 6.0, 7.0, 8.0]]
+    assert found.labels.tolist() == [1, 0]
+    assert found.difficult.tolist() == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"width": 90}, "is of an image of 90 x 80 pixels, but the image has 100 x 80"),
+        ({"name": "cow"}, "shows the class 'cow'"),
+        ({"right": 101}, "that is not within 100 x 80 pixels"),
+        ({"right": "x"}, "has no number for 'xmax'"),
+        ({"right": "inf"}, "has inf for 'xmax'"),
+        ({"name": "<"}, "is damaged"),
+        ({"name": "<!ENTITY a 'b'>"}, "is no annotation file of VOC"),
+    ],
+)
+def test_a_damaged_annotation_is_refused_by_name(tmp_path: Path, values: dict[str, object], words: str) -> None:
+    path = annotated(tmp_path, **values)
+    with pytest.raises(UserError) as refused:
+        read_annotation(path, class_numbers=NUMBERS, size=(80, 100))
+    assert str(path) in str(refused.value)
+    assert words in str(refused.value)
+
+
+# ------------------------------------------------------------------------------------------------------------- the detector
+
+SMALL = Backbone(arch="resnet10", stem="small", width=8)
+
+
+def drawn(count: int) -> tuple[Tensor, list[tuple[int, int]], list[Objects]]:
+    """Return drawn images, enlarged, normalised and padded [N, 3, 104, 104], their sizes and their objects."""
+    images, sizes, objects = torch.zeros(count, 3, 104, 104), [], []
+    for index in range(count):
+        pixels, found = drawn_voc.draw("trainval", index=index)
+        height, width = 2 * pixels.shape[0], 2 * pixels.shape[1]
+        large = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
+        images[index, :, :height, :width] = (torch.from_numpy(large.copy()).permute(2, 0, 1) / 255 - 0.4) / 0.25
+        sizes.append((height, width))
+        boxes = torch.tensor([each.box for each in found], dtype=torch.float32) * 2 - torch.tensor([2.0, 2.0, 0.0, 0.0])
+        objects.append(Objects(boxes, torch.tensor([drawn_voc.CLASS_NAMES.index(each.class_name) for each in found])))
+    return images, sizes, objects
+
+
+def generators(count: int, *, step: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(1000 * step + image) for image in range(count)]
+
+
+def test_a_step_has_four_losses_and_every_parameter_learns() -> None:
+    detector = FasterRcnn(build_backbone(SMALL, seed=0), num_classes=24, seed=0, sizes=(12.0, 24.0), pooled=6).train()
+    images, sizes, objects = drawn(2)
+    losses = detector.losses(images, sizes=sizes, objects=objects, generators=generators(2, step=0))
+    assert losses.keys() == {"rpn_objectness", "rpn_boxes", "classes", "boxes"}
+    assert float(losses["classes"]) == pytest.approx(math.log(25), rel=0.2)
+    torch.stack(list(losses.values())).sum().backward()
+    assert all(each.grad is not None and float(each.grad.abs().sum()) > 0 for each in detector.parameters())
+    again = detector.losses(images, sizes=sizes, objects=objects, generators=generators(2, step=0))
+    assert float(again["classes"]) == float(losses["classes"]), "what is chosen is a function of the generators"
+
+
+def test_an_image_without_objects_is_all_background() -> None:
+    detector = FasterRcnn(build_backbone(SMALL, seed=0), num_classes=24, seed=0, sizes=(12.0, 24.0), pooled=6).train()
+    images, sizes, _ = drawn(1)
+    nothing = [Objects(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))]
+    losses = detector.losses(images, sizes=sizes, objects=nothing, generators=generators(1, step=0))
+    assert float(losses["boxes"]) == float(losses["rpn_boxes"]) == 0.0
+    assert math.isfinite(float(losses["classes"]))
+
+
+def test_a_few_images_are_learned_by_heart() -> None:
+    detector = FasterRcnn(build_backbone(SMALL, seed=0), num_classes=24, seed=0, sizes=(12.0, 24.0), pooled=6).train()
+    images, sizes, objects = drawn(4)
+    optimizer = torch.optim.SGD(detector.parameters(), lr=0.02, momentum=0.9)
+    for step in range(120):
+        losses = detector.losses(images, sizes=sizes, objects=objects, generators=generators(4, step=step))
+        optimizer.zero_grad()
+        torch.stack(list(losses.values())).sum().backward()
+        optimizer.step()
+    found = detector.detect(images, sizes=sizes)
+    for name in range(24):
+        truths = {
+            str(image): truth(*(box.tolist() for box in each.boxes[each.labels == name] + torch.tensor([1.0, 1.0, 0.0, 0.0])))
+            for image, each in enumerate(objects)
+        }
+        if any(len(each.boxes) for each in truths.values()):
+            of_class = [
+                as_written(str(image), score=float(score), box=box.tolist())
+                for image, each in enumerate(found)
+                for box, score in zip(each.boxes[each.labels == name], each.scores[each.labels == name], strict=True)
+            ]
+            assert average_precision(of_class, truths=truths, overlap=0.5) > 90, drawn_voc.CLASS_NAMES[name]
