@@ -348,10 +348,11 @@ def test_an_image_without_objects_is_all_background() -> None:
 
 
 def test_a_few_images_are_learned_by_heart() -> None:
-    detector = FasterRcnn(build_backbone(SMALL, seed=0), num_classes=24, seed=0, sizes=(12.0, 24.0), pooled=6).train()
+    encoder = build_backbone(SMALL, seed=0)
+    detector = FasterRcnn(encoder, num_classes=24, seed=0, sizes=(20.0, 32.0), pooled=6, regions=64).train()
     images, sizes, objects = drawn(4)
-    optimizer = torch.optim.SGD(detector.parameters(), lr=0.02, momentum=0.9)
-    for step in range(120):
+    optimizer = torch.optim.SGD(detector.parameters(), lr=0.05, momentum=0.9)
+    for step in range(300):
         losses = detector.losses(images, sizes=sizes, objects=objects, generators=generators(4, step=step))
         optimizer.zero_grad()
         torch.stack(list(losses.values())).sum().backward()

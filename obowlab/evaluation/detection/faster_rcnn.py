@@ -20,9 +20,6 @@ from obowlab.evaluation.detection.matching import NEGATIVE, POSITIVE, match, sam
 from obowlab.evaluation.detection.rpn import TESTING, TRAINING, RegionProposals
 from obowlab.methods import ResNet
 
-BATCH = 512
-"""Regions of an image that a step learns from."""
-
 MIN_SCORE, MAX_OVERLAP, MAX_DETECTIONS = 0.05, 0.5, 100
 
 
@@ -63,14 +60,22 @@ class FasterRcnn(nn.Module):
         seed: of the new layers.
         sizes: of the anchors, pixels.
         pooled: places on a side of a region before the last stage, which halves them.
+        regions: of an image that a step learns from.
     """
 
     def __init__(
-        self, encoder: ResNet, *, num_classes: int, seed: int, sizes: tuple[float, ...] = SIZES, pooled: int = 14
+        self,
+        encoder: ResNet,
+        *,
+        num_classes: int,
+        seed: int,
+        sizes: tuple[float, ...] = SIZES,
+        pooled: int = 14,
+        regions: int = 512,
     ) -> None:
         super().__init__()
         self.encoder = encoder
-        self.num_classes, self.pooled = num_classes, pooled
+        self.num_classes, self.pooled, self.regions = num_classes, pooled, regions
         self.stride = 4 if isinstance(encoder.maxpool, nn.Identity) else 16
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -149,7 +154,7 @@ class FasterRcnn(nn.Module):
             boxes = torch.cat((proposed, truth.boxes))
             found = match(box_iou(truth.boxes, boxes), below=0.5, above=0.5, best_too=False)
             keys = torch.rand(len(boxes), generator=generator).to(boxes.device)
-            positive, negative = sample(found.labels, count=BATCH, positives=0.25, keys=keys)
+            positive, negative = sample(found.labels, count=self.regions, positives=0.25, keys=keys)
             regions.append(boxes[torch.cat((positive, negative))])
             background = torch.full((len(negative),), self.num_classes, dtype=torch.int64, device=boxes.device)
             labels.append(torch.cat((truth.labels[found.objects[positive]], background)))
