@@ -18,10 +18,13 @@ from obowlab.data import drawn_voc
 from obowlab.data.voc_boxes import read_annotation
 from obowlab.errors import UserError
 from obowlab.evaluation.detection.anchors import anchors_of, shapes
+from obowlab.evaluation.detection.batches import batch_order
 from obowlab.evaluation.detection.boxes import HEAD_WEIGHTS, RPN_WEIGHTS, clip, decode, encode
 from obowlab.evaluation.detection.faster_rcnn import FasterRcnn, Objects
 from obowlab.evaluation.detection.matching import IGNORED, NEGATIVE, POSITIVE, match, sample
+from obowlab.evaluation.detection.precise import set_precise_statistics
 from obowlab.evaluation.detection.rpn import RegionProposals
+from obowlab.evaluation.detection.scoring import judge, measure, precisions
 from obowlab.evaluation.detection.views import TRAIN_SIDES, View, is_kept, moved, resized, show, train_view
 from obowlab.evaluation.detection.voc_metric import OVERLAPS, Found, Truth, as_written, average_precision
 from obowlab.methods import build_backbone
@@ -80,6 +83,52 @@ def test_detections_are_rounded_as_they_are_written() -> None:
 def test_a_detection_on_an_image_without_the_class_is_wrong_and_nothing_found_is_nothing() -> None:
     assert average_precision([], truths=DOGS, overlap=0.5) == 0.0
     assert average_precision(FOUND_DOGS, truths={}, overlap=0.5) == 0.0
+
+
+def random_class(seed: int) -> tuple[list[Found], dict[str, Truth], list[str]]:
+    random = np.random.default_rng(seed)
+    names = [f"{number:06d}" for number in range(12)]
+    truths, found = {}, []
+    for name in names:
+        corners = random.integers(1, 60, size=(random.integers(0, 4), 2))
+        boxes = np.concatenate((corners, corners + random.integers(5, 40, size=corners.shape)), axis=1).astype(np.float64)
+        if len(boxes):
+            truths[name] = Truth(boxes, random.random(len(boxes)) < 0.2)
+        for box in boxes:
+            for _ in range(random.integers(0, 3)):
+                moved_box = box + random.integers(-6, 7, size=4)
+                found.append(Found(name, round(float(random.random()), 1), tuple(moved_box.tolist())))
+        if random.random() < 0.5:
+            found.append(Found(name, round(float(random.random()), 1), (1.0, 1.0, 9.0, 9.0)))
+    return found, truths, names
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_all_overlaps_at_once_are_those_one_by_one_and_images_may_count_several_times(seed: int) -> None:
+    found, truths, names = random_class(seed)
+    judged = judge(found, truths=truths, images=names)
+    weights = np.stack((np.ones(12), np.random.default_rng(seed).integers(0, 3, size=12))).astype(np.float64)
+    values = precisions(judged, weights)
+    for level, overlap in enumerate(OVERLAPS):
+        assert values[level, 0] == pytest.approx(average_precision(found, truths=truths, overlap=overlap))
+        copies = [(name, copy) for name, weight in zip(names, weights[1], strict=True) for copy in range(int(weight))]
+        of_copy = {name: [copy for other, copy in copies if other == name] for name in names}
+        again = [Found(f"{one.image}-{copy}", one.score, one.box) for one in found for copy in of_copy[one.image]]
+        shown = {f"{name}-{copy}": truths[name] for name, copy in copies if name in truths}
+        assert values[level, 1] == pytest.approx(average_precision(again, truths=shown, overlap=overlap))
+
+
+def test_the_means_have_intervals_and_shares_of_every_image() -> None:
+    classes = {str(seed): random_class(seed) for seed in range(3)}
+    judged = {name: judge(found, truths=truths, images=names) for name, (found, truths, names) in classes.items()}
+    measurements, of_classes = measure(judged, num_images=12)
+    assert [each.name for each in measurements] == ["voc_ap50", "voc_ap75", "voc_ap"]
+    for each in measurements:
+        assert each.low <= each.value <= each.high
+        assert np.mean(each.samples["values"]) == pytest.approx(each.value, abs=1e-2)
+    expected = [average_precision(found, truths=truths, overlap=0.5) for found, truths, _ in classes.values()]
+    assert list(of_classes.values()) == pytest.approx(expected)
+    assert measurements[0].value == pytest.approx(np.mean(expected))
 
 
 # -------------------------------------------------------------------------------------------------------------- the boxes
@@ -209,8 +258,8 @@ def test_the_losses_of_proposals_are_those_of_a_slow_version() -> None:
             wanted = encode(anchors[[i]], towards=objects[image][[which[i]]], weights=RPN_WEIGHTS)[0]
             of_boxes += float((deltas[image, i].detach() - wanted).abs().sum())
         of_scores += sum(math.log1p(math.exp(float(scores[image, i].detach()))) for i in negative)
-    assert float(found["rpn_objectness"]) == pytest.approx(of_scores / 512, rel=1e-5)
-    assert float(found["rpn_boxes"]) == pytest.approx(of_boxes / 512, rel=1e-5)
+    assert float(found["rpn_objectness"].detach()) == pytest.approx(of_scores / 512, rel=1e-5)
+    assert float(found["rpn_boxes"].detach()) == pytest.approx(of_boxes / 512, rel=1e-5)
 
 
 def test_a_score_and_its_box_belong_to_the_same_anchor() -> None:
@@ -225,6 +274,48 @@ def test_a_score_and_its_box_belong_to_the_same_anchor() -> None:
                 place = (row * 3 + column) * 3 + anchor
                 assert scores[0, place] == raw_scores[0, anchor, row, column]
                 assert torch.equal(deltas[0, place], raw_deltas[0, 4 * anchor : 4 * anchor + 4, row, column])
+
+
+# ------------------------------------------------------------------------------------------------------------- the batches
+
+
+def test_batches_have_one_orientation_and_every_image_comes_as_often() -> None:
+    is_wide = np.arange(30) % 3 > 0
+    order = batch_order(is_wide, batch_size=4, seed=5)
+    batches = [next(order) for _ in range(45)]
+    assert all(len(set(is_wide[batch].tolist())) == 1 for batch in batches)
+    counts = np.bincount(np.concatenate(batches), minlength=30)
+    assert counts.sum() == 180
+    assert counts.min() >= 5
+    assert counts.max() <= 7
+    again = batch_order(is_wide, batch_size=4, seed=5)
+    assert all(np.array_equal(batch, next(again)) for batch in batches)
+    other = batch_order(is_wide, batch_size=4, seed=6)
+    assert any(not np.array_equal(batch, next(other)) for batch in batches)
+
+
+def test_precise_statistics_are_those_of_all_that_the_layers_saw() -> None:
+    torch.manual_seed(0)
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4), torch.nn.Conv2d(4, 2, 1), torch.nn.BatchNorm2d(2)
+    )
+    batches = [torch.randn(5, 3, 6, 6) for _ in range(7)]
+    before = {name: value.clone() for name, value in network.named_parameters()}
+    set_precise_statistics(network, forward=network, batches=batches, total=lambda sums: sums)
+    first = torch.stack([network[0](batch).double() for batch in batches])
+    mean = first.mean(dim=(0, 1, 3, 4))
+    torch.testing.assert_close(network[1].running_mean.double(), mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(network[1].running_var.double(), first.var(dim=(0, 1, 3, 4), unbiased=False), rtol=1e-5, atol=1e-6)
+    second = []
+    for batch in batches:  # each batch is normalised by its own statistics on its way
+        x = network[0](batch).double()
+        x = (x - x.mean(dim=(0, 2, 3), keepdim=True)) / (x.var(dim=(0, 2, 3), keepdim=True, unbiased=False) + 1e-5).sqrt()
+        second.append(torch.nn.functional.conv2d(x, network[2].weight.double(), network[2].bias.double()))
+    torch.testing.assert_close(
+        network[3].running_var.double(), torch.stack(second).var(dim=(0, 1, 3, 4), unbiased=False), rtol=1e-4, atol=1e-6
+    )
+    assert all(torch.equal(value, before[name]) for name, value in network.named_parameters())
+    assert int(network[1].num_batches_tracked) == 0
 
 
 # --------------------------------------------------------------------------------------------------------------- the views

@@ -73,7 +73,7 @@ def average_precision(found: Sequence[Found], *, truths: Mapping[str, Truth], ov
     right, wrong = np.zeros(len(found)), np.zeros(len(found))
     for place, each in enumerate(sorted(found, key=lambda one: -one.score)):
         truth = truths.get(each.image)
-        overlaps = _overlaps(each.box, truth.boxes) if truth is not None and len(truth.boxes) else np.zeros(0)
+        overlaps = overlaps_with(each.box, truth.boxes) if truth is not None and len(truth.boxes) else np.zeros(0)
         best = int(overlaps.argmax()) if len(overlaps) else -1
         if truth is None or best < 0 or overlaps[best] <= overlap:
             wrong[place] = 1.0
@@ -98,7 +98,7 @@ def eleven_points(right: Floats, wrong: Floats, *, num_objects: int) -> float:
     return 100.0 * sum(best) / 11
 
 
-def _overlaps(box: Sequence[float], boxes: Floats) -> Floats:
+def overlaps_with(box: Sequence[float], boxes: Floats) -> Floats:
     """Return intersection over union of a box and others [G, 4], by pixels counted with both ends."""
     ours = np.asarray(box, dtype=np.float64)
     low, high = np.maximum(boxes[:, :2], ours[:2]), np.minimum(boxes[:, 2:], ours[2:])
