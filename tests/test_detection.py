@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,9 @@ from torchvision.ops import box_iou, nms, roi_align
 
 from obowlab.config import Backbone
 from obowlab.data import drawn_voc
+from obowlab.data.boxes import read_boxes
+from obowlab.data.datasets import open_split, prepare
+from obowlab.data.opening import open_source
 from obowlab.data.voc_boxes import read_annotation
 from obowlab.errors import UserError
 from obowlab.evaluation.detection.anchors import anchors_of, shapes
@@ -392,6 +396,59 @@ def test_a_damaged_annotation_is_refused_by_name(tmp_path: Path, values: dict[st
         read_annotation(path, class_numbers=NUMBERS, size=(80, 100))
     assert str(path) in str(refused.value)
     assert words in str(refused.value)
+
+
+@pytest.fixture(scope="module")
+def voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with drawn images of VOC 2007, prepared as `drawn-voc` in `data`."""
+    folder = tmp_path_factory.mktemp("detection")
+    prepare("drawn-voc", source=drawn_voc.draw_voc(folder), data_root=folder / "data", workers=1)
+    return folder
+
+
+def test_a_prepared_set_has_the_boxes_of_its_images(voc: Path) -> None:
+    for name, listed in (("train", "trainval"), ("val", "test")):
+        split = open_split("drawn-voc", name, data_root=voc / "data")
+        boxes = read_boxes(split)
+        assert len(boxes) == split.num_images
+        for index in (0, 7, 399):
+            _, objects = drawn_voc.draw(listed, index=index)
+            found = boxes[index]
+            assert found.as_counted.tolist() == [list(map(float, each.box)) for each in objects]
+            assert [split.class_names[label] for label in found.labels] == [each.class_name for each in objects]
+            assert found.difficult.tolist() == [each.is_difficult for each in objects]
+            assert found.size == (split.heights[index], split.widths[index])
+
+
+def test_both_years_are_trained_on_and_2007_is_tested_on(voc: Path, tmp_path: Path) -> None:
+    kit = tmp_path / "VOCdevkit"
+    (kit / "VOC2007").parent.mkdir()
+    (kit / "VOC2007").symlink_to(voc / "VOC2007")
+    with pytest.raises(UserError, match="has no folder VOC2012: unpack the archives of both years"):
+        open_source(tmp_path, several_years=True)
+    (kit / "VOC2012").symlink_to(voc / "VOC2007")
+    source = open_source(tmp_path, several_years=True)
+    train, val = source.split("train"), source.split("val")
+    assert train is not None
+    assert val is not None
+    assert (len(train.images), len(train.annotations), len(val.images)) == (1200, 1200, 400)
+    assert {image.name[:8] for image in train.images} == {"VOC2007/", "VOC2012/"}
+    for year in ("VOC2007", "VOC2012"):
+        (tmp_path / "other" / year / "ImageSets" / "Main").mkdir(parents=True)
+    with pytest.raises(UserError, match="holds 2 years of VOC: give one of them"):
+        open_source(tmp_path / "other")
+
+
+def test_some_missing_annotations_are_refused_and_none_at_all_are_no_boxes(voc: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "VOC2007"
+    shutil.copytree(voc / "VOC2007", copy)
+    (copy / "Annotations" / "000003.xml").unlink()
+    with pytest.raises(UserError, match=r"lacks 1 of 600 files, such as 000003.xml"):
+        open_source(copy)
+    shutil.rmtree(copy / "Annotations")
+    prepare("plain", source=copy, data_root=tmp_path / "data", workers=1)
+    with pytest.raises(UserError, match="'plain' has no boxes: a detector is trained on a folder of PASCAL VOC"):
+        read_boxes(open_split("plain", "train", data_root=tmp_path / "data"))
 
 
 # ------------------------------------------------------------------------------------------------------------- the detector

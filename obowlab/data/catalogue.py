@@ -77,6 +77,17 @@ DATASETS: dict[str, DatasetInfo] = {
             ),
         ),
         DatasetInfo(
+            name="voc0712",
+            title="PASCAL VOC 2007 and 2012: photographs with boxes around objects of 20 classes",
+            num_classes=20,
+            num_images={"train": 16_551, "val": 4_952},
+            layout="VOC2007/Annotations and VOC2012/Annotations, beside JPEGImages and ImageSets/Main",
+            obtain=(
+                "From the PASCAL VOC challenges, unpack trainval and test of 2007 and trainval of 2012 into one folder, then "
+                "`obowlab data prepare voc0712 --source VOCdevkit`: both trainval become train, test of 2007 becomes val."
+            ),
+        ),
+        DatasetInfo(
             name=synthetic.NAME,
             title="Drawn scenes of recurring parts; a class is a combination of parts, never a colour",
             num_classes=len(synthetic.CLASS_NAMES),

@@ -14,7 +14,7 @@ from obowlab.data.places import find_places, read_places
 from obowlab.data.sources import ARCHIVE_SUFFIXES, LAYOUT, NoImageError, Source, SourceImage, SourceSplit
 from obowlab.data.tables import files_of_folder, files_of_saved, read_tables
 from obowlab.data.torchvision_sets import PREFIX, read_torchvision
-from obowlab.data.voc import find_voc, read_voc
+from obowlab.data.voc import find_voc, read_both_years, read_voc
 from obowlab.data.webdataset import is_webdataset, read_webdataset
 from obowlab.errors import UserError
 
@@ -23,7 +23,12 @@ VAL_FRACTION = 0.1
 
 
 def open_source(
-    spec: str | Path, *, labelled: bool = True, val_fraction: float | None = None, usual_fraction: float | None = None
+    spec: str | Path,
+    *,
+    labelled: bool = True,
+    val_fraction: float | None = None,
+    usual_fraction: float | None = None,
+    several_years: bool = False,
 ) -> Source:
     """List the images of a source; no image is read, except of tables.
 
@@ -34,11 +39,12 @@ def open_source(
         labelled: whether to use the labels that there are.
         val_fraction: share of every class that becomes val where the source has no val, in [0, 1).
         usual_fraction: the same where `val_fraction` is None; None for a tenth of images with labels, nothing of others.
+        several_years: of a folder of PASCAL VOC, whether to train on 2007 and 2012 together.
 
     Raises:
         UserError: there is nothing, or nothing that is understood, or a source with val is to be split.
     """
-    source = _read(spec, labelled=labelled)
+    source = _read(spec, labelled=labelled, several_years=several_years)
     if source.split("val") is not None:
         if val_fraction is not None:
             raise UserError(f"--source {source.path} has validation images of its own: leave --val-fraction out.")
@@ -97,7 +103,7 @@ def _described(source: Source) -> Source:
     return replace(source, notes=(*notes, *source.notes))
 
 
-def _read(spec: str | Path, *, labelled: bool) -> Source:
+def _read(spec: str | Path, *, labelled: bool, several_years: bool) -> Source:
     """Read a source by what it is."""
     if str(spec).startswith(PREFIX):
         return read_torchvision(str(spec), labelled=labelled)
@@ -106,6 +112,8 @@ def _read(spec: str | Path, *, labelled: bool) -> Source:
     if path.is_dir():
         if (path / "dataset_dict.json").is_file() or ((path / "state.json").is_file() and (path / "dataset_info.json").is_file()):
             return read_tables(path, files_of_saved(path), labelled=labelled)
+        if labelled and several_years:
+            return read_both_years(path)
         if labelled and (voc := find_voc(path)) is not None:
             return read_voc(voc)
         if labelled and (lists := find_places(path)) is not None:

@@ -18,11 +18,13 @@ import obowlab
 from obowlab import text
 from obowlab.data import synthetic
 from obowlab.data.beton import MAX_PAGE_SIZE, MIN_PAGE_SIZE, BetonWriter, Record, page_size_for, read_index
+from obowlab.data.boxes import write_boxes
 from obowlab.data.catalogue import DATASETS, check_spelling, missing
 from obowlab.data.decoding import UnreadableImageError, to_jpeg
 from obowlab.data.identity import note_written
 from obowlab.data.image_lists import write_names
 from obowlab.data.manifest import (
+    BOXES_SUFFIX,
     NAMES_SUFFIX,
     Manifest,
     Skipped,
@@ -38,6 +40,8 @@ from obowlab.data.manifest import (
 from obowlab.data.opening import open_source
 from obowlab.data.sources import Source, SourceImage, SourceSplit
 from obowlab.data.split_names import SPLITS
+from obowlab.data.voc import SEVERAL_YEARS
+from obowlab.data.voc_boxes import Annotation, read_annotation
 from obowlab.errors import UserError
 from obowlab.runs.provenance import num_cores
 
@@ -116,6 +120,7 @@ class Content:
         val_fraction: see `Source`.
         targets: see `SourceSplit`.
         names: of the images, the unreadable included; none of drawn ones.
+        annotations: see `SourceSplit`.
         records: begins to yield the images in order, each as a record or with the reason why it is skipped.
     """
 
@@ -129,6 +134,7 @@ class Content:
     val_fraction: float | None = None
     targets: tuple[str, ...] = ()
     names: Sequence[str] = ()
+    annotations: Sequence[Path] = ()
 
 
 def plan_prepare(
@@ -237,6 +243,8 @@ def build(content: Content, *, dataset: str, folder: Path, progress: Callable[[P
     skipped: list[Skipped] = []
     targets: list[str] = []
     names: list[str] = []
+    annotations: list[Annotation] = []
+    class_numbers = {name: number for number, name in enumerate(content.class_names)}
     start = last = time.monotonic()
     try:
         with BetonWriter(path, capacity=content.num_images, page_size=content.page_size) as writer:
@@ -247,6 +255,9 @@ def build(content: Content, *, dataset: str, folder: Path, progress: Callable[[P
                     writer.append(record)
                     targets += content.targets[done - 1 : done]
                     names += content.names[done - 1 : done]
+                    for file in content.annotations[done - 1 : done]:
+                        size = (record.height, record.width)
+                        annotations.append(read_annotation(file, class_numbers=class_numbers, size=size))
                 now = time.monotonic()
                 if progress is not None and (now - last >= REPORT_EVERY_S or done == content.num_images):
                     last = now
@@ -277,6 +288,8 @@ def build(content: Content, *, dataset: str, folder: Path, progress: Callable[[P
     )
     if names:
         write_names(path.with_suffix(NAMES_SUFFIX), names)
+    if annotations:
+        write_boxes(path.with_suffix(BOXES_SUFFIX), annotations)
     write_manifest(path.with_suffix(".json"), manifest)
     return manifest
 
@@ -316,6 +329,7 @@ def _content(split: SourceSplit, source: Source, *, workers: int) -> Content:
         val_fraction=source.val_fraction,
         targets=split.targets,
         names=[image.name for image in split.images],
+        annotations=split.annotations,
         records=lambda: _decoded(split.images, page_size=page_size, workers=workers),
     )
 
@@ -395,7 +409,8 @@ def source_of(
     if source is None:
         raise UserError(f"Give --source DIR, the folder, .tar, list or table that holds the images of '{name}'.")
     usual = _usual_fraction(name, data_root=data_root, force=force)
-    return open_source(source, labelled=labelled, val_fraction=val_fraction, usual_fraction=usual)
+    several_years = name in SEVERAL_YEARS
+    return open_source(source, labelled=labelled, val_fraction=val_fraction, usual_fraction=usual, several_years=several_years)
 
 
 def _plan(name: str, source: Source, *, data_root: Path, workers: int) -> Plan:

@@ -58,13 +58,15 @@ class FetchedImage(SourceImage):
 class SourceSplit:
     """The images of one split in their final order; `class_names` are those of train, for every split.
 
-    Images that may show several classes have `targets`: for every image a mark for every class.
+    Images that may show several classes have `targets`: for every image a mark for every class. With `annotations` they have a
+    file of boxes each (`voc_boxes`).
     """
 
     name: str
     class_names: tuple[str, ...]
     images: tuple[SourceImage, ...]
     targets: tuple[str, ...] = ()
+    annotations: tuple[Path, ...] = ()
 
     @property
     def num_bytes(self) -> int:
