@@ -21,15 +21,15 @@ from obowlab.data.datasets import open_split, prepare
 from obowlab.data.opening import open_source
 from obowlab.data.voc_boxes import read_annotation
 from obowlab.errors import UserError
-from obowlab.evaluation.detection.anchors import anchors_of, shapes
-from obowlab.evaluation.detection.batches import batch_order
-from obowlab.evaluation.detection.boxes import HEAD_WEIGHTS, RPN_WEIGHTS, clip, decode, encode
-from obowlab.evaluation.detection.faster_rcnn import FasterRcnn, Objects
-from obowlab.evaluation.detection.matching import IGNORED, NEGATIVE, POSITIVE, match, sample
-from obowlab.evaluation.detection.precise import set_precise_statistics
-from obowlab.evaluation.detection.rpn import RegionProposals
+from obowlab.methods.detection.anchors import anchors_of, shapes
+from obowlab.views.detection_loader import batch_order
+from obowlab.methods.detection.boxes import HEAD_WEIGHTS, RPN_WEIGHTS, clip, decode, encode
+from obowlab.methods.detection.faster_rcnn import FasterRcnn, Objects
+from obowlab.methods.detection.matching import IGNORED, NEGATIVE, POSITIVE, match, sample
+from obowlab.methods.detection.precise import set_precise_statistics
+from obowlab.methods.detection.rpn import RegionProposals
 from obowlab.evaluation.detection.scoring import judge, measure, precisions
-from obowlab.evaluation.detection.views import TRAIN_SIDES, View, is_kept, moved, resized, show, train_view
+from obowlab.views.detection_views import TRAIN_SIDES, View, is_kept, moved, resized, show, train_view
 from obowlab.evaluation.detection.voc_metric import OVERLAPS, Found, Truth, as_written, average_precision
 from obowlab.methods import build_backbone
 

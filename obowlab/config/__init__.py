@@ -30,6 +30,7 @@ from obowlab.config.methods import (
     Simclr,
     Simsiam,
     Supervised,
+    Detector,
     Swav,
 )
 from obowlab.config.recipe import (
@@ -82,6 +83,7 @@ __all__ = [
     "Simsiam",
     "Slurm",
     "Supervised",
+    "Detector",
     "Swav",
     "Training",
     "Views",

@@ -91,6 +91,27 @@ class Supervised(Section):
     head_batchnorm: bool = Field(False, description="normalise features before the classifier, without scale and shift")
 
 
+class Detector(Section):
+    """Faster R-CNN that is fine-tuned from an encoder, for objects in images of any size (paper, Table 6; docs/detection.md)."""
+
+    name: Literal["detector"] = "detector"
+    weights: str = Field(
+        "", pattern=r"^([0-9a-f]{64})?$", description="SHA-256 of the encoder weights to begin with; empty: the seed's own"
+    )
+    steps_per_epoch: Count = Field(1000, description="updates that count as an epoch: images come in an endless stream")
+    sides: tuple[Count, ...] = Field(
+        tuple(range(480, 801, 32)), min_length=1, description="one is drawn for the shorter side of a training image, pixels"
+    )
+    test_side: Count = Field(800, description="shorter side in the test, pixels")
+    longest: Count = Field(1333, description="the longer side is at most this, pixels")
+    anchors: tuple[Positive, ...] = Field((32.0, 64.0, 128.0, 256.0, 512.0), min_length=1, description="sizes of anchors, pixels")
+    pooled: Annotated[int, Field(ge=2)] = Field(14, description="places on a side of a region before the last stage")
+    regions: Annotated[int, Field(ge=4)] = Field(512, description="regions of an image that a step learns from")
+    precise_batches: Annotated[int, Field(ge=0)] = Field(
+        200, description="batches that give batch norms their statistics after the last step"
+    )
+
+
 class Simsiam(Section):
     """SimSiam: each crop of an image predicts the other; the values are those for ImageNet."""
 
@@ -138,7 +159,7 @@ class Swav(Section):
     frozen_steps: Annotated[int, Field(ge=0)] = Field(0, description="steps in which prototypes stay as they began")
 
 
-MethodSection = Obow | Bownet | Rotnet | Moco | Supervised | Simsiam | Byol | Simclr | Swav
+MethodSection = Obow | Bownet | Rotnet | Moco | Supervised | Detector | Simsiam | Byol | Simclr | Swav
 
 METHOD_SECTIONS: dict[str, type[MethodSection]] = {
     "obow": Obow,
@@ -146,6 +167,7 @@ METHOD_SECTIONS: dict[str, type[MethodSection]] = {
     "rotnet": Rotnet,
     "moco": Moco,
     "supervised": Supervised,
+    "detector": Detector,
     "simsiam": Simsiam,
     "byol": Byol,
     "simclr": Simclr,
@@ -179,6 +201,7 @@ AnyMethod = Annotated[
     | Annotated[Rotnet, Tag("rotnet")]
     | Annotated[Moco, Tag("moco")]
     | Annotated[Supervised, Tag("supervised")]
+    | Annotated[Detector, Tag("detector")]
     | Annotated[Simsiam, Tag("simsiam")]
     | Annotated[Byol, Tag("byol")]
     | Annotated[Simclr, Tag("simclr")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from obowlab.config import Backbone, Level, Section, Views, compatibility
 from obowlab.methods.backbones import ResNet
 from obowlab.methods.online_classifier import OnlineClassifier
+
+if TYPE_CHECKING:
+    from obowlab.methods.detection.faster_rcnn import FasterRcnn
 
 T = TypeVar("T")
 SettingsT = TypeVar("SettingsT", bound=Section)
@@ -77,6 +80,21 @@ class OneProcess:
 
 
 @dataclass(frozen=True)
+class Objects:
+    """What an image shows and where, in the pixels of the image as the network sees it.
+
+    Attributes:
+        boxes: x0, y0, x1, y1 in continuous coordinates, float [G, 4].
+        labels: int64 [G].
+        size: height and width of the image without its padding.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    size: tuple[int, int]
+
+
+@dataclass(frozen=True)
 class Batch:
     """This process's share of the images of one training step.
 
@@ -90,6 +108,8 @@ class Batch:
         cutmix_lambda: for the kinds that cutmix mixed, the fraction of every view that shows its own image, [B·V]; the rest
             shows the neighbouring image (0 and 1, 2 and 3, ...).
         wants_metrics: whether this step is logged, and the metrics that cost something are worth their time.
+        objects: of every image, for a detector, which sees whole images of any size: `original`, padded at the right and below.
+        first: place of the first of these images in the batch of all processes.
     """
 
     original: Tensor
@@ -99,6 +119,8 @@ class Batch:
     labels: Tensor | None = None
     cutmix_lambda: Mapping[str, Tensor] = field(default_factory=dict)
     wants_metrics: bool = True
+    objects: tuple[Objects, ...] = ()
+    first: int = 0
 
 
 @dataclass
@@ -237,6 +259,20 @@ class Method(nn.Module, ABC, Generic[SettingsT]):
     def own_classifier(self) -> nn.Module | None:
         """Return what maps the encoder's features to scores of the classes, of a method that learns that; else None."""
         return None
+
+    @property
+    def own_detector(self) -> FasterRcnn | None:
+        """Return what finds objects, of a method that learns that; else None."""
+        return None
+
+    def finish(self, batches: Callable[[int], Iterator[Batch]]) -> None:
+        """Do once what must be done after the last step; done again from the same weights, it changes nothing.
+
+        Every process calls it and ends with the same state.
+
+        Args:
+            batches: yields so many further batches, as training would go on with them.
+        """
 
     def visual_words(self) -> VisualWords | None:
         """Return the words, sharing memory with the method; None for a method that has none."""

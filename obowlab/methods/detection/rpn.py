@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import batched_nms, box_iou
 
-from obowlab.evaluation.detection.anchors import anchors_of, shapes
-from obowlab.evaluation.detection.boxes import RPN_WEIGHTS, clip, decode, encode, has_area
-from obowlab.evaluation.detection.matching import match, sample
+from obowlab.methods.detection.anchors import anchors_of, shapes
+from obowlab.methods.detection.boxes import RPN_WEIGHTS, clip, decode, encode, has_area
+from obowlab.methods.detection.matching import match, sample
 
 BATCH = 256
 """Anchors of an image that a step learns from."""

@@ -14,26 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import batched_nms, box_iou, roi_align
 
-from obowlab.evaluation.detection.anchors import SIZES
-from obowlab.evaluation.detection.boxes import HEAD_WEIGHTS, clip, decode, encode, has_area
-from obowlab.evaluation.detection.matching import NEGATIVE, POSITIVE, match, sample
-from obowlab.evaluation.detection.rpn import TESTING, TRAINING, RegionProposals
-from obowlab.methods import ResNet
+from obowlab.methods.detection.anchors import SIZES
+from obowlab.methods.detection.boxes import HEAD_WEIGHTS, clip, decode, encode, has_area
+from obowlab.methods.detection.matching import match, sample
+from obowlab.methods.detection.rpn import TESTING, TRAINING, RegionProposals
+from obowlab.methods.backbones import ResNet
+from obowlab.methods.base import Objects
 
 MIN_SCORE, MAX_OVERLAP, MAX_DETECTIONS = 0.05, 0.5, 100
-
-
-@dataclass(frozen=True)
-class Objects:
-    """What an image shows, in the pixels of the image as the network sees it.
-
-    Attributes:
-        boxes: float [G, 4].
-        labels: int64 [G].
-    """
-
-    boxes: Tensor
-    labels: Tensor
 
 
 @dataclass(frozen=True)
@@ -98,7 +86,6 @@ class FasterRcnn(nn.Module):
         self,
         images: Tensor,
         *,
-        sizes: Sequence[tuple[int, int]],
         objects: Sequence[Objects],
         generators: Sequence[torch.Generator],
     ) -> dict[str, Tensor]:
@@ -106,7 +93,6 @@ class FasterRcnn(nn.Module):
 
         Args:
             images: normalised and padded at the right and below, [B, 3, H, W].
-            sizes: height and width of every image without its padding.
             objects: of every image.
             generators: of every image, on the CPU: they choose anchors and regions.
         """
@@ -115,6 +101,7 @@ class FasterRcnn(nn.Module):
         keys = [torch.rand(len(anchors), generator=generator).to(maps.device) for generator in generators]
         boxes = [each.boxes for each in objects]
         found = self.rpn.losses(anchors, scores=scores, deltas=deltas, objects=boxes, keys=keys)
+        sizes = [each.size for each in objects]
         proposals = self.rpn.propose(anchors, scores=scores.detach(), deltas=deltas.detach(), sizes=sizes, how=TRAINING)
         regions, labels, wanted = self._regions(proposals, objects=objects, generators=generators)
         logits, moves = self._head(maps, regions=regions)
@@ -182,6 +169,3 @@ def _surest(boxes: Tensor, *, probabilities: Tensor) -> Detections:
     kept = batched_nms(chosen, scores, labels, MAX_OVERLAP)[:MAX_DETECTIONS]
     kept = kept[has_area(chosen[kept])]
     return Detections(chosen[kept], labels[kept], scores[kept])
-
-
-__all__ = ["NEGATIVE", "POSITIVE", "Detections", "FasterRcnn", "Objects"]

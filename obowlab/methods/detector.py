@@ -1,0 +1,97 @@
+"""Fine-tuning of a detector from an encoder (paper, Table 6's VOC columns, appendix C.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from obowlab.config import Backbone, Detector
+from obowlab.methods.backbones import ResNet, build_backbone
+from obowlab.methods.base import Batch, Comm, Method, Preparation, StepOutput
+from obowlab.methods.detection.faster_rcnn import FasterRcnn
+from obowlab.methods.detection.precise import set_precise_statistics
+from obowlab.randomness import Stream, random_words
+from obowlab.views.views import MEAN, STD
+
+
+class DetectorTraining(Method[Detector]):
+    """Faster R-CNN on the encoder, all of which learns.
+
+    Attributes:
+        network: the detector.
+        pixels: mean and deviation of the pixels that the encoder was trained on, float64 [2, 3].
+    """
+
+    num_uniforms = 0
+    pixels: Tensor
+
+    def __init__(
+        self, method: Detector, *, backbone: Backbone, total_steps: int, seed: int, num_classes: int | None, comm: Comm
+    ) -> None:
+        super().__init__(method, backbone=backbone, total_steps=total_steps, seed=seed, num_classes=num_classes, comm=comm)
+        assert num_classes is not None, "data.protocol_needs refuses images without labels"
+        self.seed = seed
+        self.network = FasterRcnn(
+            build_backbone(backbone, seed=seed),
+            num_classes=num_classes,
+            seed=seed + 1,
+            sizes=method.anchors,
+            pooled=method.pooled,
+            regions=method.regions,
+        )
+        self.register_buffer("pixels", torch.tensor((MEAN, STD), dtype=torch.float64))
+        self.monitor = None
+
+    def prepare(self, preparation: Preparation) -> bool:
+        """Take the weights of the encoder that the settings name."""
+        if preparation.teacher is None:
+            return False
+        self.network.encoder.load_state_dict(preparation.teacher.state_dict())
+        own = [getattr(preparation.teacher, name, usual) for name, usual in (("pixel_mean", MEAN), ("pixel_std", STD))]
+        self.pixels.copy_(torch.tensor(own, dtype=torch.float64))
+        return True
+
+    @property
+    def encoder(self) -> ResNet:
+        """Return the fine-tuned trunk and last stage; what pixels it is used to goes with it."""
+        mean, std = self.pixels.tolist()
+        self.network.encoder.pixel_mean, self.network.encoder.pixel_std = tuple(mean), tuple(std)
+        return self.network.encoder
+
+    @property
+    def own_detector(self) -> FasterRcnn:
+        """Return the detector."""
+        return self.network
+
+    def param_groups(self, *, weight_decay: float) -> list[dict[str, Any]]:
+        """Return the optimiser's groups: batch norms have no weight decay, biases have."""
+        norms = [module for module in self.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        without = {id(parameter) for norm in norms for parameter in norm.parameters()}
+        learnt = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return [
+            {"name": "method", "params": [p for p in learnt if id(p) not in without], "weight_decay": weight_decay},
+            {"name": "norms", "params": [p for p in learnt if id(p) in without], "weight_decay": 0.0},
+        ]
+
+    def forward(self, batch: Batch) -> StepOutput:
+        """Do one training step up to its loss; which anchors and regions it learns from is a function of seed, step and image."""
+        places = np.arange(batch.first, batch.first + len(batch.objects), dtype=np.int64)
+        words = random_words(seed=self.seed, epoch=batch.step, indices=places, stream=Stream.REGIONS, count=2)
+        seeds = (words[:, 0].astype(np.uint64) << np.uint64(32) | words[:, 1]) >> np.uint64(1)
+        generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+        losses = self.network.losses(batch.original, objects=batch.objects, generators=generators)
+        return self._output(losses, {})
+
+    def finish(self, batches: Callable[[int], Iterator[Batch]]) -> None:
+        """Give batch norms the statistics of so many batches."""
+
+        def total(sums: Tensor) -> Tensor:
+            return self.comm.all_reduce_mean(sums) * self.comm.world_size
+
+        if self.method.precise_batches:
+            further = batches(self.method.precise_batches)
+            set_precise_statistics(self, forward=self, batches=further, total=total)
