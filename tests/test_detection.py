@@ -14,24 +14,25 @@ from PIL import Image
 from torch import Tensor
 from torchvision.ops import box_iou, nms, roi_align
 
-from obowlab.config import Backbone
+from obowlab.config import Backbone, Loaded, Machine, load_recipe
 from obowlab.data import drawn_voc
 from obowlab.data.boxes import read_boxes
 from obowlab.data.datasets import open_split, prepare
 from obowlab.data.opening import open_source
 from obowlab.data.voc_boxes import read_annotation
 from obowlab.errors import UserError
+from obowlab.evaluation.detection.scoring import judge, measure, precisions
+from obowlab.evaluation.detection.voc_metric import OVERLAPS, Found, Truth, as_written, average_precision
+from obowlab.methods import Objects, build_backbone
 from obowlab.methods.detection.anchors import anchors_of, shapes
-from obowlab.views.detection_loader import batch_order
 from obowlab.methods.detection.boxes import HEAD_WEIGHTS, RPN_WEIGHTS, clip, decode, encode
-from obowlab.methods.detection.faster_rcnn import FasterRcnn, Objects
+from obowlab.methods.detection.faster_rcnn import FasterRcnn
 from obowlab.methods.detection.matching import IGNORED, NEGATIVE, POSITIVE, match, sample
 from obowlab.methods.detection.precise import set_precise_statistics
 from obowlab.methods.detection.rpn import RegionProposals
-from obowlab.evaluation.detection.scoring import judge, measure, precisions
+from obowlab.views.detection_loader import batch_order
 from obowlab.views.detection_views import TRAIN_SIDES, View, is_kept, moved, resized, show, train_view
-from obowlab.evaluation.detection.voc_metric import OVERLAPS, Found, Truth, as_written, average_precision
-from obowlab.methods import build_backbone
+from tests.runs import complete, points
 
 # ------------------------------------------------------------------------------------------------------------- the metric
 
@@ -466,7 +467,8 @@ def drawn(count: int) -> tuple[Tensor, list[tuple[int, int]], list[Objects]]:
         images[index, :, :height, :width] = (torch.from_numpy(large.copy()).permute(2, 0, 1) / 255 - 0.4) / 0.25
         sizes.append((height, width))
         boxes = torch.tensor([each.box for each in found], dtype=torch.float32) * 2 - torch.tensor([2.0, 2.0, 0.0, 0.0])
-        objects.append(Objects(boxes, torch.tensor([drawn_voc.CLASS_NAMES.index(each.class_name) for each in found])))
+        labels = torch.tensor([drawn_voc.CLASS_NAMES.index(each.class_name) for each in found])
+        objects.append(Objects(boxes, labels, (height, width)))
     return images, sizes, objects
 
 
@@ -476,21 +478,21 @@ def generators(count: int, *, step: int) -> list[torch.Generator]:
 
 def test_a_step_has_four_losses_and_every_parameter_learns() -> None:
     detector = FasterRcnn(build_backbone(SMALL, seed=0), num_classes=24, seed=0, sizes=(12.0, 24.0), pooled=6).train()
-    images, sizes, objects = drawn(2)
-    losses = detector.losses(images, sizes=sizes, objects=objects, generators=generators(2, step=0))
+    images, _, objects = drawn(2)
+    losses = detector.losses(images, objects=objects, generators=generators(2, step=0))
     assert losses.keys() == {"rpn_objectness", "rpn_boxes", "classes", "boxes"}
     assert float(losses["classes"]) == pytest.approx(math.log(25), rel=0.2)
     torch.stack(list(losses.values())).sum().backward()
     assert all(each.grad is not None and float(each.grad.abs().sum()) > 0 for each in detector.parameters())
-    again = detector.losses(images, sizes=sizes, objects=objects, generators=generators(2, step=0))
+    again = detector.losses(images, objects=objects, generators=generators(2, step=0))
     assert float(again["classes"]) == float(losses["classes"]), "what is chosen is a function of the generators"
 
 
 def test_an_image_without_objects_is_all_background() -> None:
     detector = FasterRcnn(build_backbone(SMALL, seed=0), num_classes=24, seed=0, sizes=(12.0, 24.0), pooled=6).train()
     images, sizes, _ = drawn(1)
-    nothing = [Objects(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))]
-    losses = detector.losses(images, sizes=sizes, objects=nothing, generators=generators(1, step=0))
+    nothing = [Objects(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), sizes[0])]
+    losses = detector.losses(images, objects=nothing, generators=generators(1, step=0))
     assert float(losses["boxes"]) == float(losses["rpn_boxes"]) == 0.0
     assert math.isfinite(float(losses["classes"]))
 
@@ -501,7 +503,7 @@ def test_a_few_images_are_learned_by_heart() -> None:
     images, sizes, objects = drawn(4)
     optimizer = torch.optim.SGD(detector.parameters(), lr=0.05, momentum=0.9)
     for step in range(300):
-        losses = detector.losses(images, sizes=sizes, objects=objects, generators=generators(4, step=step))
+        losses = detector.losses(images, objects=objects, generators=generators(4, step=step))
         optimizer.zero_grad()
         torch.stack(list(losses.values())).sum().backward()
         optimizer.step()
@@ -518,3 +520,31 @@ def test_a_few_images_are_learned_by_heart() -> None:
                 for box, score in zip(each.boxes[each.labels == name], each.scores[each.labels == name], strict=True)
             ]
             assert average_precision(of_class, truths=truths, overlap=0.5) > 90, drawn_voc.CLASS_NAMES[name]
+
+
+# ------------------------------------------------------------------------------------------------------------- a whole run
+
+QUICK = (
+    "training.epochs=2",
+    "training.batch_size=4",
+    "method.steps_per_epoch=4",
+    "method.precise_batches=2",
+    "optimizer.decay_after=[1]",
+)
+
+
+def run_of(voc: Path, runs_root: Path, *, changes: tuple[str, ...] = ()) -> tuple[Loaded, Machine]:
+    machine = Machine(data_root=voc / "data", runs_root=runs_root, device="cpu", loader="torch", workers=0)
+    return load_recipe("voc-detection-demo", overrides=(*QUICK, *changes)), machine
+
+
+def test_a_detector_is_trained_and_tested(voc: Path, tmp_path: Path) -> None:
+    loaded, machine = run_of(voc, tmp_path / "runs")
+    folder = complete(loaded, machine=machine)
+    assert folder.current_state().status == "finished"
+    (result,) = folder.results()
+    assert [each["name"] for each in result["measurements"]] == ["voc_ap50", "voc_ap75", "voc_ap"]
+    assert {each["count"] for each in result["measurements"]} == {400}
+    assert len(result["details"]["ap50_of_classes"]) == 24
+    assert points(folder)[-1][1].keys() >= {"loss", "loss_rpn_objectness", "loss_rpn_boxes", "loss_classes", "loss_boxes"}
+    assert folder.state.total_steps == 8

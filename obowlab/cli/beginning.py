@@ -44,10 +44,10 @@ def refuse_weights(recipe: str, *, overrides: Sequence[str]) -> None:
     Raises:
         UserError: says which can.
     """
-    from obowlab.config import Supervised, load_recipe
+    from obowlab.config import Detector, Supervised, load_recipe
 
     method = load_recipe(recipe, overrides=overrides).recipe.method
-    if not isinstance(method, Supervised):
+    if not isinstance(method, Supervised | Detector):
         raise UserError(
             f"--weights begins a training by labels, but recipe '{recipe}' has method.name {method.name}: choose one with "
             "method.name supervised, such as tiny-supervised."

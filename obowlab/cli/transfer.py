@@ -71,7 +71,12 @@ def why_not_comparable(trained: RunFolder, *, protocol: str) -> str:
     """Return why what a training measured is not to be held against the paper's value; empty where it may be."""
     from obowlab.config.protocols import unlike_the_paper
 
-    counts = [each["count"] for result in trained.results() for each in result["measurements"] if result["protocol"] == "classes"]
+    counts = [
+        each["count"]
+        for result in trained.results()
+        for each in result["measurements"]
+        if result["protocol"] in ("classes", "voc-detection")
+    ]
     return unlike_the_paper(protocol, trained.info.recipe, num_images=counts[-1]) if counts else ""
 
 
@@ -82,7 +87,7 @@ def add_results(trained: RunFolder, *, to: RunFolder, protocol: str, machine: Ma
     info = peek(to.path / "encoder.safetensors")
     assert info is not None, "a run's own file"
     for result in trained.results():
-        if result["protocol"] == "classes":
+        if result["protocol"] in ("classes", "voc-detection"):
             facts = {
                 **result["details"],
                 "trained_in": trained.run_id,

@@ -254,7 +254,7 @@ class _Work:
                 return code, None
             if folder is not None:
                 add_results(trained, to=folder, protocol=due.protocol, machine=self.machine)
-            results = [result for result in trained.results() if result["protocol"] == "classes"]
+            results = [result for result in trained.results() if result["protocol"] in ("classes", "voc-detection")]
             return code, self._entry(due, result=results[-1], run_id=trained.run_id) if results else None
         ref = str(folder.path if folder is not None else due.source.path)
         chosen = find_subject(ref, recipe_name=None, overrides=(), runs_root=self.machine.runs_root)

@@ -23,6 +23,7 @@ from obowlab.config.methods import (
     METHOD_SECTIONS,
     Bownet,
     Byol,
+    Detector,
     MethodSection,
     Moco,
     Obow,
@@ -30,7 +31,6 @@ from obowlab.config.methods import (
     Simclr,
     Simsiam,
     Supervised,
-    Detector,
     Swav,
 )
 from obowlab.config.recipe import (
@@ -61,6 +61,7 @@ __all__ = [
     "Count",
     "CropView",
     "Data",
+    "Detector",
     "Evaluation",
     "FewShot",
     "Fraction",
@@ -83,7 +84,6 @@ __all__ = [
     "Simsiam",
     "Slurm",
     "Supervised",
-    "Detector",
     "Swav",
     "Training",
     "Views",

@@ -190,6 +190,11 @@ def learns_from_labels(method: MethodSection) -> bool:
     return isinstance(method, Supervised)
 
 
+def needs_classes(method: MethodSection) -> bool:
+    """Return whether a method needs to know how many classes there are."""
+    return isinstance(method, Supervised | Detector)
+
+
 def _name_of(value: object) -> str:
     name = value.get("name", DEFAULT_METHOD) if isinstance(value, dict) else getattr(value, "name", "")
     return str(name)

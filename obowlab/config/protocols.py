@@ -7,7 +7,7 @@ from obowlab.config.recipe import Evaluation, Recipe
 from obowlab.errors import UserError
 from obowlab.text import override
 
-TRAININGS = ("linear-imagenet", "places205", "semi-1", "semi-10")
+TRAININGS = ("linear-imagenet", "places205", "semi-1", "semi-10", "voc-detection")
 """The protocols, and the recipes that they are; with a preset it is the recipe PROTOCOL-PRESET."""
 
 
@@ -25,7 +25,14 @@ def recipe_of(protocol: str, *, preset: str | None) -> str:
     return f"{protocol}-{preset}"
 
 
-TEST_IMAGES = {"linear-imagenet": 50_000, "places205": 20_500, "semi-1": 50_000, "semi-10": 50_000, "voc07-svm": 4952}
+TEST_IMAGES = {
+    "linear-imagenet": 50_000,
+    "places205": 20_500,
+    "semi-1": 50_000,
+    "semi-10": 50_000,
+    "voc07-svm": 4952,
+    "voc-detection": 4952,
+}
 """How many images the paper's values are of."""
 
 _SETTINGS = ("data", "views", "method", "optimizer", "training")

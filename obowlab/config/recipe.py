@@ -261,10 +261,13 @@ class Classes(Section):
     ranks: tuple[Count, ...] = Field((1, 5), min_length=1, description="how many guesses an image has")
 
 
+Protocol = Literal["fewshot", "linear", "knn", "voc07-svm", "classes", "voc-detection"]
+
+
 class Evaluation(Section):
     """What is measured, during training and once it is over; not part of a run's identity."""
 
-    protocols: tuple[Literal["fewshot", "linear", "knn", "voc07-svm", "classes"], ...] = ("fewshot", "linear", "knn")
+    protocols: tuple[Protocol, ...] = ("fewshot", "linear", "knn")
     random_baseline: bool = Field(False, description="measure the untrained weights of the same seed as well")
     every_epochs: Annotated[int, Field(ge=0)] = Field(0, description="few-shot during training, every n epochs; 0: never")
     fewshot: FewShot = FewShot()

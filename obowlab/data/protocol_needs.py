@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from obowlab.config import FewShot, Knn, Recipe, Voc07Svm
+from obowlab.config import Detector, FewShot, Knn, Recipe, Voc07Svm
 from obowlab.config.methods import learns_from_labels
+from obowlab.data.boxes import read_boxes
 from obowlab.data.class_lists import ClassList, class_list
 from obowlab.data.datasets import Split, open_split, trained_on
 from obowlab.data.manifest import read_manifest
 from obowlab.data.sources import UNLABELLED
-from obowlab.errors import UserError
+from obowlab.errors import AbsentError, UserError
 
 
 def unmet_needs(recipe: Recipe, *, data_root: Path, runs_root: Path) -> dict[str, str]:
@@ -34,6 +35,9 @@ def unmet_needs(recipe: Recipe, *, data_root: Path, runs_root: Path) -> dict[str
         return {}
     train = open_split(dataset, "train", data_root=data_root, runs_root=runs_root)
     unmet: dict[str, str | None] = {}
+    if "voc-detection" in wanted:
+        unmet["voc-detection"] = detector_need(recipe, data_root=data_root, runs_root=runs_root)
+        wanted = tuple(protocol for protocol in wanted if protocol != "voc-detection")
     if "voc07-svm" in wanted:
         val = open_split(dataset, "val", data_root=data_root, runs_root=runs_root) if train.targets is not None else train
         unmet["voc07-svm"] = several_classes_need(train, val, config=evaluation.voc07_svm)
@@ -71,6 +75,22 @@ def _one_class_needs(
             num_images = len(trained_on(train, recipe.data))
             unmet[protocol] = unmet[protocol] or knn_need(num_images, config=evaluation.knn)
     return unmet
+
+
+def detector_need(recipe: Recipe, *, data_root: Path, runs_root: Path) -> str | None:
+    """Return why no detector can be tested, and what would do; None when one can."""
+    if not isinstance(recipe.method, Detector):
+        return (
+            f"evaluation.protocols has 'voc-detection', but method.name {recipe.method.name} learns no detector; recipe "
+            "voc-detection trains one, beginning with an encoder (--weights)"
+        )
+    try:
+        read_boxes(open_split(recipe.data.dataset, "val", data_root=data_root, runs_root=runs_root))
+    except AbsentError:
+        raise
+    except UserError as error:
+        return str(error).rstrip(".")
+    return None
 
 
 def left_out_lines(unmet: dict[str, str]) -> Iterator[str]:
@@ -129,6 +149,8 @@ def refuse_unlabelled(recipe: Recipe, *, train: Split) -> None:
     Raises:
         UserError: names the settings to change.
     """
+    if isinstance(recipe.method, Detector):
+        read_boxes(train)
     if learns_from_labels(recipe.method) and train.targets is not None:
         raise UserError(
             f"method.name is {recipe.method.name}, which learns from one label an image, but those of '{train.dataset}' show "

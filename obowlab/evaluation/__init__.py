@@ -17,16 +17,20 @@ from pydantic import BaseModel
 from torch import nn
 
 from obowlab import text
-from obowlab.config import Evaluation, Machine, Recipe, canonical_hash, nearest
+from obowlab.config import Detector, Evaluation, Machine, Recipe, canonical_hash, nearest
+from obowlab.data.boxes import read_boxes
 from obowlab.data.class_lists import class_list
 from obowlab.data.protocol_needs import refuse_unmet, same_classes_need, several_classes_need
 from obowlab.errors import UserError
 from obowlab.evaluation.classes import accuracies
+from obowlab.evaluation.detection import scoring
+from obowlab.evaluation.detection.testing import Pixels, judge_all
 from obowlab.evaluation.features import FeatureStore, View
 from obowlab.evaluation.fewshot import few_shot
 from obowlab.evaluation.knn import nearest_neighbours
 from obowlab.evaluation.linear import linear_probe
 from obowlab.evaluation.result import Measurement, Result
+from obowlab.methods.detection.faster_rcnn import FasterRcnn
 from obowlab.precision import full_precision
 from obowlab.views.views import MEAN, STD
 
@@ -169,6 +173,32 @@ def _classes(store: FeatureStore, recipe: Recipe, report: Callable[[str], None])
     )
 
 
+def _voc_detection(store: FeatureStore, recipe: Recipe, report: Callable[[str], None]) -> Outcome:
+    assert store.detector is not None, "refused before"
+    assert isinstance(recipe.method, Detector)
+    split = store.split("val")
+    judged = judge_all(
+        store.detector,
+        split=split,
+        config=recipe.method,
+        pixels=Pixels(store.mean, store.std),
+        device=store.device,
+        workers=store.num_processes,
+        report=report,
+    )
+    measurements, of_classes = scoring.measure(judged, num_images=split.num_images)
+    objects = canonical_hash([[*each.boxes.tolist(), *each.labels.tolist()] for each in read_boxes(split)])
+    return Outcome(
+        measurements=measurements,
+        settings={"training": recipe.training_settings(), "training_data": store.data_hash(["train"]), "objects": objects},
+        remarks={
+            "interval": f"bootstrap over validation images, {scoring.RESAMPLES} times",
+            "ap50_of_classes": of_classes,
+            "metric": "PASCAL VOC 2007: 11 points, at overlaps of 0.5 to 0.95",
+        },
+    )
+
+
 def _without_later(config: BaseModel, *names: str) -> dict[str, Any]:
     """Return settings as JSON values without later ones that have their default, so that earlier results keep their hash."""
     defaults = type(config)().model_dump(mode="json")
@@ -188,6 +218,7 @@ EVALUATORS: dict[str, Evaluator] = {
     "linear": Evaluator(version=1, needs=lambda _: {"train": ("centre", "mirrored"), "val": ("centre",)}, run=_linear),
     "knn": Evaluator(version=1, needs=lambda _: {"train": ("centre",), "val": ("centre",)}, run=_knn),
     "classes": Evaluator(version=1, needs=lambda _: {"val": ("centre",)}, run=_classes),
+    "voc-detection": Evaluator(version=1, needs=lambda _: {"val": ()}, run=_voc_detection),
     "voc07-svm": Evaluator(
         version=1, needs=lambda settings: dict.fromkeys(("train", "val"), (settings.voc07_svm.view,)), run=_voc07_svm
     ),
@@ -204,6 +235,7 @@ def evaluate(
     protocols: Sequence[str] | None = None,
     dataset: str | None = None,
     classifier: nn.Module | None = None,
+    detector: FasterRcnn | None = None,
     device: torch.device,
     report: Callable[[str], None],
 ) -> list[Result]:
@@ -220,6 +252,7 @@ def evaluate(
         protocols: keys of `EVALUATORS`; the recipe's if absent.
         dataset: another prepared data set than the recipe's.
         classifier: that a supervised training has learned on the encoder's features, for `classes`; moved to `device`.
+        detector: that a training has learned, for `voc-detection`; moved to `device`.
         device: where to compute.
         report: called with one line at a time.
 
@@ -243,10 +276,12 @@ def evaluate(
         channels_last=machine.channels_last,
         report=report,
     )
+    store.detector = None if detector is None else detector.to(device).eval()
     store.classifier = None if classifier is None else classifier.to(device).eval()
     with full_precision(device):  # whatever training ran in
         for split, views in _union_of_needs(names, recipe.evaluation).items():
-            store.get(split, views=views)  # one pass over the images, however many protocols want them
+            if views:
+                store.get(split, views=views)  # one pass over the images, however many protocols want them
         return [_measure(name, store=store, recipe=recipe, subject=subject, report=report) for name in names]
 
 

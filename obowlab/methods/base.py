@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from obowlab.config import Backbone, Level, Section, Views, compatibility
 from obowlab.methods.backbones import ResNet
 from obowlab.methods.online_classifier import OnlineClassifier
+from obowlab.views.views import MEAN, STD
 
 if TYPE_CHECKING:
     from obowlab.methods.detection.faster_rcnn import FasterRcnn
@@ -198,10 +199,12 @@ class Method(nn.Module, ABC, Generic[SettingsT]):
     Attributes:
         num_uniforms: random numbers a step needs per image.
         monitor: the online classifier, or None.
+        pixel_statistics: mean and deviation that whole images are normalised by, of a detector.
     """
 
     num_uniforms: int
     monitor: OnlineClassifier | None
+    pixel_statistics: tuple[tuple[float, ...], tuple[float, ...]] = (MEAN, STD)
 
     def __init__(
         self, method: SettingsT, *, backbone: Backbone, total_steps: int, seed: int, num_classes: int | None, comm: Comm

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -44,6 +44,7 @@ class DetectorTraining(Method[Detector]):
             regions=method.regions,
         )
         self.register_buffer("pixels", torch.tensor((MEAN, STD), dtype=torch.float64))
+        self.register_load_state_dict_post_hook(lambda *_: self._look_at_pixels())  # type: ignore[no-untyped-call]
         self.monitor = None
 
     def prepare(self, preparation: Preparation) -> bool:
@@ -53,14 +54,16 @@ class DetectorTraining(Method[Detector]):
         self.network.encoder.load_state_dict(preparation.teacher.state_dict())
         own = [getattr(preparation.teacher, name, usual) for name, usual in (("pixel_mean", MEAN), ("pixel_std", STD))]
         self.pixels.copy_(torch.tensor(own, dtype=torch.float64))
+        self._look_at_pixels()
         return True
 
     @property
     def encoder(self) -> ResNet:
         """Return the fine-tuned trunk and last stage; what pixels it is used to goes with it."""
+        encoder = self.network.encoder
         mean, std = self.pixels.tolist()
-        self.network.encoder.pixel_mean, self.network.encoder.pixel_std = tuple(mean), tuple(std)
-        return self.network.encoder
+        encoder.pixel_mean, encoder.pixel_std = (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
+        return encoder
 
     @property
     def own_detector(self) -> FasterRcnn:
@@ -86,6 +89,10 @@ class DetectorTraining(Method[Detector]):
         losses = self.network.losses(batch.original, objects=batch.objects, generators=generators)
         return self._output(losses, {})
 
+    def _look_at_pixels(self) -> None:
+        mean, std = self.pixels.tolist()  # once: to ask a GPU in every step is to wait for it
+        self.pixel_statistics = tuple(mean), tuple(std)
+
     def finish(self, batches: Callable[[int], Iterator[Batch]]) -> None:
         """Give batch norms the statistics of so many batches."""
 
@@ -95,3 +102,17 @@ class DetectorTraining(Method[Detector]):
         if self.method.precise_batches:
             further = batches(self.method.precise_batches)
             set_precise_statistics(self, forward=self, batches=further, total=total)
+
+
+def detector_from(state: Mapping[str, Tensor], *, encoder: ResNet, config: Detector) -> FasterRcnn:
+    """Return a detector from its state dict, on an encoder that takes its weights from it as well; in evaluation mode.
+
+    Raises:
+        KeyError, RuntimeError: tensors are missing, left over, or of another shape.
+    """
+    num_classes = len(state["classes.bias"]) - 1
+    detector = FasterRcnn(
+        encoder, num_classes=num_classes, seed=0, sizes=config.anchors, pooled=config.pooled, regions=config.regions
+    )
+    detector.load_state_dict(dict(state))
+    return detector.eval()

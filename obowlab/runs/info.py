@@ -25,6 +25,7 @@ TRAINED: tuple[Status, ...] = ("unevaluated", "finished")
 ENCODER_FILE = "encoder.safetensors"
 """The encoder of a run; it is there as soon as the training is done."""
 CLASSIFIER_FILE = "classifier.safetensors"
+DETECTOR_FILE = "detector.safetensors"
 """The classifier beside it, of a run whose method learns one from labels."""
 CHECKPOINT_FILES = ("checkpoint.pt", "checkpoint.previous.pt")
 """What a run resumes from: the newest, and the one before it."""

@@ -50,6 +50,10 @@ _TRAINING = (
     ),
     Metric("loss_crops", "nats", "min", "The crops' part of the loss."),
     Metric("loss_patches", "nats", "min", "The patches' part of the loss."),
+    Metric("loss_rpn_objectness", "nats", "min", "A detector's part of the loss from what is an object."),
+    Metric("loss_rpn_boxes", "", "min", "A detector's part of the loss from where proposals are."),
+    Metric("loss_classes", "nats", "min", "A detector's part of the loss from the classes of regions."),
+    Metric("loss_boxes", "", "min", "A detector's part of the loss from where objects are in their regions."),
     Metric("loss_small_crops", "nats", "min", "The part of the loss from the crops of the second size."),
     Metric("rotation_accuracy", "%", "max", "RotNet: rotated views whose rotation is recognised."),
     Metric(
@@ -100,6 +104,9 @@ _EVALUATION = (
     Metric("places205", "%", "max", "The same of a linear classifier on frozen features of Places205's images.", "eval"),
     Metric("semi1", "%", "max", "The same of an encoder that is fine-tuned on 1 % of the labels.", "eval"),
     Metric("semi10", "%", "max", "The same of an encoder that is fine-tuned on 10 % of the labels.", "eval"),
+    Metric("voc_ap50", "%", "max", "Average precision of a fine-tuned detector at an overlap of 0.5, over classes.", "eval"),
+    Metric("voc_ap75", "%", "max", "The same at an overlap of 0.75.", "eval"),
+    Metric("voc_ap", "%", "max", "The same, mean over overlaps of 0.5 to 0.95.", "eval"),
     Metric("svm_map", "%", "max", "Mean average precision of linear SVMs on frozen features, over classes.", "eval"),
 )
 

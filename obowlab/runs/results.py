@@ -98,8 +98,11 @@ def not_measured(recipe: Recipe, *, results: Sequence[Mapping[str, Any]]) -> tup
     return tuple(
         (subject, protocol)
         for subject, protocol in wanted
-        if (subject, protocol) != ("random", "classes")  # untrained weights come without a classifier
-        and not is_measured(recipe, subject=subject, protocol=protocol, results=results)
+        if subject != "random"
+        or (
+            protocol not in ("classes", "voc-detection")  # untrained weights come without their networks
+            and not is_measured(recipe, subject=subject, protocol=protocol, results=results)
+        )
     )
 
 

@@ -10,6 +10,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from obowlab.config import Detector
 from obowlab.config.methods import learns_from_labels
 from obowlab.data.datasets import open_split
 from obowlab.data.protocol_needs import left_out_lines
@@ -17,8 +18,10 @@ from obowlab.errors import UserError
 from obowlab.evaluation import evaluate
 from obowlab.files.replacing import write_atomic
 from obowlab.methods import ResNet
+from obowlab.methods.detection.faster_rcnn import FasterRcnn
+from obowlab.methods.detector import detector_from
 from obowlab.methods.supervised import classifier_from
-from obowlab.runs.info import CLASSIFIER_FILE, ENCODER_FILE
+from obowlab.runs.info import CLASSIFIER_FILE, DETECTOR_FILE, ENCODER_FILE
 from obowlab.runs.results import not_measured
 from obowlab.tracking.model import save_encoder_model
 from obowlab.training.context import RunContext
@@ -38,10 +41,12 @@ class Trained:
     Attributes:
         encoder: the network that was learnt.
         classifier: on its features, of a method that learns from labels; None for the others.
+        detector: on it, of a method that learns one; None for the others.
     """
 
     encoder: ResNet
-    classifier: nn.Module | None
+    classifier: nn.Module | None = None
+    detector: FasterRcnn | None = None
 
 
 def trained(run: RunContext) -> Trained | None:
@@ -55,7 +60,7 @@ def trained(run: RunContext) -> Trained | None:
     if is_kept:
         return kept
     method = train(run)
-    return Trained(method.encoder, method.own_classifier)
+    return Trained(method.encoder, method.own_classifier, method.own_detector)
 
 
 def kept_networks(run: RunContext) -> Trained | None:
@@ -63,12 +68,16 @@ def kept_networks(run: RunContext) -> Trained | None:
     path = run.folder.path / ENCODER_FILE
     if not path.is_file():
         return None
-    classifier = None
+    classifier, detector = None, None
     try:
         encoder = read_encoder(path).model
         if learns_from_labels(run.recipe.method):
             classifier = _read_classifier(run)
             if classifier is None:
+                return None
+        if isinstance(run.recipe.method, Detector):
+            detector = _read_detector(run, encoder=encoder, config=run.recipe.method)
+            if detector is None:
                 return None
     except UserError as error:
         run.reporter.say(f"Warning: {error} It is made again from the checkpoint.")
@@ -76,7 +85,7 @@ def kept_networks(run: RunContext) -> Trained | None:
     set_up_device(run)
     run.reporter.say(f"{run.folder.run_id} is trained; measuring what is missing.")
     layout = torch.channels_last if run.machine.channels_last else torch.contiguous_format
-    return Trained(encoder.to(run.world.device).to(memory_format=layout), classifier)
+    return Trained(encoder.to(run.world.device).to(memory_format=layout), classifier, detector)
 
 
 def _read_classifier(run: RunContext) -> nn.Module | None:
@@ -94,6 +103,21 @@ def _read_classifier(run: RunContext) -> nn.Module | None:
         raise UserError(f"{path} is damaged.") from None
 
 
+def _read_detector(run: RunContext, *, encoder: ResNet, config: Detector) -> FasterRcnn | None:
+    """Return the kept detector, whose encoder becomes this one; None where there is none.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = run.folder.path / DETECTOR_FILE
+    if not path.is_file():
+        return None
+    try:
+        return detector_from(safetensors.torch.load_file(path), encoder=encoder, config=config)
+    except (safetensors.SafetensorError, RuntimeError, KeyError):
+        raise UserError(f"{path} is damaged.") from None
+
+
 def keep(run: RunContext, *, networks: Trained) -> None:
     """Save the encoder and the classifier of a trained run, and the model that MLflow registers, if an earlier start did not.
 
@@ -101,9 +125,10 @@ def keep(run: RunContext, *, networks: Trained) -> None:
     """
     run.stop.act_at_once()
     folder, recipe, encoder = run.folder, run.recipe, networks.encoder
-    if networks.classifier is not None:  # before the encoder, which says that the run is trained
-        state = {name: tensor.detach().cpu().contiguous() for name, tensor in networks.classifier.state_dict().items()}
-        write_atomic(folder.path / CLASSIFIER_FILE, safetensors.torch.save(state))
+    for name, network in ((CLASSIFIER_FILE, networks.classifier), (DETECTOR_FILE, networks.detector)):
+        if network is not None:  # before the encoder, which says that the run is trained
+            state = {key: tensor.detach().cpu().contiguous() for key, tensor in network.state_dict().items()}
+            write_atomic(folder.path / name, safetensors.torch.save(state))
     info = save_encoder(
         encoder, path=folder.path / ENCODER_FILE, recipe=recipe, fingerprint=folder.info.fingerprint, source=folder.run_id
     )
@@ -141,7 +166,7 @@ def measure(run: RunContext, *, networks: Trained) -> None:
         measured = networks
         if subject == "random":
             split = open_split(recipe.data.dataset, "train", data_root=machine.data_root, runs_root=machine.runs_root)
-            measured = Trained(build(run, split=split, total_steps=1).encoder, classifier=None)
+            measured = Trained(build(run, split=split, total_steps=1).encoder)
         for _, protocol in names:
             if protocol in run.left_out:
                 continue
@@ -159,6 +184,7 @@ def measure_one(run: RunContext, *, networks: Trained, subject: str, protocol: s
     results = evaluate(
         networks.encoder,
         classifier=networks.classifier,
+        detector=networks.detector,
         recipe=run.recipe,
         machine=run.machine,
         subject=subject,

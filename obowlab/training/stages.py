@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from obowlab.config import Supervised
+from obowlab.config import Detector, Supervised
 from obowlab.data.datasets import Split, trained_on
 from obowlab.errors import UserError
 from obowlab.methods import Method, Preparation, ResNet
@@ -51,7 +51,7 @@ def find_teacher(run: RunContext, *, runs_root: Path) -> Teacher | None:
         UserError: there is no such run, it has no encoder yet, or not the one that this run began with.
     """
     recipe, folder = run.recipe.teacher, run.folder
-    if isinstance(run.recipe.method, Supervised) and run.recipe.method.weights:
+    if isinstance(run.recipe.method, Supervised | Detector) and run.recipe.method.weights:
         encoder = kept_weights(run.recipe.method.weights, backbone=run.recipe.backbone, runs_root=runs_root)
         return Teacher(run_id=encoder.info.source, encoder=encoder.model, weights_hash=encoder.info.weights_hash)
     if recipe is None:

@@ -58,7 +58,7 @@ def train_view(size: tuple[int, int], *, uniforms: Floats, sides: tuple[int, ...
 def show(image: Image.Image, *, view: View) -> npt.NDArray[np.uint8]:
     """Return the pixels of an RGB image in a view, uint8 [H, W, 3]: PIL's bilinear filter, then the flip."""
     height, width = view.size
-    pixels = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+    pixels = np.array(image.resize((width, height), Image.Resampling.BILINEAR))
     return np.ascontiguousarray(pixels[:, ::-1]) if view.flipped else pixels
 
 

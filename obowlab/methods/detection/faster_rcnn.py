@@ -14,12 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import batched_nms, box_iou, roi_align
 
+from obowlab.methods.backbones import ResNet
+from obowlab.methods.base import Objects
 from obowlab.methods.detection.anchors import SIZES
 from obowlab.methods.detection.boxes import HEAD_WEIGHTS, clip, decode, encode, has_area
 from obowlab.methods.detection.matching import match, sample
 from obowlab.methods.detection.rpn import TESTING, TRAINING, RegionProposals
-from obowlab.methods.backbones import ResNet
-from obowlab.methods.base import Objects
+
+REPEATED = -100
+"""The class of a region that stands there once more."""
 
 MIN_SCORE, MAX_OVERLAP, MAX_DETECTIONS = 0.05, 0.5, 100
 
@@ -106,11 +109,11 @@ class FasterRcnn(nn.Module):
         regions, labels, wanted = self._regions(proposals, objects=objects, generators=generators)
         logits, moves = self._head(maps, regions=regions)
         truth = torch.cat(labels)
-        is_object = truth < self.num_classes
-        rows = torch.nonzero(is_object).squeeze(1)
+        rows = torch.nonzero((truth != REPEATED) & (truth < self.num_classes)).squeeze(1)
         moved = moves[rows, truth[rows]]
-        of_boxes = (moved - torch.cat(wanted)).abs().sum() / max(len(truth), 1)
-        return {**found, "classes": F.cross_entropy(logits, truth), "boxes": of_boxes + moves.sum() * 0.0}
+        of_boxes = (moved - torch.cat(wanted)).abs().sum() / (truth != REPEATED).sum()
+        of_classes = F.cross_entropy(logits, truth, ignore_index=REPEATED)
+        return {**found, "classes": of_classes, "boxes": of_boxes + moves.sum() * 0.0}
 
     @torch.no_grad()
     def detect(self, images: Tensor, *, sizes: Sequence[tuple[int, int]]) -> list[Detections]:
@@ -142,9 +145,13 @@ class FasterRcnn(nn.Module):
             found = match(box_iou(truth.boxes, boxes), below=0.5, above=0.5, best_too=False)
             keys = torch.rand(len(boxes), generator=generator).to(boxes.device)
             positive, negative = sample(found.labels, count=self.regions, positives=0.25, keys=keys)
-            regions.append(boxes[torch.cat((positive, negative))])
+            chosen = torch.cat((positive, negative))
             background = torch.full((len(negative),), self.num_classes, dtype=torch.int64, device=boxes.device)
-            labels.append(torch.cat((truth.labels[found.objects[positive]], background)))
+            classes = torch.cat((truth.labels[found.objects[positive]], background))
+            # Few regions are repeated, and count once: batch norms of all processes see equally many.
+            places = torch.arange(self.regions, device=boxes.device)
+            regions.append(boxes[chosen[places % len(chosen)]])
+            labels.append(torch.where(places < len(chosen), classes[places % len(chosen)], REPEATED))
             wanted.append(encode(boxes[positive], towards=truth.boxes[found.objects[positive]], weights=HEAD_WEIGHTS))
         return regions, labels, wanted
 
