@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from obowlab.config import Recipe, recipe_from_values
-from obowlab.config.methods import learns_from_labels, word_levels
-from obowlab.methods import METHODS, Batch, Method, OneProcess, Preparation, StepOutput, build_backbone
+from obowlab.config.methods import needs_classes, word_levels
+from obowlab.methods import METHODS, Batch, Method, Objects, OneProcess, Preparation, StepOutput, build_backbone
 from obowlab.runs.metrics import lookup
 
 ONLINE = frozenset({"monitor_loss", "monitor_accuracy"})
@@ -22,6 +22,7 @@ VALUES: dict[str, dict[str, object]] = {
     "moco": {"method.batchnorm_splits": 2, "method.queue_size": 10},
     "byol": {"method.projection_size": 8, "method.hidden_size": 16},
     "simclr": {"method.projection_size": 8},
+    "detector": {"method.anchors": [8.0, 16.0], "method.pooled": 4, "method.regions": 16, "method.precise_batches": 2},
     "simsiam": {"method.projection_size": 16, "method.prediction_size": 8},
     "swav": {"method.hidden_size": 16, "method.projection_size": 8, "method.num_prototypes": 12, "method.queue_size": 8},
 }
@@ -42,6 +43,17 @@ def small_preparation(recipe: Recipe, *, num_images: int = 13, size: int = 40, d
         seed=0,
         report=lambda line: None,
     )
+
+
+def objects_of(step: int, *, size: int = 40, dtype: torch.dtype = torch.float32) -> tuple[Objects, ...]:
+    """Return two objects in each of `NUM_IMAGES` square images."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    found = []
+    for _ in range(NUM_IMAGES):
+        corners = torch.rand(2, 2, generator=generator) * 0.5 * size
+        boxes = torch.cat((corners, corners + size * (0.2 + 0.2 * torch.rand(2, 2, generator=generator))), dim=1)
+        found.append(Objects(boxes.to(dtype), torch.randint(NUM_CLASSES, (2,), generator=generator), (size, size)))
+    return tuple(found)
 
 
 class MethodContract:
@@ -68,6 +80,7 @@ class MethodContract:
             uniforms=torch.rand(NUM_IMAGES, num_uniforms, generator=generator, dtype=torch.float64),
             labels=torch.randint(NUM_CLASSES, (NUM_IMAGES,), generator=generator),
             step=step,
+            objects=objects_of(step),
         )
 
     def train(self, method: Method[Any], optimizer: torch.optim.SGD, steps: range) -> StepOutput:
@@ -83,7 +96,7 @@ class MethodContract:
         output = self.train(method, optimizer, range(2))
         assert output.loss.shape == ()
         assert output.metrics.keys() & {"loss", *ONLINE} == {"loss", *(ONLINE if method.monitor else ())}
-        assert (method.monitor is None) == learns_from_labels(recipe.method)
+        assert (method.monitor is None) == needs_classes(recipe.method)
         for name, value in output.metrics.items():
             lookup(name)  # fails for a metric that runs/metrics.py does not describe
             assert value.shape == (), name
@@ -111,7 +124,8 @@ class MethodContract:
         wanted, unwanted = outputs
         assert torch.equal(wanted.loss, unwanted.loss)
         assert all(torch.equal(value, wanted.metrics[name]) for name, value in unwanted.metrics.items())
-        kinds = {"loss_crops", "loss_patches"} & wanted.metrics.keys()  # a method may learn from crops alone
+        parts = {"loss_crops", "loss_patches", "loss_classes"}
+        kinds = parts & wanted.metrics.keys()  # a method may learn from crops alone, a detector learns from neither
         always = {"loss", *(ONLINE if method.monitor else ()), *kinds}
         assert kinds
         assert always <= unwanted.metrics.keys() <= wanted.metrics.keys()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.ops import box_iou, nms, roi_align
 
-from obowlab.config import Backbone, Loaded, Machine, load_recipe
+from obowlab.config import Backbone, Detector, Loaded, Machine, load_recipe
 from obowlab.data import drawn_voc
 from obowlab.data.boxes import read_boxes
 from obowlab.data.datasets import open_split, prepare
@@ -23,16 +25,17 @@ from obowlab.data.voc_boxes import read_annotation
 from obowlab.errors import UserError
 from obowlab.evaluation.detection.scoring import judge, measure, precisions
 from obowlab.evaluation.detection.voc_metric import OVERLAPS, Found, Truth, as_written, average_precision
-from obowlab.methods import Objects, build_backbone
+from obowlab.methods import DetectorTraining, Objects, OneProcess, build_backbone
 from obowlab.methods.detection.anchors import anchors_of, shapes
 from obowlab.methods.detection.boxes import HEAD_WEIGHTS, RPN_WEIGHTS, clip, decode, encode
 from obowlab.methods.detection.faster_rcnn import FasterRcnn
 from obowlab.methods.detection.matching import IGNORED, NEGATIVE, POSITIVE, match, sample
 from obowlab.methods.detection.precise import set_precise_statistics
 from obowlab.methods.detection.rpn import RegionProposals
-from obowlab.views.detection_loader import batch_order
+from obowlab.methods.schedules import learning_rate
+from obowlab.views.detection_loader import DetectionLoader, batch_order
 from obowlab.views.detection_views import TRAIN_SIDES, View, is_kept, moved, resized, show, train_view
-from tests.runs import complete, points
+from tests.runs import complete, points, start
 
 # ------------------------------------------------------------------------------------------------------------- the metric
 
@@ -548,3 +551,96 @@ def test_a_detector_is_trained_and_tested(voc: Path, tmp_path: Path) -> None:
     assert len(result["details"]["ap50_of_classes"]) == 24
     assert points(folder)[-1][1].keys() >= {"loss", "loss_rpn_objectness", "loss_rpn_boxes", "loss_classes", "loss_boxes"}
     assert folder.state.total_steps == 8
+
+
+def test_a_detector_that_is_killed_and_continued_ends_as_one_that_was_not(voc: Path, tmp_path: Path) -> None:
+    changes = ("training.epochs=10", "evaluation.protocols=[]")
+    loaded, machine = run_of(voc, tmp_path / "whole", changes=changes)
+    whole = complete(loaded, machine=machine)
+    machine = machine.model_copy(update={"runs_root": tmp_path / "killed", "checkpoint_every_s": 0.05})
+    kills = 10 if os.environ.get("OBOWLAB_TEST_ALL") else 3
+    for kill in range(kills):
+        folder, process = start(loaded, machine=machine)
+        while process.poll() is None and len(folder.metrics()) < (kill + 1) * 40 // (kills + 1):
+            time.sleep(0.005)
+        process.kill()
+        process.communicate()
+    folder = complete(loaded, machine=machine)
+    assert points(folder) == points(whole)
+    for name in ("detector.safetensors", "encoder.safetensors"):
+        assert (folder.path / name).read_bytes() == (whole.path / name).read_bytes(), name
+
+
+def loader(voc: Path, *, rank: int = 0, world_size: int = 1, workers: int = 0) -> DetectionLoader:
+    split = open_split("drawn-voc", "train", data_root=voc / "data")
+    config = Detector(steps_per_epoch=5, sides=(40, 48), longest=70)
+    return DetectionLoader(
+        split,
+        subset=np.arange(60),
+        annotations=read_boxes(split),
+        config=config,
+        batch_size=4,
+        seed=9,
+        rank=rank,
+        world_size=world_size,
+        workers=workers,
+    )
+
+
+def test_batches_do_not_depend_on_workers_processes_or_where_an_epoch_begins(voc: Path) -> None:
+    whole = list(loader(voc).batches(epoch=1))
+    assert len(whole) == 5
+    assert [batch.step for batch in whole] == list(range(5))
+    begun = list(loader(voc, workers=2).batches(epoch=1, start_step=3))
+    shares = [list(loader(voc, rank=rank, world_size=2).batches(epoch=1)) for rank in range(2)]
+    for place, batch in enumerate(whole):
+        halves = [share[place] for share in shares]
+        assert [half.first for half in halves] == [0, 2]
+        assert {half.size for half in halves} == {batch.size}, "all processes pad alike"
+        for image, other in zip(batch.images, [image for half in halves for image in half.images], strict=True):
+            assert torch.equal(image.pixels, other.pixels)
+            assert torch.equal(image.boxes, other.boxes)
+            assert image.pixels.shape[0] <= batch.size[0]
+        if place >= 3:
+            for image, other in zip(batch.images, begun[place - 3].images, strict=True):
+                assert torch.equal(image.pixels, other.pixels)
+    further = list(loader(voc).batches(epoch=2, num_steps=2))
+    assert [int(batch.indices[0]) for batch in further] == [int(b.indices[0]) for b in list(loader(voc).batches(epoch=2))[:2]]
+
+
+def test_too_few_images_for_a_batch_are_refused(voc: Path) -> None:
+    split = open_split("drawn-voc", "train", data_root=voc / "data")
+    with pytest.raises(UserError, match=r"training.batch_size \(8\) is larger than the training set \(3 images with objects\)"):
+        DetectionLoader(split, subset=np.arange(3), annotations=read_boxes(split), config=Detector(), batch_size=8, seed=0)
+
+
+def test_all_batch_norms_and_nothing_else_are_without_weight_decay() -> None:
+    method = DetectorTraining(
+        Detector(anchors=(8.0,), pooled=4), backbone=SMALL, total_steps=1, seed=0, num_classes=3, comm=OneProcess()
+    )
+    groups = {group["name"]: group for group in method.param_groups(weight_decay=1e-4)}
+    assert {name: group["weight_decay"] for name, group in groups.items()} == {"method": 1e-4, "norms": 0.0}
+    names = {id(parameter): name for name, parameter in method.named_parameters()}
+    in_norms = {names[id(parameter)] for parameter in groups["norms"]["params"]}
+    assert in_norms == {name for name in names.values() if ".bn" in name or ".norm." in name or "downsample.1" in name}
+    assert len(names) == sum(len(group["params"]) for group in groups.values())
+
+
+@pytest.mark.parametrize(
+    ("step", "rate"),
+    [
+        (0, 1e-5),
+        (1, 1.099e-4),
+        (50, 5.005e-3),
+        (99, 9.9001e-3),
+        (100, 0.01),
+        (17_999, 0.01),
+        (18_000, 1e-3),
+        (21_999, 1e-3),
+        (22_000, 1e-4),
+    ],
+)
+def test_rates_are_the_papers(step: int, rate: float) -> None:
+    recipe = load_recipe("voc-detection").recipe
+    assert recipe.training.epochs * recipe.method.steps_per_epoch == 24_000
+    assert learning_rate(step, optimizer=recipe.optimizer, epochs=24, steps_per_epoch=1000) == pytest.approx(rate, rel=1e-9)

@@ -16,6 +16,7 @@ from torchvision.ops import batched_nms, box_iou, roi_align
 
 from obowlab.methods.backbones import ResNet
 from obowlab.methods.base import Objects
+from obowlab.methods.bow import at_least_float32
 from obowlab.methods.detection.anchors import SIZES
 from obowlab.methods.detection.boxes import HEAD_WEIGHTS, clip, decode, encode, has_area
 from obowlab.methods.detection.matching import match, sample
@@ -83,7 +84,7 @@ class FasterRcnn(nn.Module):
         """Return the trunk's maps of normalised images [B, 3, H, W], [B, C, H', W']."""
         encoder = self.encoder
         x = encoder.maxpool(encoder.relu(encoder.bn1(encoder.conv1(images))))
-        return encoder.layer3(encoder.layer2(encoder.layer1(x)))  # type: ignore[no-any-return]
+        return at_least_float32(encoder.layer3(encoder.layer2(encoder.layer1(x))))
 
     def losses(
         self,
@@ -100,7 +101,8 @@ class FasterRcnn(nn.Module):
             generators: of every image, on the CPU: they choose anchors and regions.
         """
         maps = self.maps(images)
-        anchors, scores, deltas = self.rpn(maps)
+        anchors, *predicted = self.rpn(maps)
+        scores, deltas = map(at_least_float32, predicted)
         keys = [torch.rand(len(anchors), generator=generator).to(maps.device) for generator in generators]
         boxes = [each.boxes for each in objects]
         found = self.rpn.losses(anchors, scores=scores, deltas=deltas, objects=boxes, keys=keys)
@@ -166,7 +168,8 @@ class FasterRcnn(nn.Module):
             aligned=True,
         )
         features = self.norm(self.encoder.layer4(pooled)).mean(dim=(2, 3))
-        return self.classes(features), self.deltas(features).reshape(-1, self.num_classes, 4)
+        scores, moves = map(at_least_float32, (self.classes(features), self.deltas(features)))
+        return scores, moves.reshape(-1, self.num_classes, 4)
 
 
 def _surest(boxes: Tensor, *, probabilities: Tensor) -> Detections:
