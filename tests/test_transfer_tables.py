@@ -50,14 +50,14 @@ def test_table6_has_the_papers_rows_and_columns() -> None:
         if row.key in table.pretraining and row.epochs is not None:
             assert table.pretraining[row.key].recipe.training.epochs == row.epochs, row.key
     assert {name: loaded.name for name, loaded in table.trainings.items()} == {
-        name: name for name in ("linear-imagenet", "places205", "semi-1", "semi-10")
+        name: name for name in ("linear-imagenet", "places205", "voc-detection", "semi-1", "semi-10")
     }
 
 
 @pytest.mark.parametrize("scale", SCALES)
 def test_table6_can_be_measured_at_every_scale(scale: str) -> None:
     table = load_transfer("table6", scale=scale)
-    assert set(table.protocols) == {"linear-imagenet", "places205", "voc07-svm", "semi-1", "semi-10"}
+    assert set(table.protocols) == {"linear-imagenet", "places205", "voc07-svm", "voc-detection", "semi-1", "semi-10"}
     assert {"random", "supervised", "obow"} <= table.pretraining.keys()
     assert "table6" not in table_files()
 
