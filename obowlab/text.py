@@ -199,4 +199,7 @@ def without_secrets(message: str, *, uri: str) -> str:
     parts = message.replace(uri, shown).split(shown)
     for secret in hidden:
         parts = [part.replace(secret, _UNKNOWN) for part in parts]
+    host = re.split(r"[:/,]", shown.partition("://")[2], maxsplit=1)[0]
+    if login and host and host != _UNKNOWN:  # a driver takes what stands behind the first of two @ for a part of the host
+        parts = [re.sub(rf"[^\s'\"]*@(?={re.escape(host)})", "", part) for part in parts]
     return shown.join(re.sub(r"://[^\s'\"]*@", "://", part) for part in parts)

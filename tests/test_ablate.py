@@ -173,7 +173,7 @@ def test_ctrl_c_stops_within_seconds_and_says_that_it_goes_on(tmp_path: Path, da
     table = write_table(tmp_path / "t", epochs=300)
     process = start(table, data_root=data_root)
     runs_root = table.parent / "runs"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while time.monotonic() < deadline and sum(run.state.step > 0 for run in list_runs(runs_root)) < 2:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)

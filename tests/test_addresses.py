@@ -101,6 +101,12 @@ def test_every_command_and_message_hides_it(
         assert not [piece for piece in pieces if piece in complaint(error, uri=address)], address
 
 
+def test_a_piece_of_a_password_that_a_driver_takes_for_the_host_is_hidden() -> None:
+    for address in ("postgresql://u:p@ss@host/db", "postgresql://u:p@s@host:5432/db", "postgresql://u:a@b@host,other/db"):
+        said = without_secrets("failed to resolve host 'ss@host', 's@host' or \"b@host\": unknown", uri=address)
+        assert said == "failed to resolve host 'host', 'host' or \"host\": unknown", address
+
+
 def test_a_message_stays_readable() -> None:
     said = "could not connect to server at db.example.org:5432: Connection refused"
     assert without_secrets(said, uri="postgresql://me:secret@db.example.org:5432/optuna?sslmode=require") == said

@@ -240,6 +240,25 @@ def test_a_lost_memory_doubles_nothing(root: Path) -> None:
     assert set(history(again.uri, run_id, "eval/student/knn_top1")) == {(0, 12.5)}
 
 
+def test_a_run_that_is_measured_otherwise_is_sent_again_to_a_store_that_has_it(root: Path) -> None:
+    folder = create(root)
+    train(folder, 1, 2, 3)
+    assert Mirror(folder).sync(timeout_s=60).error is None
+    ways = folder.info.recipe.evaluation.fewshot.num_ways
+    evaluation = folder.info.recipe.evaluation
+    fewer = evaluation.fewshot.model_copy(update={"num_ways": ways - 1})
+    folder.set_evaluation(evaluation.model_copy(update={"fewshot": fewer}))
+    folder.add_result(RESULT)
+    folder.mirror_path.unlink()  # as after a move, when the store has another address
+    again = Mirror(folder)
+    report = again.sync(timeout_s=60)
+    assert (report.error, report.pending) == (None, 0)
+    assert_mirrored(folder, again.uri)
+    run = the_run(again.uri)
+    assert run.data.params["evaluation.fewshot.num_ways"] == str(ways), "MLflow keeps what it was told first"
+    assert set(history(again.uri, run.info.run_id, "eval/student/knn_top1")) == {(0, 12.5)}
+
+
 def test_a_result_measured_anew_is_the_latest_value_also_after_that_of_an_earlier_version(root: Path) -> None:
     folder = create(root)
     train(folder, 1, 2, 3)

@@ -214,7 +214,11 @@ class Sending:
 
         info = self.folder.info
         values = {"recipe": info.name, "seed": info.seed, **flatten(info.recipe)}
-        params = [Param(key, value if isinstance(value, str) else json.dumps(value)) for key, value in values.items()]
+        # MLflow keeps the first value for good, and another one there refuses the whole request: settings of the evaluation may
+        # have changed since the run was first sent to this store.
+        there = client.get_run(_id(sent)).data.params
+        missing = {key: value for key, value in values.items() if key not in there}
+        params = [Param(key, value if isinstance(value, str) else json.dumps(value)) for key, value in missing.items()]
         for start in range(0, len(params), PARAMS_PER_REQUEST):
             client.log_batch(_id(sent), params=params[start : start + PARAMS_PER_REQUEST])
         sent.params = True
