@@ -116,7 +116,8 @@ def test_choices_are_those_of_the_code_they_stand_for() -> None:
     assert get_args(Machine.model_fields["device"].annotation) == options.DEVICES
     assert get_args(Machine.model_fields["loader"].annotation) == options.LOADERS
     protocols = get_args(get_args(Evaluation.model_fields["protocols"].annotation)[0])
-    assert (*(name for name in protocols if name != "classes"), *TRAININGS) == eval_module.PROTOCOLS
+    assert eval_module.TRAININGS == TRAININGS
+    assert (*(name for name in protocols if name not in ("classes", *TRAININGS)), *TRAININGS) == eval_module.PROTOCOLS
     assert set(TRAININGS) <= set(recipe_files())
     assert get_args(Format) == weights_module.FORMATS
     assert get_args(Padding) == weights_module.PADDINGS

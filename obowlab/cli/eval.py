@@ -26,7 +26,6 @@ from obowlab.cli.options import (
 from obowlab.cli.output import json_line, print_lines, print_measurements, print_obstacles, send_to_mlflow
 from obowlab.cli.run import Wanted
 from obowlab.cli.transfer import measure_by_training
-from obowlab.config.protocols import TRAININGS, recipe_of
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from obowlab.runs.folder import RunFolder
     from obowlab.weights.subject import Subject
 
+TRAININGS = ("linear-imagenet", "places205", "semi-1", "semi-10", "voc-detection")
 PROTOCOLS = ("fewshot", "linear", "knn", "voc07-svm", *TRAININGS)
 
 
@@ -90,6 +90,7 @@ def evaluate(
     Some protocols train a classifier, or the whole network, for hours: linear-imagenet, places205, semi-1, semi-10. Each is a
     recipe, and its training a run of its own, which the same command continues.
     """
+    from obowlab.config.protocols import recipe_of
     from obowlab.launch.preflight import check_protocols
     from obowlab.launch.stages import obstacles_of
     from obowlab.weights.subject import find_subject

@@ -6,17 +6,14 @@ import gzip
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from obowlab.data.beton import fix_for
 from obowlab.data.manifest import BOXES_SUFFIX
+from obowlab.data.prepared import Prepared
 from obowlab.data.voc_boxes import Annotation
 from obowlab.errors import UserError
-
-if TYPE_CHECKING:
-    from obowlab.data.datasets import Split
 
 
 def write_boxes(path: Path, annotations: Sequence[Annotation]) -> None:
@@ -31,7 +28,7 @@ def write_boxes(path: Path, annotations: Sequence[Annotation]) -> None:
     path.write_bytes(gzip.compress(json.dumps(content).encode("ascii"), mtime=0))
 
 
-def read_boxes(split: Split) -> tuple[Annotation, ...]:
+def read_boxes(split: Prepared) -> tuple[Annotation, ...]:
     """Return what the images of a split show, in order.
 
     Raises:

@@ -11,19 +11,16 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from obowlab.data.beton import fix_for
 from obowlab.data.manifest import NAMES_SUFFIX
+from obowlab.data.prepared import Prepared
 from obowlab.errors import AbsentError, UserError
 from obowlab.files.replacing import write_atomic
 from obowlab.files.sharing import shared_folder
-
-if TYPE_CHECKING:
-    from obowlab.data.datasets import Split
 
 LARGEST_LIST = 200 * 2**20
 """No list of names is larger, in bytes: five million lines."""
@@ -34,7 +31,7 @@ def write_names(path: Path, names: Sequence[str]) -> None:
     path.write_bytes(gzip.compress(json.dumps(list(names)).encode("ascii"), mtime=0))
 
 
-def read_names(split: Split) -> tuple[str, ...]:
+def read_names(split: Prepared) -> tuple[str, ...]:
     """Return the names that the images of a split had, in order.
 
     Raises:
@@ -101,7 +98,7 @@ def refuse_absent(list_hash: str, *, folder: Path) -> None:
         )
 
 
-def listed(split: Split, list_hash: str) -> NDArray[np.int64]:
+def listed(split: Prepared, list_hash: str) -> NDArray[np.int64]:
     """Return the positions of the images that a list names, int64 [n], in the order of the split.
 
     A line is the name of an image below the folder of its split, or the last part of it where no two images share that.

@@ -38,7 +38,8 @@ class Annotation:
     @property
     def as_counted(self) -> npt.NDArray[np.float64]:
         """The boxes as the file has them, pixels from 1 with both ends."""
-        return self.boxes + np.array([1.0, 1.0, 0.0, 0.0])
+        boxes: npt.NDArray[np.float64] = self.boxes + np.array([1.0, 1.0, 0.0, 0.0])
+        return boxes
 
 
 def read_annotation(path: Path, *, class_numbers: Mapping[str, int], size: tuple[int, int] | None = None) -> Annotation:

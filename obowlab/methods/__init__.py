@@ -3,9 +3,10 @@
 from typing import Any
 
 from obowlab.methods.backbones import ResNet, build_backbone, compile_encoders
-from obowlab.methods.base import Batch, Comm, LevelWords, Method, Objects, OneProcess, Preparation, StepOutput, VisualWords
+from obowlab.methods.base import Batch, Comm, LevelWords, Method, OneProcess, Preparation, StepOutput, VisualWords
 from obowlab.methods.bownet import BoWNet
 from obowlab.methods.byol import BYOL
+from obowlab.methods.detection.objects import Objects
 from obowlab.methods.detector import DetectorTraining
 from obowlab.methods.moco import MoCo
 from obowlab.methods.obow import OBoW

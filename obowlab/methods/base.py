@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from obowlab.config import Backbone, Level, Section, Views, compatibility
+from obowlab.config.pixels import MEAN, STD
 from obowlab.methods.backbones import ResNet
+from obowlab.methods.detection.objects import Objects
 from obowlab.methods.online_classifier import OnlineClassifier
-from obowlab.views.views import MEAN, STD
 
 if TYPE_CHECKING:
     from obowlab.methods.detection.faster_rcnn import FasterRcnn
@@ -78,21 +79,6 @@ class OneProcess:
     def together(self, work: Callable[[], T]) -> T:
         """Do it."""
         return work()
-
-
-@dataclass(frozen=True)
-class Objects:
-    """What an image shows and where, in the pixels of the image as the network sees it.
-
-    Attributes:
-        boxes: x0, y0, x1, y1 in continuous coordinates, float [G, 4].
-        labels: int64 [G].
-        size: height and width of the image without its padding.
-    """
-
-    boxes: Tensor
-    labels: Tensor
-    size: tuple[int, int]
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from obowlab.config import Backbone, Detector
+from obowlab.config.pixels import MEAN, STD
 from obowlab.methods.backbones import ResNet, build_backbone
 from obowlab.methods.base import Batch, Comm, Method, Preparation, StepOutput
 from obowlab.methods.detection.faster_rcnn import FasterRcnn
 from obowlab.methods.detection.precise import set_precise_statistics
 from obowlab.randomness import Stream, random_words
-from obowlab.views.views import MEAN, STD
 
 
 class DetectorTraining(Method[Detector]):

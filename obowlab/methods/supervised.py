@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from obowlab.config import Backbone, Supervised
+from obowlab.config.pixels import MEAN, STD
 from obowlab.methods import bow
 from obowlab.methods.backbones import ResNet, build_backbone
 from obowlab.methods.base import Batch, Comm, Method, Preparation, StepOutput
 from obowlab.methods.projection import GlobalBatchNorm1d
-from obowlab.views.views import MEAN, STD
 
 HEAD_DEVIATION = 0.01
 """Of the initial weights of a classifier that starts `normal`."""

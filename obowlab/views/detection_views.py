@@ -82,5 +82,5 @@ def moved(boxes: Floats, *, size: tuple[int, int], view: View) -> Floats:
 
 def is_kept(boxes: Floats) -> npt.NDArray[np.bool_]:
     """Return which boxes [G, 4] are trained on, bool [G]."""
-    kept: npt.NDArray[np.bool_] = ((boxes[:, 2:] - boxes[:, :2]) > SMALLEST_SIDE).all(axis=1)
+    kept: npt.NDArray[np.bool_] = (boxes[:, 2:] - boxes[:, :2]).min(axis=1) > SMALLEST_SIDE
     return kept

@@ -14,11 +14,9 @@ from itertools import permutations
 import numpy as np
 
 from obowlab.config import Views
+from obowlab.config.pixels import MEAN as MEAN
+from obowlab.config.pixels import STD as STD
 from obowlab.randomness import Bools, Floats, Ints, Stream, uniforms
-
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
-"""ImageNet's mean and standard deviation of each channel, for pixels in [0, 1]: every view is normalised with them."""
 
 CROP_TRIES = 10
 CROP_RATIO = (3 / 4, 4 / 3)

@@ -104,5 +104,5 @@ def overlaps_with(box: Sequence[float], boxes: Floats) -> Floats:
     low, high = np.maximum(boxes[:, :2], ours[:2]), np.minimum(boxes[:, 2:], ours[2:])
     shared = np.maximum(high - low + 1.0, 0.0).prod(axis=1)
     areas = (boxes[:, 2:] - boxes[:, :2] + 1.0).prod(axis=1)
-    union: Floats = areas + (ours[2:] - ours[:2] + 1.0).prod() - shared
-    return shared / union
+    found: Floats = shared / (areas + (ours[2:] - ours[:2] + 1.0).prod() - shared)
+    return found

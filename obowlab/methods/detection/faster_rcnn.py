@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torchvision.ops import batched_nms, box_iou, roi_align
 
 from obowlab.methods.backbones import ResNet
-from obowlab.methods.base import Objects
 from obowlab.methods.bow import at_least_float32
 from obowlab.methods.detection.anchors import SIZES
 from obowlab.methods.detection.boxes import HEAD_WEIGHTS, clip, decode, encode, has_area
 from obowlab.methods.detection.matching import match, sample
+from obowlab.methods.detection.objects import Objects
 from obowlab.methods.detection.rpn import TESTING, TRAINING, RegionProposals
 
 REPEATED = -100
