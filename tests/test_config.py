@@ -227,6 +227,7 @@ def test_fingerprint_is_of_everything_that_changes_weights_and_of_nothing_else()
         "optimizer.name": "larc",
         "optimizer.schedule": "steps",
         "optimizer.cosine_per": "epoch",
+        "evaluation.linear.cosine_per": "epoch",
         "optimizer.decay_after": [3],
         "evaluation.classes.name": "semi1",
         "views.interpolation": "bicubic",
