@@ -446,7 +446,7 @@ def test_eval_trains_what_the_protocol_is_and_adds_it_to_the_run(
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (("--protocol", "places205", "--preset", "nobody"), "--protocol places205 has no preset 'nobody'. Known: authors."),
+        (("--protocol", "places205", "--preset", "nobody"), "--protocol places205 has no preset 'nobody'. Known: authors, demo."),
         (("--protocol", "places205", "--protocol", "knn"), "--protocol places205 is a training: give it a command of its own"),
         (("--protocol", "places205", "--random"), "is a training: give it a command of its own, without --recipe, --random"),
         (("--protocol", "semi-1", "--dataset", "small"), "data.image_list names a list (SHA-256 71e82a48ba78) that is not in"),

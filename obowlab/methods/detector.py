@@ -24,17 +24,18 @@ class DetectorTraining(Method[Detector]):
     Attributes:
         network: the detector.
         pixels: mean and deviation of the pixels that the encoder was trained on, float64 [2, 3].
+        seed_of_regions: decides which anchors and regions are learned from, 0-dim.
     """
 
     num_uniforms = 0
     pixels: Tensor
+    seed_of_regions: Tensor
 
     def __init__(
         self, method: Detector, *, backbone: Backbone, total_steps: int, seed: int, num_classes: int | None, comm: Comm
     ) -> None:
         super().__init__(method, backbone=backbone, total_steps=total_steps, seed=seed, num_classes=num_classes, comm=comm)
         assert num_classes is not None, "data.protocol_needs refuses images without labels"
-        self.seed = seed
         self.network = FasterRcnn(
             build_backbone(backbone, seed=seed),
             num_classes=num_classes,
@@ -44,7 +45,9 @@ class DetectorTraining(Method[Detector]):
             regions=method.regions,
         )
         self.register_buffer("pixels", torch.tensor((MEAN, STD), dtype=torch.float64))
-        self.register_load_state_dict_post_hook(lambda *_: self._look_at_pixels())  # type: ignore[no-untyped-call]
+        self.register_buffer("seed_of_regions", torch.tensor(seed, dtype=torch.int64))
+        self.register_load_state_dict_post_hook(lambda *_: self._remember())  # type: ignore[no-untyped-call]
+        self._remember()
         self.monitor = None
 
     def prepare(self, preparation: Preparation) -> bool:
@@ -54,7 +57,7 @@ class DetectorTraining(Method[Detector]):
         self.network.encoder.load_state_dict(preparation.teacher.state_dict())
         own = [getattr(preparation.teacher, name, usual) for name, usual in (("pixel_mean", MEAN), ("pixel_std", STD))]
         self.pixels.copy_(torch.tensor(own, dtype=torch.float64))
-        self._look_at_pixels()
+        self._remember()
         return True
 
     @property
@@ -83,15 +86,16 @@ class DetectorTraining(Method[Detector]):
     def forward(self, batch: Batch) -> StepOutput:
         """Do one training step up to its loss; which anchors and regions it learns from is a function of seed, step and image."""
         places = np.arange(batch.first, batch.first + len(batch.objects), dtype=np.int64)
-        words = random_words(seed=self.seed, epoch=batch.step, indices=places, stream=Stream.REGIONS, count=2)
+        words = random_words(seed=self._seed, epoch=batch.step, indices=places, stream=Stream.REGIONS, count=2)
         seeds = (words[:, 0].astype(np.uint64) << np.uint64(32) | words[:, 1]) >> np.uint64(1)
         generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
         losses = self.network.losses(batch.original, objects=batch.objects, generators=generators)
         return self._output(losses, {})
 
-    def _look_at_pixels(self) -> None:
+    def _remember(self) -> None:
         mean, std = self.pixels.tolist()  # once: to ask a GPU in every step is to wait for it
         self.pixel_statistics = tuple(mean), tuple(std)
+        self._seed = int(self.seed_of_regions)
 
     def finish(self, batches: Callable[[int], Iterator[Batch]]) -> None:
         """Give batch norms the statistics of so many batches."""
