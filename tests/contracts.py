@@ -6,6 +6,7 @@ import copy
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,10 +24,20 @@ VALUES: dict[str, dict[str, object]] = {
     "byol": {"method.projection_size": 8, "method.hidden_size": 16},
     "simclr": {"method.projection_size": 8},
     "detector": {"method.anchors": [8.0, 16.0], "method.pooled": 4, "method.regions": 16, "method.precise_batches": 2},
+    "masks": {
+        "method.name": "detector",
+        "method.architecture": "fpn",
+        "method.anchors": [4.0, 8.0, 16.0, 32.0, 64.0],
+        "method.standard_side": 24.0,
+        "method.width": 8,
+        "method.head_width": 16,
+        "method.regions": 16,
+        "method.precise_batches": 2,
+    },
     "simsiam": {"method.projection_size": 16, "method.prediction_size": 8},
     "swav": {"method.hidden_size": 16, "method.projection_size": 8, "method.num_prototypes": 12, "method.queue_size": 8},
 }
-"""What the methods need that cannot train four small images with their default settings."""
+"""What the methods need that cannot train four small images with their default settings, and methods in another form."""
 
 
 def small_preparation(recipe: Recipe, *, num_images: int = 13, size: int = 40, dtype: torch.dtype = torch.float32) -> Preparation:
@@ -46,20 +57,22 @@ def small_preparation(recipe: Recipe, *, num_images: int = 13, size: int = 40, d
 
 
 def objects_of(step: int, *, size: int = 40, dtype: torch.dtype = torch.float32) -> tuple[Objects, ...]:
-    """Return two objects in each of `NUM_IMAGES` square images."""
+    """Return two objects, rectangles, in each of `NUM_IMAGES` square images."""
     generator = torch.Generator().manual_seed(1000 + step)
     found = []
     for _ in range(NUM_IMAGES):
         corners = torch.rand(2, 2, generator=generator) * 0.5 * size
         boxes = torch.cat((corners, corners + size * (0.2 + 0.2 * torch.rand(2, 2, generator=generator))), dim=1)
-        found.append(Objects(boxes.to(dtype), torch.randint(NUM_CLASSES, (2,), generator=generator), (size, size)))
+        outlines = tuple((np.array([x0, y0, x1, y0, x1, y1, x0, y1]),) for x0, y0, x1, y1 in boxes.tolist())
+        labels = torch.randint(NUM_CLASSES, (2,), generator=generator)
+        found.append(Objects(boxes.to(dtype), labels, (size, size), outlines))
     return tuple(found)
 
 
 class MethodContract:
     """One training step at a time: finite, deterministic, resumable, and deaf to everything but its arguments."""
 
-    @pytest.fixture(params=sorted(METHODS))
+    @pytest.fixture(params=sorted({*METHODS, *VALUES}))
     def recipe(self, request: pytest.FixtureRequest) -> Recipe:
         values = {"method.name": request.param, "backbone.stem": "small", "backbone.width": 4, **VALUES.get(request.param, {})}
         return recipe_from_values(values, sources=dict.fromkeys(values, "contracts.py"))

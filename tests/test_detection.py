@@ -18,8 +18,8 @@ from torchvision.ops import box_iou, nms, roi_align
 
 from obowlab.config import Backbone, Detector, Loaded, Machine, load_recipe
 from obowlab.data import drawn_voc
-from obowlab.data.boxes import read_boxes
 from obowlab.data.datasets import open_split, prepare
+from obowlab.data.objects import read_objects
 from obowlab.data.opening import open_source
 from obowlab.data.voc_boxes import read_annotation
 from obowlab.errors import UserError
@@ -33,6 +33,7 @@ from obowlab.methods.detection.matching import IGNORED, NEGATIVE, POSITIVE, matc
 from obowlab.methods.detection.precise import set_precise_statistics
 from obowlab.methods.detection.rpn import RegionProposals
 from obowlab.methods.schedules import learning_rate
+from obowlab.runs.detection_facts import read_detection
 from obowlab.views.detection_loader import DetectionLoader, batch_order
 from obowlab.views.detection_views import TRAIN_SIDES, View, is_kept, moved, resized, show, train_view
 from tests.runs import complete, points, start
@@ -413,7 +414,7 @@ def voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_prepared_set_has_the_boxes_of_its_images(voc: Path) -> None:
     for name, listed in (("train", "trainval"), ("val", "test")):
         split = open_split("drawn-voc", name, data_root=voc / "data")
-        boxes = read_boxes(split)
+        boxes = read_objects(split)
         assert len(boxes) == split.num_images
         for index in (0, 7, 399):
             _, objects = drawn_voc.draw(listed, index=index)
@@ -452,7 +453,7 @@ def test_some_missing_annotations_are_refused_and_none_at_all_are_no_boxes(voc: 
     shutil.rmtree(copy / "Annotations")
     prepare("plain", source=copy, data_root=tmp_path / "data", workers=1)
     with pytest.raises(UserError, match="'plain' has no boxes: a detector is trained on a folder of PASCAL VOC"):
-        read_boxes(open_split("plain", "train", data_root=tmp_path / "data"))
+        read_objects(open_split("plain", "train", data_root=tmp_path / "data"))
 
 
 # ------------------------------------------------------------------------------------------------------------- the detector
@@ -551,6 +552,12 @@ def test_a_detector_is_trained_and_tested(voc: Path, tmp_path: Path) -> None:
     assert len(result["details"]["ap50_of_classes"]) == 24
     assert points(folder)[-1][1].keys() >= {"loss", "loss_rpn_objectness", "loss_rpn_boxes", "loss_classes", "loss_boxes"}
     assert folder.state.total_steps == 8
+    facts, pictures = read_detection(folder.path / "detection" / folder.run_id)
+    assert (facts.run_id, facts.num_images, len(facts.classes)) == (folder.run_id, 400, 24)
+    assert len(facts.groups.best) == len(facts.groups.worst) == len(facts.groups.random) == 12
+    assert pictures.keys() == {picture.file for picture in facts.pictures}
+    of_classes = {each.name: each.curves[0].ap for each in facts.classes}
+    assert of_classes == pytest.approx(result["details"]["ap50_of_classes"], abs=1e-4)
     before = (folder.path / "detector.safetensors").read_bytes()
     assert complete(loaded, machine=machine).results() == [result], "it is not measured again"
     assert (folder.path / "detector.safetensors").read_bytes() == before
@@ -580,7 +587,7 @@ def loader(voc: Path, *, rank: int = 0, world_size: int = 1, workers: int = 0) -
     return DetectionLoader(
         split,
         subset=np.arange(60),
-        annotations=read_boxes(split),
+        annotations=read_objects(split),
         config=config,
         batch_size=4,
         seed=9,
@@ -614,7 +621,7 @@ def test_batches_do_not_depend_on_workers_processes_or_where_an_epoch_begins(voc
 def test_too_few_images_for_a_batch_are_refused(voc: Path) -> None:
     split = open_split("drawn-voc", "train", data_root=voc / "data")
     with pytest.raises(UserError, match=r"training.batch_size \(8\) is larger than the training set \(3 images with objects\)"):
-        DetectionLoader(split, subset=np.arange(3), annotations=read_boxes(split), config=Detector(), batch_size=8, seed=0)
+        DetectionLoader(split, subset=np.arange(3), annotations=read_objects(split), config=Detector(), batch_size=8, seed=0)
 
 
 def test_all_batch_norms_and_nothing_else_are_without_weight_decay() -> None:

@@ -42,6 +42,7 @@ from tests.runs import complete, differing_weights, points, small_recipe
 STEPS = 10
 BATCH = 8
 SMALL = Backbone(stem="small", width=4)
+MASKS = Detector(architecture="fpn", anchors=(4.0, 8.0, 16.0, 32.0, 64.0), standard_side=16.0, width=8, head_width=8, regions=12)
 METHOD = Obow(levels=("conv4", "conv5"), num_words=20, border=0, msd_start="first_batch", teacher_momentum=0.9)
 
 
@@ -108,6 +109,8 @@ VARIANTS: dict[str, MethodSection] = {
     "moco": Moco(queue_size=21, batchnorm_splits=4, teacher_momentum=0.9),
     "supervised": Supervised(),
     "detector": Detector(anchors=(8.0,), pooled=4, regions=12),
+    "masks": MASKS,
+    "masks with norms": MASKS.model_copy(update={"head": "infomin"}),
     "frozen": Supervised(trunk="frozen", head_start="normal", head_batchnorm=True),
     "finetuned": Supervised(trunk_rate=0.01, head_start="normal"),
     "simsiam": Simsiam(projection_size=12, prediction_size=6, zero_residual=False),

@@ -62,10 +62,13 @@ def test_table6_can_be_measured_at_every_scale(scale: str) -> None:
     assert "table6" not in table_files()
 
 
-def test_table9_has_the_papers_values_alone() -> None:
-    table = load_transfer("table9", scale="paper")
-    assert table.protocols == ()
-    assert [line[2:] for line in overview(table, transfers=Transfers())][-1] == ["40.8", "36.4"]
+@pytest.mark.parametrize("scale", SCALES)
+def test_table9_can_be_measured_at_every_scale(scale: str) -> None:
+    table = load_transfer("table9", scale=scale)
+    assert table.protocols == ("coco-detection",)
+    assert {"random", "supervised", "obow"} <= table.pretraining.keys()
+    shown = {line[0]: line[2:] for line in overview(table, transfers=Transfers())}
+    assert shown["OBoW"] == ["40.8", "36.4"]
 
 
 FILE = """
@@ -323,7 +326,6 @@ def test_svms_of_a_row_are_a_column_as_well(place: Path, obowlab: Obowlab, tmp_p
         (("ablate", "table6", "--rows", "obwo"), "table6 has no row 'obwo' (--rows). Did you mean 'obow'?"),
         (("ablate", "table6", "--set", "training.epochs=1"), "table6 takes no --set"),
         (("ablate", "table6", "--launcher", "slurm"), "leave --launcher out"),
-        (("ablate", "table9"), "table9 has the paper's values alone so far"),
         (("table", "table6", "--format", "verdicts"), "table6 has no directions"),
         (("ablate", "table6"), "Nothing of table6 can be measured here, see above."),
     ],
@@ -333,6 +335,16 @@ def test_mistakes_are_told_before_anything_is_measured(obowlab: Obowlab, words: 
     code, _, err = obowlab(*words)
     assert code == 2
     assert message in err
+
+
+@pytest.mark.usefixtures("workplace")
+def test_a_table_without_protocols_is_shown_and_not_measured(obowlab: Obowlab) -> None:
+    words = FILE.format(**RIGHT).replace('protocol = "places205"\n', "").replace('presets = { demo = "demo" }\n', "")
+    Path("alone.toml").write_text(words)
+    code, _, err = obowlab("ablate", "alone.toml", "--scale", "demo")
+    assert code == 2
+    assert "alone has the paper's values alone so far" in err
+    assert "50.0" in obowlab("table", "alone.toml", "--scale", "demo")[1]
 
 
 def test_the_report_shows_what_was_measured(tmp_path: Path) -> None:

@@ -102,24 +102,28 @@ def prepare(
 
 
 @data.command("draw")
-@click.argument("layout", type=click.Choice(["voc", "places"]), metavar="LAYOUT")
+@click.argument("layout", type=click.Choice(["voc", "coco", "places"]), metavar="LAYOUT")
 @click.argument("folder", type=PATH)
 @dry_run_option
 def draw(layout: str, folder: Path, dry_run: bool) -> None:
     """Draw images in the layout of a public data set, for trying a protocol without a download.
 
     LAYOUT voc writes FOLDER/VOC2007: 1000 small images of one to four parts of the synthetic set, with lists and boxes. LAYOUT
-    places writes FOLDER/places205: 1080 images of 24 classes, with the lists of train and val.
+    coco writes FOLDER/coco: 1000 such images with boxes and outlines. LAYOUT places writes FOLDER/places205: 1080 images of 24
+    classes, with the lists of train and val.
     """
-    from obowlab.data import drawn_places, drawn_voc
+    from obowlab.data import drawn_coco, drawn_places, drawn_voc
 
-    is_voc = layout == "voc"
-    place = folder / ("VOC2007" if is_voc else "places205")
+    name, count, draw_images = {
+        "voc": ("VOC2007", sum(drawn_voc.NUM_IMAGES.values()), drawn_voc.draw_voc),
+        "coco": ("coco", sum(drawn_coco.NUM_IMAGES.values()), drawn_coco.draw_coco),
+        "places": ("places205", drawn_places.NUM_IMAGES, drawn_places.draw_places),
+    }[layout]
+    place = folder / name
     if dry_run:
-        count = sum(drawn_voc.NUM_IMAGES.values()) if is_voc else drawn_places.NUM_IMAGES
         return would(f"draw {count} images into {place}")
     when_interrupted(f"{place} is not complete: remove it, and type the same command again.")
-    place = drawn_voc.draw_voc(folder) if is_voc else drawn_places.draw_places(folder)
+    place = draw_images(folder)
     click.echo(f"Drawn: {place}. To use it: obowlab data prepare drawn-{layout} --source {place}")
     return None
 

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from obowlab.runs.folder import RunFolder
     from obowlab.weights.subject import Subject
 
-TRAININGS = ("linear-imagenet", "places205", "semi-1", "semi-10", "voc-detection")
+TRAININGS = ("linear-imagenet", "places205", "semi-1", "semi-10", "voc-detection", "coco-detection")
 PROTOCOLS = ("fewshot", "linear", "knn", "voc07-svm", *TRAININGS)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from obowlab.cli.output import print_lines, send_to_mlflow
+from obowlab.errors import UserError
 
 if TYPE_CHECKING:
     from obowlab.cli.options import MachineOptions
@@ -70,24 +71,21 @@ def train_beginning_with(
 def why_not_comparable(trained: RunFolder, *, protocol: str) -> str:
     """Return why what a training measured is not to be held against the paper's value; empty where it may be."""
     from obowlab.config.protocols import unlike_the_paper
+    from obowlab.runs.results import LEARNED
 
-    counts = [
-        each["count"]
-        for result in trained.results()
-        for each in result["measurements"]
-        if result["protocol"] in ("classes", "voc-detection")
-    ]
+    counts = [each["count"] for result in trained.results() for each in result["measurements"] if result["protocol"] in LEARNED]
     return unlike_the_paper(protocol, trained.info.recipe, num_images=counts[-1]) if counts else ""
 
 
 def add_results(trained: RunFolder, *, to: RunFolder, protocol: str, machine: Machine) -> None:
     """Add the results of a training to the run whose encoder it measures, in MLflow as well."""
+    from obowlab.runs.results import LEARNED
     from obowlab.weights.info import peek
 
     info = peek(to.path / "encoder.safetensors")
     assert info is not None, "a run's own file"
     for result in trained.results():
-        if result["protocol"] in ("classes", "voc-detection"):
+        if result["protocol"] in LEARNED:
             facts = {
                 **result["details"],
                 "trained_in": trained.run_id,
@@ -95,5 +93,21 @@ def add_results(trained: RunFolder, *, to: RunFolder, protocol: str, machine: Ma
                 "not_comparable": why_not_comparable(trained, protocol=protocol),
             }
             to.add_result({**result, "weights_hash": info.weights_hash, "details": facts})
+    add_detections(trained, to=to)
     click.echo(f"Added to run {to.run_id}.")
     send_to_mlflow([to], machine=machine)
+
+
+def add_detections(trained: RunFolder, *, to: RunFolder) -> None:
+    """Add the pictures and curves of a detector's test, if there are some, to the run whose encoder it began with."""
+    from obowlab.runs.detection_facts import detection_folders, read_detection
+    from obowlab.runs.detection_page import keep_detection
+
+    for folder in detection_folders(trained.path):
+        if folder.name != trained.run_id:
+            continue
+        try:
+            facts, pictures = read_detection(folder)
+            keep_detection(facts, pictures=pictures, run=to.path)
+        except (OSError, UserError) as error:
+            click.echo(f"The pictures of {trained.run_id} were not added: {error}", err=True)

@@ -241,6 +241,7 @@ class _Work:
         from obowlab.cli.eval import keep_results, measure_here
         from obowlab.cli.run import Wanted
         from obowlab.cli.transfer import add_results, train_beginning_with
+        from obowlab.runs.results import LEARNED
         from obowlab.weights.subject import find_subject
 
         folder = due.source.folder
@@ -254,7 +255,7 @@ class _Work:
                 return code, None
             if folder is not None:
                 add_results(trained, to=folder, protocol=due.protocol, machine=self.machine)
-            results = [result for result in trained.results() if result["protocol"] in ("classes", "voc-detection")]
+            results = [result for result in trained.results() if result["protocol"] in LEARNED]
             return code, self._entry(due, result=results[-1], run_id=trained.run_id) if results else None
         ref = str(folder.path if folder is not None else due.source.path)
         chosen = find_subject(ref, recipe_name=None, overrides=(), runs_root=self.machine.runs_root)

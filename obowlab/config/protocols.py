@@ -7,7 +7,7 @@ from obowlab.config.recipe import Evaluation, Recipe
 from obowlab.errors import UserError
 from obowlab.text import override
 
-TRAININGS = ("linear-imagenet", "places205", "semi-1", "semi-10", "voc-detection")
+TRAININGS = ("linear-imagenet", "places205", "semi-1", "semi-10", "voc-detection", "coco-detection")
 """The protocols, and the recipes that they are; with a preset it is the recipe PROTOCOL-PRESET."""
 
 
@@ -32,6 +32,7 @@ TEST_IMAGES = {
     "semi-10": 50_000,
     "voc07-svm": 4952,
     "voc-detection": 4952,
+    "coco-detection": 5000,
 }
 """How many images the paper's values are of."""
 
@@ -49,7 +50,7 @@ def unlike_the_paper(protocol: str, recipe: Recipe, *, num_images: int) -> str:
         num_images: that it was tested on.
     """
     if protocol in TRAININGS:
-        presets = (None, "authors") if f"{protocol}-authors" in recipe_files() else (None,)
+        presets = (None, *(preset for preset in ("authors", "infomin") if f"{protocol}-{preset}" in recipe_files()))
         found = min((_differing(recipe, load_recipe(recipe_of(protocol, preset=preset)).recipe) for preset in presets), key=len)
     else:
         ours, theirs = recipe.evaluation.voc07_svm.model_dump(), Evaluation().voc07_svm.model_dump()

@@ -261,7 +261,7 @@ class Classes(Section):
     ranks: tuple[Count, ...] = Field((1, 5), min_length=1, description="how many guesses an image has")
 
 
-Protocol = Literal["fewshot", "linear", "knn", "voc07-svm", "classes", "voc-detection"]
+Protocol = Literal["fewshot", "linear", "knn", "voc07-svm", "classes", "voc-detection", "coco-detection"]
 
 
 class Evaluation(Section):

@@ -88,6 +88,17 @@ DATASETS: dict[str, DatasetInfo] = {
             ),
         ),
         DatasetInfo(
+            name="coco",
+            title="COCO 2017: photographs with boxes around objects of 80 classes, and their outlines",
+            num_classes=80,
+            num_images={"train": 118_287, "val": 5_000},
+            layout="annotations/instances_train2017.json, train2017, and the same for val2017",
+            obtain=(
+                "From cocodataset.org, unpack train2017, val2017 and annotations into one folder, then "
+                "`obowlab data prepare coco --source DIR`."
+            ),
+        ),
+        DatasetInfo(
             name=synthetic.NAME,
             title="Drawn scenes of recurring parts; a class is a combination of parts, never a colour",
             num_classes=len(synthetic.CLASS_NAMES),

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from obowlab.data.coco import find_coco, read_coco
 from obowlab.data.image_folder import is_hidden, read_source
 from obowlab.data.list_files import LIST_SUFFIXES, read_list
 from obowlab.data.places import find_places, read_places
@@ -116,6 +117,8 @@ def _read(spec: str | Path, *, labelled: bool, several_years: bool) -> Source:
             return read_both_years(path)
         if labelled and (voc := find_voc(path)) is not None:
             return read_voc(voc)
+        if labelled and (annotations := find_coco(path)) is not None:
+            return read_coco(path, annotations=annotations)
         if labelled and (lists := find_places(path)) is not None:
             return read_places(path, lists=lists)
         return _read_folder(path, labelled=labelled)

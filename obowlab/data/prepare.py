@@ -17,15 +17,15 @@ from pathlib import Path
 import obowlab
 from obowlab import text
 from obowlab.data import synthetic
+from obowlab.data.annotations import Annotate, Annotation
 from obowlab.data.beton import MAX_PAGE_SIZE, MIN_PAGE_SIZE, BetonWriter, Record, page_size_for, read_index
-from obowlab.data.boxes import write_boxes
 from obowlab.data.catalogue import DATASETS, check_spelling, missing
 from obowlab.data.decoding import UnreadableImageError, to_jpeg
 from obowlab.data.identity import note_written
 from obowlab.data.image_lists import write_names
 from obowlab.data.manifest import (
-    BOXES_SUFFIX,
     NAMES_SUFFIX,
+    OBJECTS_SUFFIX,
     Manifest,
     Skipped,
     beton_path,
@@ -37,11 +37,11 @@ from obowlab.data.manifest import (
     workplace,
     write_manifest,
 )
+from obowlab.data.objects import write_objects
 from obowlab.data.opening import open_source
 from obowlab.data.sources import Source, SourceImage, SourceSplit
 from obowlab.data.split_names import SPLITS
 from obowlab.data.voc import SEVERAL_YEARS
-from obowlab.data.voc_boxes import Annotation, read_annotation
 from obowlab.errors import UserError
 from obowlab.runs.provenance import num_cores
 
@@ -134,7 +134,7 @@ class Content:
     val_fraction: float | None = None
     targets: tuple[str, ...] = ()
     names: Sequence[str] = ()
-    annotations: Sequence[Path] = ()
+    annotations: Sequence[Annotate] = ()
 
 
 def plan_prepare(
@@ -244,7 +244,6 @@ def build(content: Content, *, dataset: str, folder: Path, progress: Callable[[P
     targets: list[str] = []
     names: list[str] = []
     annotations: list[Annotation] = []
-    class_numbers = {name: number for number, name in enumerate(content.class_names)}
     start = last = time.monotonic()
     try:
         with BetonWriter(path, capacity=content.num_images, page_size=content.page_size) as writer:
@@ -255,9 +254,8 @@ def build(content: Content, *, dataset: str, folder: Path, progress: Callable[[P
                     writer.append(record)
                     targets += content.targets[done - 1 : done]
                     names += content.names[done - 1 : done]
-                    for file in content.annotations[done - 1 : done]:
-                        size = (record.height, record.width)
-                        annotations.append(read_annotation(file, class_numbers=class_numbers, size=size))
+                    for annotate in content.annotations[done - 1 : done]:
+                        annotations.append(annotate((record.height, record.width)))
                 now = time.monotonic()
                 if progress is not None and (now - last >= REPORT_EVERY_S or done == content.num_images):
                     last = now
@@ -289,7 +287,7 @@ def build(content: Content, *, dataset: str, folder: Path, progress: Callable[[P
     if names:
         write_names(path.with_suffix(NAMES_SUFFIX), names)
     if annotations:
-        write_boxes(path.with_suffix(BOXES_SUFFIX), annotations)
+        write_objects(path.with_suffix(OBJECTS_SUFFIX), annotations)
     write_manifest(path.with_suffix(".json"), manifest)
     return manifest
 

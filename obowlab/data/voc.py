@@ -7,11 +7,13 @@ test of that class. Classes are in the order of their names.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from obowlab.data.annotations import Annotate
 from obowlab.data.sources import ABSENT, DIFFICULT, PRESENT, Source, SourceImage, SourceSplit
+from obowlab.data.voc_boxes import read_annotation
 from obowlab.errors import UserError
 
 SEVERAL_YEARS = ("voc0712",)
@@ -129,11 +131,11 @@ def _read_split(path: Path, *, name: str, listed: str, class_names: tuple[str, .
             f"{path / 'JPEGImages'} lacks {len(absent)} of the {len(ids)} images of {file.name}, such as {absent[0]}.jpg: unpack "
             "the archive again."
         )
-    return SourceSplit(name, class_names, tuple(images), targets, _annotations(path, ids))
+    return SourceSplit(name, class_names, tuple(images), targets, _annotations(path, ids, class_names=class_names))
 
 
-def _annotations(path: Path, ids: list[str]) -> tuple[Path, ...]:
-    """Return the file of boxes of every image; none where there are none at all, as for the test images of some copies.
+def _annotations(path: Path, ids: list[str], *, class_names: tuple[str, ...]) -> tuple[Annotate, ...]:
+    """Return what reads the boxes of every image; none where there are no files at all, as for the test images of some copies.
 
     Raises:
         UserError: some are missing.
@@ -144,7 +146,12 @@ def _annotations(path: Path, ids: list[str]) -> tuple[Path, ...]:
         raise UserError(
             f"{path / 'Annotations'} lacks {len(absent)} of {len(files)} files, such as {absent[0].name}: unpack it again."
         )
-    return () if absent else files
+    numbers = {name: number for number, name in enumerate(class_names)}
+    return () if absent else tuple(_reader(file, class_numbers=numbers) for file in files)
+
+
+def _reader(file: Path, *, class_numbers: Mapping[str, int]) -> Annotate:
+    return lambda size: read_annotation(file, class_numbers=class_numbers, size=size)
 
 
 def first_class(marks: str) -> int:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
-import numpy.typing as npt
 
+from obowlab.data.annotations import Annotation
 from obowlab.errors import UserError
 
 LARGEST = 4 << 20
@@ -18,34 +17,11 @@ LARGEST = 4 << 20
 _SIDES = ("xmin", "ymin", "xmax", "ymax")
 
 
-@dataclass(frozen=True)
-class Annotation:
-    """What an image shows.
-
-    Attributes:
-        size: height and width of the image, pixels.
-        boxes: float64 [G, 4], x0, y0, x1, y1 in continuous coordinates: VOC counts pixels from 1 and includes both ends, so its
-            minima lose 1.
-        labels: int64 [G], positions among the class names.
-        difficult: bool [G]; such objects are trained on and left out of the score.
-    """
-
-    size: tuple[int, int]
-    boxes: npt.NDArray[np.float64]
-    labels: npt.NDArray[np.int64]
-    difficult: npt.NDArray[np.bool_]
-
-    @property
-    def as_counted(self) -> npt.NDArray[np.float64]:
-        """The boxes as the file has them, pixels from 1 with both ends."""
-        boxes: npt.NDArray[np.float64] = self.boxes + np.array([1.0, 1.0, 0.0, 0.0])
-        return boxes
-
-
 def read_annotation(path: Path, *, class_numbers: Mapping[str, int], size: tuple[int, int] | None = None) -> Annotation:
     """Read a file of boxes.
 
-    Only children of `object` itself count: a person may hold parts with names and boxes of their own.
+    Only children of `object` itself count: a person may hold parts with names and boxes of their own. VOC counts pixels from 1
+    and includes both ends, so minima lose 1.
 
     Args:
         path: of the file.

@@ -7,8 +7,9 @@ of each of them.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +19,23 @@ from torch import nn
 
 from obowlab import text
 from obowlab.config import Detector, Evaluation, Machine, Recipe, canonical_hash, nearest
-from obowlab.data.boxes import read_boxes
 from obowlab.data.class_lists import class_list
+from obowlab.data.objects import Annotations, read_objects
 from obowlab.data.protocol_needs import refuse_unmet, same_classes_need, several_classes_need
 from obowlab.errors import UserError
 from obowlab.evaluation.classes import accuracies
-from obowlab.evaluation.detection import scoring
-from obowlab.evaluation.detection.testing import Pixels, judge_all
+from obowlab.evaluation.detection import coco_testing, pictures, scoring, testing
+from obowlab.evaluation.detection.coco_metric import RECALLS
+from obowlab.evaluation.detection.detecting import Pixels, detect_all
 from obowlab.evaluation.features import FeatureStore, View
 from obowlab.evaluation.fewshot import few_shot
 from obowlab.evaluation.knn import nearest_neighbours
 from obowlab.evaluation.linear import linear_probe
 from obowlab.evaluation.result import Measurement, Result
-from obowlab.methods.detection.faster_rcnn import FasterRcnn
+from obowlab.methods.detection.two_stage import Detections, TwoStageDetector
 from obowlab.precision import full_precision
+from obowlab.runs.detection_facts import ClassCurves
+from obowlab.runs.folder import RunFolder
 from obowlab.views.views import MEAN, STD
 
 __all__ = ["EVALUATORS", "Evaluator", "Measurement", "Outcome", "Result", "evaluate"]
@@ -174,20 +178,14 @@ def _classes(store: FeatureStore, recipe: Recipe, report: Callable[[str], None])
 
 
 def _voc_detection(store: FeatureStore, recipe: Recipe, report: Callable[[str], None]) -> Outcome:
-    assert store.detector is not None, "refused before"
-    assert isinstance(recipe.method, Detector)
-    split = store.split("val")
-    judged = judge_all(
-        store.detector,
-        split=split,
-        config=recipe.method,
-        pixels=Pixels(store.mean, store.std),
-        device=store.device,
-        workers=store.num_processes,
-        report=report,
-    )
-    measurements, of_classes = scoring.measure(judged, num_images=split.num_images)
-    objects = canonical_hash([[*each.boxes.tolist(), *each.labels.tolist()] for each in read_boxes(split)])
+    split, truths = store.split("val"), read_objects(store.split("val"))
+    found = _detections(store, recipe, report)
+    test = testing.judge_voc_images(found, truths=truths, class_names=split.class_names)
+    measurements, of_classes = scoring.measure(test.judged, num_images=split.num_images)
+    curves = scoring.class_curves(test.judged, num_images=split.num_images)
+    metric = "average precision of PASCAL VOC 2007, at 11 recalls"
+    _show(store, recipe, detections=test.detections, truths=truths, curves=curves, metric=metric)
+    objects = canonical_hash([[*each.boxes.tolist(), *each.labels.tolist()] for each in truths])
     return Outcome(
         measurements=measurements,
         settings={"training": recipe.training_settings(), "training_data": store.data_hash(["train"]), "objects": objects},
@@ -197,6 +195,69 @@ def _voc_detection(store: FeatureStore, recipe: Recipe, report: Callable[[str], 
             "metric": "PASCAL VOC 2007: 11 points, at overlaps of 0.5 to 0.95",
         },
     )
+
+
+def _coco_detection(store: FeatureStore, recipe: Recipe, report: Callable[[str], None]) -> Outcome:
+    split, truths = store.split("val"), read_objects(store.split("val"))
+    found = _detections(store, recipe, report)
+    test = coco_testing.judge_coco_images(found, truths=truths, class_names=split.class_names)
+    report("coco-detection: intervals from resampled images")
+    measured = {
+        kind: scoring.measure(judged, num_images=split.num_images, name=kind, recalls=RECALLS)
+        for kind, judged in test.judged.items()
+    }
+    boxes = test.judged["coco_box"]
+    curves = scoring.class_curves(boxes, num_images=split.num_images, recalls=RECALLS)
+    metric = "COCO's average precision of boxes, at 101 recalls"
+    _show(store, recipe, detections=test.detections, truths=truths, curves=curves, metric=metric)
+    objects = canonical_hash(coco_testing.objects_of(truths))
+    return Outcome(
+        measurements=tuple(each for measurements, _ in measured.values() for each in measurements),
+        settings={"training": recipe.training_settings(), "training_data": store.data_hash(["train"]), "objects": objects},
+        remarks={
+            "interval": f"bootstrap over validation images, {scoring.RESAMPLES} times",
+            "ap50_of_classes": {kind: of_classes for kind, (_, of_classes) in measured.items()},
+            "summary": test.summaries,
+            "metric": f"COCO by pycocotools {version('pycocotools')}: 101 points, at overlaps of 0.5 to 0.95",
+        },
+    )
+
+
+def _detections(store: FeatureStore, recipe: Recipe, report: Callable[[str], None]) -> Iterator[Detections]:
+    """Yield what the store's detector finds in every validation image."""
+    assert store.detector is not None, "refused before"
+    assert isinstance(recipe.method, Detector)
+    return detect_all(
+        store.detector,
+        split=store.split("val"),
+        config=recipe.method,
+        pixels=Pixels(store.mean, store.std),
+        device=store.device,
+        workers=store.num_processes,
+        report=report,
+    )
+
+
+def _show(
+    store: FeatureStore,
+    recipe: Recipe,
+    *,
+    detections: Sequence[pictures.Detections],
+    truths: Annotations,
+    curves: Sequence[ClassCurves],
+    metric: str,
+) -> None:
+    """Leave pictures and curves in the folder of the training, where there is one."""
+    if store.folder_of_run is not None:
+        pictures.show_detections(
+            store.split("val"),
+            detections=detections,
+            truths=truths,
+            classes=curves,
+            metric=metric,
+            title=recipe.title,
+            folder=store.folder_of_run,
+        )
 
 
 def _without_later(config: BaseModel, *names: str) -> dict[str, Any]:
@@ -219,6 +280,7 @@ EVALUATORS: dict[str, Evaluator] = {
     "knn": Evaluator(version=1, needs=lambda _: {"train": ("centre",), "val": ("centre",)}, run=_knn),
     "classes": Evaluator(version=1, needs=lambda _: {"val": ("centre",)}, run=_classes),
     "voc-detection": Evaluator(version=1, needs=lambda _: {"val": ()}, run=_voc_detection),
+    "coco-detection": Evaluator(version=1, needs=lambda _: {"val": ()}, run=_coco_detection),
     "voc07-svm": Evaluator(
         version=1, needs=lambda settings: dict.fromkeys(("train", "val"), (settings.voc07_svm.view,)), run=_voc07_svm
     ),
@@ -235,7 +297,8 @@ def evaluate(
     protocols: Sequence[str] | None = None,
     dataset: str | None = None,
     classifier: nn.Module | None = None,
-    detector: FasterRcnn | None = None,
+    detector: TwoStageDetector | None = None,
+    folder: RunFolder | None = None,
     device: torch.device,
     report: Callable[[str], None],
 ) -> list[Result]:
@@ -252,7 +315,8 @@ def evaluate(
         protocols: keys of `EVALUATORS`; the recipe's if absent.
         dataset: another prepared data set than the recipe's.
         classifier: that a supervised training has learned on the encoder's features, for `classes`; moved to `device`.
-        detector: that a training has learned, for `voc-detection`; moved to `device`.
+        detector: that a training has learned, for `voc-detection` and `coco-detection`; moved to `device`.
+        folder: of the run that learned it, for pictures of its test; none are made if absent.
         device: where to compute.
         report: called with one line at a time.
 
@@ -277,6 +341,7 @@ def evaluate(
         report=report,
     )
     store.detector = None if detector is None else detector.to(device).eval()
+    store.folder_of_run = folder
     store.classifier = None if classifier is None else classifier.to(device).eval()
     with full_precision(device):  # whatever training ran in
         for split, views in _union_of_needs(names, recipe.evaluation).items():

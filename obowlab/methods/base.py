@@ -17,7 +17,7 @@ from obowlab.methods.detection.objects import Objects
 from obowlab.methods.online_classifier import OnlineClassifier
 
 if TYPE_CHECKING:
-    from obowlab.methods.detection.faster_rcnn import FasterRcnn
+    from obowlab.methods.detection.two_stage import TwoStageDetector
 
 T = TypeVar("T")
 SettingsT = TypeVar("SettingsT", bound=Section)
@@ -250,7 +250,7 @@ class Method(nn.Module, ABC, Generic[SettingsT]):
         return None
 
     @property
-    def own_detector(self) -> FasterRcnn | None:
+    def own_detector(self) -> TwoStageDetector | None:
         """Return what finds objects, of a method that learns that; else None."""
         return None
 

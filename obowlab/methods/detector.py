@@ -1,4 +1,4 @@
-"""Fine-tuning of a detector from an encoder (paper, Table 6's VOC columns, appendix C.4)."""
+"""Fine-tuning of a detector from an encoder (paper, Table 6's VOC columns, Table 9, appendix C.4)."""
 
 from __future__ import annotations
 
@@ -14,12 +14,14 @@ from obowlab.config.pixels import MEAN, STD
 from obowlab.methods.backbones import ResNet, build_backbone
 from obowlab.methods.base import Batch, Comm, Method, Preparation, StepOutput
 from obowlab.methods.detection.faster_rcnn import FasterRcnn
+from obowlab.methods.detection.mask_rcnn import MaskRcnn
 from obowlab.methods.detection.precise import set_precise_statistics
+from obowlab.methods.detection.two_stage import TwoStageDetector
 from obowlab.randomness import Stream, random_words
 
 
 class DetectorTraining(Method[Detector]):
-    """Faster R-CNN on the encoder, all of which learns.
+    """A detector on the encoder, all of which learns.
 
     Attributes:
         network: the detector.
@@ -36,14 +38,8 @@ class DetectorTraining(Method[Detector]):
     ) -> None:
         super().__init__(method, backbone=backbone, total_steps=total_steps, seed=seed, num_classes=num_classes, comm=comm)
         assert num_classes is not None, "data.protocol_needs refuses images without labels"
-        self.network = FasterRcnn(
-            build_backbone(backbone, seed=seed),
-            num_classes=num_classes,
-            seed=seed + 1,
-            sizes=method.anchors,
-            pooled=method.pooled,
-            regions=method.regions,
-        )
+        encoder = build_backbone(backbone, seed=seed)
+        self.network = build_detector(method, encoder=encoder, num_classes=num_classes, seed=seed + 1)
         self.register_buffer("pixels", torch.tensor((MEAN, STD), dtype=torch.float64))
         self.register_buffer("seed_of_regions", torch.tensor(seed, dtype=torch.int64))
         self.register_load_state_dict_post_hook(lambda *_: self._remember())  # type: ignore[no-untyped-call]
@@ -69,7 +65,7 @@ class DetectorTraining(Method[Detector]):
         return encoder
 
     @property
-    def own_detector(self) -> FasterRcnn:
+    def own_detector(self) -> TwoStageDetector:
         """Return the detector."""
         return self.network
 
@@ -89,7 +85,9 @@ class DetectorTraining(Method[Detector]):
         words = random_words(seed=self._seed, epoch=batch.step, indices=places, stream=Stream.REGIONS, count=2)
         seeds = (words[:, 0].astype(np.uint64) << np.uint64(32) | words[:, 1]) >> np.uint64(1)
         generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-        losses = self.network.losses(batch.original, objects=batch.objects, generators=generators)
+        losses = self.network.losses(
+            batch.original, objects=batch.objects, generators=generators, average=self.comm.all_reduce_mean
+        )
         return self._output(losses, {})
 
     def _remember(self) -> None:
@@ -108,15 +106,38 @@ class DetectorTraining(Method[Detector]):
             set_precise_statistics(self, forward=self, batches=further, total=total)
 
 
-def detector_from(state: Mapping[str, Tensor], *, encoder: ResNet, config: Detector) -> FasterRcnn:
+def build_detector(config: Detector, *, encoder: ResNet, num_classes: int, seed: int) -> TwoStageDetector:
+    """Return the detector that a recipe names, on an encoder.
+
+    Args:
+        config: of the recipe.
+        encoder: becomes part of it.
+        num_classes: of objects.
+        seed: of the new layers.
+    """
+    if config.architecture == "fpn":
+        return MaskRcnn(
+            encoder,
+            num_classes=num_classes,
+            seed=seed,
+            head=config.head,
+            sizes=config.anchors,
+            standard=config.standard_side,
+            width=config.width,
+            head_width=config.head_width,
+            regions=config.regions,
+        )
+    return FasterRcnn(
+        encoder, num_classes=num_classes, seed=seed, sizes=config.anchors, pooled=config.pooled, regions=config.regions
+    )
+
+
+def detector_from(state: Mapping[str, Tensor], *, encoder: ResNet, config: Detector) -> TwoStageDetector:
     """Return a detector from its state dict, on an encoder that takes its weights from it as well; in evaluation mode.
 
     Raises:
         KeyError, RuntimeError: tensors are missing, left over, or of another shape.
     """
-    num_classes = len(state["classes.bias"]) - 1
-    detector = FasterRcnn(
-        encoder, num_classes=num_classes, seed=0, sizes=config.anchors, pooled=config.pooled, regions=config.regions
-    )
+    detector = build_detector(config, encoder=encoder, num_classes=len(state["classes.bias"]) - 1, seed=0)
     detector.load_state_dict(dict(state))
     return detector.eval()

@@ -20,10 +20,11 @@ from obowlab.errors import UserError
 from obowlab.files.opening import files_in
 from obowlab.report.curves import Curve, cached_curves, with_point
 from obowlab.report.labels import in_short
-from obowlab.report.model import Gallery, Run, Setting, Site
+from obowlab.report.model import DetectionSet, Gallery, Run, Setting, Site
 from obowlab.report.trainings import trainings_of
 from obowlab.report.vocabulary_health import judge
 from obowlab.report.words_page import FACTS
+from obowlab.runs import detection_facts
 from obowlab.runs.folder import RunFolder
 from obowlab.runs.info import DAMAGED, RunInfo
 from obowlab.runs.listing import RunSummary, read_runs
@@ -232,6 +233,7 @@ def read_run(summary: RunSummary, *, record: Record) -> Run:
         curves=curves,
         findings=judge({name: curve for name, curve in curves.items() if not is_of_machine(name)}, recipe=info.recipe_values),
         gallery=find_gallery(summary.path / "words"),
+        detections=find_detections(summary.path),
     )
 
 
@@ -387,6 +389,13 @@ def find_gallery(folder: Path) -> Gallery | None:
     """Return a run's gallery of visual words, unread; None when there is none."""
     owner = folder.parent.stat().st_uid
     return Gallery(folder) if {FACTS, "index.html"} & {path.name for path in files_in(folder, owner=owner)} else None
+
+
+def find_detections(run: Path) -> tuple[DetectionSet, ...]:
+    """Return the tests of detectors in a run's folder, unread."""
+    owner, names = run.stat().st_uid, {detection_facts.FACTS, detection_facts.PAGE}
+    folders = detection_facts.detection_folders(run)
+    return tuple(DetectionSet(each) for each in folders if names & {path.name for path in files_in(each, owner=owner)})
 
 
 def brief(value: str) -> str:

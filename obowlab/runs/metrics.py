@@ -54,6 +54,7 @@ _TRAINING = (
     Metric("loss_rpn_boxes", "", "min", "A detector's part of the loss from where proposals are."),
     Metric("loss_classes", "nats", "min", "A detector's part of the loss from the classes of regions."),
     Metric("loss_boxes", "", "min", "A detector's part of the loss from where objects are in their regions."),
+    Metric("loss_masks", "nats", "min", "A detector's part of the loss from the masks of objects."),
     Metric("loss_small_crops", "nats", "min", "The part of the loss from the crops of the second size."),
     Metric("rotation_accuracy", "%", "max", "RotNet: rotated views whose rotation is recognised."),
     Metric(
@@ -107,6 +108,12 @@ _EVALUATION = (
     Metric("voc_ap50", "%", "max", "Average precision of a fine-tuned detector at an overlap of 0.5, over classes.", "eval"),
     Metric("voc_ap75", "%", "max", "The same at an overlap of 0.75.", "eval"),
     Metric("voc_ap", "%", "max", "The same, mean over overlaps of 0.5 to 0.95.", "eval"),
+    Metric("coco_box_ap50", "%", "max", "COCO's average precision of boxes at an overlap of 0.5, over classes.", "eval"),
+    Metric("coco_box_ap75", "%", "max", "The same at an overlap of 0.75.", "eval"),
+    Metric("coco_box_ap", "%", "max", "The same, mean over overlaps of 0.5 to 0.95.", "eval"),
+    Metric("coco_mask_ap50", "%", "max", "COCO's average precision of masks at an overlap of 0.5, over classes.", "eval"),
+    Metric("coco_mask_ap75", "%", "max", "The same at an overlap of 0.75.", "eval"),
+    Metric("coco_mask_ap", "%", "max", "The same, mean over overlaps of 0.5 to 0.95.", "eval"),
     Metric("svm_map", "%", "max", "Mean average precision of linear SVMs on frozen features, over classes.", "eval"),
 )
 

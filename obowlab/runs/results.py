@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
     from obowlab.config import Recipe
 
-LEARNED = ("classes", "voc-detection")
+LEARNED = ("classes", "voc-detection", "coco-detection")
 """Protocols that measure a network which the training learns beside the encoder."""
 
-WITHOUT_SETTINGS = ("voc-detection",)
+WITHOUT_SETTINGS = ("voc-detection", "coco-detection")
 """Protocols whose settings are those of the training."""
 
 ENDS = ("value", "interval", "low", "high")

@@ -9,8 +9,8 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 
 from obowlab.config import Detector
-from obowlab.data.boxes import read_boxes
 from obowlab.data.datasets import Split, trained_on
+from obowlab.data.objects import read_objects
 from obowlab.methods import Batch, Objects
 from obowlab.randomness import Ints
 from obowlab.training.context import RunContext
@@ -119,7 +119,7 @@ class ObjectFeed(Feed[ImageBatch]):
             height, width = image.pixels.shape[:2]
             place[:, :height, :width] = normalise(image.pixels[None], device=self._device, mean=mean, std=std)[0]
             boxes, labels = (values.to(self._device, non_blocking=True) for values in (image.boxes, image.labels))
-            objects.append(Objects(boxes, labels, (height, width)))
+            objects.append(Objects(boxes, labels, (height, width), image.outlines))
         return Batch(
             original=images,
             views={},
@@ -143,7 +143,7 @@ def open_feed(run: RunContext, *, split: Split) -> Feed[Any]:
         objects = DetectionLoader(
             split,
             subset=trained_on(split, recipe.data),
-            annotations=read_boxes(split),
+            annotations=read_objects(split),
             config=recipe.method,
             batch_size=recipe.training.batch_size,
             seed=run.seed,

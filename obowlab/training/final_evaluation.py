@@ -18,7 +18,7 @@ from obowlab.errors import UserError
 from obowlab.evaluation import evaluate
 from obowlab.files.replacing import write_atomic
 from obowlab.methods import ResNet
-from obowlab.methods.detection.faster_rcnn import FasterRcnn
+from obowlab.methods.detection.two_stage import TwoStageDetector
 from obowlab.methods.detector import detector_from
 from obowlab.methods.supervised import classifier_from
 from obowlab.runs.info import CLASSIFIER_FILE, DETECTOR_FILE, ENCODER_FILE
@@ -46,7 +46,7 @@ class Trained:
 
     encoder: ResNet
     classifier: nn.Module | None = None
-    detector: FasterRcnn | None = None
+    detector: TwoStageDetector | None = None
 
 
 def trained(run: RunContext) -> Trained | None:
@@ -103,7 +103,7 @@ def _read_classifier(run: RunContext) -> nn.Module | None:
         raise UserError(f"{path} is damaged.") from None
 
 
-def _read_detector(run: RunContext, *, encoder: ResNet, config: Detector) -> FasterRcnn | None:
+def _read_detector(run: RunContext, *, encoder: ResNet, config: Detector) -> TwoStageDetector | None:
     """Return the kept detector, whose encoder becomes this one; None where there is none.
 
     Raises:
@@ -185,6 +185,7 @@ def measure_one(run: RunContext, *, networks: Trained, subject: str, protocol: s
         networks.encoder,
         classifier=networks.classifier,
         detector=networks.detector,
+        folder=run.folder,
         recipe=run.recipe,
         machine=run.machine,
         subject=subject,

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from obowlab.config import Detector
-from obowlab.data.voc_boxes import Annotation
+from obowlab.data.annotations import Annotation
 from obowlab.errors import UserError
 from obowlab.randomness import Bools, Ints, Stream, epoch_order, uniforms
-from obowlab.views.detection_views import View, is_kept, moved, show, train_view
+from obowlab.views.detection_views import Floats, View, is_kept, moved, moved_points, show, train_view
 from obowlab.views.loaders import in_workers
 from obowlab.views.pil_views import decode
 
@@ -36,11 +36,13 @@ class ShownImage:
         pixels: uint8 [H, W, 3].
         boxes: of its objects, float32 [G, 4].
         labels: int64 [G].
+        outlines: polygons of every object, where they are known; see `methods.Objects`.
     """
 
     pixels: Tensor
     boxes: Tensor
     labels: Tensor
+    outlines: tuple[tuple[Floats, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -107,14 +109,16 @@ class DetectionLoader:
         """
         if batch_size % world_size:
             raise UserError(f"training.batch_size ({batch_size}) must be a multiple of the number of processes ({world_size}).")
-        chosen = [index for index in subset.tolist() if len(annotations[index].labels)]
+        learned = ((index, annotations[index]) for index in subset.tolist())
+        shown = {index: annotation.size for index, annotation in learned if annotation.is_trained_on.any()}
+        chosen = list(shown)
         if len(chosen) < batch_size:
             raise UserError(
                 f"training.batch_size ({batch_size}) is larger than the training set ({len(chosen)} images with objects)."
             )
         self.steps_per_epoch = config.steps_per_epoch
         self._chosen = np.array(chosen, dtype=np.int64)
-        self._is_wide = np.array([annotations[index].size[1] > annotations[index].size[0] for index in chosen])
+        self._is_wide = np.array([width > height for height, width in shown.values()])
         self._shower = _Shower(split, annotations, config, seed)
         self._batch_size, self._seed, self._workers, self._pin = batch_size, seed, workers, pin
         self._share = batch_size // world_size
@@ -177,12 +181,17 @@ class _Shower:
         for index, view in zip(indices.tolist(), self.views(indices, step=step), strict=True):
             annotation = self.annotations[index]
             boxes = moved(annotation.boxes, size=annotation.size, view=view)
-            kept = is_kept(boxes)
+            kept = is_kept(boxes) & annotation.is_trained_on
+            outlines = [outline for outline, is_own in zip(annotation.outlines, kept, strict=False) if is_own]
             found.append(
                 ShownImage(
                     pixels=torch.from_numpy(show(decode(self.split, index), view=view)),
                     boxes=torch.from_numpy(boxes[kept]).float(),
                     labels=torch.from_numpy(annotation.labels[kept]),
+                    outlines=tuple(
+                        tuple(moved_points(points, size=annotation.size, view=view) for points in outline.drawn)
+                        for outline in outlines
+                    ),
                 )
             )
         return found

@@ -80,6 +80,16 @@ def moved(boxes: Floats, *, size: tuple[int, int], view: View) -> Floats:
     return clipped
 
 
+def moved_points(points: Floats, *, size: tuple[int, int], view: View) -> Floats:
+    """Return the points of a polygon, x0, y0, x1, y1, ..., of an image in a view, [2 P]; they may lie outside of it."""
+    (height, width), (to_height, to_width) = size, view.size
+    found = points.reshape(-1, 2) * np.array([to_width / width, to_height / height])
+    if view.flipped:
+        found[:, 0] = to_width - found[:, 0]
+    flat: Floats = found.reshape(-1)
+    return flat
+
+
 def is_kept(boxes: Floats) -> npt.NDArray[np.bool_]:
     """Return which boxes [G, 4] are trained on, bool [G]."""
     kept: npt.NDArray[np.bool_] = (boxes[:, 2:] - boxes[:, :2]).min(axis=1) > SMALLEST_SIDE
