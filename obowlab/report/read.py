@@ -193,8 +193,8 @@ def read_run(summary: RunSummary, *, record: Record) -> Run:
     """
     info, state = summary.info, summary.state
     folder = RunFolder(summary.path, info)
-    attempts, mlflow = folder.attempts(), folder.mlflow_runs()
-    store, mlflow_run_id = list(mlflow.items())[-1] if mlflow else ("", None)
+    attempts, mlflow = folder.attempts(), folder.mlflow_places()
+    store, (experiment, mlflow_run_id) = list(mlflow.items())[-1] if mlflow else ("", (None, None))
     facts = {key: value for attempt in attempts for key, value in attempt.items()}
     recipe = describe(info.name, recipe=json.dumps(info.recipe_values), sources=json.dumps(info.sources))
     epochs = _epochs(info)
@@ -222,7 +222,7 @@ def read_run(summary: RunSummary, *, record: Record) -> Run:
         data_hash=facts.get("data_hash"),
         mlflow_run_id=mlflow_run_id,
         tags=tuple(folder.tags()),
-        mlflow_page=mlflow_page(mlflow_run_id, store=store),
+        mlflow_page=mlflow_page(mlflow_run_id, experiment=experiment, store=store),
         mlflow_local=not store.startswith("http"),
         starts=len(attempts),
         machine={label: str(facts[key]) for key, label in MACHINE_FACTS.items() if facts.get(key) is not None},
@@ -261,18 +261,22 @@ def cache_curves(folder: RunFolder) -> None:
         cached_curves(folder.path, epochs=_epochs(folder.info))
 
 
-def mlflow_page(run_id: str | None, *, store: str) -> str | None:
+def mlflow_page(run_id: str | None, *, experiment: str | None, store: str) -> str | None:
     """Return the address of a run's page in MLflow, without a login; None for a run that was never sent.
 
     Args:
         run_id: MLflow's id.
+        experiment: in which the run is; without it MLflow does not show the run among trainings.
         store: where it was sent: the address of a server, or of a database that `obowlab ui` shows.
     """
     if run_id is None or not run_id.isalnum():
         return None
     server = urlsplit(store if store.startswith(("http://", "https://")) else LOCAL_UI)
     place = server.netloc.rpartition("@")[2]
-    return f"{server.scheme}://{place}{server.path.rstrip('/')}/#/runs/{run_id}"
+    page = f"runs/{run_id}"
+    if experiment is not None and experiment.isalnum():
+        page = f"experiments/{experiment}/{page}?workflowType=machine_learning"
+    return f"{server.scheme}://{place}{server.path.rstrip('/')}/#/{page}"
 
 
 def is_of_machine(metric: str) -> bool:

@@ -282,9 +282,17 @@ class RunFolder:
 
     def mlflow_runs(self) -> dict[str, str]:
         """Return MLflow's id of this run in every store, by its address without passwords; the last last."""
+        return {store: run_id for store, (_, run_id) in self.mlflow_places().items()}
+
+    def mlflow_places(self) -> dict[str, tuple[str | None, str]]:
+        """Return the experiment, where it is known, and MLflow's id of this run in every store, as `mlflow_runs`."""
         try:
             stores = read_checked(self.mirror_path)["stores"]
-            return {str(store): str(sent["run_id"]) for store, sent in stores.items() if sent.get("run_id")}
+            return {
+                str(store): (None if sent.get("experiment") is None else str(sent["experiment"]), str(sent["run_id"]))
+                for store, sent in stores.items()
+                if sent.get("run_id")
+            }
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return {}
 

@@ -53,6 +53,7 @@ class Sent(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
 
+    experiment: str | None = None
     run_id: str | None = None
     params: bool = False
     tags: dict[str, str] = {}
