@@ -48,7 +48,7 @@ def test_it_holds_the_package_and_the_project_files_that_commands_read(wheel: Pa
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert {name for name in held if not name.startswith(BUNDLED)} == files("obowlab", "**/*.py")
     project = files("experiments", "**/*.toml") | files("ablations", "*.toml") | files("dashboards/report", "*")
-    assert {f"{BUNDLED}/{name}" for name in project | files("dashboards", "*.html")} <= held
+    assert {f"{BUNDLED}/{name}" for name in project | files("dashboards", "*")} <= held
     others = {name for name in held if name.startswith(BUNDLED)} - {f"{BUNDLED}/{name}" for name in project}
     assert not [name for name in others if not name.startswith((f"{BUNDLED}/ablations/results/", f"{BUNDLED}/dashboards/"))]
     assert not [name for name in held if "dashboards/services" in name]
@@ -119,5 +119,9 @@ def test_it_runs_the_demo_from_an_empty_folder_in_an_environment_of_its_own(whee
     assert "demo-bownet" in say("obowlab", "config", "list")
     assert "soft codes" in say("obowlab", "table", "table3", "--scale", "demo")
     assert f"sqlite:///{folder}/runs/mlflow.db" in say("obowlab", "ui", "--dry-run")
+    assert "words/index.html" in say("obowlab", "words", "demo")
+    assert "Wrote demo.safetensors" in say("obowlab", "weights", "export", "demo", "--out", "demo.safetensors")
+    assert "knn_top1" in say("obowlab", "eval", "demo.safetensors", "--dataset", "synthetic", "--protocol", "knn")
     say("obowlab", "report")
     assert (folder / "report" / "index.html").is_file()
+    assert (folder / "report" / "words.js").is_file()
