@@ -31,7 +31,7 @@ from obowlab.methods.detection.boxes import HEAD_WEIGHTS, RPN_WEIGHTS, clip, dec
 from obowlab.methods.detection.faster_rcnn import FasterRcnn
 from obowlab.methods.detection.matching import IGNORED, NEGATIVE, POSITIVE, match, sample
 from obowlab.methods.detection.precise import set_precise_statistics
-from obowlab.methods.detection.rpn import RegionProposals
+from obowlab.methods.detection.rpn import Level, RegionProposals
 from obowlab.methods.schedules import learning_rate
 from obowlab.runs.detection_facts import read_detection
 from obowlab.views.detection_loader import DetectionLoader, batch_order
@@ -243,15 +243,15 @@ def test_overlapping_boxes_are_thinned_out_as_a_slow_version_does() -> None:
 
 
 def test_the_losses_of_proposals_are_those_of_a_slow_version() -> None:
-    rpn = RegionProposals(8, stride=16, sizes=(32.0, 64.0))
+    rpn = RegionProposals(8, levels=(Level(16, (32.0, 64.0)),))
     generator = torch.Generator().manual_seed(4)
-    maps = torch.randn(2, 8, 6, 7, generator=generator)
-    anchors, scores, deltas = rpn(maps)
+    predicted = rpn([torch.randn(2, 8, 6, 7, generator=generator)])
+    anchors, scores, deltas = predicted.anchors, predicted.scores, predicted.deltas
     assert anchors.shape == (6 * 7 * 6, 4)
     assert rpn.deltas.weight.std() < 0.02
     objects = [random_boxes(3, seed=5), torch.zeros(0, 4)]
     keys = [torch.rand(len(anchors), generator=generator) for _ in range(2)]
-    found = rpn.losses(anchors, scores=scores, deltas=deltas, objects=objects, keys=keys)
+    found = rpn.losses(predicted, objects=objects, keys=keys)
     of_scores, of_boxes = 0.0, 0.0
     for image in range(2):
         overlaps = box_iou(objects[image], anchors)
@@ -272,9 +272,10 @@ def test_the_losses_of_proposals_are_those_of_a_slow_version() -> None:
 
 
 def test_a_score_and_its_box_belong_to_the_same_anchor() -> None:
-    rpn = RegionProposals(4, stride=16, sizes=(32.0,))
+    rpn = RegionProposals(4, levels=(Level(16, (32.0,)),))
     maps = torch.randn(1, 4, 2, 3, generator=torch.Generator().manual_seed(6))
-    _, scores, deltas = rpn(maps)
+    predicted = rpn([maps])
+    scores, deltas = predicted.scores, predicted.deltas
     x = F.relu(rpn.conv(maps))
     raw_scores, raw_deltas = rpn.objectness(x), rpn.deltas(x)
     for row in range(2):

@@ -24,13 +24,14 @@ from torch import Tensor, nn
 from torchvision.ops import roi_align
 
 from obowlab.config import Backbone, Detector, Loaded, Machine, load_recipe
-from obowlab.data import drawn_coco
+from obowlab.data import drawn_coco, drawn_voc
 from obowlab.data.annotations import Annotation, Outline
 from obowlab.data.coco import find_coco
 from obowlab.data.datasets import open_split, prepare
 from obowlab.data.drawn_voc import CLASS_NAMES
 from obowlab.data.objects import read_objects
 from obowlab.data.opening import open_source
+from obowlab.data.protocol_needs import refuse_unlabelled, unmet_needs
 from obowlab.errors import UserError
 from obowlab.evaluation.detection.coco_metric import RECALLS, Sighting, evaluated, judge_coco, summary
 from obowlab.evaluation.detection.scoring import measure, precisions
@@ -552,14 +553,16 @@ def test_outlines_are_scaled_and_flipped_as_boxes_are() -> None:
     assert moved_points(corners, size=(50, 100), view=View((100, 50), flipped=True)).tolist() == [45, 40, 35, 40, 35, 88]
 
 
-def test_boxes_alone_are_refused_where_masks_are_learned(tmp_path: Path, coco: Path) -> None:
-    from obowlab.data import drawn_voc
-
+def test_boxes_alone_are_refused_where_masks_are_learned(tmp_path: Path) -> None:
     prepare("drawn-voc", source=drawn_voc.draw_voc(tmp_path), data_root=tmp_path / "data", workers=1)
-    changes = (*QUICK, "data.dataset=drawn-voc")
-    machine = Machine(data_root=tmp_path / "data", runs_root=tmp_path / "runs", device="cpu", loader="torch", workers=0)
+    recipe = load_recipe("coco-detection-demo", overrides=("data.dataset=drawn-voc",)).recipe
     with pytest.raises(UserError, match="'drawn-voc' has boxes but no outlines"):
-        complete(load_recipe("coco-detection-demo", overrides=changes), machine=machine)
+        refuse_unlabelled(recipe, train=open_split("drawn-voc", "train", data_root=tmp_path / "data"))
+    unmet = unmet_needs(recipe, data_root=tmp_path / "data", runs_root=tmp_path / "runs")
+    assert "'drawn-voc' has boxes but no outlines" in unmet["coco-detection"]
+    boxes = load_recipe("voc-detection-demo", overrides=("evaluation.protocols=['coco-detection']",)).recipe
+    unmet = unmet_needs(boxes, data_root=tmp_path / "data", runs_root=tmp_path / "runs")
+    assert "method.architecture c4 learns no masks; recipe coco-detection does" in unmet["coco-detection"]
 
 
 # ------------------------------------------------------------------------------------------------------------- a whole run

@@ -114,4 +114,4 @@ def run_lengths(mask: NDArray[np.bool_]) -> list[int]:
     """Return how many pixels of a mask [H, W] are in turn outside and inside, column by column, beginning with those outside."""
     flat = np.concatenate(([False], mask.T.reshape(-1)))
     changes = np.flatnonzero(flat[1:] != flat[:-1])
-    return np.diff(np.concatenate(([0], changes, [mask.size]))).tolist()
+    return [int(length) for length in np.diff(np.concatenate(([0], changes, [mask.size])))]

@@ -23,19 +23,19 @@ from obowlab.errors import UserError
 Ints = npt.NDArray[np.int64]
 
 _KINDS = {
-    "ends": (np.int64, 1),
-    "boxes": (np.float64, 2),
-    "labels": (np.int64, 1),
-    "difficult": (np.bool_, 1),
+    "ends": (np.dtype(np.int64), 1),
+    "boxes": (np.dtype(np.float64), 2),
+    "labels": (np.dtype(np.int64), 1),
+    "difficult": (np.dtype(np.bool_), 1),
 }
 _OF_OUTLINES = {
-    "areas": (np.float64, 1),
-    "crowd": (np.bool_, 1),
-    "polygon_ends": (np.int64, 1),
-    "point_ends": (np.int64, 1),
-    "points": (np.float64, 1),
-    "count_ends": (np.int64, 1),
-    "counts": (np.int64, 1),
+    "areas": (np.dtype(np.float64), 1),
+    "crowd": (np.dtype(np.bool_), 1),
+    "polygon_ends": (np.dtype(np.int64), 1),
+    "point_ends": (np.dtype(np.int64), 1),
+    "points": (np.dtype(np.float64), 1),
+    "count_ends": (np.dtype(np.int64), 1),
+    "counts": (np.dtype(np.int64), 1),
 }
 
 
@@ -61,7 +61,7 @@ def write_objects(path: Path, annotations: Sequence[Annotation]) -> None:
             "counts": np.concatenate([*counts, np.zeros(0, dtype=np.int64)]),
         }
     content = io.BytesIO()
-    np.savez(content, **arrays)
+    np.savez(content, **arrays)  # type: ignore[arg-type]
     path.write_bytes(content.getbuffer())
 
 
@@ -106,12 +106,12 @@ class Annotations(Sequence[Annotation]):
         return Outline(
             polygons=tuple(self._arrays["points"][each].astype(np.float64) for each in points),
             counts=counts if self._arrays["crowd"][place] else None,
-            area=float(self._arrays["areas"][place]),  # type: ignore[arg-type]
+            area=float(self._arrays["areas"][place]),
         )
 
     def _of(self, ends: str, place: int) -> slice:
         values = self._arrays[ends]
-        return slice(int(values[place - 1]) if place else 0, int(values[place]))  # type: ignore[call-overload]
+        return slice(int(values[place - 1]) if place else 0, int(values[place]))
 
 
 def read_objects(split: Prepared) -> Annotations:
@@ -147,7 +147,9 @@ def _ends(lengths: Sequence[int]) -> Ints:
 def _fits(arrays: dict[str, npt.NDArray[np.generic]]) -> bool:
     """Return whether arrays are those that `write_objects` writes: their kinds and lengths."""
     kinds = _KINDS | (_OF_OUTLINES if "areas" in arrays else {})
-    if arrays.keys() != kinds.keys() or any((arrays[name].dtype, arrays[name].ndim) != kind for name, kind in kinds.items()):
+    if arrays.keys() != kinds.keys() or any(
+        arrays[name].dtype != dtype or arrays[name].ndim != axes for name, (dtype, axes) in kinds.items()
+    ):
         return False
     number = len(arrays["labels"])
     rows = ["boxes", "difficult", *(["areas", "crowd", "polygon_ends", "count_ends"] if "areas" in arrays else [])]

@@ -124,7 +124,7 @@ class MaskRcnn(TwoStageDetector):
             return [replace(each, masks=each.boxes.new_zeros(0, side, side)) for each in found]
         labels = torch.cat([each.labels for each in found])
         sure = at_least_float32(self.mask_head(pooled))[torch.arange(len(labels), device=labels.device), labels].sigmoid()
-        of_images = sure.split([len(each.boxes) for each in found])
+        of_images = torch.split(sure, [len(each.boxes) for each in found])
         return [replace(each, masks=masks) for each, masks in zip(found, of_images, strict=True)]
 
     def _pooled(self, maps: Sequence[Tensor], *, regions: Sequence[Tensor], side: int) -> Tensor:

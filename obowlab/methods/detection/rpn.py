@@ -112,10 +112,11 @@ class RegionProposals(nn.Module):
             how: how many.
         """
         proposals = []
-        anchors = predicted.anchors.split(predicted.of_levels)
+        counts = list(predicted.of_levels)
+        anchors = torch.split(predicted.anchors, counts)
         for score, delta, size in zip(predicted.scores, predicted.deltas, sizes, strict=True):
             boxes, values, levels = [], [], []
-            parts = zip(anchors, score.split(predicted.of_levels), delta.split(predicted.of_levels), strict=True)
+            parts = zip(anchors, torch.split(score, counts), torch.split(delta, counts), strict=True)
             for level, (of_level, scores, deltas) in enumerate(parts):
                 best = torch.sort(scores, descending=True, stable=True)
                 places = best.indices[: how.before]
