@@ -25,6 +25,7 @@ from obowlab.cli import cli, main
 from obowlab.config import Recipe, load_machine, load_recipe
 from obowlab.config.scales import SCALES
 from obowlab.config.validation import known_keys
+from obowlab.data.catalogue import DATASETS
 from obowlab.errors import UserError
 from obowlab.studies.spec import load_study, plan_study
 from obowlab.tables.costs import load_costs
@@ -343,6 +344,16 @@ def test_identifiers_occur_in_the_code(page: str) -> None:
 def anchors(page: Path) -> set[str]:
     headings = re.findall(r"(?m)^#+ (.+)$", re.sub(r"(?ms)^```.*?^```$", "", page.read_text(encoding="utf-8")))
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_data_set_of_the_catalogue_is_on_its_page() -> None:
+    rows = [line.split(" | ") for line in (ROOT / "docs/data.md").read_text(encoding="utf-8").splitlines()]
+    shown = {row[0].strip("| `"): row[2:4] for row in rows if row[0].startswith("| `")}
+    numbers = {
+        name: [f"{info.num_classes}", ", ".join(f"{count:,}".replace(",", " ") for count in info.num_images.values())]
+        for name, info in DATASETS.items()
+    }
+    assert shown == numbers
 
 
 @pytest.mark.parametrize("page", PAGES)

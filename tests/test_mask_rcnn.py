@@ -21,7 +21,7 @@ from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
-from torchvision.ops import roi_align
+from torchvision.ops import box_iou, roi_align
 
 from obowlab.config import Backbone, Detector, Loaded, Machine, load_recipe
 from obowlab.data import drawn_coco, drawn_voc
@@ -34,12 +34,14 @@ from obowlab.data.opening import open_source
 from obowlab.data.protocol_needs import refuse_unlabelled, unmet_needs
 from obowlab.errors import UserError
 from obowlab.evaluation.detection.coco_metric import RECALLS, Sighting, evaluated, judge_coco, summary
+from obowlab.evaluation.detection.coco_testing import judge_coco_images
 from obowlab.evaluation.detection.scoring import measure, precisions
 from obowlab.methods import DetectorTraining, Objects, OneProcess, build_backbone
 from obowlab.methods.detection.mask_rcnn import MaskRcnn
 from obowlab.methods.detection.masks import put_into_image, targets
 from obowlab.methods.detection.pyramid import FeaturePyramid, level_of, pool
 from obowlab.methods.detection.rpn import Level, Proposing, RegionProposals
+from obowlab.methods.detection.two_stage import Detections
 from obowlab.methods.schedules import learning_rate
 from obowlab.views.detection_loader import DetectionLoader
 from obowlab.views.detection_views import View, moved_points
@@ -192,6 +194,29 @@ def test_nothing_found_is_nothing_right() -> None:
     assert precisions(judged[0], np.ones((1, 3)), recalls=RECALLS).tolist() == [[0.0]] * 10
     assert judged[0].objects.tolist() == [1, 1, 0], "a crowd is not to be found"
     assert summary(None) == {}
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_pictures_show_of_every_detection_what_the_metric_says(seed: int) -> None:
+    truths, sightings = random_set(seed)
+    found = []
+    for image in range(len(truths)):
+        own = [each for each in sightings if each.image == image]
+        boxes = torch.tensor([each.box for each in own]).reshape(-1, 4)
+        labels = torch.tensor([each.label for each in own], dtype=torch.int64)
+        scores = torch.tensor([each.score for each in own], dtype=torch.float64)
+        found.append(Detections(boxes, labels, scores, torch.ones(len(own), 28, 28)))
+    test = judge_coco_images(found, truths=truths, class_names=("a", "b", "c"))
+    judged = test.judged["coco_box"].values()
+    assert sum(int(each.right[0].sum()) for each in judged) == sum(int(each.right.sum()) for each in test.detections) > 5
+    assert sum(int(each.wrong[0].sum()) for each in judged) == sum(int(each.wrong.sum()) for each in test.detections) > 5
+    for truth, shown_, given in zip(truths, test.detections, found, strict=True):
+        assert sorted(shown_.boxes.tolist()) == sorted(given.boxes.double().tolist())
+        real = np.array([not outline.is_crowd for outline in truth.outlines], dtype=np.bool_)
+        for box, label, is_right in zip(shown_.boxes, shown_.labels, shown_.right, strict=True):
+            of_class = torch.from_numpy(truth.boxes[real & (truth.labels == label)])
+            best = box_iou(torch.from_numpy(box)[None], of_class).max() if len(of_class) else 0.0
+            assert not is_right or best >= 0.5 - 1e-9
 
 
 # --------------------------------------------------------------------------------------------------------------- the masks

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from obowlab.data.annotations import Annotation
-from obowlab.data.objects import Annotations
 from obowlab.evaluation.detection.coco_metric import Kind, Sighting, evaluated, judge_coco, summary
 from obowlab.evaluation.detection.pictures import Detections as Shown
 from obowlab.evaluation.detection.scoring import Judged, by_image
@@ -35,7 +34,7 @@ class CocoTest:
     detections: tuple[Shown, ...]
 
 
-def judge_coco_images(found: Iterable[Detections], *, truths: Annotations, class_names: tuple[str, ...]) -> CocoTest:
+def judge_coco_images(found: Iterable[Detections], *, truths: Sequence[Annotation], class_names: tuple[str, ...]) -> CocoTest:
     """Judge what was found in every image of a split, in order.
 
     Args:
@@ -77,7 +76,7 @@ def sightings_in(found: Detections, *, image: int, size: tuple[int, int]) -> lis
     return sightings
 
 
-def objects_of(truths: Annotations) -> list[list[float]]:
+def objects_of(truths: Sequence[Annotation]) -> list[list[float]]:
     """Return what identifies the objects of every image: boxes, classes, areas and crowds."""
     return [_numbers(each) for each in truths]
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from obowlab.data.objects import Annotations
+from obowlab.data.annotations import Annotation
 from obowlab.evaluation.detection.pictures import Detections as Shown
 from obowlab.evaluation.detection.scoring import Judged, by_image, judge
 from obowlab.evaluation.detection.voc_metric import Found, Truth, as_written
@@ -25,7 +25,7 @@ class VocTest:
     detections: tuple[Shown, ...]
 
 
-def judge_voc_images(found: Iterable[Detections], *, truths: Annotations, class_names: tuple[str, ...]) -> VocTest:
+def judge_voc_images(found: Iterable[Detections], *, truths: Sequence[Annotation], class_names: tuple[str, ...]) -> VocTest:
     """Judge what was found in every image of a split, in order.
 
     Args:
