@@ -87,8 +87,8 @@ def evaluate(
     weights file (ours, torchvision's or the authors') or a model version in MLflow, models:/NAME/VERSION: its results are
     printed.
 
-    Some protocols train a classifier, or the whole network, for hours: linear-imagenet, places205, semi-1, semi-10. Each is a
-    recipe, and its training a run of its own, which the same command continues.
+    Some protocols train a classifier, a detector or the whole network, for hours: linear-imagenet, places205, semi-1, semi-10,
+    voc-detection, coco-detection. Each is a recipe, and its training a run of its own, which the same command continues.
     """
     from obowlab.config.protocols import recipe_of
     from obowlab.launch.preflight import check_protocols
