@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from obowlab.config import Linear
 from obowlab.errors import UserError
-from obowlab.evaluation import _without_later
+from obowlab.evaluation.evaluators import _without_later
 from obowlab.evaluation.linear import PROBE_LANE, linear_probe, probe_learning_rate, train_probe
 from obowlab.randomness import Stream, epoch_order, uniforms
 from tests.largest import LargestFloats

@@ -12,7 +12,7 @@ from torch import Tensor
 from obowlab.config import Linear, Recipe
 from obowlab.data.datasets import DATASETS, Split, trained_on
 from obowlab.data.manifest import read_manifest
-from obowlab.evaluation import PROBE_SEED
+from obowlab.evaluation.evaluators import PROBE_SEED
 from obowlab.evaluation.features import BATCH_SIZE, frozen
 from obowlab.evaluation.fewshot import authors_episodes, episode_answers
 from obowlab.evaluation.knn import neighbour_votes
