@@ -14,7 +14,6 @@ from obowlab.config import Detector, Evaluation, Recipe, canonical_hash
 from obowlab.data.class_lists import class_list
 from obowlab.data.objects import Annotations, read_objects
 from obowlab.data.protocol_needs import refuse_unmet, same_classes_need, several_classes_need
-from obowlab.evaluation import svm
 from obowlab.evaluation.classes import accuracies
 from obowlab.evaluation.detection import coco_testing, pictures, scoring, testing
 from obowlab.evaluation.detection.coco_metric import RECALLS
