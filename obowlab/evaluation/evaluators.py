@@ -114,6 +114,7 @@ def _knn(store: FeatureStore, recipe: Recipe, report: Callable[[str], None]) -> 
 
 
 def _voc07_svm(store: FeatureStore, recipe: Recipe, report: Callable[[str], None]) -> Outcome:
+    from obowlab.evaluation import svm  # late: scipy takes half a second to import
 
     config, train, val = recipe.evaluation.voc07_svm, store.split("train"), store.split("val")
     refuse_unmet(several_classes_need(train, val, config=config))
