@@ -43,9 +43,12 @@ from obowlab.methods.detection.pyramid import FeaturePyramid, level_of, pool
 from obowlab.methods.detection.rpn import Level, Proposing, RegionProposals
 from obowlab.methods.detection.two_stage import Detections
 from obowlab.methods.schedules import learning_rate
+from obowlab.runs.detection_facts import read_detection
+from obowlab.runs.folder import RunFolder
 from obowlab.views.detection_loader import DetectionLoader
 from obowlab.views.detection_views import View, moved_points
-from tests.runs import complete, points, start
+from tests.command_line import Obowlab
+from tests.runs import complete, points, small_recipe, start
 
 # ------------------------------------------------------------------------------------------------------------- the metric
 
@@ -616,6 +619,36 @@ def test_masks_are_trained_and_tested(coco: Path, tmp_path: Path) -> None:
     assert {each["count"] for each in result["measurements"]} == {400}
     assert "loss_masks" in points(folder)[-1][1]
     assert complete(loaded, machine=machine).results() == [result], "it is not measured again"
+
+
+def test_eval_adds_what_it_measures_to_the_run(workplace: Path, data_root: Path, coco: Path, obowlab: Obowlab) -> None:
+    (workplace / "data").mkdir()
+    for folder in (data_root / "small", coco / "data" / "drawn-coco"):
+        (workplace / "data" / folder.name).symlink_to(folder)
+    small_recipe(workplace, dataset="small", epochs=1, overrides=("evaluation.protocols=[]",))
+    quiet = ("--device", "cpu", "--loader", "torch", "--workers", "0")
+    assert obowlab("run", "small", *quiet)[0] == 0
+    words = ["eval", "small", "--protocol", "coco-detection", "--preset", "demo", *quiet]
+    words += [word for change in QUICK for word in ("--set", change)]
+    code, out, err = obowlab(*words, "--dry-run")
+    assert code == 0, err
+    assert not (workplace / "runs" / ".weights").exists()
+    code, out, err = obowlab(*words)
+    assert code == 0, err
+    assert "coco_mask_ap75" in out
+    assert "Not comparable with the paper's value: 400 test images instead of 5000" in out
+    (run,) = (RunFolder.open(path.parent) for path in (workplace / "runs").glob("small-s0-*/run.json"))
+    (result,) = (each for each in run.results() if each["protocol"] == "coco-detection")
+    trained = result["details"]["trained_in"]
+    assert result["details"]["metric"].startswith("COCO by pycocotools 2.")
+    assert trained.startswith("coco-detection-demo-s0-")
+    for folder in (run.path, workplace / "runs" / trained):
+        facts, pictures = read_detection(folder / "detection" / trained)
+        assert facts.num_images == 400
+        assert len(pictures) >= 12
+    again = obowlab(*words)
+    assert again[0] == 0
+    assert "is finished" in again[1]
 
 
 def test_a_training_that_is_killed_and_continued_ends_as_one_that_was_not(coco: Path, tmp_path: Path) -> None:
