@@ -506,7 +506,10 @@ def test_a_command_that_is_killed_continues(file: str, obowlab: Obowlab, workpla
     assert {**first, "elapsed_s": 0} == {**whole, "elapsed_s": 0}
 
 
-@pytest.mark.parametrize(
+LAYOUTS = [("voc", "VOC2007", 1000), ("coco", "coco", 1000), ("places", "places205", 1080)]
+
+
+@pytest.mark.parametrize(("layout", "name", "count"), LAYOUTS)
     ("layout", "name", "count"), [("voc", "VOC2007", 1000), ("coco", "coco", 1000), ("places", "places205", 1080)]
 )
 @pytest.mark.usefixtures("workplace")
