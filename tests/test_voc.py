@@ -510,8 +510,6 @@ LAYOUTS = [("voc", "VOC2007", 1000), ("coco", "coco", 1000), ("places", "places2
 
 
 @pytest.mark.parametrize(("layout", "name", "count"), LAYOUTS)
-    ("layout", "name", "count"), [("voc", "VOC2007", 1000), ("coco", "coco", 1000), ("places", "places205", 1080)]
-)
 @pytest.mark.usefixtures("workplace")
 def test_draw_says_what_it_would_do_and_what_to_do_next(obowlab: Obowlab, layout: str, name: str, count: int) -> None:
     code, out, _ = obowlab("data", "draw", layout, "here", "--dry-run")
