@@ -68,7 +68,7 @@ def test_table9_can_be_measured_at_every_scale(scale: str) -> None:
     assert table.protocols == ("coco-detection",)
     assert {"random", "supervised", "obow"} <= table.pretraining.keys()
     shown = {line[0]: line[2:] for line in overview(table, transfers=Transfers())}
-    assert shown["OBoW"] == ["40.8", "36.4"]
+    assert [value for value in shown["OBoW"] if value != "–"] == ["40.8", "36.4"], "beside ours, which are missing"
 
 
 FILE = """
