@@ -32,6 +32,8 @@ class Stream(IntEnum):
     CUTMIX = 8
     EPISODES = 9
     VOCABULARY = 10
+    SIDES = 11
+    REGIONS = 12
 
 
 MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))

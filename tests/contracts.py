@@ -6,12 +6,13 @@ import copy
 import dataclasses
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from obowlab.config import Recipe, recipe_from_values
-from obowlab.config.methods import learns_from_labels, word_levels
-from obowlab.methods import METHODS, Batch, Method, OneProcess, Preparation, StepOutput, build_backbone
+from obowlab.config.methods import needs_classes, word_levels
+from obowlab.methods import METHODS, Batch, Method, Objects, OneProcess, Preparation, StepOutput, build_backbone
 from obowlab.runs.metrics import lookup
 
 ONLINE = frozenset({"monitor_loss", "monitor_accuracy"})
@@ -22,10 +23,21 @@ VALUES: dict[str, dict[str, object]] = {
     "moco": {"method.batchnorm_splits": 2, "method.queue_size": 10},
     "byol": {"method.projection_size": 8, "method.hidden_size": 16},
     "simclr": {"method.projection_size": 8},
+    "detector": {"method.anchors": [8.0, 16.0], "method.pooled": 4, "method.regions": 16, "method.precise_batches": 2},
+    "masks": {
+        "method.name": "detector",
+        "method.architecture": "fpn",
+        "method.anchors": [4.0, 8.0, 16.0, 32.0, 64.0],
+        "method.standard_side": 24.0,
+        "method.width": 8,
+        "method.head_width": 16,
+        "method.regions": 16,
+        "method.precise_batches": 2,
+    },
     "simsiam": {"method.projection_size": 16, "method.prediction_size": 8},
     "swav": {"method.hidden_size": 16, "method.projection_size": 8, "method.num_prototypes": 12, "method.queue_size": 8},
 }
-"""What the methods need that cannot train four small images with their default settings."""
+"""What the methods need that cannot train four small images with their default settings, and methods in another form."""
 
 
 def small_preparation(recipe: Recipe, *, num_images: int = 13, size: int = 40, dtype: torch.dtype = torch.float32) -> Preparation:
@@ -44,10 +56,23 @@ def small_preparation(recipe: Recipe, *, num_images: int = 13, size: int = 40, d
     )
 
 
+def objects_of(step: int, *, size: int = 40, dtype: torch.dtype = torch.float32) -> tuple[Objects, ...]:
+    """Return two objects, rectangles, in each of `NUM_IMAGES` square images."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    found = []
+    for _ in range(NUM_IMAGES):
+        corners = torch.rand(2, 2, generator=generator) * 0.5 * size
+        boxes = torch.cat((corners, corners + size * (0.2 + 0.2 * torch.rand(2, 2, generator=generator))), dim=1)
+        outlines = tuple((np.array([x0, y0, x1, y0, x1, y1, x0, y1]),) for x0, y0, x1, y1 in boxes.tolist())
+        labels = torch.randint(NUM_CLASSES, (2,), generator=generator)
+        found.append(Objects(boxes.to(dtype), labels, (size, size), outlines))
+    return tuple(found)
+
+
 class MethodContract:
     """One training step at a time: finite, deterministic, resumable, and deaf to everything but its arguments."""
 
-    @pytest.fixture(params=sorted(METHODS))
+    @pytest.fixture(params=sorted({*METHODS, *VALUES}))
     def recipe(self, request: pytest.FixtureRequest) -> Recipe:
         values = {"method.name": request.param, "backbone.stem": "small", "backbone.width": 4, **VALUES.get(request.param, {})}
         return recipe_from_values(values, sources=dict.fromkeys(values, "contracts.py"))
@@ -68,6 +93,7 @@ class MethodContract:
             uniforms=torch.rand(NUM_IMAGES, num_uniforms, generator=generator, dtype=torch.float64),
             labels=torch.randint(NUM_CLASSES, (NUM_IMAGES,), generator=generator),
             step=step,
+            objects=objects_of(step),
         )
 
     def train(self, method: Method[Any], optimizer: torch.optim.SGD, steps: range) -> StepOutput:
@@ -83,7 +109,7 @@ class MethodContract:
         output = self.train(method, optimizer, range(2))
         assert output.loss.shape == ()
         assert output.metrics.keys() & {"loss", *ONLINE} == {"loss", *(ONLINE if method.monitor else ())}
-        assert (method.monitor is None) == learns_from_labels(recipe.method)
+        assert (method.monitor is None) == needs_classes(recipe.method)
         for name, value in output.metrics.items():
             lookup(name)  # fails for a metric that runs/metrics.py does not describe
             assert value.shape == (), name
@@ -111,7 +137,8 @@ class MethodContract:
         wanted, unwanted = outputs
         assert torch.equal(wanted.loss, unwanted.loss)
         assert all(torch.equal(value, wanted.metrics[name]) for name, value in unwanted.metrics.items())
-        kinds = {"loss_crops", "loss_patches"} & wanted.metrics.keys()  # a method may learn from crops alone
+        parts = {"loss_crops", "loss_patches", "loss_classes"}
+        kinds = parts & wanted.metrics.keys()  # a method may learn from crops alone, a detector learns from neither
         always = {"loss", *(ONLINE if method.monitor else ()), *kinds}
         assert kinds
         assert always <= unwanted.metrics.keys() <= wanted.metrics.keys()

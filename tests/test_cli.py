@@ -21,7 +21,8 @@ from obowlab.cli import tune as tune_module
 from obowlab.cli import weights as weights_module
 from obowlab.cli import words as words_module
 from obowlab.cli.output import print_table
-from obowlab.config import Evaluation, Level, Machine, Padding
+from obowlab.config import Evaluation, Level, Machine, Padding, recipe_files
+from obowlab.config.protocols import TRAININGS
 from obowlab.config.scales import SCALES
 from obowlab.data.split_names import SPLITS
 from obowlab.runs.folder import RunFolder
@@ -114,7 +115,10 @@ def test_choices_are_those_of_the_code_they_stand_for() -> None:
 
     assert get_args(Machine.model_fields["device"].annotation) == options.DEVICES
     assert get_args(Machine.model_fields["loader"].annotation) == options.LOADERS
-    assert get_args(get_args(Evaluation.model_fields["protocols"].annotation)[0]) == eval_module.PROTOCOLS
+    protocols = get_args(get_args(Evaluation.model_fields["protocols"].annotation)[0])
+    assert eval_module.TRAININGS == TRAININGS
+    assert (*(name for name in protocols if name not in ("classes", *TRAININGS)), *TRAININGS) == eval_module.PROTOCOLS
+    assert set(TRAININGS) <= set(recipe_files())
     assert get_args(Format) == weights_module.FORMATS
     assert get_args(Padding) == weights_module.PADDINGS
     assert get_args(Level) == words_module.LEVELS

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from obowlab.config import Machine, load_recipe
 from obowlab.errors import UserError
 from obowlab.launch.bounds import Measured, Speed
-from obowlab.report.read import costs_in
+from obowlab.report.read import measured_in
 from obowlab.tables import costs as module
 from obowlab.tables.costs import (
     ROUNDS,
@@ -24,11 +23,10 @@ from obowlab.tables.costs import (
     load_costs,
     measure_costs,
     select,
-    separate,
     write_costs,
 )
-from obowlab.tables.costs_render import COLUMNS, Ratio, as_text, lines_of, overview, remarks
-from obowlab.tables.spec import table_files
+from obowlab.tables.costs_render import COLUMNS, Ratio, lines_of, overview, remarks
+from obowlab.tables.spec import one_kind, table_files
 from obowlab.training.flops import count_flops
 from obowlab.training.work import Work
 from tests.command_line import Obowlab
@@ -80,10 +78,13 @@ def test_the_paper_s_training_times_are_its_epochs_times_its_time_per_epoch() ->
 
 
 def test_all_stands_for_tables_that_are_trained() -> None:
-    assert separate(["all", "table8", "table3"]) == (["table8"], ["all", "table3"])
+    assert one_kind(["all", "table3"]) is None
+    assert one_kind(["table8"]) == "costs"
     assert "table8" not in table_files()
+    with pytest.raises(UserError, match=r"table8 is another kind of table than all: one after the other"):
+        one_kind(["table8", "all"])
     with pytest.raises(UserError, match=r"Did you mean 'table8'"):
-        separate(["tabel8"])
+        one_kind(["tabel8"])
 
 
 FILE = """
@@ -258,7 +259,7 @@ def test_the_table_is_timed_kept_and_shown(obowlab: Obowlab, timed: list[str], t
     assert obowlab("table", *words, "--format", "md", "--out", str(file))[0] == 0
     assert file.read_text() == obowlab("table", *words, "--format", "md")[1]
     assert obowlab("table", *words)[1].splitlines()[1].split()[:2] == ["row", "epochs"]
-    ((title, _, rows, _),) = costs_in(Path("runs"))
+    ((title, _, rows, _),) = measured_in(Path("runs"))
     assert title == "Table 8: cost of training, relative to supervised · scale demo"
     assert next(row[0] for row in rows) == "Supervised"
 
@@ -266,8 +267,8 @@ def test_the_table_is_timed_kept_and_shown(obowlab: Obowlab, timed: list[str], t
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("ablate", "table3", "table8"), "table8 is timed and table3 is trained"),
-        (("table", "table3", "table8"), "show one after the other"),
+        (("ablate", "table3", "table8"), "table8 is another kind of table than table3: one after the other"),
+        (("table", "table3", "table8"), "table8 is another kind of table than table3"),
         (("table", "table8", "--format", "verdicts"), "table8 has no directions"),
         (("ablate", "table8", "--scale", "demo", "--rows", "x"), "table8 has no row 'x'"),
         (("ablate", "table8", "--launcher", "slurm"), "leave --launcher out"),
@@ -300,7 +301,6 @@ def test_a_process_of_its_own_times_real_training(tmp_path: Path, data_root: Pat
     assert (each.speed.measured_batch, each.speed.device, each.speed.images) == (8, "cpu", "'small'")
     write_costs(costs, tmp_path / "x.costs")
     assert Costs.model_validate_json((tmp_path / "x.costs").read_text()) == costs
-    assert json.loads(as_text([(table, costs)], form="json"))[0]["measured"]["timed"][0]["row"] == "a"
 
 
 def test_what_was_measured_is_kept_with_the_project() -> None:

@@ -521,7 +521,7 @@ def test_prepare_again_is_idle_for_the_same_source_and_refused_for_another(tmp_p
     prepare("set", source=other, data_root=tmp_path, force=True)
     assert open_split("set", "train", data_root=tmp_path).class_names == ("x",)
     names = sorted(path.name for path in (tmp_path / "set").iterdir() if path.name != NOTES)
-    assert names == ["lowshot_classes.json", "train.beton", "train.json"]
+    assert names == ["lowshot_classes.json", "train.beton", "train.json", "train.names.gz"]
 
 
 def test_plan_tells_size_and_time_and_writes_nothing(tmp_path: Path, image_folder: Path) -> None:

@@ -13,6 +13,7 @@ from obowlab.config import (
     Backbone,
     Bownet,
     Byol,
+    Detector,
     Machine,
     MethodSection,
     Moco,
@@ -24,7 +25,7 @@ from obowlab.config import (
     Supervised,
     Swav,
 )
-from obowlab.config.methods import learns_from_labels
+from obowlab.config.methods import needs_classes
 from obowlab.errors import UserError
 from obowlab.evaluation import evaluate
 from obowlab.methods import METHODS, Batch, Method
@@ -34,13 +35,14 @@ from obowlab.training.distributed import OtherRankFailed, World, parallelise
 from obowlab.training.sync_batchnorm import synchronise_batchnorm
 from obowlab.training.window import MetricWindow
 from obowlab.weights.encoder_file import read_encoder
-from tests.contracts import small_preparation
+from tests.contracts import objects_of, small_preparation
 from tests.fork_server import fork_all
 from tests.runs import complete, differing_weights, points, small_recipe
 
 STEPS = 10
 BATCH = 8
 SMALL = Backbone(stem="small", width=4)
+MASKS = Detector(architecture="fpn", anchors=(4.0, 8.0, 16.0, 32.0, 64.0), standard_side=16.0, width=8, head_width=8, regions=12)
 METHOD = Obow(levels=("conv4", "conv5"), num_words=20, border=0, msd_start="first_batch", teacher_momentum=0.9)
 
 
@@ -51,7 +53,7 @@ def train_in_float64(world: World, method_config: MethodSection) -> Method[Any]:
         backbone=SMALL,
         total_steps=STEPS,
         seed=0,
-        num_classes=3 if learns_from_labels(method_config) else None,
+        num_classes=3 if needs_classes(method_config) else None,
         comm=world,
     ).double()
     teacher = Recipe(method=Rotnet(), backbone=SMALL) if method_config.name == "bownet" else None
@@ -79,6 +81,8 @@ def train_in_float64(world: World, method_config: MethodSection) -> Method[Any]:
             step=step,
             labels=(torch.arange(BATCH) % 3)[mine],
             cutmix_lambda=mixed,
+            objects=(*objects_of(step, size=24, dtype=torch.float64), *objects_of(-step, size=24, dtype=torch.float64))[mine],
+            first=mine.start,
         )
         output = parallel(batch)
         optimizer.zero_grad()
@@ -104,6 +108,11 @@ VARIANTS: dict[str, MethodSection] = {
     "rotnet": Rotnet(),
     "moco": Moco(queue_size=21, batchnorm_splits=4, teacher_momentum=0.9),
     "supervised": Supervised(),
+    "detector": Detector(anchors=(8.0,), pooled=4, regions=12),
+    "masks": MASKS,
+    "masks with norms": MASKS.model_copy(update={"head": "infomin"}),
+    "frozen": Supervised(trunk="frozen", head_start="normal", head_batchnorm=True),
+    "finetuned": Supervised(trunk_rate=0.01, head_start="normal"),
     "simsiam": Simsiam(projection_size=12, prediction_size=6, zero_residual=False),
     "simclr": Simclr(projection_size=6, temperature=0.5, zero_residual=False),
     "byol": Byol(projection_size=6, hidden_size=12, teacher_momentum=0.9),

@@ -25,10 +25,12 @@ from obowlab.cli import cli, main
 from obowlab.config import Recipe, load_machine, load_recipe
 from obowlab.config.scales import SCALES
 from obowlab.config.validation import known_keys
+from obowlab.data.catalogue import DATASETS
 from obowlab.errors import UserError
 from obowlab.studies.spec import load_study, plan_study
-from obowlab.tables.costs import load_costs, separate
-from obowlab.tables.spec import load_table
+from obowlab.tables.costs import load_costs
+from obowlab.tables.spec import COSTS, TRANSFER, load_table, one_kind
+from obowlab.tables.transfer import load_transfer
 from tests.command_line import finished_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -151,11 +153,14 @@ def resolve(context: click.Context) -> None:
                 if name:
                     load_recipe(name)
         case ["ablate"] | ["table"]:
-            costs, tables = separate([name for name in values["names"] if name != "all" and not PLACEHOLDER.search(name)])
-            for name in costs:
+            tables = [name for name in values["names"] if name != "all" and not PLACEHOLDER.search(name)]
+            kind = one_kind(tables) if tables else None
+            for name in tables if kind == COSTS else ():
                 load_costs(name, scale=values["scale"], overrides=changes)
+            for name in tables if kind == TRANSFER else ():
+                load_transfer(name, scale=values["scale"])
             rows = {key for text in values.get("rows") or () for key in text.split(",")}
-            for name in tables:
+            for name in tables if kind is None else ():
                 planned = load_table(Path(name) if name.endswith(".toml") else name, scale=values["scale"])
                 assert rows <= {row.row.key for row in planned.rows}, rows
         case ["tune"] if values["study"] and not PLACEHOLDER.search(values["study"]):
@@ -339,6 +344,16 @@ def test_identifiers_occur_in_the_code(page: str) -> None:
 def anchors(page: Path) -> set[str]:
     headings = re.findall(r"(?m)^#+ (.+)$", re.sub(r"(?ms)^```.*?^```$", "", page.read_text(encoding="utf-8")))
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_data_set_of_the_catalogue_is_on_its_page() -> None:
+    rows = [line.split(" | ") for line in (ROOT / "docs/data.md").read_text(encoding="utf-8").splitlines()]
+    shown = {row[0].strip("| `"): row[2:4] for row in rows if row[0].startswith("| `")}
+    numbers = {
+        name: [f"{info.num_classes}", ", ".join(f"{count:,}".replace(",", " ") for count in info.num_images.values())]
+        for name, info in DATASETS.items()
+    }
+    assert shown == numbers
 
 
 @pytest.mark.parametrize("page", PAGES)

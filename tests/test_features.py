@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 from torchvision import transforms
 
-from obowlab.config import Backbone, Data, Evaluation, FewShot, Knn, Linear, Machine, Recipe, Views
+from obowlab.config import Backbone, Classes, Data, Evaluation, FewShot, Knn, Linear, Machine, Recipe, Views
 from obowlab.data.datasets import open_split
 from obowlab.errors import UserError
 from obowlab.evaluation import EVALUATORS, Result, evaluate, features
@@ -252,13 +253,15 @@ def test_the_protocol_hash_is_that_of_what_matters(
     encoder: ResNet, recipe: Recipe, machine: Machine, tmp_path: Path, protocol: str
 ) -> None:
     def digest(changed: Recipe, on: Machine = machine) -> str:
-        return run(encoder, changed, on, tmp_path, protocols=(protocol,))[0].protocol_hash
+        return run(encoder, changed, on, tmp_path, protocols=(protocol,), classifier=classifier)[0].protocol_hash
 
     def with_evaluation(**changes: object) -> Recipe:
         return recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update=changes)})
 
+    classifier = nn.Linear(encoder.num_features, 5)
     reference = digest(recipe)
     changed = {
+        "classes": with_evaluation(classes=Classes(ranks=(1, 2))),
         "fewshot": with_evaluation(fewshot=FewShot(num_ways=3, num_episodes=21)),
         "linear": with_evaluation(linear=Linear(epochs=2, batch_size=16)),
         "knn": with_evaluation(knn=Knn(num_neighbours=6)),
@@ -269,7 +272,9 @@ def test_the_protocol_hash_is_that_of_what_matters(
         digest(recipe.model_copy(update={"title": "another"}), machine.model_copy(update={"channels_last": False})) == reference
     )
     fewer = recipe.model_copy(update={"data": Data(dataset="small", images_per_class=4)})
-    assert (digest(fewer) != reference) == ("train" in EVALUATORS[protocol].needs(recipe.evaluation))
+    assert (digest(fewer) != reference) == (protocol == "classes" or "train" in EVALUATORS[protocol].needs(recipe.evaluation))
+    slower = recipe.model_copy(update={"optimizer": recipe.optimizer.model_copy(update={"learning_rate": 0.001})})
+    assert (digest(slower) != reference) == (protocol == "classes"), "of which the training is a part"
 
 
 def test_a_class_list_counts_by_its_classes_not_its_name(

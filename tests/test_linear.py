@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from obowlab.config import Linear
 from obowlab.errors import UserError
+from obowlab.evaluation.evaluators import _without_later
 from obowlab.evaluation.linear import PROBE_LANE, linear_probe, probe_learning_rate, train_probe
 from obowlab.randomness import Stream, epoch_order, uniforms
 from tests.largest import LargestFloats
@@ -60,6 +61,24 @@ def test_the_features_are_not_copied() -> None:
 def test_learning_rates_are_the_papers() -> None:
     rates = [probe_learning_rate(100 * epoch + 99, config=Linear(), steps_per_epoch=100) for epoch in range(50)]
     assert rates == pytest.approx([10.0] * 15 + [1.0] * 15 + [0.1] * 15 + [0.01] * 5)
+
+
+def test_the_authors_cosine_stands_still_within_an_epoch() -> None:
+    cosine = Linear(epochs=100, schedule="cosine")
+    by_epoch = cosine.model_copy(update={"cosine_per": "epoch"})
+    expected = {0: 10.0, 1: 9.997533, 25: 8.535534, 50: 5.0, 75: 1.464466, 99: 0.00246720}
+    for epoch, rate in expected.items():
+        for step in (1251 * epoch, 1251 * epoch + 1250):
+            found = probe_learning_rate(step, config=by_epoch, steps_per_epoch=1251)
+            assert found == pytest.approx(rate, abs=5e-7 if rate > 1 else 5e-9)
+        assert probe_learning_rate(1251 * epoch, config=cosine, steps_per_epoch=1251) == pytest.approx(rate, abs=5e-7)
+    assert probe_learning_rate(1250, config=cosine, steps_per_epoch=1251) < 10.0
+
+
+def test_a_later_setting_at_its_default_leaves_the_hash_of_earlier_results() -> None:
+    assert "cosine_per" not in _without_later(Linear(), "cosine_per")
+    assert _without_later(Linear(), "cosine_per").keys() | {"cosine_per"} == Linear.model_fields.keys()
+    assert _without_later(Linear(cosine_per="epoch"), "cosine_per")["cosine_per"] == "epoch"
 
 
 def measure(seed: int, **changes: object) -> float:

@@ -357,6 +357,26 @@ def test_either_backend_resizes_bicubically_what_the_recipe_says(split):
         assert_same(ours, list(loader(split, views=views).batches(epoch=1)))
 
 
+def test_either_backend_cuts_crops_of_a_resized_image_as_torchvision(split):
+    views = CROPS_ONLY.model_copy(update={"crop_extent": "resized"})
+    cutter = Cutter(split=split, views=views, seed=3)
+    indices = np.arange(split.num_images)
+    plan = cutter.geometry(indices, epoch=1)
+    _, crops, *_ = cutter.cut(indices, epoch=1)
+    compared = 0
+    for index in indices.tolist():
+        image = F.resize(decode(split, index), views.original_resize, InterpolationMode.BILINEAR)
+        for view, ours in enumerate(crops[index], start=1):
+            top, left = plan.windows[index, view].tolist()
+            expected = np.asarray(F.crop(image, top, left, *ours.shape[:2]))
+            assert np.abs(ours.astype(int) - expected).max() <= (0 if image.height <= image.width else 1)
+            compared += 1
+    assert compared == split.num_images * views.num_crops
+    pytest.importorskip("ffcv", reason="ffcv is not installed")
+    ours = list(loader(split, views=views, backend="ffcv", workers=2).batches(epoch=1))
+    assert_same(ours, list(loader(split, views=views).batches(epoch=1)))
+
+
 def bicubic():
     return FOUR_KINDS.model_copy(update={"interpolation": "bicubic"})
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from obowlab import evaluation
 from obowlab.config import Machine
+from obowlab.evaluation import evaluators
 from obowlab.evaluation.knn import nearest_neighbours
 from obowlab.launch.compute_command import environment_of
 from obowlab.methods.obow import OBoW
@@ -114,7 +114,7 @@ def test_evaluation_is_in_float32_whatever_training_ran_in(
         found.append(torch.get_float32_matmul_precision())
         return nearest_neighbours(*arguments, **options)
 
-    monkeypatch.setattr(evaluation, "nearest_neighbours", watched)
+    monkeypatch.setattr(evaluators, "nearest_neighbours", watched)
     folder = prepared(
         tmp_path, data_root=data_root, overrides=('evaluation.protocols=["knn"]', "evaluation.knn.num_neighbours=3")
     )

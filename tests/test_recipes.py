@@ -104,7 +104,7 @@ PAPER = {
 AUTHORS = {
     "imagenet20-vanilla": {"training.batch_size": 256},
     "imagenet20-full": {},
-    "full": {},
+    "full": {"evaluation.linear.cosine_per": "epoch"},
 }
 AUTHORS_EVERYWHERE = {"optimizer.cosine_per": "epoch", "training.monitor": True, "evaluation.fewshot.classes": "novel_classes_2"}
 

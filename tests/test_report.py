@@ -98,7 +98,7 @@ class Page(HTMLParser):
 
 
 def pages(site: Path) -> list[Path]:
-    return [path for path in sorted(site.rglob("*.html")) if "words" not in path.relative_to(site).parts]
+    return [path for path in sorted(site.rglob("*.html")) if not {"words", "detection"} & set(path.relative_to(site).parts)]
 
 
 def wait_for_lines(path: Path, *, count: int) -> list[str]:

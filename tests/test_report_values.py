@@ -319,11 +319,12 @@ def test_run_is_read_with_its_provenance(tmp_path: Path) -> None:
     folder = add_run(tmp_path, seed=1, overrides=("method.codes=hard",))
     folder.append_attempt({"host": "elsewhere"})
     add_gallery(folder)
-    (folder.path / "mirror.json").write_text(json.dumps({"stores": {"sqlite:///x": {"run_id": "f00d"}}}))
+    (folder.path / "mirror.json").write_text(json.dumps({"stores": {"sqlite:///x": {"experiment": "3", "run_id": "f00d"}}}))
     run = read(folder)
     assert run.changes == {"method.codes": "hard"}
     assert (run.short, run.label, run.base) == ("codes=hard", "demo: codes=hard", "the recipe demo of this version")
-    assert (run.mlflow_page, run.mlflow_local) == ("http://127.0.0.1:5000/#/runs/f00d", True)
+    page = "http://127.0.0.1:5000/#/experiments/3/runs/f00d?workflowType=machine_learning"
+    assert (run.mlflow_page, run.mlflow_local) == (page, True)
     assert [s for s in run.settings if s.shipped is not None] == [
         gather.Setting("method.codes", "hard", "--set method.codes=hard", "soft")
     ]
@@ -487,9 +488,12 @@ def test_means_of_a_training_are_those_of_a_table(tmp_path: Path) -> None:
     ],
 )
 def test_a_page_in_mlflow_has_an_address_without_a_login(store: str, page: str) -> None:
-    assert gather.mlflow_page("abc1", store=store) == page
-    assert gather.mlflow_page(None, store=store) is None
-    assert gather.mlflow_page("../x", store=store) is None
+    assert gather.mlflow_page("abc1", experiment=None, store=store) == page
+    assert gather.mlflow_page("abc1", experiment="../7", store=store) == page
+    among_trainings = page.replace("runs/abc1", "experiments/7/runs/abc1?workflowType=machine_learning")
+    assert gather.mlflow_page("abc1", experiment="7", store=store) == among_trainings
+    assert gather.mlflow_page(None, experiment="7", store=store) is None
+    assert gather.mlflow_page("../x", experiment="7", store=store) is None
 
 
 def test_everything_logged_is_shown_by_group(tmp_path: Path) -> None:

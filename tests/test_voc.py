@@ -506,14 +506,19 @@ def test_a_command_that_is_killed_continues(file: str, obowlab: Obowlab, workpla
     assert {**first, "elapsed_s": 0} == {**whole, "elapsed_s": 0}
 
 
-def test_draw_says_what_it_would_do_and_what_to_do_next(obowlab: Obowlab, workplace: Path) -> None:
-    code, out, _ = obowlab("data", "draw", "voc", "here", "--dry-run")
+LAYOUTS = [("voc", "VOC2007", 1000), ("coco", "coco", 1000), ("places", "places205", 1080)]
+
+
+@pytest.mark.parametrize(("layout", "name", "count"), LAYOUTS)
+@pytest.mark.usefixtures("workplace")
+def test_draw_says_what_it_would_do_and_what_to_do_next(obowlab: Obowlab, layout: str, name: str, count: int) -> None:
+    code, out, _ = obowlab("data", "draw", layout, "here", "--dry-run")
     assert code == 0
-    assert "draw 1000 images into here/VOC2007" in out
+    assert f"draw {count} images into here/{name}" in out
     assert not Path("here").exists()
-    code, out, _ = obowlab("data", "draw", "voc", "here")
+    code, out, _ = obowlab("data", "draw", layout, "here")
     assert code == 0
-    assert "obowlab data prepare drawn-voc --source here/VOC2007" in out
-    code, _, err = obowlab("data", "draw", "voc", "here")
+    assert f"obowlab data prepare drawn-{layout} --source here/{name}" in out
+    code, _, err = obowlab("data", "draw", layout, "here")
     assert code == 2
     assert "is there already" in err

@@ -22,6 +22,7 @@ from obowlab.cli.options import (
     would,
 )
 from obowlab.cli.output import print_lines, print_obstacles, print_table, send_to_mlflow, write_out
+from obowlab.cli.transfer_tables import measure_rows, show_transfers
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
@@ -90,6 +91,12 @@ def _number_of_seeds(_: click.Context, __: click.Parameter, value: str) -> int |
     metavar="DIR",
     help="Keep the results of the runs in a folder (small JSON files); what it holds already is not trained again.",
 )
+@click.option(
+    "--weights",
+    multiple=True,
+    metavar="ROW=RUN|FILE",
+    help="Of table6: measure this encoder in a row; repeatable, and remembered.",
+)
 @machine_options(*CLUSTER, *HARDWARE, *ROOTS)
 @dry_run_option
 def ablate(
@@ -104,6 +111,7 @@ def ablate(
     gpus: int | None,
     jobs: int | None,
     records: Path | None,
+    weights: tuple[str, ...],
     options: MachineOptions,
     dry_run: bool,
 ) -> int:
@@ -112,14 +120,15 @@ def ablate(
     TABLE is a table of the paper (table1 to table5, table7), `all`, or a TOML file. Rows with the same recipe are trained once.
     Interrupted and typed again, the command continues; a row that fails does not stop the others. --set holds for all rows: a
     table of its own, with runs of its own. --seeds auto says how many seeds it takes to find a row's difference, and trains them.
-    table8 is what training costs: its rows are timed side by side on this machine, in a few minutes, and `all` leaves it out.
+    Two tables are of other kinds, which `all` leaves out. table8 is what training costs: its rows are timed side by side on this
+    machine, in a few minutes. table6 is transfer: its rows are encoders, of finished runs or given with --weights, and what is
+    missing of its columns is measured (--seeds: of the classifiers' trainings, which --gpus N share N GPUs).
     """
     from obowlab.launch.cost import CostBook
     from obowlab.launch.gpu_leases import check_gpus
     from obowlab.launch.stages import find_obstacles
     from obowlab.runs.provenance import num_cores
     from obowlab.runs.records import read_records, store_runs
-    from obowlab.tables.costs import separate
     from obowlab.tables.execute import Execution
     from obowlab.tables.kept import keep_table
     from obowlab.tables.plan import (
@@ -132,19 +141,35 @@ def ablate(
         unmeasured,
         without_recorded,
     )
-    from obowlab.tables.spec import load_tables
+    from obowlab.tables.spec import COSTS, TRANSFER, load_tables, one_kind
     from obowlab.tables.submit import submit_plan
 
     if gpus is not None and (jobs is not None or options.device not in (None, "cuda")):
         raise UserError("--gpus N runs one training on each of N GPUs; leave --jobs and --device out.")
     if seeds is not None and (power, effect, max_seeds) != (None, None, None):
         raise UserError("--power, --effect and --max-seeds are for `--seeds auto`: add it, or leave them out.")
-    costs, trained = separate(names)
-    if costs and trained:
-        raise UserError(f"{costs[0]} is timed and {trained[0]} is trained, which would disturb each other: one after the other.")
-    if costs:
+    kind = one_kind(names)
+    if weights and kind != TRANSFER:
+        raise UserError("--weights gives encoders to rows of a table of transfer, such as table6: leave it out.")
+    if kind == TRANSFER:
+        if overrides or jobs is not None or seeds is None:
+            raise UserError(
+                f"{names[0]} takes no --set, --jobs and `--seeds auto`: `obowlab eval RUN --protocol P --set ...` does."
+            )
+        return measure_rows(
+            names,
+            scale=scale,
+            row_words=row_words,
+            seeds=seeds,
+            weights=weights,
+            machine=(replace(options, device="cuda") if gpus is not None else options).machine(procs=gpus),
+            options=options,
+            records=records,
+            dry_run=dry_run,
+        )
+    if kind == COSTS:
         return time_rows(
-            costs,
+            names,
             scale=scale,
             overrides=overrides,
             row_words=row_words,
@@ -230,19 +255,20 @@ def table(
     from obowlab.runs.records import read_records
     from obowlab.tables import render
     from obowlab.tables.build import build_from_store, build_table, finished_seeds
-    from obowlab.tables.costs import separate
     from obowlab.tables.kept import keep_table
-    from obowlab.tables.spec import load_tables
+    from obowlab.tables.spec import COSTS, TRANSFER, load_tables, one_kind
 
     machine = options.machine()
-    costs, trained = separate(names)
+    kind = one_kind(names)
     if out is not None and not out.absolute().parent.is_dir():
         raise UserError(f"The folder of --out {out} does not exist.")
     source = records or machine.runs_root
-    if costs:
-        if trained:
-            raise UserError(f"{costs[0]} is another kind of table than {trained[0]}: show one after the other.")
-        return show_costs(costs, scale=scale, overrides=overrides, source=source, form=form, out=out, dry_run=dry_run)
+    if kind == COSTS:
+        return show_costs(names, scale=scale, overrides=overrides, source=source, form=form, out=out, dry_run=dry_run)
+    if kind == TRANSFER:
+        if overrides:
+            raise UserError(f"{names[0]} takes no --set.")
+        return show_transfers(names, scale=scale, source=source, form=form, out=out, dry_run=dry_run)
     tables = load_tables(names, scale=scale, overrides=overrides)
     if dry_run:
         return would(f"build {', '.join(planned.name for planned in tables)} at scale {scale} from {source}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from obowlab.cli.options import when_interrupted, would
-from obowlab.cli.output import print_lines, print_table, write_out
+from obowlab.cli.output import print_grids, print_lines, print_table
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
@@ -75,14 +75,13 @@ def show_costs(
     if dry_run:
         return would(f"build {', '.join(names)} at scale {scale} from {source}")
     measured = [(table, find_costs(table, folder=source)) for table in tables]
-    if out is not None:
-        write_out(out, costs_render.as_text(measured, form=form))
-    elif form == "rich":
+    if form == "rich" and out is None:
         for table, costs in measured:
             _print_costs(table, costs=costs)
-    else:
-        click.echo(costs_render.as_text(measured, form=form), nl=False)
-    return None
+        return None
+    grids = [costs_render.grid(table, costs=costs) for table, costs in measured]
+    values = [None if costs is None else costs.model_dump(mode="json") for _, costs in measured]
+    return print_grids(grids, names=[(table.name, table.scale) for table in tables], values=values, form=form, out=out)
 
 
 def _print_costs(table: CostTable, *, costs: Costs | None) -> None:

@@ -102,21 +102,29 @@ def prepare(
 
 
 @data.command("draw")
-@click.argument("layout", type=click.Choice(["voc"]), metavar="LAYOUT")
+@click.argument("layout", type=click.Choice(["voc", "coco", "places"]), metavar="LAYOUT")
 @click.argument("folder", type=PATH)
 @dry_run_option
 def draw(layout: str, folder: Path, dry_run: bool) -> None:
     """Draw images in the layout of a public data set, for trying a protocol without a download.
 
-    LAYOUT voc writes FOLDER/VOC2007: 1000 small images of one to four parts of the synthetic set, with lists and boxes.
+    LAYOUT voc writes FOLDER/VOC2007: 1000 small images of one to four parts of the synthetic set, with lists and boxes. LAYOUT
+    coco writes FOLDER/coco: 1000 such images with boxes and outlines. LAYOUT places writes FOLDER/places205: 1080 images of 24
+    classes, with the lists of train and val.
     """
-    from obowlab.data.drawn_voc import NUM_IMAGES, draw_voc
+    from obowlab.data import drawn_coco, drawn_places, drawn_voc
 
+    name, count, draw_images = {
+        "voc": ("VOC2007", sum(drawn_voc.NUM_IMAGES.values()), drawn_voc.draw_voc),
+        "coco": ("coco", sum(drawn_coco.NUM_IMAGES.values()), drawn_coco.draw_coco),
+        "places": ("places205", drawn_places.NUM_IMAGES, drawn_places.draw_places),
+    }[layout]
+    place = folder / name
     if dry_run:
-        return would(f"draw {sum(NUM_IMAGES.values())} images into {folder / 'VOC2007'}")
-    when_interrupted(f"{folder / 'VOC2007'} is not complete: remove it, and type the same command again.")
-    place = draw_voc(folder)
-    click.echo(f"Drawn: {place}. To use it: obowlab data prepare drawn-voc --source {place}")
+        return would(f"draw {count} images into {place}")
+    when_interrupted(f"{place} is not complete: remove it, and type the same command again.")
+    place = draw_images(folder)
+    click.echo(f"Drawn: {place}. To use it: obowlab data prepare drawn-{layout} --source {place}")
     return None
 
 

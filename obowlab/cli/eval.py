@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -23,15 +23,20 @@ from obowlab.cli.options import (
     when_interrupted,
     would,
 )
-from obowlab.cli.output import json_line, print_measurements, print_obstacles, send_to_mlflow
+from obowlab.cli.output import json_line, print_lines, print_measurements, print_obstacles, send_to_mlflow
+from obowlab.cli.run import Wanted
+from obowlab.cli.transfer import measure_by_training
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from obowlab.config import Machine, Recipe
+    from obowlab.runs.folder import RunFolder
+    from obowlab.weights.subject import Subject
 
-PROTOCOLS = ("fewshot", "linear", "knn", "voc07-svm")
+TRAININGS = ("linear-imagenet", "places205", "semi-1", "semi-10", "voc-detection", "coco-detection")
+PROTOCOLS = ("fewshot", "linear", "knn", "voc07-svm", *TRAININGS)
 
 
 @click.command("eval")
@@ -41,7 +46,17 @@ PROTOCOLS = ("fewshot", "linear", "knn", "voc07-svm")
 )
 @click.option("--dataset", help="Another prepared data set than the recipe's.")
 @click.option("--recipe", "recipe_name", metavar="NAME", help="For a weights file: the recipe whose evaluation settings apply.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one evaluation.* setting; repeatable.")
+@click.option("--preset", metavar="NAME", help="Of a protocol that is a training: authors, tiny, demo, ...")
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change one evaluation.* setting, or any of a protocol that is a training; repeatable.",
+)
+@click.option("--list", "list_file", type=PATH, metavar="FILE", help="Of semi-1 and semi-10: the names of the labelled images.")
+@click.option("--seed", type=click.IntRange(min=0, max=2**31 - 1), help="Of a protocol that is a training. [default: 0]")
+@click.option("--procs", type=click.IntRange(min=1), metavar="N", help="Processes of a protocol that is a training. [default: 1]")
 @click.option(
     "--random/--no-random",
     "untrained",
@@ -56,7 +71,11 @@ def evaluate(
     protocols: tuple[str, ...],
     dataset: str | None,
     recipe_name: str | None,
+    preset: str | None,
     overrides: tuple[str, ...],
+    list_file: Path | None,
+    seed: int | None,
+    procs: int | None,
     untrained: bool | None,
     json_file: Path | None,
     options: MachineOptions,
@@ -67,11 +86,26 @@ def evaluate(
     RUN is a run id, the beginning of one, or a run folder: its results are added to the run and mirrored to MLflow. FILE is a
     weights file (ours, torchvision's or the authors') or a model version in MLflow, models:/NAME/VERSION: its results are
     printed.
+
+    Some protocols train a classifier, a detector or the whole network, for hours: linear-imagenet, places205, semi-1, semi-10,
+    voc-detection, coco-detection. Each is a recipe, and its training a run of its own, which the same command continues.
     """
+    from obowlab.config.protocols import recipe_of
     from obowlab.launch.preflight import check_protocols
     from obowlab.launch.stages import obstacles_of
     from obowlab.weights.subject import find_subject
 
+    trainings = [name for name in protocols if name in TRAININGS]
+    if trainings:
+        if len(protocols) > 1 or recipe_name is not None or untrained is not None or json_file is not None:
+            raise UserError(
+                f"--protocol {trainings[0]} is a training: give it a command of its own, without --recipe, --random and --json."
+            )
+        changes = (*([f'data.dataset="{dataset}"'] if dataset is not None else []), *overrides)
+        wanted = Wanted(recipe_of(trainings[0], preset=preset), seed or 0, changes, list_file=list_file)
+        return _train(subject, wanted, protocol=trainings[0], procs=procs, options=options, dry_run=dry_run)
+    if any(option is not None for option in (preset, list_file, seed, procs)):
+        raise UserError(f"--preset, --list, --seed and --procs are for protocols that are trainings: {', '.join(TRAININGS)}.")
     machine = options.machine()
     chosen = find_subject(
         subject,
@@ -107,14 +141,9 @@ def evaluate(
         _check_writable(chosen.folder.path)
     check()
     when_interrupted("no result was added; the same command measures again, with the features that are kept.")
-    from obowlab.launch.gpu_leases import using_gpus
-
-    with using_gpus(machine.model_copy(update={"procs": 1, "nodes": 1})):
-        from obowlab.training.measure import measure  # imports torch, which must not see GPUs of others
-
-        results = measure(chosen, protocols=names, dataset=dataset, with_random=with_random, machine=machine, report=_say)
-    values = [result.to_json() for result in results]
+    values = measure_here(chosen, protocols=names, dataset=dataset, with_random=with_random, machine=machine)
     print_measurements(values)
+    print_lines(_not_comparable(values, recipe=chosen.recipe))
     if json_file is not None:
         from obowlab.files.replacing import write_atomic
 
@@ -123,11 +152,47 @@ def evaluate(
         except OSError as error:
             raise UserError(f"Cannot write --json {json_file}: {error.strerror}.") from None
     if chosen.folder is not None:
-        for value in values:
-            chosen.folder.add_result(value)
-        click.echo(f"Added to run {chosen.folder.run_id}.")
-        send_to_mlflow([chosen.folder], machine=machine)
+        keep_results(values, folder=chosen.folder, machine=machine)
     return 0
+
+
+def measure_here(
+    chosen: Subject, *, protocols: Sequence[str], dataset: str | None, with_random: bool, machine: Machine
+) -> list[dict[str, Any]]:
+    """Measure an encoder in this process, and return the results as JSON values."""
+    from obowlab.launch.gpu_leases import using_gpus
+
+    with using_gpus(machine.model_copy(update={"procs": 1, "nodes": 1})):
+        from obowlab.training.measure import measure  # imports torch, which must not see GPUs of others
+
+        results = measure(chosen, protocols=protocols, dataset=dataset, with_random=with_random, machine=machine, report=_say)
+    return [result.to_json() for result in results]
+
+
+def _not_comparable(values: Sequence[dict[str, Any]], *, recipe: Recipe) -> list[str]:
+    """Return why VOC07's value is not to be held against the paper's, if it is not."""
+    from obowlab.config.protocols import unlike_the_paper
+
+    counts = {each["count"] for value in values for each in value["measurements"] if value["protocol"] == "voc07-svm"}
+    sentences = (unlike_the_paper("voc07-svm", recipe, num_images=count) for count in counts)
+    return [sentence for sentence in sentences if sentence]
+
+
+def keep_results(values: Sequence[dict[str, Any]], *, folder: RunFolder, machine: Machine) -> None:
+    """Add results to the run that was measured, in MLflow as well."""
+    for value in values:
+        folder.add_result(value)
+    click.echo(f"Added to run {folder.run_id}.")
+    send_to_mlflow([folder], machine=machine)
+
+
+def _train(subject: str, wanted: Wanted, *, protocol: str, procs: int | None, options: MachineOptions, dry_run: bool) -> int:
+    from obowlab.weights.source import find_source
+
+    when_interrupted("the same command continues from what is saved.")
+    machine = options.machine(procs=procs)
+    source = find_source(subject, runs_root=machine.runs_root, tracking_uri=machine.tracking_uri)
+    return measure_by_training(source, protocol=protocol, wanted=wanted, machine=machine, options=options, dry_run=dry_run)
 
 
 def _usual_dataset(protocols: Sequence[str], recipe: Recipe, *, data_root: Path) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import click
@@ -10,6 +10,7 @@ import click
 from obowlab.cli.options import (
     CLUSTER,
     HARDWARE,
+    PATH,
     ROOTS,
     MachineOptions,
     absolute_recipe,
@@ -24,6 +25,8 @@ from obowlab.cli.output import print_obstacles, print_results
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from obowlab.config import Loaded, Machine
     from obowlab.launch.cost import Cost
     from obowlab.launch.local import Plan
@@ -49,6 +52,8 @@ if TYPE_CHECKING:
 )
 @machine_options(*CLUSTER, *HARDWARE, *ROOTS)
 @click.option("--no-progress", is_flag=True, help="Print no progress; the run's log.txt has it.")
+@click.option("--weights", metavar="RUN|FILE", help="Begin with this encoder (a recipe whose method.name is supervised).")
+@click.option("--list", "list_file", type=PATH, metavar="FILE", help="Train on the images that a list names, a file name a line.")
 @click.option("--stage", type=click.IntRange(min=1), metavar="K", help="Stop after stage K of a recipe with several.")
 @click.option("--quote/--no-quote", default=True, help="Say first what it will cost, from earlier runs or a few timed steps.")
 @dry_run_option
@@ -61,6 +66,8 @@ def run(
     procs: int | None,
     nodes: int | None,
     no_progress: bool,
+    weights: str | None,
+    list_file: Path | None,
     stage: int | None,
     quote: bool,
     options: MachineOptions,
@@ -75,7 +82,76 @@ def run(
     A recipe with a [teacher] has several stages, each a run of its own; those before the last are trained first where they are
     missing. --fresh starts the last one again.
     """
+    if gpus is not None:
+        if options.device not in (None, "cuda") or procs not in (None, gpus):
+            raise UserError("--gpus N stands for --device cuda --procs N; leave those out.")
+        options, procs = replace(options, device="cuda"), gpus
+    when_interrupted("the same command continues from what is saved.")
+    machine = options.machine(procs=procs, nodes=nodes)
+    if weights is not None:
+        from obowlab.cli.beginning import beginning_with, refuse_weights
+        from obowlab.weights.source import find_source
+
+        refuse_weights(name, overrides=overrides)
+        source = find_source(weights, runs_root=machine.runs_root, tracking_uri=machine.tracking_uri)
+        overrides = (*beginning_with(source, runs_root=machine.runs_root, dry_run=dry_run), *overrides)
+    wanted = Wanted(name, seed, overrides, resume=resume, nodes=nodes, stage=stage, list_file=list_file)
+    return train(wanted, machine=machine, options=options, progress=not no_progress, quote=quote, dry_run=dry_run)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be trained.
+
+    Attributes:
+        name: of the recipe, or its file.
+        seed: of weights and data.
+        overrides: texts `key=value`.
+        resume: True requires a run to resume, False starts again.
+        nodes: over which its processes are spread; as few as will do if absent.
+        stage: with which to stop; the last if absent.
+        list_file: a list of the images to train on; as the recipe says if absent.
+    """
+
+    name: str
+    seed: int
+    overrides: tuple[str, ...]
+    resume: bool | None = None
+    nodes: int | None = None
+    stage: int | None = None
+    list_file: Path | None = None
+
+    def changes(self, *, data_root: Path, dry_run: bool) -> tuple[str, ...]:
+        """Return the overrides, with what stands for the list, which is kept beside its data set but for a dry run."""
+        if self.list_file is None:
+            return self.overrides
+        from obowlab.config import load_recipe
+        from obowlab.data.image_lists import keep_list
+
+        dataset = load_recipe(self.name, overrides=self.overrides).recipe.data.dataset
+        digest = keep_list(self.list_file, dataset=dataset, data_root=data_root, dry_run=dry_run)
+        return (*self.overrides, f'data.image_list="{digest}"')
+
+
+def train(wanted: Wanted, *, machine: Machine, options: MachineOptions, progress: bool, quote: bool, dry_run: bool) -> int:
+    """Train a recipe here or in a job, and print its results; of one that is trained, measure what is missing.
+
+    Args:
+        wanted: recipe, seed and changes.
+        machine: where and with what.
+        options: of the command line, which a job's command needs.
+        progress: whether it is printed.
+        quote: whether to say first what it will cost.
+        dry_run: only say what would be done.
+
+    Returns:
+        The exit code of the command.
+
+    Raises:
+        UserError: it cannot be trained, and why.
+    """
     from obowlab.config import load_recipe
+    from obowlab.data.image_lists import refuse_absent
     from obowlab.launch.local import launch, plan
     from obowlab.launch.stages import check_stages, find_obstacles, open_stages
     from obowlab.launch.submit import spread
@@ -83,23 +159,22 @@ def run(
     from obowlab.runs.folder import RunFolder
     from obowlab.runs.names import run_id_of
 
-    if gpus is not None:
-        if options.device not in (None, "cuda") or procs not in (None, gpus):
-            raise UserError("--gpus N stands for --device cuda --procs N; leave those out.")
-        options, procs = replace(options, device="cuda"), gpus
-    when_interrupted("the same command continues from what is saved.")
+    name, seed = wanted.name, wanted.seed
+    overrides = wanted.changes(data_root=machine.data_root, dry_run=dry_run)
     loaded = load_recipe(name, overrides=overrides)
-    machine = options.machine(procs=procs, nodes=nodes)
+    if loaded.recipe.data.image_list and wanted.list_file is None:
+        refuse_absent(loaded.recipe.data.image_list, folder=machine.data_root / loaded.recipe.data.dataset)
     if machine.launcher == "slurm":
-        machine = spread(machine, nodes=nodes)
-    stages = open_stages(loaded, seed=seed, machine=machine, last=stage, resume=resume)
+        machine = spread(machine, nodes=wanted.nodes)
+    stages = open_stages(loaded, seed=seed, machine=machine, last=wanted.stage, resume=wanted.resume)
     due = [each.loaded for each in stages if each.is_due]
     obstacles = find_obstacles(due, machine=machine, say=click.echo) if dry_run else None
     if obstacles is None:
         check_stages(stages, machine=machine, say=click.echo)
     if machine.launcher == "slurm" and any(each.is_due for each in stages) and not dry_run:
-        command = ["run", absolute_recipe(name), "--seed", str(seed), *(word for text in overrides for word in ("--set", text))]
-        command += ["--stage", str(stage)] if stage is not None else []
+        changes = [word for change in overrides for word in ("--set", change)]
+        command = ["run", absolute_recipe(name), "--seed", str(seed), *changes]
+        command += ["--stage", str(wanted.stage)] if wanted.stage is not None else []
         return _submit(command, stages, seed=seed, submitter=submitter_of(machine, options=options))
     for each in stages:
         if len(loaded.stages()) > 1:
@@ -112,7 +187,7 @@ def run(
             planned = plan(each.loaded, seed=seed, machine=machine, fresh=each.fresh)
             _print_plan(each.loaded, plan=planned, machine=machine, cost=cost)
             continue
-        if code := launch(each.loaded, seed=seed, machine=machine, fresh=each.fresh, progress=not no_progress, cost=cost):
+        if code := launch(each.loaded, seed=seed, machine=machine, fresh=each.fresh, progress=progress, cost=cost):
             return code
         folder = RunFolder.open(machine.runs_root / run_id_of(each.loaded, seed=seed))
         cache_curves(folder)

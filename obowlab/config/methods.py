@@ -75,9 +75,59 @@ class Moco(Section):
 
 
 class Supervised(Section):
-    """Cross-entropy with the images' classes (paper, Table 8). Nothing to set."""
+    """Cross-entropy with the images' classes, from the seed's weights or from an encoder's (paper, Tables 6 and 8)."""
 
     name: Literal["supervised"] = "supervised"
+    weights: str = Field(
+        "", pattern=r"^([0-9a-f]{64})?$", description="SHA-256 of the encoder weights to begin with; empty: the seed's own"
+    )
+    trunk: Literal["trained", "frozen"] = Field(
+        "trained", description="frozen: the classifier alone learns, on features of a network in evaluation mode"
+    )
+    trunk_rate: Positive = Field(1.0, description="times the learning rate, for everything below the classifier")
+    head_start: Literal["uniform", "normal"] = Field(
+        "uniform", description="of the classifier: PyTorch's initial values, or N(0, 0.01²) and a bias of 0"
+    )
+    head_batchnorm: bool = Field(False, description="normalise features before the classifier, without scale and shift")
+
+
+class Detector(Section):
+    """A detector that is fine-tuned from an encoder, for images of any size (paper, Tables 6 and 9; docs/detection.md).
+
+    Faster R-CNN's head is the encoder's last stage (`c4`); Mask R-CNN stands on a feature pyramid and learns masks too (`fpn`).
+    """
+
+    name: Literal["detector"] = "detector"
+    weights: str = Field(
+        "", pattern=r"^([0-9a-f]{64})?$", description="SHA-256 of the encoder weights to begin with; empty: the seed's own"
+    )
+    architecture: Literal["c4", "fpn"] = Field("c4", description="c4: Faster R-CNN; fpn: Mask R-CNN, with masks")
+    steps_per_epoch: Count = Field(1000, description="updates that count as an epoch: images come in an endless stream")
+    sides: tuple[Count, ...] = Field(
+        tuple(range(480, 801, 32)), min_length=1, description="one is drawn for the shorter side of a training image, pixels"
+    )
+    test_side: Count = Field(800, description="shorter side in the test, pixels")
+    longest: Count = Field(1333, description="the longer side is at most this, pixels")
+    anchors: tuple[Positive, ...] = Field(
+        (32.0, 64.0, 128.0, 256.0, 512.0), min_length=1, description="sizes of anchors, pixels; fpn: one for each map"
+    )
+    pooled: Annotated[int, Field(ge=2)] = Field(14, description="c4: places on a side of a region before the last stage")
+    head: Literal["moco", "infomin"] = Field(
+        "moco", description="fpn: moco has two linear layers, infomin four convolutions, one linear layer and batch norms"
+    )
+    standard_side: Positive = Field(224.0, description="fpn: side of a region that is pooled from the third map, pixels")
+    width: Count = Field(256, description="fpn: channels of the maps and of the heads' convolutions")
+    head_width: Count = Field(1024, description="fpn: of the head's linear layers")
+    regions: Annotated[int, Field(ge=4)] = Field(512, description="regions of an image that a step learns from")
+    precise_batches: Annotated[int, Field(ge=0)] = Field(
+        200, description="batches that give batch norms their statistics after the last step"
+    )
+
+    @model_validator(mode="after")
+    def _one_size_a_map(self) -> Detector:
+        if self.architecture == "fpn" and len(self.anchors) != 5:
+            raise conflict(f"anchors has {len(self.anchors)} sizes, but a feature pyramid has five maps", keys=["anchors"])
+        return self
 
 
 class Simsiam(Section):
@@ -127,7 +177,7 @@ class Swav(Section):
     frozen_steps: Annotated[int, Field(ge=0)] = Field(0, description="steps in which prototypes stay as they began")
 
 
-MethodSection = Obow | Bownet | Rotnet | Moco | Supervised | Simsiam | Byol | Simclr | Swav
+MethodSection = Obow | Bownet | Rotnet | Moco | Supervised | Detector | Simsiam | Byol | Simclr | Swav
 
 METHOD_SECTIONS: dict[str, type[MethodSection]] = {
     "obow": Obow,
@@ -135,6 +185,7 @@ METHOD_SECTIONS: dict[str, type[MethodSection]] = {
     "rotnet": Rotnet,
     "moco": Moco,
     "supervised": Supervised,
+    "detector": Detector,
     "simsiam": Simsiam,
     "byol": Byol,
     "simclr": Simclr,
@@ -157,6 +208,11 @@ def learns_from_labels(method: MethodSection) -> bool:
     return isinstance(method, Supervised)
 
 
+def needs_classes(method: MethodSection) -> bool:
+    """Return whether a method needs to know how many classes there are."""
+    return isinstance(method, Supervised | Detector)
+
+
 def _name_of(value: object) -> str:
     name = value.get("name", DEFAULT_METHOD) if isinstance(value, dict) else getattr(value, "name", "")
     return str(name)
@@ -168,6 +224,7 @@ AnyMethod = Annotated[
     | Annotated[Rotnet, Tag("rotnet")]
     | Annotated[Moco, Tag("moco")]
     | Annotated[Supervised, Tag("supervised")]
+    | Annotated[Detector, Tag("detector")]
     | Annotated[Simsiam, Tag("simsiam")]
     | Annotated[Byol, Tag("byol")]
     | Annotated[Simclr, Tag("simclr")]

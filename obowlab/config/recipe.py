@@ -23,11 +23,20 @@ class Data(Section):
 
     dataset: str = Field("imagenet", pattern=r"^[a-z0-9][a-z0-9_-]*$")
     images_per_class: Count | None = Field(None, description="first n of every class in sorted order; all if absent or 'all'")
+    image_list: str = Field(
+        "", pattern=r"^([0-9a-f]{64})?$", description="SHA-256 of a list of file names that are trained on; empty: no list"
+    )
 
     @field_validator("images_per_class", mode="before")
     @classmethod
     def _all(cls, value: object) -> object:
         return None if value == "all" else value  # TOML has no null, and `extends` must be able to undo a number
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> Data:
+        if self.image_list and self.images_per_class is not None:
+            raise conflict("image_list and images_per_class both choose images: set one of them", keys=["image_list"])
+        return self
 
 
 Interpolation = Literal["bilinear", "bicubic"]
@@ -60,8 +69,10 @@ class Views(Section):
     original_size: Count = 224
     original_resize: Count = 256
     num_crops: Annotated[int, Field(ge=0)] = 1
-    crop_extent: Literal["part", "whole"] = Field(
-        "part", description="part: crops of crop_size and crop_scale; whole: of original_size and whole_scale (Table 4's 1x224)"
+    crop_extent: Literal["part", "whole", "resized"] = Field(
+        "part",
+        description="part: crops of crop_size and crop_scale; whole: of original_size and whole_scale (Table 4's 1x224); "
+        "resized: original_size, anywhere in the image of original_resize",
     )
     crop_size: Count = 160
     crop_scale: Range = (0.08, 0.6)
@@ -175,6 +186,8 @@ class Optimizer(Section):
     warmup_start: Annotated[float, Field(ge=0.0)] = Field(0.0, description="learning rate that a warm-up begins with")
     schedule: Literal["cosine", "steps"] = Field("cosine", description="steps: divided by 10 at intervals")
     decay_every: Count = Field(30, description="epochs between divisions of the learning rate by 10; unused by cosine")
+    decay_after: tuple[Count, ...] = Field((), description="epochs after which it is multiplied by decay_factor, instead")
+    decay_factor: Annotated[float, Field(gt=0.0, le=1.0)] = Field(0.1, description="of decay_after")
     cosine_per: Literal["step", "epoch"] = Field("step", description="epoch: the authors' stepwise cosine")
     momentum: Fraction = 0.9
     weight_decay: Annotated[float, Field(ge=0.0)] = 5e-4
@@ -208,8 +221,9 @@ class Linear(Section):
     epochs: Count = 50
     batch_size: Count = 256
     learning_rate: Positive = 10.0
-    schedule: Literal["steps", "cosine"] = Field("steps", description="steps: divided by 10 at intervals; cosine: to 0, per step")
+    schedule: Literal["steps", "cosine"] = Field("steps", description="steps: divided by 10 at intervals; cosine: to 0")
     decay_every: Count = Field(15, description="epochs between divisions of the learning rate by 10; unused by cosine")
+    cosine_per: Literal["step", "epoch"] = Field("step", description="epoch: the authors' stepwise cosine")
     momentum: Fraction = 0.9
     weight_decay: Annotated[float, Field(ge=0.0)] = 2e-6
 
@@ -238,16 +252,29 @@ class Voc07Svm(Section):
     max_iterations: Count = Field(2000, description="of LIBLINEAR; a fit that reaches them is counted")
 
 
+class Classes(Section):
+    """The classifier that a supervised training has learned itself (docs/transfer.md)."""
+
+    name: Literal["classes", "imagenet", "places205", "semi1", "semi10"] = Field(
+        "classes", description="of the measurements: NAME_top1, ...; what the training is a protocol of"
+    )
+    ranks: tuple[Count, ...] = Field((1, 5), min_length=1, description="how many guesses an image has")
+
+
+Protocol = Literal["fewshot", "linear", "knn", "voc07-svm", "classes", "voc-detection", "coco-detection"]
+
+
 class Evaluation(Section):
     """What is measured, during training and once it is over; not part of a run's identity."""
 
-    protocols: tuple[Literal["fewshot", "linear", "knn", "voc07-svm"], ...] = ("fewshot", "linear", "knn")
+    protocols: tuple[Protocol, ...] = ("fewshot", "linear", "knn")
     random_baseline: bool = Field(False, description="measure the untrained weights of the same seed as well")
     every_epochs: Annotated[int, Field(ge=0)] = Field(0, description="few-shot during training, every n epochs; 0: never")
     fewshot: FewShot = FewShot()
     linear: Linear = Linear()
     knn: Knn = Knn()
     voc07_svm: Voc07Svm = Voc07Svm()
+    classes: Classes = Classes()
 
 
 class Recipe(Section):
@@ -317,6 +344,12 @@ class Recipe(Section):
         """Return `fingerprint` for several seeds, by seed."""
         distinct = self._distinct()
         return {seed: canonical_hash({"version": FINGERPRINT_VERSION, "recipe": distinct, "seed": seed}) for seed in seeds}
+
+    def training_settings(self) -> dict[str, Any]:
+        """Return how the recipe trains, whatever it begins with and on whichever images: for the protocols that are trainings."""
+        settings = self._distinct()
+        settings["method"].pop("weights", None)
+        return {name: settings.get(name, {}) for name in ("views", "method", "optimizer", "training")}
 
     def _distinct(self) -> dict[str, Any]:
         """Return what identifies the recipe, the stages before it included."""

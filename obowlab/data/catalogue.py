@@ -55,6 +55,17 @@ DATASETS: dict[str, DatasetInfo] = {
             ),
         ),
         DatasetInfo(
+            name="places205",
+            title="Places205: photographs of 205 kinds of places",
+            num_classes=205,
+            num_images={"train": 2_448_873, "val": 20_500},
+            layout=LAYOUT,
+            obtain=(
+                "Ask for Places205 at places.csail.mit.edu, unpack imagesPlaces205_resize and trainvalsplit_places205 into one "
+                "folder, then `obowlab data prepare places205 --source DIR`."
+            ),
+        ),
+        DatasetInfo(
             name="voc07",
             title="PASCAL VOC 2007: photographs that show several of 20 classes",
             num_classes=20,
@@ -63,6 +74,28 @@ DATASETS: dict[str, DatasetInfo] = {
             obtain=(
                 "From the PASCAL VOC 2007 challenge, unpack trainval and test into one folder, then `obowlab data prepare voc07 "
                 "--source VOCdevkit/VOC2007`: trainval becomes train, test becomes val."
+            ),
+        ),
+        DatasetInfo(
+            name="voc0712",
+            title="PASCAL VOC 2007 and 2012: photographs with boxes around objects of 20 classes",
+            num_classes=20,
+            num_images={"train": 16_551, "val": 4_952},
+            layout="VOC2007/Annotations and VOC2012/Annotations, beside JPEGImages and ImageSets/Main",
+            obtain=(
+                "From the PASCAL VOC challenges, unpack trainval and test of 2007 and trainval of 2012 into one folder, then "
+                "`obowlab data prepare voc0712 --source VOCdevkit`: both trainval become train, test of 2007 becomes val."
+            ),
+        ),
+        DatasetInfo(
+            name="coco",
+            title="COCO 2017: photographs with boxes around objects of 80 classes, and their outlines",
+            num_classes=80,
+            num_images={"train": 118_287, "val": 5_000},
+            layout="annotations/instances_train2017.json, train2017, and the same for val2017",
+            obtain=(
+                "From cocodataset.org, unpack train2017, val2017 and annotations into one folder, then "
+                "`obowlab data prepare coco --source DIR`."
             ),
         ),
         DatasetInfo(

@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from obowlab.config import Data
 from obowlab.data import synthetic
 from obowlab.data.beton import damaged, fix_for, read_index
 from obowlab.data.catalogue import DATASETS, DatasetInfo
 from obowlab.data.identity import FileIdentity, identify, is_written_file
+from obowlab.data.image_lists import listed, num_listed
 from obowlab.data.manifest import Manifest, Skipped, beton_path, check_name, read_manifest
 from obowlab.data.prepare import Plan, PrepareReport, Progress, plan_prepare, prepare, synthetic_is_drawn
 from obowlab.data.sources import ABSENT, DIFFICULT, PRESENT
@@ -39,6 +41,7 @@ __all__ = [
     "plan_prepare",
     "prepare",
     "subset",
+    "trained_on",
     "verify",
 ]
 
@@ -127,8 +130,11 @@ def open_split(dataset: str, split: str, *, data_root: Path, runs_root: Path | N
     return _open(dataset, split, data_root, runs_root=runs_root)
 
 
-def num_training_images(dataset: str, *, data_root: Path, images_per_class: int | None) -> int | None:
+def num_training_images(data: Data, *, data_root: Path) -> int | None:
     """Return how many images are trained on, by the prepared data set or else its published size; None when neither is known."""
+    dataset, images_per_class = data.dataset, data.images_per_class
+    if data.image_list:
+        return num_listed(data.image_list, dataset=dataset, data_root=data_root)
     manifest, info = read_manifest(data_root, dataset, "train"), DATASETS.get(dataset)
     if manifest is not None:
         num_images, num_classes = manifest.num_images, len(manifest.class_names)
@@ -185,6 +191,17 @@ def _targets(path: Path, manifest: Manifest) -> NDArray[np.int8] | None:
     for mark, value in values.items():
         targets[marks.reshape(shape) == mark] = value
     return targets
+
+
+def trained_on(split: Split, data: Data | None) -> NDArray[np.int64]:
+    """Return the int64 indices [n] of the images that a recipe trains on, in order; of all images for None.
+
+    Raises:
+        UserError: as `listed`.
+    """
+    if data is not None and data.image_list:
+        return listed(split, data.image_list)
+    return subset(split, images_per_class=None if data is None else data.images_per_class)
 
 
 def subset(split: Split, *, images_per_class: int | None) -> NDArray[np.int64]:

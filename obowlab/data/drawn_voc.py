@@ -34,6 +34,25 @@ class DrawnObject:
     box: tuple[int, int, int, int]
 
 
+@dataclass(frozen=True)
+class PlacedPart:
+    """A part in an image.
+
+    Attributes:
+        number: of the part.
+        is_faint: whether it hardly shows.
+        at: x and y of its centre, pixels.
+        radius: half of its side, pixels.
+        turned: cosine and sine of the angle.
+    """
+
+    number: int
+    is_faint: bool
+    at: tuple[float, float]
+    radius: float
+    turned: tuple[float, float]
+
+
 def draw_voc(folder: Path) -> Path:
     """Write FOLDER/VOC2007 and return it.
 
@@ -66,29 +85,45 @@ def draw_voc(folder: Path) -> Path:
 
 def draw(listed: str, *, index: int) -> tuple[NDArray[np.uint8], list[DrawnObject]]:
     """Return an image of a list, uint8 [H, W, 3], and what it shows; a function of the list and the index alone."""
-    draws = synthetic.Draws(stream=_STREAMS[listed], index=index)
+    image, parts = draw_scene(_STREAMS[listed], index=index)
+    height, width = image.shape[:2]
+    objects = []
+    for part in parts:
+        left, top = (max(1, int(centre - part.radius)) for centre in part.at)
+        right, bottom = (min(end, int(centre + part.radius)) for centre, end in zip(part.at, (width, height), strict=True))
+        objects.append(DrawnObject(CLASS_NAMES[part.number], part.is_faint, (left, top, right, bottom)))
+    return image, objects
+
+
+def draw_scene(stream: int, *, index: int, is_empty: bool = False) -> tuple[NDArray[np.uint8], list[PlacedPart]]:
+    """Return an image, uint8 [H, W, 3], and where which parts are in it.
+
+    Args:
+        stream: of random numbers.
+        index: of the image in it.
+        is_empty: whether to show no part.
+    """
+    draws = synthetic.Draws(stream=stream, index=index)
     height, width = _SIZES[int(draws.one(0, len(_SIZES)))]
     side = max(height, width)
     canvas = synthetic.background(draws, side=side)[:height, :width]
     for _ in range(int(draws.one(0, 3))):
         synthetic.clutter(canvas, draws)
     slots = np.argsort(draws.many(4), kind="stable").tolist()[: 1 + int(draws.one(0, 4))]
-    parts = np.argsort(draws.many(len(CLASS_NAMES)), kind="stable").tolist()
-    objects = []
-    for slot, part in zip(slots, parts, strict=False):
-        is_difficult = draws.one() < 0.1
+    numbers = np.argsort(draws.many(len(CLASS_NAMES)), kind="stable").tolist()
+    parts = []
+    for slot, number in zip([] if is_empty else slots, numbers, strict=False):
+        is_faint = draws.one() < 0.1
         at = ((0.26, 0.74)[slot % 2] * width + draws.one(-2, 2), (0.26, 0.74)[slot // 2] * height + draws.one(-2, 2))
         radius = draws.one(0.19, 0.235) * synthetic.IMAGE_SIZE
         colour = synthetic.light_colour(draws)
-        if is_difficult:
+        if is_faint:
             colour = 0.7 * canvas.mean(axis=(0, 1)) + 0.3 * colour
         turned = synthetic.turn(draws.one(-0.25, 0.25))
-        synthetic.paint(canvas, synthetic.SHAPES[part], at=at, radius=radius, turned=turned, colour=colour)
-        left, top = (max(1, int(centre - radius)) for centre in at)
-        right, bottom = (min(end, int(centre + radius)) for centre, end in zip(at, (width, height), strict=True))
-        objects.append(DrawnObject(CLASS_NAMES[part], is_difficult, (left, top, right, bottom)))
+        synthetic.paint(canvas, synthetic.SHAPES[number], at=at, radius=radius, turned=turned, colour=colour)
+        parts.append(PlacedPart(number, is_faint, at, radius, turned))
     canvas = canvas + (draws.many(3, height, width, 3).sum(axis=0) - 1.5) * 0.02
-    return np.rint(canvas.clip(0, 1) * 255).astype(np.uint8), objects
+    return np.rint(canvas.clip(0, 1) * 255).astype(np.uint8), parts
 
 
 def _write_annotation(path: Path, image: NDArray[np.uint8], objects: list[DrawnObject]) -> None:

@@ -22,6 +22,12 @@ from obowlab.files.opening import user_name
 from obowlab.files.records import read_checked, with_checksum
 from obowlab.files.sharing import share, shared_folder
 
+NAMES_SUFFIX = ".names.gz"
+"""Of the file beside a split's images that holds the name of every image below the folder of its split, as JSON."""
+
+OBJECTS_SUFFIX = ".objects.npz"
+"""Of the file beside them that says what every image shows and where, where the source does (`data.objects`)."""
+
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 
 
@@ -171,10 +177,10 @@ def refuse_closed(data_root: Path, dataset: str) -> None:
 def publish(working: Path, data_root: Path, dataset: str) -> None:
     """Move finished files into DATA_ROOT/NAME; manifests leave first and come last, so no reader sees a mixture."""
     target = shared_folder(data_root / dataset)
-    for suffix in (".json", ".beton"):
+    for suffix in (".json", ".beton", NAMES_SUFFIX, OBJECTS_SUFFIX):
         for split in SPLITS:
             (target / f"{split}{suffix}").unlink(missing_ok=True)
-    for suffix in (".beton", ".json"):
+    for suffix in (NAMES_SUFFIX, OBJECTS_SUFFIX, ".beton", ".json"):
         for split in SPLITS:
             if (working / f"{split}{suffix}").exists():
                 share(working / f"{split}{suffix}")

@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from obowlab.data.coco import find_coco, read_coco
 from obowlab.data.image_folder import is_hidden, read_source
 from obowlab.data.list_files import LIST_SUFFIXES, read_list
+from obowlab.data.places import find_places, read_places
 from obowlab.data.sources import ARCHIVE_SUFFIXES, LAYOUT, NoImageError, Source, SourceImage, SourceSplit
 from obowlab.data.tables import files_of_folder, files_of_saved, read_tables
 from obowlab.data.torchvision_sets import PREFIX, read_torchvision
-from obowlab.data.voc import find_voc, read_voc
+from obowlab.data.voc import find_voc, read_both_years, read_voc
 from obowlab.data.webdataset import is_webdataset, read_webdataset
 from obowlab.errors import UserError
 
@@ -22,21 +24,28 @@ VAL_FRACTION = 0.1
 
 
 def open_source(
-    spec: str | Path, *, labelled: bool = True, val_fraction: float | None = None, usual_fraction: float | None = None
+    spec: str | Path,
+    *,
+    labelled: bool = True,
+    val_fraction: float | None = None,
+    usual_fraction: float | None = None,
+    several_years: bool = False,
 ) -> Source:
     """List the images of a source; no image is read, except of tables.
 
     Args:
         spec: a folder or .tar of class folders or of images, a list (.csv, .tsv, .txt), Parquet files, a folder that Hugging
-            Face's `datasets` has saved, the tars of a WebDataset, a folder of PASCAL VOC, or `torchvision:NAME:ROOT`.
+            Face's `datasets` has saved, the tars of a WebDataset, a folder of PASCAL VOC or of Places205, or
+            `torchvision:NAME:ROOT`.
         labelled: whether to use the labels that there are.
         val_fraction: share of every class that becomes val where the source has no val, in [0, 1).
         usual_fraction: the same where `val_fraction` is None; None for a tenth of images with labels, nothing of others.
+        several_years: of a folder of PASCAL VOC, whether to train on 2007 and 2012 together.
 
     Raises:
         UserError: there is nothing, or nothing that is understood, or a source with val is to be split.
     """
-    source = _read(spec, labelled=labelled)
+    source = _read(spec, labelled=labelled, several_years=several_years)
     if source.split("val") is not None:
         if val_fraction is not None:
             raise UserError(f"--source {source.path} has validation images of its own: leave --val-fraction out.")
@@ -95,7 +104,7 @@ def _described(source: Source) -> Source:
     return replace(source, notes=(*notes, *source.notes))
 
 
-def _read(spec: str | Path, *, labelled: bool) -> Source:
+def _read(spec: str | Path, *, labelled: bool, several_years: bool) -> Source:
     """Read a source by what it is."""
     if str(spec).startswith(PREFIX):
         return read_torchvision(str(spec), labelled=labelled)
@@ -104,8 +113,14 @@ def _read(spec: str | Path, *, labelled: bool) -> Source:
     if path.is_dir():
         if (path / "dataset_dict.json").is_file() or ((path / "state.json").is_file() and (path / "dataset_info.json").is_file()):
             return read_tables(path, files_of_saved(path), labelled=labelled)
+        if labelled and several_years:
+            return read_both_years(path)
         if labelled and (voc := find_voc(path)) is not None:
             return read_voc(voc)
+        if labelled and (annotations := find_coco(path)) is not None:
+            return read_coco(path, annotations=annotations)
+        if labelled and (lists := find_places(path)) is not None:
+            return read_places(path, lists=lists)
         return _read_folder(path, labelled=labelled)
     if not path.is_file():
         raise UserError(f"--source {path} is neither a folder nor a .tar file, a list or a table: there is nothing of that name.")

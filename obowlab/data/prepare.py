@@ -17,11 +17,15 @@ from pathlib import Path
 import obowlab
 from obowlab import text
 from obowlab.data import synthetic
+from obowlab.data.annotations import Annotate, Annotation
 from obowlab.data.beton import MAX_PAGE_SIZE, MIN_PAGE_SIZE, BetonWriter, Record, page_size_for, read_index
 from obowlab.data.catalogue import DATASETS, check_spelling, missing
 from obowlab.data.decoding import UnreadableImageError, to_jpeg
 from obowlab.data.identity import note_written
+from obowlab.data.image_lists import write_names
 from obowlab.data.manifest import (
+    NAMES_SUFFIX,
+    OBJECTS_SUFFIX,
     Manifest,
     Skipped,
     beton_path,
@@ -33,9 +37,11 @@ from obowlab.data.manifest import (
     workplace,
     write_manifest,
 )
+from obowlab.data.objects import write_objects
 from obowlab.data.opening import open_source
 from obowlab.data.sources import Source, SourceImage, SourceSplit
 from obowlab.data.split_names import SPLITS
+from obowlab.data.voc import SEVERAL_YEARS
 from obowlab.errors import UserError
 from obowlab.runs.provenance import num_cores
 
@@ -113,6 +119,8 @@ class Content:
         source_hash: identifies them without reading them.
         val_fraction: see `Source`.
         targets: see `SourceSplit`.
+        names: of the images, the unreadable included; none of drawn ones.
+        annotations: see `SourceSplit`.
         records: begins to yield the images in order, each as a record or with the reason why it is skipped.
     """
 
@@ -125,6 +133,8 @@ class Content:
     records: Callable[[], Iterator[Record | Skipped]]
     val_fraction: float | None = None
     targets: tuple[str, ...] = ()
+    names: Sequence[str] = ()
+    annotations: Sequence[Annotate] = ()
 
 
 def plan_prepare(
@@ -232,6 +242,8 @@ def build(content: Content, *, dataset: str, folder: Path, progress: Callable[[P
     path = folder / f"{content.split}.beton"
     skipped: list[Skipped] = []
     targets: list[str] = []
+    names: list[str] = []
+    annotations: list[Annotation] = []
     start = last = time.monotonic()
     try:
         with BetonWriter(path, capacity=content.num_images, page_size=content.page_size) as writer:
@@ -241,6 +253,9 @@ def build(content: Content, *, dataset: str, folder: Path, progress: Callable[[P
                 else:
                     writer.append(record)
                     targets += content.targets[done - 1 : done]
+                    names += content.names[done - 1 : done]
+                    for annotate in content.annotations[done - 1 : done]:
+                        annotations.append(annotate((record.height, record.width)))
                 now = time.monotonic()
                 if progress is not None and (now - last >= REPORT_EVERY_S or done == content.num_images):
                     last = now
@@ -269,6 +284,10 @@ def build(content: Content, *, dataset: str, folder: Path, progress: Callable[[P
         skipped=tuple(skipped),
         targets=tuple(targets),
     )
+    if names:
+        write_names(path.with_suffix(NAMES_SUFFIX), names)
+    if annotations:
+        write_objects(path.with_suffix(OBJECTS_SUFFIX), annotations)
     write_manifest(path.with_suffix(".json"), manifest)
     return manifest
 
@@ -307,6 +326,8 @@ def _content(split: SourceSplit, source: Source, *, workers: int) -> Content:
         source_hash=split.listing_hash,
         val_fraction=source.val_fraction,
         targets=split.targets,
+        names=[image.name for image in split.images],
+        annotations=split.annotations,
         records=lambda: _decoded(split.images, page_size=page_size, workers=workers),
     )
 
@@ -386,7 +407,8 @@ def source_of(
     if source is None:
         raise UserError(f"Give --source DIR, the folder, .tar, list or table that holds the images of '{name}'.")
     usual = _usual_fraction(name, data_root=data_root, force=force)
-    return open_source(source, labelled=labelled, val_fraction=val_fraction, usual_fraction=usual)
+    several_years = name in SEVERAL_YEARS
+    return open_source(source, labelled=labelled, val_fraction=val_fraction, usual_fraction=usual, several_years=several_years)
 
 
 def _plan(name: str, source: Source, *, data_root: Path, workers: int) -> Plan:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from obowlab.config import FewShot, Knn, Recipe, Voc07Svm
+from obowlab.config import Detector, FewShot, Knn, Recipe, Voc07Svm
 from obowlab.config.methods import learns_from_labels
 from obowlab.data.class_lists import ClassList, class_list
-from obowlab.data.datasets import Split, open_split, subset
+from obowlab.data.datasets import Split, open_split, trained_on
 from obowlab.data.manifest import read_manifest
+from obowlab.data.objects import Annotations, read_objects
 from obowlab.data.sources import UNLABELLED
-from obowlab.errors import UserError
+from obowlab.errors import AbsentError, UserError
+
+DETECTION = ("voc-detection", "coco-detection")
+"""Protocols that test a detector."""
 
 
 def unmet_needs(recipe: Recipe, *, data_root: Path, runs_root: Path) -> dict[str, str]:
@@ -34,6 +39,9 @@ def unmet_needs(recipe: Recipe, *, data_root: Path, runs_root: Path) -> dict[str
         return {}
     train = open_split(dataset, "train", data_root=data_root, runs_root=runs_root)
     unmet: dict[str, str | None] = {}
+    for protocol in [each for each in wanted if each in DETECTION]:
+        unmet[protocol] = detector_need(recipe, protocol=protocol, data_root=data_root, runs_root=runs_root)
+    wanted = tuple(protocol for protocol in wanted if protocol not in DETECTION)
     if "voc07-svm" in wanted:
         val = open_split(dataset, "val", data_root=data_root, runs_root=runs_root) if train.targets is not None else train
         unmet["voc07-svm"] = several_classes_need(train, val, config=evaluation.voc07_svm)
@@ -62,10 +70,51 @@ def _one_class_needs(
             unmet[protocol] = few_shot_need(val.labels, classes=classes, class_names=val.class_names, config=evaluation.fewshot)
             continue
         unmet[protocol] = same_classes_need(train, val)
+        if protocol == "classes" and not learns_from_labels(recipe.method):
+            unmet[protocol] = (
+                f"evaluation.protocols has 'classes', but method.name {recipe.method.name} learns no classifier; 'linear' "
+                "trains one"
+            )
         if protocol == "knn":
-            num_images = len(subset(train, images_per_class=recipe.data.images_per_class))
+            num_images = len(trained_on(train, recipe.data))
             unmet[protocol] = unmet[protocol] or knn_need(num_images, config=evaluation.knn)
     return unmet
+
+
+def detector_need(recipe: Recipe, *, protocol: str, data_root: Path, runs_root: Path) -> str | None:
+    """Return why no detector can be tested, and what would do; None when one can."""
+    learned = recipe.method.architecture if isinstance(recipe.method, Detector) else None
+    if learned is None or (protocol == "coco-detection" and learned != "fpn"):
+        what = "detector" if protocol == "voc-detection" else "masks"
+        method = f"method.name {recipe.method.name}" if learned is None else f"method.architecture {learned}"
+        return (
+            f"evaluation.protocols has '{protocol}', but {method} learns no {what}; recipe {protocol} does, beginning with an "
+            "encoder (--weights)"
+        )
+    try:
+        objects = read_objects(open_split(recipe.data.dataset, "val", data_root=data_root, runs_root=runs_root))
+        if protocol == "coco-detection":
+            refuse_without_outlines(objects, dataset=recipe.data.dataset)
+    except AbsentError:
+        raise
+    except UserError as error:
+        return str(error).rstrip(".")
+    return None
+
+
+def refuse_without_outlines(objects: Annotations, *, dataset: str) -> None:
+    """Refuse images whose objects have boxes alone, or a machine that cannot raster outlines, where masks are learned.
+
+    Raises:
+        UserError: names what to do.
+    """
+    if not objects.has_outlines:
+        raise UserError(
+            f"'{dataset}' has boxes but no outlines, which masks are learned from: prepare a folder of COCO, such as "
+            '`obowlab data draw coco DIR` makes, or train with method.architecture = "c4".'
+        )
+    if importlib.util.find_spec("pycocotools") is None:
+        raise UserError("Masks need pycocotools: pip install 'obowlab[coco]'.")
 
 
 def left_out_lines(unmet: dict[str, str]) -> Iterator[str]:
@@ -124,6 +173,10 @@ def refuse_unlabelled(recipe: Recipe, *, train: Split) -> None:
     Raises:
         UserError: names the settings to change.
     """
+    if isinstance(recipe.method, Detector):
+        objects = read_objects(train)
+        if recipe.method.architecture == "fpn":
+            refuse_without_outlines(objects, dataset=train.dataset)
     if learns_from_labels(recipe.method) and train.targets is not None:
         raise UserError(
             f"method.name is {recipe.method.name}, which learns from one label an image, but those of '{train.dataset}' show "

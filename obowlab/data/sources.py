@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from obowlab.data.annotations import Annotate
 from obowlab.data.split_names import SPLITS, splits_of_words
 from obowlab.errors import UserError
 
@@ -58,13 +59,15 @@ class FetchedImage(SourceImage):
 class SourceSplit:
     """The images of one split in their final order; `class_names` are those of train, for every split.
 
-    Images that may show several classes have `targets`: for every image a mark for every class.
+    Images that may show several classes have `targets`: for every image a mark for every class. With `annotations` it
+    is known where in an image they are.
     """
 
     name: str
     class_names: tuple[str, ...]
     images: tuple[SourceImage, ...]
     targets: tuple[str, ...] = ()
+    annotations: tuple[Annotate, ...] = ()
 
     @property
     def num_bytes(self) -> int:

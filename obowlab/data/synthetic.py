@@ -128,11 +128,16 @@ def _spots(u: Plane, v: Plane, period: float) -> Plane:
     return np.sqrt(near_u * near_u + near_v * near_v) - 0.34 * period
 
 
+def silhouette(u: Plane, v: Plane) -> Plane:
+    """Return the rounded square that textures are cut out of."""
+    return np.maximum(_box(u, v, 0.88, 0.88), _disc(u, v, 1.1))
+
+
 def _patch(texture: Callable[[Plane, Plane], Plane]) -> Callable[[Plane, Plane], Plane]:
     """Return a texture cut out in the shape of a rounded square."""
 
     def part(u: Plane, v: Plane) -> Plane:
-        return np.maximum(texture(u, v), np.maximum(_box(u, v, 0.88, 0.88), _disc(u, v, 1.1)))
+        return np.maximum(texture(u, v), silhouette(u, v))
 
     return part
 

@@ -7,11 +7,17 @@ test of that class. Classes are in the order of their names.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
+from obowlab.data.annotations import Annotate
 from obowlab.data.sources import ABSENT, DIFFICULT, PRESENT, Source, SourceImage, SourceSplit
+from obowlab.data.voc_boxes import read_annotation
 from obowlab.errors import UserError
+
+SEVERAL_YEARS = ("voc0712",)
+"""Data sets that are made of 2007 and 2012 together."""
 
 _MAIN = Path("ImageSets", "Main")
 _PLACES = (".", "VOC2007", "VOC2012", "VOCdevkit", "VOCdevkit/VOC2007", "VOCdevkit/VOC2012")
@@ -60,6 +66,41 @@ def read_voc(path: Path) -> Source:
     return Source(path=path, splits=splits, num_ignored=0, num_hidden=0, notes=(note,))
 
 
+def read_both_years(path: Path) -> Source:
+    """List the images that detectors are trained on: trainval of 2007 and 2012 become train, and test of 2007 val.
+
+    Args:
+        path: a folder that holds VOC2007 and VOC2012.
+
+    Raises:
+        UserError: as `read_voc`, or a year is missing.
+    """
+    years = {}
+    for year in ("VOC2007", "VOC2012"):
+        found = next((path / place / year for place in (".", "VOCdevkit") if (path / place / year / _MAIN).is_dir()), None)
+        if found is None:
+            raise UserError(f"--source {path} has no folder {year}: unpack the archives of both years into one folder.")
+        years[year] = found
+    first = _read_split(years["VOC2007"], name="train", listed="trainval", class_names=(names := _classes(years["VOC2007"])))
+    second = _read_split(years["VOC2012"], name="train", listed="trainval", class_names=names)
+    test = _read_split(years["VOC2007"], name="val", listed="test", class_names=names)
+    parts = [(year, split) for year, split in zip(years, (first, second), strict=True)]
+    train = SourceSplit(
+        name="train",
+        class_names=names,
+        images=tuple(replace(image, name=f"{year}/{image.name}") for year, split in parts for image in split.images),
+        targets=first.targets + second.targets,
+        annotations=first.annotations + second.annotations,
+    )
+    note = f"several classes an image: {len(names)}; trainval of 2007 and 2012 becomes train, test of 2007 val"
+    return Source(path=path, splits=(train, test), num_ignored=0, num_hidden=0, notes=(note,))
+
+
+def _classes(path: Path) -> tuple[str, ...]:
+    files = sorted(file.stem for file in (path / _MAIN).glob("*_trainval.txt"))
+    return tuple(name.removesuffix("_trainval") for name in files if name.count("_") == 1)
+
+
 def _read_split(path: Path, *, name: str, listed: str, class_names: tuple[str, ...]) -> SourceSplit:
     file = path / _MAIN / f"{listed}.txt"
     ids = [words[0] for words in _lines(file)]
@@ -90,7 +131,27 @@ def _read_split(path: Path, *, name: str, listed: str, class_names: tuple[str, .
             f"{path / 'JPEGImages'} lacks {len(absent)} of the {len(ids)} images of {file.name}, such as {absent[0]}.jpg: unpack "
             "the archive again."
         )
-    return SourceSplit(name, class_names, tuple(images), targets)
+    return SourceSplit(name, class_names, tuple(images), targets, _annotations(path, ids, class_names=class_names))
+
+
+def _annotations(path: Path, ids: list[str], *, class_names: tuple[str, ...]) -> tuple[Annotate, ...]:
+    """Return what reads the boxes of every image; none where there are no files at all, as for the test images of some copies.
+
+    Raises:
+        UserError: some are missing.
+    """
+    files = tuple(path / "Annotations" / f"{each}.xml" for each in ids)
+    absent = [file for file in files if not file.is_file()]
+    if absent and len(absent) < len(files):
+        raise UserError(
+            f"{path / 'Annotations'} lacks {len(absent)} of {len(files)} files, such as {absent[0].name}: unpack it again."
+        )
+    numbers = {name: number for number, name in enumerate(class_names)}
+    return () if absent else tuple(_reader(file, class_numbers=numbers) for file in files)
+
+
+def _reader(file: Path, *, class_numbers: Mapping[str, int]) -> Annotate:
+    return lambda size: read_annotation(file, class_numbers=class_numbers, size=size)
 
 
 def first_class(marks: str) -> int:

@@ -7,166 +7,24 @@ of each of them.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
 from obowlab import text
 from obowlab.config import Evaluation, Machine, Recipe, canonical_hash, nearest
-from obowlab.data.class_lists import class_list
-from obowlab.data.protocol_needs import refuse_unmet, same_classes_need, several_classes_need
 from obowlab.errors import UserError
+from obowlab.evaluation.evaluators import EVALUATORS, PROBE_SEED, Evaluator, Outcome
 from obowlab.evaluation.features import FeatureStore, View
-from obowlab.evaluation.fewshot import few_shot
-from obowlab.evaluation.knn import nearest_neighbours
-from obowlab.evaluation.linear import linear_probe
 from obowlab.evaluation.result import Measurement, Result
+from obowlab.methods.detection.two_stage import TwoStageDetector
 from obowlab.precision import full_precision
+from obowlab.runs.folder import RunFolder
 from obowlab.views.views import MEAN, STD
 
-__all__ = ["EVALUATORS", "Evaluator", "Measurement", "Outcome", "Result", "evaluate"]
-
-PROBE_SEED = 0
-"""Seed of probes and of counter-based episodes: part of the protocols, not of a run."""
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What an evaluator found.
-
-    Attributes:
-        measurements: the numbers.
-        settings: everything they depend on besides weights, images and views; JSON values, hashed into the protocol.
-        remarks: worth knowing, yet without influence, such as the path of a class list; JSON values.
-    """
-
-    measurements: tuple[Measurement, ...]
-    settings: dict[str, Any]
-    remarks: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Evaluator:
-    """One protocol.
-
-    Attributes:
-        version: raised whenever the same weights and settings would give another number.
-        needs: the views it reads of every split, by its settings; they are computed before it runs.
-        run: measures, given the features, the settings and a function that reports progress.
-    """
-
-    version: int
-    needs: Callable[[Evaluation], Mapping[str, tuple[View, ...]]]
-    run: Callable[[FeatureStore, Evaluation, Callable[[str], None]], Outcome]
-
-
-def _few_shot(store: FeatureStore, evaluation: Evaluation, report: Callable[[str], None]) -> Outcome:
-    split, config = store.split("val"), evaluation.fewshot
-    classes = class_list(config.classes, class_names=split.class_names, folder=store.folder)
-    (features,) = store.get("val")
-    measurements = few_shot(
-        features, labels=store.labels("val"), classes=classes, class_names=split.class_names, config=config, seed=PROBE_SEED
-    )
-    settings = config.model_dump(mode="json", exclude={"classes"})
-    return Outcome(
-        measurements=measurements,
-        settings={**settings, "seed": PROBE_SEED, "classes_hash": classes.names_hash, "num_classes": len(classes.indices)},
-        remarks={"classes": config.classes, "images": "validation", "interval": "1.96 standard errors over episodes"},
-    )
-
-
-def _linear(store: FeatureStore, evaluation: Evaluation, report: Callable[[str], None]) -> Outcome:
-    num_classes, facts = _labelled(store)
-    measurements = linear_probe(
-        store.get("train", views=("centre", "mirrored")),
-        labels=torch.from_numpy(store.labels("train")).to(store.device),
-        test_features=store.get("val")[0],
-        test_labels=torch.from_numpy(store.labels("val")).to(store.device),
-        num_classes=num_classes,
-        config=evaluation.linear,
-        seed=PROBE_SEED,
-        report=report,
-    )
-    return Outcome(
-        measurements=measurements,
-        settings={**evaluation.linear.model_dump(mode="json"), "seed": PROBE_SEED, **facts},
-        remarks={"classifier": "weight and bias on plain features", "interval": "Wilson, over validation images"},
-    )
-
-
-def _knn(store: FeatureStore, evaluation: Evaluation, report: Callable[[str], None]) -> Outcome:
-    num_classes, facts = _labelled(store)
-    measurements = nearest_neighbours(
-        store.get("val")[0],
-        labels=torch.from_numpy(store.labels("val")).to(store.device),
-        bank=store.get("train")[0],
-        bank_labels=torch.from_numpy(store.labels("train")).to(store.device),
-        num_classes=num_classes,
-        config=evaluation.knn,
-    )
-    return Outcome(
-        measurements=measurements,
-        settings={**evaluation.knn.model_dump(mode="json"), **facts},
-        remarks={"interval": "Wilson, over validation images"},
-    )
-
-
-def _voc07_svm(store: FeatureStore, evaluation: Evaluation, report: Callable[[str], None]) -> Outcome:
-    from obowlab.evaluation import svm  # late: scipy takes half a second to import
-
-    config, train, val = evaluation.voc07_svm, store.split("train"), store.split("val")
-    refuse_unmet(several_classes_need(train, val, config=config))
-    assert train.targets is not None
-    assert val.targets is not None
-    features, test_features = (store.get(name, views=(config.view,))[0].double().cpu().numpy() for name in ("train", "val"))
-    standard = {}
-    if config.features == "pool5_bn":
-        standard = {"mean": features.mean(axis=0), "variance": features.var(axis=0)}
-    targets_hash = canonical_hash([train.targets.tolist(), val.targets.tolist()])
-    settings = {**config.model_dump(mode="json"), "targets_hash": targets_hash}
-    fits = svm.fit_classes(
-        svm.normalised(features, **standard),
-        targets=train.targets,
-        test_features=svm.normalised(test_features, **standard),
-        class_names=train.class_names,
-        config=config,
-        processes=store.num_processes,
-        kept=store.place_beside("voc07-svm", {"version": EVALUATORS["voc07-svm"].version, **settings}),
-        report=report,
-    )
-    measurement, precisions = svm.mean_average_precision(fits, targets=val.targets)
-    return Outcome(
-        measurements=(measurement,),
-        settings=settings,
-        remarks={
-            "interval": f"bootstrap over validation images, {svm.NUM_RESAMPLES} times",
-            "precision_of_classes": precisions,
-            "cost_of_classes": {fit.name: fit.cost for fit in fits},
-            "fits_at_the_limit": sum(fit.unconverged for fit in fits),
-        },
-    )
-
-
-def _labelled(store: FeatureStore) -> tuple[int, dict[str, Any]]:
-    """Return the number of classes that both splits share, and which training images are used."""
-    train, val = store.split("train"), store.split("val")
-    refuse_unmet(same_classes_need(train, val))
-    facts = {"training_images": len(store.indices("train")), "images_per_class": store.images_per_class}
-    return train.num_classes, facts
-
-
-EVALUATORS: dict[str, Evaluator] = {
-    "fewshot": Evaluator(version=1, needs=lambda _: {"val": ("centre",)}, run=_few_shot),
-    "linear": Evaluator(version=1, needs=lambda _: {"train": ("centre", "mirrored"), "val": ("centre",)}, run=_linear),
-    "knn": Evaluator(version=1, needs=lambda _: {"train": ("centre",), "val": ("centre",)}, run=_knn),
-    "voc07-svm": Evaluator(
-        version=1, needs=lambda settings: dict.fromkeys(("train", "val"), (settings.voc07_svm.view,)), run=_voc07_svm
-    ),
-}
+__all__ = ["EVALUATORS", "PROBE_SEED", "Evaluator", "Measurement", "Outcome", "Result", "evaluate"]
 
 
 def evaluate(
@@ -178,6 +36,9 @@ def evaluate(
     cache_dir: Path,
     protocols: Sequence[str] | None = None,
     dataset: str | None = None,
+    classifier: nn.Module | None = None,
+    detector: TwoStageDetector | None = None,
+    folder: RunFolder | None = None,
     device: torch.device,
     report: Callable[[str], None],
 ) -> list[Result]:
@@ -193,6 +54,9 @@ def evaluate(
         cache_dir: where features are kept.
         protocols: keys of `EVALUATORS`; the recipe's if absent.
         dataset: another prepared data set than the recipe's.
+        classifier: that a supervised training has learned on the encoder's features, for `classes`; moved to `device`.
+        detector: that a training has learned, for `voc-detection` and `coco-detection`; moved to `device`.
+        folder: of the run that learned it, for pictures of its test; none are made if absent.
         device: where to compute.
         report: called with one line at a time.
 
@@ -216,9 +80,13 @@ def evaluate(
         channels_last=machine.channels_last,
         report=report,
     )
+    store.detector = None if detector is None else detector.to(device).eval()
+    store.folder_of_run = folder
+    store.classifier = None if classifier is None else classifier.to(device).eval()
     with full_precision(device):  # whatever training ran in
         for split, views in _union_of_needs(names, recipe.evaluation).items():
-            store.get(split, views=views)  # one pass over the images, however many protocols want them
+            if views:
+                store.get(split, views=views)  # one pass over the images, however many protocols want them
         return [_measure(name, store=store, recipe=recipe, subject=subject, report=report) for name in names]
 
 
@@ -233,7 +101,7 @@ def _union_of_needs(names: Sequence[str], evaluation: Evaluation) -> dict[str, t
 def _measure(name: str, *, store: FeatureStore, recipe: Recipe, subject: str, report: Callable[[str], None]) -> Result:
     evaluator = EVALUATORS[name]
     started = time.monotonic()
-    outcome = evaluator.run(store, recipe.evaluation, report)
+    outcome = evaluator.run(store, recipe, report)
     data_hash = store.data_hash(sorted(evaluator.needs(recipe.evaluation)))
     view = {"resize": recipe.views.original_resize, "size": recipe.views.original_size, "mean": list(MEAN), "std": list(STD)}
     # An encoder's own mean and deviation are part of the encoder: its protocol is that of all others.

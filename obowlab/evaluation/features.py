@@ -25,10 +25,12 @@ import torch
 from torch import nn
 
 from obowlab.config import Recipe, Views, canonical_hash
-from obowlab.data.datasets import Split, open_split, subset
+from obowlab.data.datasets import Split, open_split, trained_on
 from obowlab.errors import UserError
 from obowlab.files.opening import UnusableFileError, name_beside, open_file, read_file
 from obowlab.files.sharing import share, shared_folder
+from obowlab.methods.detection.two_stage import TwoStageDetector
+from obowlab.runs.folder import RunFolder
 from obowlab.views.loaders import centre_loader
 from obowlab.views.photometric import normalise
 from obowlab.views.stretched import stretched_batches
@@ -56,9 +58,15 @@ def weights_hash(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def pixel_statistics(encoder: nn.Module) -> tuple[tuple[float, ...], tuple[float, ...]]:
+Statistics = tuple[float, float, float]
+"""A number of each channel."""
+
+
+def pixel_statistics(encoder: nn.Module) -> tuple[Statistics, Statistics]:
     """Return the mean and deviation of pixels in [0, 1] that an encoder expects, `pixel_mean` and `pixel_std`, or ImageNet's."""
-    return tuple(getattr(encoder, "pixel_mean", MEAN)), tuple(getattr(encoder, "pixel_std", STD))
+    mean: Statistics = getattr(encoder, "pixel_mean", MEAN)
+    std: Statistics = getattr(encoder, "pixel_std", STD)
+    return mean, std
 
 
 @contextmanager
@@ -89,6 +97,11 @@ class FeatureStore:
         workers: loader workers.
         channels_last: memory layout of the images.
         report: called with a line now and then.
+
+    Attributes:
+        classifier: on the encoder's features, where one was learned with it; in evaluation mode.
+        detector: that was learned on the encoder, likewise.
+        folder_of_run: of the run that learned it, for pictures of its test; None where none are wanted.
     """
 
     def __init__(
@@ -112,7 +125,8 @@ class FeatureStore:
         self.views: Views = recipe.views
         self.dataset = recipe.data.dataset if dataset is None else dataset
         # The authors' probe sees the labels of the images that were pretrained on, and no others.
-        self.images_per_class = recipe.data.images_per_class if self.dataset == recipe.data.dataset else None
+        self._trained_on = recipe.data if self.dataset == recipe.data.dataset else None
+        self.images_per_class = None if self._trained_on is None else self._trained_on.images_per_class
         self.data_root = data_root
         self.runs_root = runs_root
         self._places = [cache_dir]
@@ -123,6 +137,9 @@ class FeatureStore:
         self._workers = workers
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self._splits: dict[str, Split] = {}
+        self.classifier: nn.Module | None = None
+        self.detector: TwoStageDetector | None = None
+        self.folder_of_run: RunFolder | None = None
 
     @property
     def folder(self) -> Path:
@@ -137,7 +154,7 @@ class FeatureStore:
 
     def indices(self, name: str) -> npt.NDArray[np.int64]:
         """Return the positions that are measured: the recipe's images per class of `train`, all of any other split."""
-        return subset(self.split(name), images_per_class=self.images_per_class if name == "train" else None)
+        return trained_on(self.split(name), self._trained_on if name == "train" else None)
 
     def labels(self, name: str) -> npt.NDArray[np.int64]:
         """Return the labels of these images, int64 [N]."""

@@ -28,10 +28,12 @@ ALIGNMENT = 16
 
 
 def probe_learning_rate(step: int, *, config: Linear, steps_per_epoch: int) -> float:
-    """Return the learning rate of a step: divided by 10 every `decay_every` epochs, or a cosine to 0 over all steps."""
-    if config.schedule == "cosine":
-        return config.learning_rate * 0.5 * (1 + math.cos(math.pi * step / (config.epochs * steps_per_epoch)))
-    return float(config.learning_rate * 0.1 ** (step // steps_per_epoch // config.decay_every))
+    """Return the learning rate of a step: divided by 10 every `decay_every` epochs, or a cosine to 0 by steps or by epochs."""
+    epoch = step // steps_per_epoch
+    if config.schedule == "steps":
+        return float(config.learning_rate * 0.1 ** (epoch // config.decay_every))
+    place, end = (epoch, config.epochs) if config.cosine_per == "epoch" else (step, config.epochs * steps_per_epoch)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * place / end))
 
 
 class _Classifier:

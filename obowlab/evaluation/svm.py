@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from obowlab import text
 from obowlab.config import Voc07Svm, canonical_hash
 from obowlab.evaluation.result import Measurement
 from obowlab.files.opening import UnusableFileError
@@ -182,10 +184,13 @@ def fit_classes(
     """
     fits = {name: fit for name in class_names if (fit := _read_fit(kept, name, count=len(test_features))) is not None}
     signs = {name: np.where(targets[:, column] == 1, 1, -1) for column, name in enumerate(class_names) if name not in fits}
+    began, known = time.monotonic(), len(fits)
     for fit in _fitted(signs, features=features, test_features=test_features, config=config, processes=processes):
         fits[fit.name] = fit
         _keep(kept, fit)
-        report(f"voc07-svm: {len(fits)}/{len(class_names)} classes, {fit.name} with C = {fit.cost:g}")
+        left_s = (time.monotonic() - began) / (len(fits) - known) * (len(class_names) - len(fits))
+        left = f", about {text.duration(left_s)} left" if left_s else ""
+        report(f"voc07-svm: {len(fits)}/{len(class_names)} classes, {fit.name} with C = {fit.cost:g}{left}")
     return tuple(fits[name] for name in class_names)
 
 

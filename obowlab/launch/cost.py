@@ -23,7 +23,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from obowlab import text
-from obowlab.config import Machine, Recipe
+from obowlab.config import Detector, Machine, Recipe
 from obowlab.data.datasets import num_training_images
 from obowlab.errors import UserError
 from obowlab.files.opening import read_file
@@ -313,7 +313,9 @@ def _size(mib: float) -> str:
 def num_steps(recipe: Recipe, *, data_root: Path) -> int | None:
     """Return the optimiser updates of a recipe from the prepared data set, or from its published size; else None."""
     data, training = recipe.data, recipe.training
-    num_images = num_training_images(data.dataset, data_root=data_root, images_per_class=data.images_per_class)
+    if isinstance(recipe.method, Detector):
+        return training.epochs * recipe.method.steps_per_epoch
+    num_images = num_training_images(data, data_root=data_root)
     return None if num_images is None else training.epochs * (num_images // training.batch_size)
 
 

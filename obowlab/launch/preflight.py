@@ -161,7 +161,7 @@ def check_protocols(recipe: Recipe, *, protocols: Sequence[str], dataset: str | 
     """
     data = recipe.data
     if dataset not in (None, data.dataset):
-        data = data.model_copy(update={"dataset": dataset, "images_per_class": None})
+        data = data.model_copy(update={"dataset": dataset, "images_per_class": None, "image_list": ""})
     evaluation = recipe.evaluation.model_copy(update={"protocols": tuple(protocols), "every_epochs": 0})
     measured = recipe.model_copy(update={"data": data, "evaluation": evaluation})
     if _is_drawn(measured, machine=machine):
@@ -181,7 +181,7 @@ def check_recipe(recipe: Recipe, *, machine: Machine) -> None:
         UserError: names the setting to change.
     """
     data = recipe.data
-    images = num_training_images(data.dataset, data_root=machine.data_root, images_per_class=data.images_per_class)
+    images = num_training_images(data, data_root=machine.data_root)
     check_settings(recipe, num_images=images)
 
 

@@ -6,6 +6,8 @@ from obowlab.methods.backbones import ResNet, build_backbone, compile_encoders
 from obowlab.methods.base import Batch, Comm, LevelWords, Method, OneProcess, Preparation, StepOutput, VisualWords
 from obowlab.methods.bownet import BoWNet
 from obowlab.methods.byol import BYOL
+from obowlab.methods.detection.objects import Objects
+from obowlab.methods.detector import DetectorTraining
 from obowlab.methods.moco import MoCo
 from obowlab.methods.obow import OBoW
 from obowlab.methods.rotnet import RotNet
@@ -20,6 +22,7 @@ METHODS: dict[str, type[Method[Any]]] = {
     "rotnet": RotNet,
     "moco": MoCo,
     "supervised": SupervisedTraining,
+    "detector": DetectorTraining,
     "simsiam": SimSiam,
     "byol": BYOL,
     "simclr": SimCLR,
@@ -33,10 +36,12 @@ __all__ = [
     "Batch",
     "BoWNet",
     "Comm",
+    "DetectorTraining",
     "LevelWords",
     "Method",
     "MoCo",
     "OBoW",
+    "Objects",
     "OneProcess",
     "Preparation",
     "ResNet",

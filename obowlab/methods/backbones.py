@@ -27,6 +27,7 @@ class ResNet(nn.Module):
 
     Attributes:
         num_features: channels of the pooled feature, c in the paper.
+        stage_channels: channels of the four stages' maps.
         level_channels: channels of every level's map.
         pixel_mean: what is subtracted from pixels in [0, 1], per channel; set where it is not ImageNet's mean.
         pixel_std: what the difference is divided by; set where it is not ImageNet's deviation.
@@ -53,6 +54,7 @@ class ResNet(nn.Module):
         self.layer3 = _stage(block, outputs[1], stages[2], depth=depths[2], stride=2)
         self.layer4 = _stage(block, outputs[2], stages[3], depth=depths[3], stride=2)
         self.num_features = outputs[3]
+        self.stage_channels: tuple[int, ...] = tuple(outputs)
         self.level_channels: dict[Level, int] = {"conv4": outputs[2], "conv5": outputs[3]}
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

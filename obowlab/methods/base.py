@@ -5,14 +5,19 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from obowlab.config import Backbone, Level, Section, Views, compatibility
+from obowlab.config.pixels import MEAN, STD
 from obowlab.methods.backbones import ResNet
+from obowlab.methods.detection.objects import Objects
 from obowlab.methods.online_classifier import OnlineClassifier
+
+if TYPE_CHECKING:
+    from obowlab.methods.detection.two_stage import TwoStageDetector
 
 T = TypeVar("T")
 SettingsT = TypeVar("SettingsT", bound=Section)
@@ -90,6 +95,8 @@ class Batch:
         cutmix_lambda: for the kinds that cutmix mixed, the fraction of every view that shows its own image, [B·V]; the rest
             shows the neighbouring image (0 and 1, 2 and 3, ...).
         wants_metrics: whether this step is logged, and the metrics that cost something are worth their time.
+        objects: of every image, for a detector, which sees whole images of any size: `original`, padded at the right and below.
+        first: place of the first of these images in the batch of all processes.
     """
 
     original: Tensor
@@ -99,6 +106,8 @@ class Batch:
     labels: Tensor | None = None
     cutmix_lambda: Mapping[str, Tensor] = field(default_factory=dict)
     wants_metrics: bool = True
+    objects: tuple[Objects, ...] = ()
+    first: int = 0
 
 
 @dataclass
@@ -120,7 +129,7 @@ class Preparation:
     """What a method may use in `prepare`.
 
     Attributes:
-        teacher: the encoder of the stage before; None when the recipe has none.
+        teacher: the encoder of the stage before, or of the weights that the settings name; None when there is neither.
         num_images: how many training images there are.
         originals: the normalised original views, unflipped, of the training images with these numbers (int64, [N]), in
             batches and in order, on the method's device.
@@ -176,10 +185,12 @@ class Method(nn.Module, ABC, Generic[SettingsT]):
     Attributes:
         num_uniforms: random numbers a step needs per image.
         monitor: the online classifier, or None.
+        pixel_statistics: mean and deviation that whole images are normalised by, of a detector.
     """
 
     num_uniforms: int
     monitor: OnlineClassifier | None
+    pixel_statistics: tuple[tuple[float, ...], tuple[float, ...]] = (MEAN, STD)
 
     def __init__(
         self, method: SettingsT, *, backbone: Backbone, total_steps: int, seed: int, num_classes: int | None, comm: Comm
@@ -232,6 +243,25 @@ class Method(nn.Module, ABC, Generic[SettingsT]):
     @abstractmethod
     def encoder(self) -> ResNet:
         """Return the network that is learnt."""
+
+    @property
+    def own_classifier(self) -> nn.Module | None:
+        """Return what maps the encoder's features to scores of the classes, of a method that learns that; else None."""
+        return None
+
+    @property
+    def own_detector(self) -> TwoStageDetector | None:
+        """Return what finds objects, of a method that learns that; else None."""
+        return None
+
+    def finish(self, batches: Callable[[int], Iterator[Batch]]) -> None:
+        """Do once what must be done after the last step; done again from the same weights, it changes nothing.
+
+        Every process calls it and ends with the same state.
+
+        Args:
+            batches: yields so many further batches, as training would go on with them.
+        """
 
     def visual_words(self) -> VisualWords | None:
         """Return the words, sharing memory with the method; None for a method that has none."""

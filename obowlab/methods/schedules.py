@@ -13,11 +13,14 @@ def learning_rate(step: int, *, optimizer: Optimizer, epochs: int, steps_per_epo
     A linear warm-up from `warmup_start` over `warmup_epochs` (per step), then half a cosine from `learning_rate` towards
     `end_learning_rate`, reached at the step after the last. With `cosine_per = "epoch"` the cosine stands still within
     an epoch, at its value at the epoch's start, as the authors' code does (docs/method.md, 8.1). With `schedule = "steps"` it is
-    divided by 10 after every `decay_every` epochs instead.
+    divided by 10 after every `decay_every` epochs instead, or multiplied by `decay_factor` after each epoch of `decay_after`.
     """
     warmup_steps = optimizer.warmup_epochs * steps_per_epoch
     if step < warmup_steps:
         return optimizer.warmup_start + (optimizer.learning_rate - optimizer.warmup_start) * step / warmup_steps
+    if optimizer.schedule == "steps" and optimizer.decay_after:
+        passed = sum(step >= epoch * steps_per_epoch for epoch in optimizer.decay_after)
+        return optimizer.learning_rate * optimizer.decay_factor**passed
     if optimizer.schedule == "steps":
         return optimizer.learning_rate / 10.0 ** (step // (optimizer.decay_every * steps_per_epoch))
     position = step if optimizer.cosine_per == "step" else step // steps_per_epoch * steps_per_epoch

@@ -76,6 +76,19 @@ class Gallery:
 
 
 @dataclass(frozen=True)
+class DetectionSet:
+    """Pictures and curves of a detector's test.
+
+    Attributes:
+        folder: holds `detection.json` and its pictures, and is named after the training whose detector it is.
+        preview: names of a few of its pictures, known once they are in the site.
+    """
+
+    folder: Path
+    preview: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Run:
     """One run with everything its page shows.
 
@@ -112,6 +125,7 @@ class Run:
         curves: metric to curve; those of results during training end with the final result.
         findings: on its vocabulary.
         gallery: of its visual words; None when there is none.
+        detections: of the detector that it is, or of those that began with its encoder.
     """
 
     run_id: str
@@ -143,6 +157,7 @@ class Run:
     curves: Mapping[str, Curve] = field(default_factory=dict)
     findings: tuple[Finding, ...] = ()
     gallery: Gallery | None = None
+    detections: tuple[DetectionSet, ...] = ()
     tags: tuple[str, ...] = ()
     mlflow_page: str | None = None
     mlflow_local: bool = False
@@ -189,7 +204,7 @@ class Site:
         as_of: day and time of the newest thing in the store, UTC; empty for an empty store.
         version: of obowlab.
         tables: the paper's tables beside ours.
-        costs: tables of what training costs, ready to be shown.
+        grids: tables of what training costs and of transfer, ready to be shown.
         runs: newest first.
         trainings: of the runs, by base recipe.
         studies: by name.
@@ -199,7 +214,7 @@ class Site:
     as_of: str
     version: str
     tables: tuple[Table, ...] = ()
-    costs: tuple[Grid, ...] = ()
+    grids: tuple[Grid, ...] = ()
     runs: tuple[Run, ...] = ()
     trainings: tuple[Training, ...] = ()
     studies: tuple[StudyReport, ...] = ()

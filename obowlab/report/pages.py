@@ -20,9 +20,11 @@ from obowlab.config import canonical_hash, project_root
 from obowlab.errors import UserError
 from obowlab.files.replacing import folder_written
 from obowlab.report import figures, result_figures
-from obowlab.report.model import Figure, Run, Site
+from obowlab.report.model import DetectionSet, Figure, Run, Site
 from obowlab.report.vocabulary_health import RULES
 from obowlab.report.words_page import FACTS, SCRIPT, read_sheet, read_words, render_words
+from obowlab.runs.detection_facts import DetectionFacts, read_detection
+from obowlab.runs.detection_page import write_detection
 from obowlab.runs.metrics import lookup, unit_of
 from obowlab.studies.schema import StudyReport
 from obowlab.tables.kept import identity
@@ -68,7 +70,7 @@ def refuse_foreign(out: Path) -> None:
 
 
 def _write(site: Site, *, folder: Path) -> int:
-    site = _with_galleries(site, folder=folder)
+    site = _with_detections(_with_galleries(site, folder=folder), folder=folder)
     pages = _pages(site)
     templates = project_root() / TEMPLATES
     environment = Environment(
@@ -83,6 +85,7 @@ def _write(site: Site, *, folder: Path) -> int:
             "duration": text.duration,
             "short": short_hash,
             "page_of": page_of_run,
+            "detections_of": detections_of,
             "anchor": anchor,
             "setting": setting_text,
             "metric": metric_label,
@@ -155,6 +158,31 @@ def _write_gallery(facts: Mapping[str, Any], *, sheets: Mapping[str, bytes], fol
         (folder / name).write_bytes(content)
 
 
+def _with_detections(site: Site, *, folder: Path) -> Site:
+    """Write the tests of detectors anew, and return the site without those that cannot be shown, but with a sentence on each."""
+    runs: list[Run] = []
+    problems: list[str] = []
+    for run in site.runs:
+        shown: list[DetectionSet] = []
+        for each in run.detections:
+            try:
+                facts, pictures = read_detection(each.folder)
+            except (OSError, UserError) as error:
+                problems.append(f"The detections of run {run.run_id} cannot be shown: {error}")
+            else:
+                write_detection(facts, pictures=pictures, folder=folder / detections_of(run, each))
+                shown.append(replace(each, preview=_previewed(facts)))
+        runs.append(replace(run, detections=tuple(shown)))
+    return replace(site, runs=tuple(runs), problems=(*site.problems, *problems))
+
+
+def _previewed(facts: DetectionFacts) -> tuple[str, ...]:
+    """Return the names of the best picture, the worst one and a random one, each once."""
+    groups = facts.groups
+    first = [place for group in (groups.best, groups.worst, groups.random) for place in group[:1]]
+    return tuple(dict.fromkeys(facts.pictures[place].file for place in first))
+
+
 @dataclass(frozen=True)
 class _Page:
     """One page.
@@ -222,6 +250,9 @@ def _pages(site: Site) -> list[_Page]:
     pages += [_study_page(study) for study in site.studies]
     if galleries:
         pages.append(_Page("words.html", "words.html", "Visual words", "Words", {"galleries": galleries}))
+    tested = [run for run in site.runs if run.detections]
+    if tested:
+        pages.append(_Page("detections.html", "detections.html", "Detections", "Detections", {"tested": tested}))
     pages.append(_Page("runs.html", "runs.html", "Runs", "Runs"))
     return pages + [_run_page(run) for run in site.runs]
 
@@ -295,6 +326,11 @@ def page_of_run(run_id: str) -> str:
 def gallery_of(run: Run) -> str:
     """Return the folder of a run's gallery in the site."""
     return f"words/{anchor(run.run_id)}"
+
+
+def detections_of(run: Run, detections: DetectionSet) -> str:
+    """Return the folder of a detector's test in the site."""
+    return f"detection/{anchor(run.run_id)}/{anchor(detections.folder.name)}"
 
 
 def anchor(name: str) -> str:

@@ -20,10 +20,11 @@ from obowlab.errors import UserError
 from obowlab.files.opening import files_in
 from obowlab.report.curves import Curve, cached_curves, with_point
 from obowlab.report.labels import in_short
-from obowlab.report.model import Gallery, Run, Setting, Site
+from obowlab.report.model import DetectionSet, Gallery, Run, Setting, Site
 from obowlab.report.trainings import trainings_of
 from obowlab.report.vocabulary_health import judge
 from obowlab.report.words_page import FACTS
+from obowlab.runs import detection_facts
 from obowlab.runs.folder import RunFolder
 from obowlab.runs.info import DAMAGED, RunInfo
 from obowlab.runs.listing import RunSummary, read_runs
@@ -31,13 +32,14 @@ from obowlab.runs.metrics import lookup
 from obowlab.runs.records import Record, Records, by_fingerprint
 from obowlab.runs.results import Measured, tabulate
 from obowlab.studies.schema import read_studies
-from obowlab.tables import costs_render
+from obowlab.tables import costs_render, transfer_render
 from obowlab.tables.build import COMPARABLE, build_table, seeds_with_runs
 from obowlab.tables.costs import find_costs, load_costs
 from obowlab.tables.kept import kept_tables
 from obowlab.tables.model import Table
 from obowlab.tables.render import Grid
-from obowlab.tables.spec import PlannedTable, load_table, shipped_files, table_files
+from obowlab.tables.spec import COSTS, PlannedTable, load_table, one_kind, shipped_files, table_files
+from obowlab.tables.transfer import find_transfers, load_transfer
 
 NOT_TRAINED_WITH = re.compile(r"(teacher\.)*(title$|evaluation\.)")
 """Settings that do not make another training."""
@@ -127,7 +129,7 @@ def gather(store: Store, *, tables: Tables) -> Site:
         as_of=store.as_of,
         version=__version__,
         tables=tables.tables,
-        costs=costs_in(store.root),
+        grids=measured_in(store.root),
         runs=tuple(runs),
         trainings=trainings_of(runs, stored=store.runs),
         studies=read_studies(store.root),
@@ -166,17 +168,20 @@ def tables_at(scales: Iterable[str], *, store: Store) -> Tables:
     return Tables(tuple(tables), (*problems, *wrong, *_unknown_tables(store, known=known)))
 
 
-def costs_in(runs_root: Path) -> tuple[Grid, ...]:
-    """Return the shipped tables of costs whose rows were timed with this run store, at every scale."""
+def measured_in(runs_root: Path) -> tuple[Grid, ...]:
+    """Return the shipped tables of costs and of transfer of which this run store has something, at every scale."""
     grids = []
-    for name in shipped_files().keys() - table_files().keys():
+    for name in sorted(shipped_files().keys() - table_files().keys()):
         for scale in SCALES:
             with suppress(UserError):
-                table = load_costs(name, scale=scale)
-                if costs := find_costs(table, folder=runs_root):
-                    rows = costs_render.overview(table, costs=costs)
-                    remarks = costs_render.remarks(table, costs=costs)
-                    grids.append((costs_render.heading(table), costs_render.COLUMNS, rows, remarks))
+                if one_kind([name]) == COSTS:
+                    table = load_costs(name, scale=scale)
+                    if costs := find_costs(table, folder=runs_root):
+                        grids.append(costs_render.grid(table, costs=costs))
+                else:
+                    transfer = load_transfer(name, scale=scale)
+                    if (found := find_transfers(transfer, folder=runs_root)).entries:
+                        grids.append(transfer_render.grid(transfer, transfers=found))
     return tuple(grids)
 
 
@@ -188,8 +193,8 @@ def read_run(summary: RunSummary, *, record: Record) -> Run:
     """
     info, state = summary.info, summary.state
     folder = RunFolder(summary.path, info)
-    attempts, mlflow = folder.attempts(), folder.mlflow_runs()
-    store, mlflow_run_id = list(mlflow.items())[-1] if mlflow else ("", None)
+    attempts, mlflow = folder.attempts(), folder.mlflow_places()
+    store, (experiment, mlflow_run_id) = list(mlflow.items())[-1] if mlflow else ("", (None, None))
     facts = {key: value for attempt in attempts for key, value in attempt.items()}
     recipe = describe(info.name, recipe=json.dumps(info.recipe_values), sources=json.dumps(info.sources))
     epochs = _epochs(info)
@@ -217,7 +222,7 @@ def read_run(summary: RunSummary, *, record: Record) -> Run:
         data_hash=facts.get("data_hash"),
         mlflow_run_id=mlflow_run_id,
         tags=tuple(folder.tags()),
-        mlflow_page=mlflow_page(mlflow_run_id, store=store),
+        mlflow_page=mlflow_page(mlflow_run_id, experiment=experiment, store=store),
         mlflow_local=not store.startswith("http"),
         starts=len(attempts),
         machine={label: str(facts[key]) for key, label in MACHINE_FACTS.items() if facts.get(key) is not None},
@@ -228,6 +233,7 @@ def read_run(summary: RunSummary, *, record: Record) -> Run:
         curves=curves,
         findings=judge({name: curve for name, curve in curves.items() if not is_of_machine(name)}, recipe=info.recipe_values),
         gallery=find_gallery(summary.path / "words"),
+        detections=find_detections(summary.path),
     )
 
 
@@ -255,18 +261,22 @@ def cache_curves(folder: RunFolder) -> None:
         cached_curves(folder.path, epochs=_epochs(folder.info))
 
 
-def mlflow_page(run_id: str | None, *, store: str) -> str | None:
+def mlflow_page(run_id: str | None, *, experiment: str | None, store: str) -> str | None:
     """Return the address of a run's page in MLflow, without a login; None for a run that was never sent.
 
     Args:
         run_id: MLflow's id.
+        experiment: in which the run is; without it MLflow does not show the run among trainings.
         store: where it was sent: the address of a server, or of a database that `obowlab ui` shows.
     """
     if run_id is None or not run_id.isalnum():
         return None
     server = urlsplit(store if store.startswith(("http://", "https://")) else LOCAL_UI)
     place = server.netloc.rpartition("@")[2]
-    return f"{server.scheme}://{place}{server.path.rstrip('/')}/#/runs/{run_id}"
+    page = f"runs/{run_id}"
+    if experiment is not None and experiment.isalnum():
+        page = f"experiments/{experiment}/{page}?workflowType=machine_learning"
+    return f"{server.scheme}://{place}{server.path.rstrip('/')}/#/{page}"
 
 
 def is_of_machine(metric: str) -> bool:
@@ -383,6 +393,13 @@ def find_gallery(folder: Path) -> Gallery | None:
     """Return a run's gallery of visual words, unread; None when there is none."""
     owner = folder.parent.stat().st_uid
     return Gallery(folder) if {FACTS, "index.html"} & {path.name for path in files_in(folder, owner=owner)} else None
+
+
+def find_detections(run: Path) -> tuple[DetectionSet, ...]:
+    """Return the tests of detectors in a run's folder, unread."""
+    owner, names = run.stat().st_uid, {detection_facts.FACTS, detection_facts.PAGE}
+    folders = detection_facts.detection_folders(run)
+    return tuple(DetectionSet(each) for each in folders if names & {path.name for path in files_in(each, owner=owner)})
 
 
 def brief(value: str) -> str:

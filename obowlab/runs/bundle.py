@@ -19,6 +19,7 @@ BUNDLED = (
     "labels.json",
     "results",
     "words",
+    "detection",
     "encoder.safetensors",
     "log.txt",
     "dirty.diff",

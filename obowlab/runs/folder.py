@@ -252,12 +252,14 @@ class RunFolder:
         return [] if place.is_symlink() else sorted(place.glob("*.json"))
 
     def add_result(self, result: Mapping[str, Any]) -> Path:
-        """Write one evaluation result; the same protocol, weights and data replace an earlier one.
+        """Write one evaluation result; the same protocol, weights and data, of the same training, replace an earlier one.
 
         Args:
             result: at least `subject`, `protocol` and `protocol_hash`; JSON values.
         """
         identity = [result.get(key) for key in ("subject", "protocol", "version", "protocol_hash", "weights_hash", "data_hash")]
+        if trained_in := result.get("details", {}).get("trained_in"):
+            identity.append(trained_in)
         name = f"{result['subject']}-{result['protocol']}-{canonical_hash(identity)[:8]}.json"
         dated = {**result, "measured_at": round(time.time(), 3)}
         return self.write_artifact(f"results/{name}", with_checksum(json.dumps(dated, indent=1, allow_nan=False)))
@@ -280,9 +282,17 @@ class RunFolder:
 
     def mlflow_runs(self) -> dict[str, str]:
         """Return MLflow's id of this run in every store, by its address without passwords; the last last."""
+        return {store: run_id for store, (_, run_id) in self.mlflow_places().items()}
+
+    def mlflow_places(self) -> dict[str, tuple[str | None, str]]:
+        """Return the experiment, where it is known, and MLflow's id of this run in every store, as `mlflow_runs`."""
         try:
             stores = read_checked(self.mirror_path)["stores"]
-            return {str(store): str(sent["run_id"]) for store, sent in stores.items() if sent.get("run_id")}
+            return {
+                str(store): (None if sent.get("experiment") is None else str(sent["experiment"]), str(sent["run_id"]))
+                for store, sent in stores.items()
+                if sent.get("run_id")
+            }
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return {}
 

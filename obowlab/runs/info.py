@@ -24,6 +24,9 @@ TRAINED: tuple[Status, ...] = ("unevaluated", "finished")
 """The states of a run that nothing trains any more, and whose results count."""
 ENCODER_FILE = "encoder.safetensors"
 """The encoder of a run; it is there as soon as the training is done."""
+CLASSIFIER_FILE = "classifier.safetensors"
+DETECTOR_FILE = "detector.safetensors"
+"""The classifier beside it, of a run whose method learns one from labels."""
 CHECKPOINT_FILES = ("checkpoint.pt", "checkpoint.previous.pt")
 """What a run resumes from: the newest, and the one before it."""
 

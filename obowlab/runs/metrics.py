@@ -50,6 +50,11 @@ _TRAINING = (
     ),
     Metric("loss_crops", "nats", "min", "The crops' part of the loss."),
     Metric("loss_patches", "nats", "min", "The patches' part of the loss."),
+    Metric("loss_rpn_objectness", "nats", "min", "A detector's part of the loss from what is an object."),
+    Metric("loss_rpn_boxes", "", "min", "A detector's part of the loss from where proposals are."),
+    Metric("loss_classes", "nats", "min", "A detector's part of the loss from the classes of regions."),
+    Metric("loss_boxes", "", "min", "A detector's part of the loss from where objects are in their regions."),
+    Metric("loss_masks", "nats", "min", "A detector's part of the loss from the masks of objects."),
     Metric("loss_small_crops", "nats", "min", "The part of the loss from the crops of the second size."),
     Metric("rotation_accuracy", "%", "max", "RotNet: rotated views whose rotation is recognised."),
     Metric(
@@ -95,6 +100,20 @@ _EVALUATION = (
     Metric("fewshot", "%", "max", "Accuracy of prototype classification, mean over episodes.", "eval"),
     Metric("linear_top1", "%", "max", "Top-1 of a linear classifier on frozen features.", "eval"),
     Metric("knn_top1", "%", "max", "Top-1 of the cosine-weighted vote of the nearest training images.", "eval"),
+    Metric("classes", "%", "max", "Images whose class is among a supervised training's first guesses.", "eval"),
+    Metric("imagenet", "%", "max", "The same of a linear classifier on frozen features of ImageNet's images.", "eval"),
+    Metric("places205", "%", "max", "The same of a linear classifier on frozen features of Places205's images.", "eval"),
+    Metric("semi1", "%", "max", "The same of an encoder that is fine-tuned on 1 % of the labels.", "eval"),
+    Metric("semi10", "%", "max", "The same of an encoder that is fine-tuned on 10 % of the labels.", "eval"),
+    Metric("voc_ap50", "%", "max", "Average precision of a fine-tuned detector at an overlap of 0.5, over classes.", "eval"),
+    Metric("voc_ap75", "%", "max", "The same at an overlap of 0.75.", "eval"),
+    Metric("voc_ap", "%", "max", "The same, mean over overlaps of 0.5 to 0.95.", "eval"),
+    Metric("coco_box_ap50", "%", "max", "COCO's average precision of boxes at an overlap of 0.5, over classes.", "eval"),
+    Metric("coco_box_ap75", "%", "max", "The same at an overlap of 0.75.", "eval"),
+    Metric("coco_box_ap", "%", "max", "The same, mean over overlaps of 0.5 to 0.95.", "eval"),
+    Metric("coco_mask_ap50", "%", "max", "COCO's average precision of masks at an overlap of 0.5, over classes.", "eval"),
+    Metric("coco_mask_ap75", "%", "max", "The same at an overlap of 0.75.", "eval"),
+    Metric("coco_mask_ap", "%", "max", "The same, mean over overlaps of 0.5 to 0.95.", "eval"),
     Metric("svm_map", "%", "max", "Mean average precision of linear SVMs on frozen features, over classes.", "eval"),
 )
 
@@ -113,6 +132,7 @@ _SYSTEM = (
 METRICS: dict[str, Metric] = {metric.name: metric for metric in (*_TRAINING, *_PER_LEVEL, *_EVALUATION, *_SYSTEM)}
 
 _LEVEL_NAMES = frozenset(metric.name for metric in _PER_LEVEL)
+_RANKED = frozenset({"classes", "imagenet", "places205", "semi1", "semi10"})
 _GPU_NAMES = frozenset(metric.name for metric in _SYSTEM if metric.name.startswith("gpu_"))
 
 
@@ -127,9 +147,9 @@ def lookup(name: str) -> Metric:
             return METRICS[found[1]]
     elif re.fullmatch(r"fewshot_\d+shot", name):
         return METRICS["fewshot"]
-    elif (found := re.fullmatch(r"(gpu_\w+)_\d+", name)) and found[1] in _GPU_NAMES:
-        return METRICS[found[1]]
-    elif name in METRICS and name not in _LEVEL_NAMES | _GPU_NAMES | {"fewshot"}:
+    elif (found := re.fullmatch(r"(gpu_\w+)_\d+|(\w+)_top\d+", name)) and (found[1] in _GPU_NAMES or found[2] in _RANKED):
+        return METRICS[found[1] or found[2]]
+    elif name in METRICS and name not in _LEVEL_NAMES | _GPU_NAMES | _RANKED | {"fewshot"}:
         return METRICS[name]
     raise KeyError(f"metric '{name}' is not described in obowlab/runs/metrics.py")
 

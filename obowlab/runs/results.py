@@ -22,6 +22,12 @@ if TYPE_CHECKING:
 
     from obowlab.config import Recipe
 
+LEARNED = ("classes", "voc-detection", "coco-detection")
+"""Protocols that measure a network which the training learns beside the encoder."""
+
+WITHOUT_SETTINGS = ("voc-detection", "coco-detection")
+"""Protocols whose settings are those of the training."""
+
 ENDS = ("value", "interval", "low", "high")
 """What is shown of a measurement; results of earlier versions have no ends of the interval."""
 
@@ -85,8 +91,8 @@ def is_alike(result: Mapping[str, Any], *, recipe: Recipe) -> bool:
     """
     details = result.get("details", {})
     settings: BaseModel | None = getattr(recipe.evaluation, str(result["protocol"]).replace("-", "_"), None)
-    if settings is None:  # a protocol of another version
-        return False
+    if settings is None:  # or a protocol of another version
+        return result["protocol"] in WITHOUT_SETTINGS and details.get("dataset") == recipe.data.dataset
     filed = {key: details.get(key, value) for key, value in type(settings)().model_dump(mode="json").items()}
     return details.get("dataset") == recipe.data.dataset and filed == settings.model_dump(mode="json")
 
@@ -98,7 +104,8 @@ def not_measured(recipe: Recipe, *, results: Sequence[Mapping[str, Any]]) -> tup
     return tuple(
         (subject, protocol)
         for subject, protocol in wanted
-        if not is_measured(recipe, subject=subject, protocol=protocol, results=results)
+        if (subject != "random" or protocol not in LEARNED)  # untrained weights come without these networks
+        and not is_measured(recipe, subject=subject, protocol=protocol, results=results)
     )
 
 

@@ -19,8 +19,8 @@ from obowlab.files.sharing import share
 TRACKING = ("mlflow.db", "mlflow.db-journal", "mlflow.db-wal", "mlflow.db-shm", "mlartifacts", ".mlflow.db.lock")
 """What the MLflow store of a run store consists of."""
 
-TURNS = (".publish.lock", ".report.lock", ".logs", ".trash", ".jobs", ".studies")
-"""What commands need to take turns, and to keep what they say."""
+TURNS = (".publish.lock", ".report.lock", ".logs", ".trash", ".jobs", ".studies", ".weights")
+"""What commands need to take turns, and to keep what they say and what runs begin with."""
 
 CACHES = (".features", ".drawn", ".hashed", ".tables", ".costs.json")
 """What only saves time: where it cannot be written, it is computed again."""

@@ -27,7 +27,7 @@ from obowlab.files.sharing import shared_folder
 from obowlab.launch.bounds import Speed, measure
 from obowlab.runs import provenance
 from obowlab.tables.kept import KEPT, identity
-from obowlab.tables.spec import COSTS, NAME, override_texts, resolve_names, shipped_files
+from obowlab.tables.spec import NAME, override_texts, shipped_files
 
 ROUNDS = 3
 """How often every row is timed."""
@@ -137,16 +137,6 @@ class Costs(BaseModel):
     def speed(self, row: str, number: int) -> Speed | None:
         """Return what a row was timed at in a round; None where it was not."""
         return next((each.speed for each in self.timed if (each.row, each.round) == (row, number)), None)
-
-
-def separate(names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the tables of costs that a command names, and the others; `all` stands for tables that are trained.
-
-    Raises:
-        UserError: there is no such table.
-    """
-    costs = [name for name in names if name != "all" and _is_costs(name)]
-    return costs, [name for name in names if name not in costs]
 
 
 def load_costs(name: str, *, scale: str, overrides: Sequence[str] = ()) -> CostTable:
@@ -270,13 +260,6 @@ def write_costs(costs: Costs, path: Path, *, shared: bool = False) -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------- helpers
-
-
-def _is_costs(name: str) -> bool:
-    files = shipped_files()
-    if name not in files:
-        resolve_names([name])  # refuses what there is not
-    return read_toml(files.get(name, Path(name))).get("kind") == COSTS
 
 
 def _reference(recipe: str, *, folder: Path) -> str:

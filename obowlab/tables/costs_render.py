@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import median
 
 from obowlab import text
 from obowlab.launch.bounds import Speed
 from obowlab.tables.costs import ROUNDS, Costs, CostTable
-from obowlab.tables.render import Format, html_page, markdown_table
+from obowlab.tables.render import Grid
 
 NOTES = (
     "Time per epoch and memory relative to the base row: the median over rounds, in brackets the least and the most; each round "
@@ -171,33 +168,12 @@ def remarks(table: CostTable, *, costs: Costs | None) -> list[str]:
     return [*lines, *_footnotes(table)]
 
 
-def as_text(tables: Sequence[tuple[CostTable, Costs | None]], *, form: Format) -> str:
-    """Return tables as the text of a file: JSON, CSV, HTML, or else Markdown."""
-    if form == "json":
-        values = [
-            {"table": table.name, "scale": table.scale, "measured": None if costs is None else costs.model_dump(mode="json")}
-            for table, costs in tables
-        ]
-        return json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    if form == "csv":
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(["table", "scale", *COLUMNS])
-        for table, costs in tables:
-            writer.writerows([table.name, table.scale, *row] for row in overview(table, costs=costs))
-        return out.getvalue()
-    if form == "html":
-        grids = [(heading(table), COLUMNS, overview(table, costs=costs), remarks(table, costs=costs)) for table, costs in tables]
-        return html_page(grids=grids)
-    return "\n".join(_markdown(table, costs) for table, costs in tables)
+def grid(table: CostTable, *, costs: Costs | None) -> Grid:
+    """Return title, headings, rows and remarks."""
+    return heading(table), COLUMNS, overview(table, costs=costs), remarks(table, costs=costs)
 
 
 # -------------------------------------------------------------------------------------------------------------- helpers
-
-
-def _markdown(table: CostTable, costs: Costs | None) -> str:
-    lines = [f"# {heading(table)}", "", *markdown_table(COLUMNS, overview(table, costs=costs)), ""]
-    return "\n".join([*lines, *(f"- {line}" for line in remarks(table, costs=costs))]) + "\n"
 
 
 def _footnotes(table: CostTable) -> list[str]:

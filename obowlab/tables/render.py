@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from obowlab import text
 from obowlab.config import project_root
@@ -274,9 +274,7 @@ def html(tables: Sequence[Table]) -> str:
     return html_page(tables=tables)
 
 
-def html_page(
-    *, tables: Sequence[Table] = (), grids: Sequence[tuple[str, Sequence[str], list[list[str]], list[str]]] = ()
-) -> str:
+def html_page(*, tables: Sequence[Table] = (), grids: Sequence[Grid] = ()) -> str:
     """Return one self-contained page of tables, and of others that are title, headings, rows and remarks."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
@@ -301,6 +299,34 @@ def as_text(tables: Sequence[Table], *, form: Format) -> str:
     if form == "html":
         return html(tables)
     return "\n".join(markdown(each) for each in tables)
+
+
+def grids_text(grids: Sequence[Grid], *, names: Sequence[tuple[str, str]], values: Sequence[Any], form: Format) -> str:
+    """Return tables of another kind as the text of a file: JSON, CSV, HTML, or else Markdown.
+
+    Args:
+        grids: the tables.
+        names: table and scale of each.
+        values: what JSON has of each.
+        form: one of `Format`, without the verdicts.
+    """
+    if form == "json":
+        found = [{"table": name, "scale": scale, "measured": each} for (name, scale), each in zip(names, values, strict=True)]
+        return json.dumps(found, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    if form == "csv":
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        for (name, scale), (_, columns, rows, _) in zip(names, grids, strict=True):
+            writer.writerow(["table", "scale", *columns])
+            writer.writerows([name, scale, *row] for row in rows)
+        return out.getvalue()
+    if form == "html":
+        return html_page(grids=grids)
+    texts = []
+    for title, columns, rows, remarks in grids:
+        lines = [f"# {title}", "", *markdown_table(columns, rows), ""]
+        texts.append("\n".join([*lines, *(f"- {line}" for line in remarks)]) + "\n")
+    return "\n".join(texts)
 
 
 def verdict_text(row: Row) -> str:

@@ -32,8 +32,8 @@ from obowlab.errors import UserError
 from obowlab.runs.metrics import lookup
 from obowlab.text import override
 
-COSTS = "costs"
-"""`kind` of a file whose rows are timed and not trained (`tables.costs`)."""
+COSTS, TRANSFER = "costs", "transfer"
+"""`kind` of a file whose rows are timed (`tables.costs`), and of one whose rows are encoders (`tables.transfer`)."""
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
@@ -122,13 +122,13 @@ class PlannedTable:
 
 
 def shipped_files() -> dict[str, Path]:
-    """Return the file of every shipped table by name, those of costs too."""
+    """Return the file of every shipped table by name, whatever its kind."""
     return {path.stem: path for path in sorted((project_root() / "ablations").glob("*.toml"))}
 
 
 def table_files() -> dict[str, Path]:
     """Return the file of every shipped table whose rows are trained, by name."""
-    return {name: path for name, path in shipped_files().items() if read_toml(path).get("kind") != COSTS}
+    return {name: path for name, path in shipped_files().items() if "kind" not in read_toml(path)}
 
 
 def load_tables(names: Sequence[str], *, scale: str, overrides: Sequence[str] = ()) -> list[PlannedTable]:
@@ -201,6 +201,22 @@ def resolve_names(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(wanted))
 
 
+def one_kind(names: Sequence[str]) -> str | None:
+    """Return the `kind` of the tables that a command names; None for those that are trained, for which `all` stands.
+
+    Raises:
+        UserError: there is no such table, or they are of several kinds.
+    """
+    kinds = {name: _kind(name) for name in names if name != "all"}
+    if "all" in names:
+        kinds = {"all": None, **kinds}
+    first, *others = kinds
+    for other in others:
+        if kinds[other] != kinds[first]:
+            raise UserError(f"{other} is another kind of table than {first}: one after the other.")
+    return kinds[first]
+
+
 def override_texts(changes: Mapping[str, Any]) -> tuple[str, ...]:
     """Return changes of a recipe as texts `key=value`, as `--set` takes them."""
     return tuple(f"{key}={override(value)}" for key, value in changes.items())
@@ -229,6 +245,11 @@ def also_differs(row: PlannedRow, *, base: PlannedRow, paper_row: PlannedRow, pa
 
 
 # -------------------------------------------------------------------------------------------------------------- helpers
+
+
+def _kind(name: str) -> str | None:
+    kind = read_toml(_find(name)).get("kind")
+    return None if kind is None else str(kind)
 
 
 def _find(name: str) -> Path:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from obowlab.files.opening import files_in, is_regular, kind_of, open_file
 from obowlab.files.records import damaged_line, parse_checked, read_checked, read_lines, with_checksum
 from obowlab.files.replacing import write_atomic
+from obowlab.runs.detection_facts import DETECTION_FILE, DETECTION_FOLDER, detection_folders
 from obowlab.runs.folder import TAG, RunFolder
 from obowlab.runs.info import Status
 from obowlab.runs.metric_log import Point, parse_point
@@ -52,6 +53,7 @@ class Sent(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
 
+    experiment: str | None = None
     run_id: str | None = None
     params: bool = False
     tags: dict[str, str] = {}
@@ -170,18 +172,23 @@ class Outbox:
         """
         owner = self.folder.owner
         gallery = [path for path in files_in(self.folder.path / WORDS_FOLDER, owner=owner) if GALLERY.fullmatch(path.name)]
-        gallery.sort(key=lambda path: (path.suffix == ".html", path.name))
-        return [*(path for path in self._kept() if is_regular(path, owner=owner)), *gallery]
+        detections = [
+            path
+            for folder in detection_folders(self.folder.path)
+            for path in files_in(folder, owner=owner)
+            if DETECTION_FILE.fullmatch(path.name)
+        ]
+        shown = sorted((*gallery, *detections), key=lambda path: (path.suffix == ".html", path))
+        return [*(path for path in self._kept() if is_regular(path, owner=owner)), *shown]
 
     def left_out(self) -> list[str]:
         """Return what is not sent of what belongs to a run, each with the reason in words."""
         reasons = []
-        for path in (*self._kept(), self.folder.path / WORDS_FOLDER, self.folder.path / "results"):
+        folders = [self.folder.path / name for name in (WORDS_FOLDER, DETECTION_FOLDER, "results")]
+        for path in (*self._kept(), *folders):
             if os.path.lexists(path) and not is_regular(path, owner=self.folder.owner):
                 mode = path.lstat().st_mode
-                reason = (
-                    "" if path.name in (WORDS_FOLDER, "results") and stat.S_ISDIR(mode) else kind_of(mode) or "another user's"
-                )
+                reason = "" if path in folders and stat.S_ISDIR(mode) else kind_of(mode) or "another user's"
                 reasons += [f"{path.name} (it is {reason})"] if reason else []
         return reasons
 

@@ -162,7 +162,8 @@ class Sending:
 
         if sent.run_id is not None:
             try:
-                is_active = client.get_run(sent.run_id).info.lifecycle_stage == "active"
+                known = client.get_run(sent.run_id).info
+                is_active, sent.experiment = known.lifecycle_stage == "active", str(known.experiment_id)
                 if sent.deleted:  # with `obowlab runs delete`, and restored since
                     if not is_active:
                         client.restore_run(sent.run_id)
@@ -184,6 +185,7 @@ class Sending:
         sent.forget()  # the first time, or another database answers under this address
         experiment = experiment_id(client, uri=self.uri, runs_root=self.runs_root)
         found = client.search_runs([experiment], filter_string=f"tags.`obowlab.run_id` = '{info.run_id}'")
+        sent.experiment = experiment
         same = [run.info.run_id for run in found if run.data.tags.get("obowlab.created_at") == started]
         if same:
             sent.run_id = same[0]

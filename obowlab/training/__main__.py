@@ -29,7 +29,7 @@ from obowlab.runs.info import Status
 from obowlab.runs.locks import RunTakenError
 from obowlab.training.context import RunContext
 from obowlab.training.distributed import OtherRankCrashed, OtherRankFailed, join
-from obowlab.training.final_evaluation import encoder_of, keep, measure
+from obowlab.training.final_evaluation import keep, measure, trained
 from obowlab.training.reporter import Reporter
 from obowlab.training.signals import Interrupted, StopRequest
 
@@ -76,13 +76,13 @@ def work(folder: RunFolder, *, machine: Machine) -> int:
             world.on_main(lambda: held.enter_context(folder.lock()))
             reporter = world.together(lambda: Reporter(folder.path / "log.txt" if world.is_main else None))
             run = RunContext(folder, machine=machine, world=world, reporter=reporter, stop=stop)
-            code, encoder = carry_out(encoder_of, run=run)
-        if encoder is None or not world.is_main:  # the others end here, and their GPUs are free while rank 0 measures
+            code, networks = carry_out(trained, run=run)
+        if networks is None or not world.is_main:  # the others end here, and their GPUs are free while rank 0 measures
             return code
         run = replace(run, world=world.alone())
-        code, _ = carry_out(lambda run: keep(run, encoder=encoder), run=run)
+        code, _ = carry_out(lambda run: keep(run, networks=networks), run=run)
         if not code:
-            code, _ = carry_out(lambda run: measure(run, encoder=encoder), run=run, failure="unevaluated")
+            code, _ = carry_out(lambda run: measure(run, networks=networks), run=run, failure="unevaluated")
         return code if code else record(run, status="finished", message="")
 
 

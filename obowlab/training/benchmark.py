@@ -161,7 +161,7 @@ def _step_s(trainer: Trainer, stream: Iterator[tuple[PixelBatch, Batch]], *, ste
     began = time.perf_counter()
     for _ in range(steps):
         pixels, batch = next(stream)
-        trainer.train_step(batch, pixels=pixels)
+        trainer.train_step(batch, item=pixels)
         if batch.wants_metrics:
             trainer.log_step()
     _wait_for(trainer.run.world.device)

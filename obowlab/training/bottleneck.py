@@ -45,8 +45,9 @@ from obowlab.runs.provenance import num_cores
 from obowlab.training.context import RunContext
 from obowlab.training.distributed import World, join
 from obowlab.training.evaluation_speed import Sizes, evaluation
+from obowlab.training.feed import open_loader
 from obowlab.training.flops import count_flops, matmul_tflops, peak_tflops
-from obowlab.training.loop import open_loader, train
+from obowlab.training.loop import train
 from obowlab.training.memory import forget_peak, peak_mib, present_mib
 from obowlab.training.reporter import Reporter
 from obowlab.training.signals import Interrupted, StopRequest

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from obowlab.config import Linear, Recipe
-from obowlab.data.datasets import DATASETS, Split, subset
+from obowlab.data.datasets import DATASETS, Split, trained_on
 from obowlab.data.manifest import read_manifest
-from obowlab.evaluation import PROBE_SEED
+from obowlab.evaluation.evaluators import PROBE_SEED
 from obowlab.evaluation.features import BATCH_SIZE, frozen
 from obowlab.evaluation.fewshot import authors_episodes, episode_answers
 from obowlab.evaluation.knn import neighbour_votes
@@ -48,7 +48,7 @@ class Sizes:
         info = DATASETS.get(recipe.data.dataset)
         if split.dataset == recipe.data.dataset or info is None:
             val = read_manifest(data_root, split.dataset, "val")
-            self.num_train = len(subset(split, images_per_class=recipe.data.images_per_class))
+            self.num_train = len(trained_on(split, recipe.data))
             self.num_val = val.num_images if val is not None else 0
             self.num_classes = split.num_classes
         else:

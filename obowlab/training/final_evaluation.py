@@ -1,18 +1,27 @@
-"""After the last training step: save the encoder, make the model that MLflow registers, evaluate it."""
+"""After the last training step: save the encoder and its classifier, make the model that MLflow registers, evaluate them."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 
+import safetensors.torch
 import torch
+from torch import nn
 
+from obowlab.config import Detector
+from obowlab.config.methods import learns_from_labels
 from obowlab.data.datasets import open_split
 from obowlab.data.protocol_needs import left_out_lines
 from obowlab.errors import UserError
 from obowlab.evaluation import evaluate
+from obowlab.files.replacing import write_atomic
 from obowlab.methods import ResNet
-from obowlab.runs.info import ENCODER_FILE
+from obowlab.methods.detection.two_stage import TwoStageDetector
+from obowlab.methods.detector import detector_from
+from obowlab.methods.supervised import classifier_from
+from obowlab.runs.info import CLASSIFIER_FILE, DETECTOR_FILE, ENCODER_FILE
 from obowlab.runs.results import not_measured
 from obowlab.tracking.model import save_encoder_model
 from obowlab.training.context import RunContext
@@ -25,40 +34,101 @@ EXAMPLE_SIZE = 64
 """The side of the images that the model keeps as an example, in pixels."""
 
 
-def encoder_of(run: RunContext) -> ResNet | None:
-    """Train a run to its end and return its encoder; of one that is trained already, the encoder that was kept, on rank 0 alone.
+@dataclass(frozen=True)
+class Trained:
+    """What a training leaves behind.
+
+    Attributes:
+        encoder: the network that was learnt.
+        classifier: on its features, of a method that learns from labels; None for the others.
+        detector: on it, of a method that learns one; None for the others.
+    """
+
+    encoder: ResNet
+    classifier: nn.Module | None = None
+    detector: TwoStageDetector | None = None
+
+
+def trained(run: RunContext) -> Trained | None:
+    """Train a run to its end and return its networks; of one that is trained already, those that were kept, on rank 0 alone.
 
     Raises:
         Interrupted, OtherRankFailed, UserError: as `train`.
     """
-    kept = run.world.on_main(lambda: kept_encoder(run))
+    kept = run.world.on_main(lambda: kept_networks(run))
     is_kept = run.world.all_gather(torch.tensor([int(kept is not None)], device=run.world.device)).any()
-    return kept if is_kept else train(run).encoder
+    if is_kept:
+        return kept
+    method = train(run)
+    return Trained(method.encoder, method.own_classifier, method.own_detector)
 
 
-def kept_encoder(run: RunContext) -> ResNet | None:
-    """Return the encoder that an earlier start kept, as training leaves it; None while there is none that can be read."""
+def kept_networks(run: RunContext) -> Trained | None:
+    """Return the networks that an earlier start kept, as training leaves them; None while some cannot be read."""
     path = run.folder.path / ENCODER_FILE
     if not path.is_file():
         return None
+    classifier, detector = None, None
     try:
         encoder = read_encoder(path).model
+        if learns_from_labels(run.recipe.method):
+            classifier = _read_classifier(run)
+            if classifier is None:
+                return None
+        if isinstance(run.recipe.method, Detector):
+            detector = _read_detector(run, encoder=encoder, config=run.recipe.method)
+            if detector is None:
+                return None
     except UserError as error:
         run.reporter.say(f"Warning: {error} It is made again from the checkpoint.")
         return None
     set_up_device(run)
     run.reporter.say(f"{run.folder.run_id} is trained; measuring what is missing.")
     layout = torch.channels_last if run.machine.channels_last else torch.contiguous_format
-    return encoder.to(run.world.device).to(memory_format=layout)
+    return Trained(encoder.to(run.world.device).to(memory_format=layout), classifier, detector)
 
 
-def keep(run: RunContext, *, encoder: ResNet) -> None:
-    """Save the encoder of a trained run, and the model that MLflow registers, if an earlier start did not.
+def _read_classifier(run: RunContext) -> nn.Module | None:
+    """Return the kept classifier; None where there is none, as in runs of earlier versions.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = run.folder.path / CLASSIFIER_FILE
+    if not path.is_file():
+        return None
+    try:
+        return classifier_from(safetensors.torch.load_file(path))
+    except (safetensors.SafetensorError, RuntimeError, KeyError):
+        raise UserError(f"{path} is damaged.") from None
+
+
+def _read_detector(run: RunContext, *, encoder: ResNet, config: Detector) -> TwoStageDetector | None:
+    """Return the kept detector, whose encoder becomes this one; None where there is none.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    path = run.folder.path / DETECTOR_FILE
+    if not path.is_file():
+        return None
+    try:
+        return detector_from(safetensors.torch.load_file(path), encoder=encoder, config=config)
+    except (safetensors.SafetensorError, RuntimeError, KeyError):
+        raise UserError(f"{path} is damaged.") from None
+
+
+def keep(run: RunContext, *, networks: Trained) -> None:
+    """Save the encoder and the classifier of a trained run, and the model that MLflow registers, if an earlier start did not.
 
     From the first of them on, the run is trained, whatever becomes of its evaluation.
     """
     run.stop.act_at_once()
-    folder, recipe = run.folder, run.recipe
+    folder, recipe, encoder = run.folder, run.recipe, networks.encoder
+    for name, network in ((CLASSIFIER_FILE, networks.classifier), (DETECTOR_FILE, networks.detector)):
+        if network is not None:  # before the encoder, which says that the run is trained
+            state = {key: tensor.detach().cpu().contiguous() for key, tensor in network.state_dict().items()}
+            write_atomic(folder.path / name, safetensors.torch.save(state))
     info = save_encoder(
         encoder, path=folder.path / ENCODER_FILE, recipe=recipe, fingerprint=folder.info.fingerprint, source=folder.run_id
     )
@@ -77,7 +147,7 @@ def keep(run: RunContext, *, encoder: ResNet) -> None:
         )
 
 
-def measure(run: RunContext, *, encoder: ResNet) -> None:
+def measure(run: RunContext, *, networks: Trained) -> None:
     """Run the recipe's protocols that are missing, one by one, and save each result at once.
 
     Those that the images cannot carry are left out, with a line that says so.
@@ -93,15 +163,15 @@ def measure(run: RunContext, *, encoder: ResNet) -> None:
         for line in left_out_lines({name: why for name, why in run.left_out.items() if name in recipe.evaluation.protocols}):
             run.reporter.say(line)
     for subject, names in groupby(missing, key=itemgetter(0)):
-        measured = encoder
+        measured = networks
         if subject == "random":
             split = open_split(recipe.data.dataset, "train", data_root=machine.data_root, runs_root=machine.runs_root)
-            measured = build(run, split=split, total_steps=1).encoder
+            measured = Trained(build(run, split=split, total_steps=1).encoder)
         for _, protocol in names:
             if protocol in run.left_out:
                 continue
             try:
-                measure_one(run, encoder=measured, subject=subject, protocol=protocol)
+                measure_one(run, networks=measured, subject=subject, protocol=protocol)
             except UserError as error:
                 problems.append(f"{subject}, {protocol}: {error}")
     if problems:
@@ -109,10 +179,13 @@ def measure(run: RunContext, *, encoder: ResNet) -> None:
         raise UserError(" ".join([*problems, rest]))
 
 
-def measure_one(run: RunContext, *, encoder: ResNet, subject: str, protocol: str) -> None:
+def measure_one(run: RunContext, *, networks: Trained, subject: str, protocol: str) -> None:
     """Run a protocol on an encoder and save its result."""
     results = evaluate(
-        encoder,
+        networks.encoder,
+        classifier=networks.classifier,
+        detector=networks.detector,
+        folder=run.folder,
         recipe=run.recipe,
         machine=run.machine,
         subject=subject,

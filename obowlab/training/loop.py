@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from obowlab.config.methods import learns_from_labels
-from obowlab.data.datasets import Split, open_split, subset
+from obowlab.config.methods import needs_classes
+from obowlab.data.datasets import Split, open_split
 from obowlab.data.protocol_needs import refuse_unlabelled
 from obowlab.errors import UserError
 from obowlab.methods import METHODS, Batch, Method, StepOutput, compile_encoders
@@ -24,6 +24,7 @@ from obowlab.training import checkpoint as checkpoints
 from obowlab.training import online_evaluation as online
 from obowlab.training.context import RunContext
 from obowlab.training.distributed import parallelise
+from obowlab.training.feed import Item, open_feed
 from obowlab.training.memory import peak_mib
 from obowlab.training.optimizers import build_optimizer, grad_norm, set_learning_rate
 from obowlab.training.render_ahead import rendered
@@ -34,8 +35,6 @@ from obowlab.training.stages import Teacher, find_teacher, prepare
 from obowlab.training.sync_batchnorm import synchronise_batchnorm
 from obowlab.training.votes import Decision, Votes
 from obowlab.training.window import MetricWindow, Timer
-from obowlab.views.loaders import PixelBatch, TrainLoader, train_loader
-from obowlab.views.photometric import render
 
 SHOWN = ("loss", "perplexity_image_conv5", "rotation_accuracy", "contrast_accuracy", "class_accuracy", "monitor_accuracy")
 """Metrics beside the progress bar."""
@@ -63,14 +62,15 @@ def train(run: RunContext) -> Method[Any]:
         for epoch, start_step in trainer.epochs():
             trainer.evaluate_if_due(epoch)
             loaded = trainer.timer.waiting_for(run.world.each(trainer.load(epoch, start_step)))
-            for pixels, batch in rendered(loaded, trainer.render, device=run.world.device):
-                save_due, stopping = trainer.train_step(batch, pixels=pixels)
+            for item, batch in rendered(loaded, trainer.render, device=run.world.device):
+                save_due, stopping = trainer.train_step(batch, item=item)
                 if batch.wants_metrics:
                     trainer.log_step()
                 if save_due or stopping:
                     trainer.save(wait=stopping)
                 if stopping:
                     raise Interrupted(run.stop.signum or signal.SIGTERM)
+    trainer.finish()
     trainer.save()
     return trainer.method
 
@@ -81,7 +81,7 @@ class Trainer:
     Attributes:
         run: folder, machine, ranks.
         split: the training images.
-        loader: this rank's share of them.
+        loader: gives this rank's share of them.
         total_steps: of the whole training.
         log_every: steps between two logged points.
         method: what is trained.
@@ -104,7 +104,7 @@ class Trainer:
         set_up_device(run)
         self.run = run
         self.split = open_split(recipe.data.dataset, "train", data_root=machine.data_root, runs_root=machine.runs_root)
-        self.loader = open_loader(run, split=self.split)
+        self.loader = open_feed(run, split=self.split)
         self.total_steps = recipe.training.epochs * self.loader.steps_per_epoch
         self.log_every = max(1, math.ceil(self.total_steps / machine.log_points))
         self.method = build(run, split=self.split, total_steps=self.total_steps, kind=kind)
@@ -190,7 +190,7 @@ class Trainer:
         run.reporter.say(
             f"Training {folder.run_id}: {training.epochs} epochs of {self.split.dataset}, {self.total_steps} steps of "
             f"{training.batch_size} images, {world.world_size} process(es) on {world.device.type}, {self.loader.backend} loader."
-            + (f" Teacher: {teacher.run_id}." if teacher is not None else "")
+            + (f" It begins with {teacher.run_id}." if teacher is not None else "")
         )
         attempt = folder.append_attempt({**provenance.environment(), **facts})
         folder.set_state(status="running", attempt=attempt, step=self.step, total_steps=self.total_steps, message="")
@@ -202,26 +202,26 @@ class Trainer:
         while self.step < self.total_steps:
             yield divmod(self.step, self.loader.steps_per_epoch)
 
-    def load(self, epoch: int, start_step: int) -> Iterator[PixelBatch]:
-        """Yield the cut images of an epoch, from a step on, with all that is drawn for them."""
+    def load(self, epoch: int, start_step: int) -> Iterator[Any]:
+        """Yield what is loaded of an epoch, from a step on, with all that is drawn for it."""
         return self.loader.batches(epoch=epoch, start_step=start_step, num_uniforms=self.method.num_uniforms)
 
-    def render(self, pixels: PixelBatch) -> Batch:
-        """Colour the cut views on the device."""
-        device = self.run.world.device
-        draws, labels = pixels.numbers.on(device)
-        views = render(pixels, draws, device=device)
-        return Batch(
-            original=views.original,
-            views=views.student,
-            uniforms=draws.uniforms,
-            step=self.step,
-            labels=labels,
-            cutmix_lambda=views.cutmix_lambda,
-            wants_metrics=(self.step + 1) % self.log_every == 0 or self.step + 1 == self.total_steps,
-        )
+    def render(self, item: Any) -> Batch:
+        """Make a batch of what was loaded, on the device."""
+        wants_metrics = (self.step + 1) % self.log_every == 0 or self.step + 1 == self.total_steps
+        return self.loader.on_device(item, step=self.step, wants_metrics=wants_metrics, pixels=self.method.pixel_statistics)
 
-    def train_step(self, batch: Batch, *, pixels: PixelBatch) -> tuple[bool, bool]:
+    def finish(self) -> None:
+        """Let the method do what is due after the last step."""
+
+        def further(number: int) -> Iterator[Batch]:
+            pixels = self.method.pixel_statistics
+            for place, item in enumerate(self.loader.further(number, after=self.total_steps)):
+                yield self.loader.on_device(item, step=self.total_steps + place, wants_metrics=False, pixels=pixels)
+
+        self.method.finish(further)
+
+    def train_step(self, batch: Batch, *, item: Item) -> tuple[bool, bool]:
         """Do one update of the optimiser and return whether a checkpoint is due and whether the run was asked to stop.
 
         Raises:
@@ -234,7 +234,7 @@ class Trainer:
         save_due = self.timer.since_save_s > run.machine.checkpoint_every_s
         stopping = run.stop.signum != 0
         decision = self._votes.cast(
-            output.loss, save_due=save_due, stopping=stopping, place=_Place(self.step, pixels.epoch, pixels.indices)
+            output.loss, save_due=save_due, stopping=stopping, place=_Place(self.step, item.epoch, item.indices)
         )
         self._refuse_broken(decision)
         self.update()
@@ -365,23 +365,6 @@ def set_up_device(run: RunContext) -> None:
         torch.backends.cudnn.benchmark = not run.machine.deterministic
 
 
-def open_loader(run: RunContext, *, split: Split) -> TrainLoader:
-    """Open the recipe's training images as this rank's share of every global batch."""
-    recipe, machine = run.recipe, run.machine
-    return train_loader(
-        split,
-        subset=subset(split, images_per_class=recipe.data.images_per_class),
-        views=recipe.views,
-        batch_size=recipe.training.batch_size,
-        seed=run.seed,
-        rank=run.world.rank,
-        world_size=run.world.world_size,
-        backend=machine.loader,
-        workers=torch.get_num_threads() if machine.workers is None else machine.workers,
-        pin=run.world.device.type == "cuda",
-    )
-
-
 def build(run: RunContext, *, split: Split, total_steps: int, kind: type[Method[Any]] | None = None) -> Method[Any]:
     """Build the recipe's method, or another class, with the initial weights of the run's seed, on this process's device."""
     recipe = run.recipe
@@ -394,7 +377,7 @@ def build(run: RunContext, *, split: Split, total_steps: int, kind: type[Method[
         backbone=recipe.backbone,
         total_steps=total_steps,
         seed=run.seed,
-        num_classes=split.num_classes if recipe.training.monitor or learns_from_labels(recipe.method) else None,
+        num_classes=split.num_classes if recipe.training.monitor or needs_classes(recipe.method) else None,
         comm=run.world,
     )
     return method.to(run.world.device)

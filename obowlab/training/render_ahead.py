@@ -42,4 +42,5 @@ def rendered(items: Iterator[T], render: Callable[[T], Batch], *, device: torch.
 
 def _tensors(batch: Batch) -> list[Tensor]:
     several = (*batch.views.values(), *batch.cutmix_lambda.values())
+    several += tuple(tensor for each in batch.objects for tensor in (each.boxes, each.labels))
     return [batch.original, batch.uniforms, *several, *([] if batch.labels is None else [batch.labels])]

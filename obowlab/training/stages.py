@@ -1,4 +1,4 @@
-"""Before the first step of a stage: find the teacher, let the method prepare."""
+"""Before the first step of a stage: find the encoder it begins with, let the method prepare."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from obowlab.data.datasets import Split, subset
+from obowlab.config import Detector, Supervised
+from obowlab.data.datasets import Split, trained_on
 from obowlab.errors import UserError
 from obowlab.methods import Method, Preparation, ResNet
 from obowlab.randomness import Stream, uniforms
@@ -21,16 +22,17 @@ from obowlab.training.context import RunContext
 from obowlab.views.loaders import centre_loader
 from obowlab.views.photometric import normalise
 from obowlab.weights.encoder_file import read_encoder
+from obowlab.weights.kept import kept_weights
 
 BATCH_SIZE = 128
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """The encoder of the stage before.
+    """The encoder of the stage before, or the one that the method's settings name.
 
     Attributes:
-        run_id: of the run that trained it.
+        run_id: of the run that trained it, or what is known of where its weights are from.
         encoder: in evaluation mode, on the CPU.
         weights_hash: of the encoder.
     """
@@ -41,12 +43,17 @@ class Teacher:
 
 
 def find_teacher(run: RunContext, *, runs_root: Path) -> Teacher | None:
-    """Load the encoder of the stage before, from the run with its fingerprint in a run store; None for a first stage.
+    """Load the encoder that a run begins with; None for one that begins with the weights of its seed.
+
+    It is that of the stage before, from the run with its fingerprint in a run store, or the one whose hash the settings have.
 
     Raises:
         UserError: there is no such run, it has no encoder yet, or not the one that this run began with.
     """
     recipe, folder = run.recipe.teacher, run.folder
+    if isinstance(run.recipe.method, Supervised | Detector) and run.recipe.method.weights:
+        encoder = kept_weights(run.recipe.method.weights, backbone=run.recipe.backbone, runs_root=runs_root)
+        return Teacher(run_id=encoder.info.source, encoder=encoder.model, weights_hash=encoder.info.weights_hash)
     if recipe is None:
         return None
     fingerprint = recipe.fingerprint(seed=run.seed)
@@ -75,7 +82,7 @@ def prepare(run: RunContext, *, method: Method[Any], teacher: Teacher | None, sp
         UserError: as `Method.prepare`.
     """
     recipe, machine = run.recipe, run.machine
-    chosen = subset(split, images_per_class=recipe.data.images_per_class)
+    chosen = trained_on(split, recipe.data)
 
     def originals(numbers: Tensor) -> Iterator[Tensor]:
         loader = centre_loader(

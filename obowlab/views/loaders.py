@@ -13,7 +13,7 @@ import multiprocessing
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from obowlab.data.datasets import Split
 
 BackendName = Literal["ffcv", "torch"]
+T = TypeVar("T")
 
 BATCHES_AHEAD = 2
 """Batches that each worker process prepares in advance."""
@@ -291,27 +292,46 @@ class TorchBackend:
             UserError: a record cannot be decoded, or a worker process died.
         """
         steps = _Steps(self._cutter, batches, epoch, num_uniforms, pieces=not self._pin)
-        if self._workers == 0:
-            yield from map(steps.cut, range(len(steps)))
-            return
-        loader = DataLoader(
-            steps,
-            batch_size=None,  # an item is a batch already
-            num_workers=min(self._workers, max(1, len(batches))),
-            prefetch_factor=BATCHES_AHEAD,
-            collate_fn=_as_it_is,
-            multiprocessing_context="fork" if "fork" in multiprocessing.get_all_start_methods() else None,
-            pin_memory=self._pin,
-            generator=torch.Generator(),  # the global generator's state must not depend on the number of workers
-        )
-        stream = iter(loader)
-        try:
-            while (item := _next_item(stream)) is not None:
-                if isinstance(item, str):
-                    raise UserError(item)
-                yield item
-        finally:
-            del stream  # ends the workers
+        yield from in_workers(steps, workers=self._workers, pin=self._pin)
+
+
+def in_workers(steps: Dataset[T | str], *, workers: int, pin: bool) -> Generator[T, None, None]:
+    """Yield the items of a data set in order, made in this process or in worker processes that live as long as this generator.
+
+    Args:
+        steps: gives an error message in place of an item that cannot be made.
+        workers: processes; 0 works in this one.
+        pin: whether tensors are put into pinned memory.
+
+    Raises:
+        UserError: an item cannot be made, or a worker process died.
+    """
+    number = len(steps)  # type: ignore[arg-type]
+    if workers == 0:
+        yield from (_made(steps[place]) for place in range(number))
+        return
+    loader = DataLoader(
+        steps,
+        batch_size=None,  # an item is a batch already
+        num_workers=min(workers, max(1, number)),
+        prefetch_factor=BATCHES_AHEAD,
+        collate_fn=_as_it_is,
+        multiprocessing_context="fork" if "fork" in multiprocessing.get_all_start_methods() else None,
+        pin_memory=pin,
+        generator=torch.Generator(),  # the global generator's state must not depend on the number of workers
+    )
+    stream = iter(loader)
+    try:
+        while (item := _next_item(stream)) is not None:
+            yield _made(item)
+    finally:
+        del stream  # ends the workers
+
+
+def _made(item: T | str) -> T:
+    if isinstance(item, str):
+        raise UserError(item)
+    return item
 
 
 class _Steps(Dataset[CutBatch | str]):
@@ -341,7 +361,7 @@ def _as_it_is(item: Any) -> Any:
     return item
 
 
-def _next_item(stream: Iterator[CutBatch | str]) -> CutBatch | str | None:
+def _next_item(stream: Iterator[T]) -> T | None:
     """Return the next batch, or None at the end.
 
     Raises:

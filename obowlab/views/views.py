@@ -14,11 +14,9 @@ from itertools import permutations
 import numpy as np
 
 from obowlab.config import Views
+from obowlab.config.pixels import MEAN as MEAN
+from obowlab.config.pixels import STD as STD
 from obowlab.randomness import Bools, Floats, Ints, Stream, uniforms
-
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
-"""ImageNet's mean and standard deviation of each channel, for pixels in [0, 1]: every view is normalised with them."""
 
 CROP_TRIES = 10
 CROP_RATIO = (3 / 4, 4 / 3)
@@ -89,7 +87,7 @@ def geometry(views: Views, *, seed: int, epoch: int, indices: Ints, heights: Int
     """Return how every view of every image is cut in one epoch (paper, appendix G).
 
     The original is Resize + CenterCrop, always bilinear as in evaluation; crops and the patch source are torchvision's
-    RandomResizedCrop.
+    RandomResizedCrop, crops of a resized image its Resize + RandomCrop.
 
     Args:
         views: Sizes and ranges.
@@ -106,18 +104,24 @@ def geometry(views: Views, *, seed: int, epoch: int, indices: Ints, heights: Int
     if views.num_patches:
         lanes.append((Stream.PATCH_SOURCE, 0, views.patch_scale, views.patch_source_size, views.interpolation))
     lanes += [(Stream.CROPS, lane, crop.small_crop_scale, views.small_crop_size, crop.interpolation) for lane, crop in small]
-    boxes = [centre.boxes[:, 0]]
-    for stream, lane, scale, *_ in lanes:
+    boxes, resized, windows = [centre.boxes[:, 0]], [centre.resized[:, 0]], [centre.windows[:, 0]]
+    for stream, lane, scale, size, _ in lanes:
         draws = uniforms(seed=seed, epoch=epoch, indices=indices, stream=stream, count=2 * CROP_TRIES + 2, lane=lane)
+        if views.crop_extent == "resized" and stream == Stream.CROPS and lane < views.num_crops:
+            free = centre.resized[:, 0] - size
+            boxes.append(centre.boxes[:, 0])
+            resized.append(centre.resized[:, 0])
+            windows.append((draws[:, -2:] * (free + 1)).astype(np.int64))
+            continue
         boxes.append(random_boxes(draws, heights=heights, widths=widths, scale=scale))
-    sizes = [size for *_, size, _ in lanes]
-    squares = np.broadcast_to(np.array(sizes, dtype=np.int64)[None, :, None], (len(heights), len(sizes), 2))
+        resized.append(np.full_like(centre.resized[:, 0], size))
+        windows.append(np.zeros_like(centre.windows[:, 0]))
     return Geometry(
-        sizes=(views.original_size, *sizes),
+        sizes=(views.original_size, *(size for *_, size, _ in lanes)),
         bicubic=(False, *(filtering == "bicubic" for *_, filtering in lanes)),
         boxes=np.stack(boxes, axis=1),
-        resized=np.concatenate([centre.resized, squares], axis=1),
-        windows=np.concatenate([centre.windows, np.zeros_like(squares)], axis=1),
+        resized=np.stack(resized, axis=1),
+        windows=np.stack(windows, axis=1),
     )
 
 

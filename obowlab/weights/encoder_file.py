@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from obowlab.config import Backbone, Level, Padding, Recipe, Views, load_machine
 from obowlab.errors import UserError
-from obowlab.evaluation.features import weights_hash
+from obowlab.evaluation.features import pixel_statistics, weights_hash
 from obowlab.files.replacing import write_atomic
 from obowlab.methods import OBoW, ResNet
 from obowlab.methods.backbones import LEVELS
@@ -192,10 +192,13 @@ def _read_version(version: ModelVersion) -> Encoder:
 
 def info_of(encoder: nn.Module, *, recipe: Recipe, source: str, fingerprint: str | None) -> EncoderInfo:
     """Return what must be known to use the encoder of a run; see `save_encoder`."""
+    mean, std = pixel_statistics(encoder)
     return EncoderInfo(
         backbone=recipe.backbone,
         original_resize=recipe.views.original_resize,
         original_size=recipe.views.original_size,
+        mean=mean,
+        std=std,
         source=source,
         fingerprint=fingerprint,
         weights_hash=weights_hash(encoder),

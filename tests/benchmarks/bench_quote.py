@@ -5,6 +5,7 @@ machine does disturbs both. Printed are seconds of training.
 
     PYTHONPATH=. python tests/benchmarks/bench_quote.py --source tinyimagenet100.tar
     PYTHONPATH=. python tests/benchmarks/bench_quote.py --data-root data --recipes demo --batch-sizes 64 --procs 1
+    PYTHONPATH=. python tests/benchmarks/bench_quote.py --data-root data --recipes voc-detection-demo --batch-sizes 8
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import tempfile
 from pathlib import Path
 from statistics import mean
 
-from obowlab.config import Loaded, Machine, load_recipe
+from obowlab.config import Detector, Loaded, Machine, load_recipe
 from obowlab.data.datasets import open_split
 from obowlab.data.manifest import read_manifest
 from obowlab.launch.cost import Cost, CostBook
@@ -36,14 +37,14 @@ def obowlab(*words: str) -> None:
 
 def short(name: str, *, batch_size: int, steps: int, data_root: Path) -> tuple[Loaded, tuple[str, ...]]:
     """Return a recipe cut down to about so many steps of a batch size, and the changes that make it."""
-    manifest = read_manifest(data_root, load_recipe(name).recipe.data.dataset, "train")
+    recipe = load_recipe(name).recipe
+    manifest = read_manifest(data_root, recipe.data.dataset, "train")
     assert manifest is not None
-    changes = (
-        f"training.batch_size={batch_size}",
-        "training.epochs=1",
-        f"data.images_per_class={-(-steps * batch_size // len(manifest.class_names))}",
-        "evaluation.protocols=[]",
-    )
+    changes: tuple[str, ...] = (f"training.batch_size={batch_size}", "training.epochs=1", "evaluation.protocols=[]")
+    if isinstance(recipe.method, Detector):
+        changes += (f"method.steps_per_epoch={steps}", "method.precise_batches=0", "optimizer.decay_after=[]")
+    else:
+        changes += (f"data.images_per_class={-(-steps * batch_size // len(manifest.class_names))}",)
     return load_recipe(name, overrides=changes), changes
 
 

@@ -52,6 +52,7 @@ def main() -> int:
             )
         failures += bench("One step against its own encoder work, batch 16", "bench_step.py", "--batch-size", "16", *threads)
         failures += bench("One step, batch 64", "bench_step.py", "--batch-size", "64", "--rounds", "3", *threads)
+        failures += bench("A detector's step beside torchvision's", "bench_detector.py", *threads)
         failures += bench("Peak memory of the BoW targets", "bench_targets.py", *threads)
         failures += bench("Few-shot episodes", "bench_fewshot.py")
         failures += bench("Linear probe, k-NN and Sinkhorn beside their obvious alternatives", "bench_kernels.py", *threads)

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from obowlab.config import Recipe, recipe_from_values
-from obowlab.methods import METHODS, Batch, Method, OneProcess, build_backbone
-from tests.contracts import VALUES
+from obowlab.methods import METHODS, Batch, Method, Objects, OneProcess, build_backbone
+from tests.contracts import VALUES, objects_of
 from tests.gpu.precision import HALVES, precision
 
 NUM_IMAGES = 8
@@ -17,6 +17,9 @@ NUM_CLASSES = 3
 TOTAL_STEPS = 10
 MIXED = ("obow", "bownet", "supervised")
 """The methods that learn from mixed crops as well."""
+
+ROUNDED = sorted(METHODS.keys() - {"detector"})
+"""The methods whose steps are compared in lower precision too: rounding decides which regions a detector learns from."""
 
 CPU = torch.device("cpu")
 LOSS_SCALE = {"float16": 1024.0}
@@ -70,12 +73,14 @@ def draw_batch(step: int, method: Method[Any], *, device: torch.device, dtype: t
     uniforms = torch.rand(NUM_IMAGES, method.num_uniforms, generator=generator, dtype=torch.float64)
     labels = torch.randint(NUM_CLASSES, (NUM_IMAGES,), generator=generator)
     share = torch.rand(NUM_IMAGES * 2, generator=generator)
+    objects = [each for part in (step, step + 500) for each in objects_of(part, dtype=dtype)]
     return Batch(
         original=original,
         views={"crops": crops, "patches": patches},
         uniforms=uniforms.to(device),
         step=step,
         labels=labels.to(device),
+        objects=tuple(Objects(each.boxes.to(device), each.labels.to(device), each.size) for each in objects),
         cutmix_lambda={"crops": share.to(device, dtype)} if method.method.name in MIXED else {},
     )
 

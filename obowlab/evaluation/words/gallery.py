@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from obowlab.config import Level, Machine, Recipe
-from obowlab.data.datasets import open_split, subset
+from obowlab.data.datasets import open_split, trained_on
 from obowlab.evaluation.features import weights_hash
 from obowlab.evaluation.words.search import CentreViews, find_patches
 from obowlab.evaluation.words.sheets import draw_level
@@ -64,7 +64,7 @@ def show_words(
     """
     images = open_split(dataset, split, data_root=machine.data_root, runs_root=machine.runs_root)
     own = dataset == recipe.data.dataset and split == "train"
-    indices = subset(images, images_per_class=recipe.data.images_per_class if own else None)
+    indices = trained_on(images, recipe.data if own else None)
     views = CentreViews(split=images, views=recipe.views, machine=machine, device=device)
     report(f"Looking for the words of {', '.join(levels)} in {len(indices)} images of {dataset}/{split}.")
     tops, sizes = find_patches(words, levels=levels, views=views, indices=indices, per_word=per_word, report=report)
