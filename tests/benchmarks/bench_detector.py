@@ -13,7 +13,7 @@ import argparse
 import statistics
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from obowlab.methods import Objects, ResNet, build_backbone
 from obowlab.methods.detection.anchors import RATIOS, SIZES
 from obowlab.methods.detection.faster_rcnn import FasterRcnn
 from obowlab.methods.detection.mask_rcnn import MaskRcnn
+from obowlab.methods.detection.two_stage import TwoStageDetector
 
 NUM_CLASSES = 20
 
@@ -117,6 +118,67 @@ def seconds(step: Callable[[], dict[str, Tensor]], network: nn.Module, *, device
     return time.perf_counter() - started
 
 
+def pairs(
+    *, arch: str, count: int, size: tuple[int, int], regions: int, rounds: int, device: torch.device
+) -> Iterator[tuple[str, list[tuple[float, float]]]]:
+    """Yield both detectors' names, and the seconds of our step and of torchvision's, timed in turns; the first are not counted.
+
+    Args:
+        arch: of the encoders.
+        count: images of a step.
+        size: height and width of the images.
+        regions: of an image that a step learns from.
+        rounds: how often each is timed.
+        device: where.
+    """
+    backbone = Backbone(arch=arch)
+    images, objects = drawn(count, size, device=device)
+    shared = {
+        "min_size": min(size),
+        "max_size": max(size),
+        "image_mean": [0.0] * 3,
+        "image_std": [1.0] * 3,
+        "box_batch_size_per_image": regions,
+    }
+    for name in ("C4", "FPN"):
+        encoder, own = build_backbone(backbone, seed=0), build_backbone(backbone, seed=0)
+        ours: TwoStageDetector
+        theirs: nn.Module
+        if name == "C4":
+            ours = FasterRcnn(own, num_classes=NUM_CLASSES, seed=0, regions=regions)
+            theirs = FasterRCNN(
+                Trunk(encoder),
+                rpn_anchor_generator=AnchorGenerator((tuple(map(int, SIZES)),), (RATIOS,)),
+                rpn_pre_nms_top_n_train=12_000,
+                box_roi_pool=MultiScaleRoIAlign(["0"], 14, 2),
+                box_head=Head(encoder),
+                box_predictor=FastRCNNPredictor(encoder.num_features, NUM_CLASSES + 1),
+                **shared,
+            )
+        else:
+            ours = MaskRcnn(own, num_classes=NUM_CLASSES, seed=0, regions=regions)
+            theirs = MaskRCNN(
+                Pyramid(encoder),
+                NUM_CLASSES + 1,
+                rpn_anchor_generator=AnchorGenerator(tuple((int(side),) for side in SIZES), (RATIOS,) * 5),
+                rpn_post_nms_top_n_train=1000,
+                **shared,
+            )
+        ours.to(device).train()
+        theirs.to(device).train()
+        wanted = targets(objects, with_masks=name == "FPN")
+
+        def our_step(network: TwoStageDetector = ours) -> dict[str, Tensor]:
+            generators = [torch.Generator().manual_seed(image) for image in range(count)]
+            return network.losses(images, objects=objects, generators=generators)
+
+        def their_step(network: nn.Module = theirs, wanted: list[dict[str, Tensor]] = wanted) -> dict[str, Tensor]:
+            return network(list(images), wanted)
+
+        timed = [(seconds(our_step, ours, device=device), seconds(their_step, theirs, device=device)) for _ in range(rounds + 1)]
+        yield name, timed[1:]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", default="resnet18")
@@ -128,52 +190,10 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    device, backbone = torch.device(args.device), Backbone(arch=args.arch)
-    images, objects = drawn(args.images, tuple(args.size), device=device)
-    shared = {
-        "min_size": min(args.size),
-        "max_size": max(args.size),
-        "image_mean": [0.0] * 3,
-        "image_std": [1.0] * 3,
-        "box_batch_size_per_image": args.regions,
-    }
-    first, second = build_backbone(backbone, seed=0), build_backbone(backbone, seed=0)
-    c4 = FasterRCNN(
-        Trunk(first),
-        rpn_anchor_generator=AnchorGenerator((tuple(map(int, SIZES)),), (RATIOS,)),
-        rpn_pre_nms_top_n_train=12_000,
-        box_roi_pool=MultiScaleRoIAlign(["0"], 14, 2),
-        box_head=Head(first),
-        box_predictor=FastRCNNPredictor(first.num_features, NUM_CLASSES + 1),
-        **shared,
-    )
-    fpn = MaskRCNN(
-        Pyramid(second),
-        NUM_CLASSES + 1,
-        rpn_anchor_generator=AnchorGenerator(tuple((int(size),) for size in SIZES), (RATIOS,) * 5),
-        rpn_post_nms_top_n_train=1000,
-        **shared,
-    )
-    ours_c4 = FasterRcnn(build_backbone(backbone, seed=0), num_classes=NUM_CLASSES, seed=0, regions=args.regions)
-    ours_fpn = MaskRcnn(build_backbone(backbone, seed=0), num_classes=NUM_CLASSES, seed=0, regions=args.regions)
-    print(f"{args.arch}, {args.images} images of {args.size[0]} x {args.size[1]}, {args.regions} regions, {args.device}:")
-    for name, ours, theirs in (("C4", ours_c4, c4), ("FPN", ours_fpn, fpn)):
-        ours.to(device).train()
-        theirs.to(device).train()
-        wanted = targets(objects, with_masks=name == "FPN")
-
-        def our_step(network: nn.Module = ours) -> dict[str, Tensor]:
-            generators = [torch.Generator().manual_seed(image) for image in range(args.images)]
-            return network.losses(images, objects=objects, generators=generators)
-
-        def their_step(network: nn.Module = theirs, wanted: list[dict[str, Tensor]] = wanted) -> dict[str, Tensor]:
-            return network(list(images), wanted)
-
-        rounds = []
-        for round_number in range(args.rounds + 1):
-            pair = (seconds(our_step, ours, device=device), seconds(their_step, theirs, device=device))
-            if round_number:  # the first one warms up
-                rounds.append(pair)
+    sides, device = (args.size[0], args.size[1]), torch.device(args.device)
+    print(f"{args.arch}, {args.images} images of {sides[0]} x {sides[1]}, {args.regions} regions, {args.device}:")
+    measured = pairs(arch=args.arch, count=args.images, size=sides, regions=args.regions, rounds=args.rounds, device=device)
+    for name, rounds in measured:
         ratios = sorted(mine / other for mine, other in rounds)
         mine, other = (statistics.median(column) for column in zip(*rounds, strict=True))
         print(

@@ -30,6 +30,7 @@ from obowlab.data.datasets import open_split
 from obowlab.data.prepare import prepare
 from obowlab.evaluation.fewshot import authors_episodes, episode_answers
 from obowlab.evaluation.linear import linear_probe
+from obowlab.precision import computing_in
 from obowlab.runs.folder import RunFolder
 from obowlab.training.flops import count_flops, peak_tflops
 from obowlab.training.timing import rate
@@ -38,6 +39,7 @@ from obowlab.views.draws import draw
 from obowlab.views.loaders import PixelBatch, train_loader
 from obowlab.views.packed import pack
 from obowlab.views.photometric import render as render_views
+from tests.benchmarks import bench_detector as detectors
 from tests.benchmarks import run as benchmarks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -191,6 +193,24 @@ def idle_share(events: Iterable[dict[str, Any]]) -> float | None:
     return 100.0 * idle / (end - first) if end > first else 0.0
 
 
+def detector(options: Options) -> Iterator[Row]:
+    """Yield the times of a detector's losses and gradients on two images, beside torchvision's on the same trunk."""
+    torch.backends.cudnn.benchmark = options.device.type == "cuda"
+    arch, size, regions = ("resnet18", (96, 128), 16) if options.tiny else ("resnet50", (800, 1088), 512)
+    kinds = {"C4": "Faster R-CNN C4", "FPN": "Mask R-CNN FPN"}
+    with computing_in("tf32", device=options.device):
+        measured = detectors.pairs(
+            arch=arch, count=2, size=size, regions=regions, rounds=1 if options.tiny else 10, device=options.device
+        )
+        for name, rounds in measured:
+            note = f"{arch}, 2 images of {size[0]} x {size[1]}, tf32"
+            yield Row(
+                f"{kinds[name]}: losses and gradients", 1e3 * statistics.median(ours for ours, _ in rounds), "ms", note=note
+            )
+            ratio = statistics.median(ours / theirs for ours, theirs in rounds)
+            yield Row(f"{kinds[name]}: time / torchvision's", ratio, note=note)
+
+
 # ----------------------------------------------------------------------------------------------------------------- images
 
 
@@ -338,6 +358,7 @@ def demo(options: Options) -> Iterator[Row]:
 
 PARTS: dict[str, Callable[[Options], Iterator[Row]]] = {
     "step": step,
+    "detector": detector,
     "evaluation": evaluation,
     "render": render,
     "loader": loader,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from obowlab.config import Recipe, recipe_from_values
-from obowlab.methods import METHODS, Batch, Method, Objects, OneProcess, build_backbone
+from obowlab.methods import METHODS, Batch, Method, OneProcess, build_backbone
 from tests.contracts import VALUES, objects_of
 from tests.gpu.precision import HALVES, precision
 
@@ -17,6 +18,9 @@ NUM_CLASSES = 3
 TOTAL_STEPS = 10
 MIXED = ("obow", "bownet", "supervised")
 """The methods that learn from mixed crops as well."""
+
+NAMES = sorted({*METHODS, "masks"})
+"""All methods; the detector with masks beside that without."""
 
 ROUNDED = sorted(METHODS.keys() - {"detector"})
 """The methods whose steps are compared in lower precision too: rounding decides which regions a detector learns from."""
@@ -34,7 +38,7 @@ MORE_VALUES: dict[str, dict[str, object]] = {
 
 
 def recipe_of(name: str) -> Recipe:
-    """Return a recipe with a small ResNet for one of METHODS."""
+    """Return a recipe with a small ResNet for one of NAMES."""
     values = {
         "method.name": name,
         "backbone.stem": "small",
@@ -48,7 +52,7 @@ def recipe_of(name: str) -> Recipe:
 def build(name: str, *, device: torch.device, dtype: torch.dtype) -> tuple[Method[Any], torch.optim.SGD]:
     """Return a method, whose weights are made on the CPU, and SGD."""
     recipe = recipe_of(name)
-    method = METHODS[name](
+    method = METHODS[recipe.method.name](
         recipe.method, backbone=recipe.backbone, total_steps=TOTAL_STEPS, seed=3, num_classes=NUM_CLASSES, comm=OneProcess()
     )
     if name == "bownet":  # the words without k-means, which is not compared here
@@ -80,7 +84,7 @@ def draw_batch(step: int, method: Method[Any], *, device: torch.device, dtype: t
         uniforms=uniforms.to(device),
         step=step,
         labels=labels.to(device),
-        objects=tuple(Objects(each.boxes.to(device), each.labels.to(device), each.size) for each in objects),
+        objects=tuple(replace(each, boxes=each.boxes.to(device), labels=each.labels.to(device)) for each in objects),
         cutmix_lambda={"crops": share.to(device, dtype)} if method.method.name in MIXED else {},
     )
 
@@ -91,7 +95,7 @@ def record(
     """Train some steps; return, on the CPU, every loss, the gradients of the last step, and the state after it.
 
     Args:
-        name: one of METHODS.
+        name: one of NAMES.
         device: where.
         dtype: of weights and images.
         number: one of PRECISIONS.

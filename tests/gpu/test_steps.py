@@ -12,7 +12,6 @@ import math
 import pytest
 import torch
 
-from obowlab.methods import METHODS
 from tests.gpu import steps
 
 pytestmark = pytest.mark.gpu
@@ -32,7 +31,7 @@ and 0.067 in bfloat16, 2^-9.0 and 0.007 in float16."""
 
 
 @pytest.mark.parametrize("count", [1, 3])
-@pytest.mark.parametrize("name", sorted(METHODS))
+@pytest.mark.parametrize("name", steps.NAMES)
 def test_float64_equals_the_cpu(name: str, count: int) -> None:
     expected = steps.record(name, device=steps.CPU, dtype=torch.float64, steps=count)
     found = steps.record(name, device=CUDA, dtype=torch.float64, steps=count)
