@@ -187,7 +187,7 @@ def test_a_step_is_timed(options: Options, precision: str) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("part", ["detector", "render", "evaluation", "loader"])
+@pytest.mark.parametrize("part", ["detector", "render", "evaluation", "loader", "compiled"])
 def test_a_part_is_measured(options: Options, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed.benchmarks, "photos", lambda scratch: None)  # images are drawn
     path = options.out / "rows.jsonl"

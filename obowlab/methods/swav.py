@@ -125,7 +125,7 @@ class SwAV(Method[Swav]):
     def metrics(self, codes_BAK: Tensor) -> dict[str, Tensor]:
         """Return how sure the codes are, and how many prototypes the global batch uses."""
         used_K = codes_BAK.new_zeros(codes_BAK.shape[-1])
-        used_K[codes_BAK.argmax(dim=-1).flatten()] = 1.0
+        used_K.index_fill_(0, codes_BAK.argmax(dim=-1).flatten(), 1.0)  # to assign a number would wait for a GPU
         used_K = self.comm.all_reduce_mean(used_K)
         return {
             "code_entropy": bow.entropy(codes_BAK).mean(),

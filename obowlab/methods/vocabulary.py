@@ -257,7 +257,7 @@ def level_metrics(level: Level, assignment: WordAssignment, log_prediction_NK: T
     target_BK = assignment.targets
     target_entropy_B = bow.entropy(target_BK)
     used_K = target_BK.new_zeros(target_BK.shape[1])
-    used_K[assignment.nearest.flatten()] = 1.0
+    used_K.index_fill_(0, assignment.nearest.flatten(), 1.0)  # to assign a number would wait for a GPU
     used_K, target_K = comm.all_reduce_mean(torch.stack((used_K, target_BK.mean(dim=0))))
     return {
         f"distance_{level}": assignment.mean_distance,

@@ -57,7 +57,7 @@ def render(batch: PixelBatch, draws: Draws, *, device: torch.device) -> Rendered
     """
     student: dict[str, Tensor] = {}
     cutmix_lambda: dict[str, Tensor] = {}
-    with full_precision(device), torch.no_grad():  # the blur is a matrix product
+    with torch.no_grad():
         original = batch.original.to(device, non_blocking=True)
         chosen = draws.mirrored
         original = normalise(original.index_copy(0, chosen, original[chosen].flip(2)), device=device)
@@ -216,8 +216,9 @@ def blur(planes: Tensor, box: Tensor) -> Tensor:
     """
     _, count, height, width = planes.shape
     rows = planes.permute(1, 2, 0, 3).reshape(count, height, 3 * width)
-    rows = torch.bmm(_blur_matrices(box, height), rows)
-    columns = torch.bmm(rows.view(count, height * 3, width), _blur_matrices(box, width).transpose(1, 2))
+    with full_precision(planes.device):
+        rows = torch.bmm(_blur_matrices(box, height), rows)
+        columns = torch.bmm(rows.view(count, height * 3, width), _blur_matrices(box, width).transpose(1, 2))
     return columns.view(count, height, 3, width).permute(2, 0, 1, 3)
 
 

