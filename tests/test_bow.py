@@ -60,13 +60,21 @@ def test_a_chunk_is_as_many_whole_images_as_the_limit_has_room_for(limit: int | 
     assert torch.equal(torch.cat([part for part, _ in chunks]), local)
 
 
-@pytest.mark.parametrize(("keep", "computed"), [(0, 3 + 3), (239, 3 + 3), (240, 3 + 2), (479, 3 + 2), (720, 3)])
-def test_distances_that_fit_are_computed_once(keep: int, computed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("limit", "keep", "computed"),
+    [
+        *((240, 0, 3 + 3), (240, 239, 3 + 3), (240, 240, 3 + 2), (240, 479, 3 + 2), (240, 599, 3 + 1), (240, 600, 3)),
+        *((10_000, 599, 1 + 1), (10_000, 600, 1)),  # a batch smaller than what is made at a time
+    ],
+)
+def test_distances_that_fit_are_computed_once(limit: int, keep: int, computed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     monkeypatch.setattr(
         bow, "squared_distances", lambda *args, real=bow.squared_distances, **kw: calls.append(1) or real(*args, **kw)
     )
-    distances = bow.Distances(randn(5, 12, 6), randn(10, 6, seed=1), limit=240, keep=keep)  # chunks of 2, 2 and 1 images
+    distances = bow.Distances(
+        randn(5, 12, 6), randn(10, 6, seed=1), limit=limit, keep=keep
+    )  # chunks of 2, 2 and 1 images, or one
     once, again = ([dist for _, dist in distances] for _ in range(2))
     assert len(calls) == computed
     assert all(torch.equal(one, other) for one, other in zip(once, again, strict=True))

@@ -82,7 +82,7 @@ class Distances:
         limit = CHUNK_ELEMENTS.get(local_BUC.device.type, CHUNK_ELEMENTS["cpu"]) if limit is None else limit
         per_image = local_BUC.shape[1] * len(words_KC)
         self._chunk = max(1, limit // per_image)
-        self._num_kept = keep // (self._chunk * per_image)
+        self._room = keep
         self._kept: list[Tensor] = []
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -94,8 +94,9 @@ class Distances:
                 continue
             dist_NK = squared_distances(part_BUC.flatten(0, 1), self.words_KC, words_norm_K=words_norm_K)
             dist_BUK = dist_NK.view(*part_BUC.shape[:2], -1)
-            if len(self._kept) < self._num_kept:
+            if number == len(self._kept) and dist_BUK.numel() <= self._room:
                 self._kept.append(dist_BUK)
+                self._room -= dist_BUK.numel()
             yield part_BUC, dist_BUK
 
 
