@@ -16,13 +16,14 @@ from PIL import Image
 from torch import Tensor
 from torchvision.ops import box_iou, nms, roi_align
 
-from obowlab.config import Backbone, Detector, Loaded, Machine, load_recipe
+from obowlab.config import Backbone, Detector, Loaded, Machine, Recipe, load_recipe
 from obowlab.data import drawn_voc
 from obowlab.data.datasets import open_split, prepare
 from obowlab.data.objects import read_objects
 from obowlab.data.opening import open_source
 from obowlab.data.voc_boxes import read_annotation
 from obowlab.errors import UserError
+from obowlab.evaluation import evaluate
 from obowlab.evaluation.detection.scoring import judge, measure, precisions
 from obowlab.evaluation.detection.voc_metric import OVERLAPS, Found, Truth, as_written, average_precision
 from obowlab.methods import DetectorTraining, Objects, OneProcess, build_backbone
@@ -32,6 +33,7 @@ from obowlab.methods.detection.faster_rcnn import FasterRcnn
 from obowlab.methods.detection.matching import IGNORED, NEGATIVE, POSITIVE, match, sample
 from obowlab.methods.detection.precise import set_precise_statistics
 from obowlab.methods.detection.rpn import Level, RegionProposals
+from obowlab.methods.detector import build_detector
 from obowlab.methods.schedules import learning_rate
 from obowlab.runs.detection_facts import read_detection
 from obowlab.views.detection_loader import DetectionLoader, batch_order
@@ -580,6 +582,40 @@ def test_a_detector_that_is_killed_and_continued_ends_as_one_that_was_not(voc: P
     assert points(folder) == points(whole)
     for name in ("detector.safetensors", "encoder.safetensors"):
         assert (folder.path / name).read_bytes() == (whole.path / name).read_bytes(), name
+
+
+def digests(recipe: Recipe, *, data: Path, scratch: Path) -> list[str]:
+    """Return the protocol hash of a recipe's detection, and those with another title, another rate and fewer training images."""
+    assert isinstance(recipe.method, Detector)
+    encoder = build_backbone(recipe.backbone, seed=0)
+    detector = build_detector(recipe.method, encoder=encoder, num_classes=24, seed=0)
+    with torch.no_grad():
+        detector.classes.bias[-1] = 9.0  # it finds nothing, which is soon measured
+    changes = (
+        {},
+        {"title": "another"},
+        {"optimizer": recipe.optimizer.model_copy(update={"learning_rate": 0.001})},
+        {"data": recipe.data.model_copy(update={"images_per_class": 4})},
+    )
+    return [
+        evaluate(
+            encoder,
+            recipe=recipe.model_copy(update=change),
+            machine=Machine(data_root=data, runs_root=scratch, device="cpu", loader="torch", workers=0),
+            subject="student",
+            cache_dir=scratch,
+            detector=detector.eval(),
+            device=torch.device("cpu"),
+            report=lambda line: None,
+        )[0].protocol_hash
+        for change in changes
+    ]
+
+
+def test_the_protocol_hash_is_that_of_the_training(voc: Path, tmp_path: Path) -> None:
+    usual, titled, slower, fewer = digests(load_recipe("voc-detection-demo").recipe, data=voc / "data", scratch=tmp_path)
+    assert usual == titled
+    assert len({usual, slower, fewer}) == 3
 
 
 def loader(voc: Path, *, rank: int = 0, world_size: int = 1, workers: int = 0) -> DetectionLoader:

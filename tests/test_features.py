@@ -248,7 +248,11 @@ def test_evaluate_runs_every_protocol(
     assert [r.protocol_hash for r in again] == [r.protocol_hash for r in results]
 
 
-@pytest.mark.parametrize("protocol", [name for name in EVALUATORS if name != "voc07-svm"])  # which test_voc.py tests
+OF_DETECTORS = ("voc-detection", "coco-detection")
+"""What test_detection.py and test_mask_rcnn.py test, as test_voc.py does `voc07-svm`."""
+
+
+@pytest.mark.parametrize("protocol", [name for name in EVALUATORS if name not in ("voc07-svm", *OF_DETECTORS)])
 def test_the_protocol_hash_is_that_of_what_matters(
     encoder: ResNet, recipe: Recipe, machine: Machine, tmp_path: Path, protocol: str
 ) -> None:

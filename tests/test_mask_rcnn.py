@@ -49,6 +49,7 @@ from obowlab.views.detection_loader import DetectionLoader
 from obowlab.views.detection_views import View, moved_points
 from tests.command_line import Obowlab
 from tests.runs import complete, points, small_recipe, start
+from tests.test_detection import digests
 
 # ------------------------------------------------------------------------------------------------------------- the metric
 
@@ -619,6 +620,12 @@ def test_masks_are_trained_and_tested(coco: Path, tmp_path: Path) -> None:
     assert {each["count"] for each in result["measurements"]} == {400}
     assert "loss_masks" in points(folder)[-1][1]
     assert complete(loaded, machine=machine).results() == [result], "it is not measured again"
+
+
+def test_the_protocol_hash_is_that_of_the_training(coco: Path, tmp_path: Path) -> None:
+    usual, titled, slower, fewer = digests(load_recipe("coco-detection-demo").recipe, data=coco / "data", scratch=tmp_path)
+    assert usual == titled
+    assert len({usual, slower, fewer}) == 3
 
 
 def test_eval_adds_what_it_measures_to_the_run(workplace: Path, data_root: Path, coco: Path, obowlab: Obowlab) -> None:
