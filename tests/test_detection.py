@@ -32,7 +32,7 @@ from obowlab.methods.detection.boxes import HEAD_WEIGHTS, RPN_WEIGHTS, clip, dec
 from obowlab.methods.detection.faster_rcnn import FasterRcnn
 from obowlab.methods.detection.matching import IGNORED, NEGATIVE, POSITIVE, match, sample
 from obowlab.methods.detection.precise import set_precise_statistics
-from obowlab.methods.detection.rpn import Level, RegionProposals
+from obowlab.methods.detection.rpn import Level, Proposing, RegionProposals
 from obowlab.methods.detector import build_detector
 from obowlab.methods.schedules import learning_rate
 from obowlab.runs.detection_facts import read_detection
@@ -589,6 +589,7 @@ def digests(recipe: Recipe, *, data: Path, scratch: Path) -> list[str]:
     assert isinstance(recipe.method, Detector)
     encoder = build_backbone(recipe.backbone, seed=0)
     detector = build_detector(recipe.method, encoder=encoder, num_classes=24, seed=0)
+    detector.testing_proposals = Proposing(20, 5)
     with torch.no_grad():
         detector.classes.bias[-1] = 9.0  # it finds nothing, which is soon measured
     changes = (
