@@ -613,6 +613,7 @@ def digests(recipe: Recipe, *, data: Path, scratch: Path) -> list[str]:
     ]
 
 
+@pytest.mark.long
 def test_the_protocol_hash_is_that_of_the_training(voc: Path, tmp_path: Path) -> None:
     usual, titled, slower, fewer = digests(load_recipe("voc-detection-demo").recipe, data=voc / "data", scratch=tmp_path)
     assert usual == titled

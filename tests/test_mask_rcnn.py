@@ -622,6 +622,7 @@ def test_masks_are_trained_and_tested(coco: Path, tmp_path: Path) -> None:
     assert complete(loaded, machine=machine).results() == [result], "it is not measured again"
 
 
+@pytest.mark.long
 def test_the_protocol_hash_is_that_of_the_training(coco: Path, tmp_path: Path) -> None:
     usual, titled, slower, fewer = digests(load_recipe("coco-detection-demo").recipe, data=coco / "data", scratch=tmp_path)
     assert usual == titled
