@@ -18,8 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from obowlab.data import decoding
-from obowlab.data import prepare as preparation
+from obowlab.data import decoding, planning, writing
 from obowlab.data.beton import BetonWriter, ContentHash, Record, page_size_for, read_index
 from obowlab.data.catalogue import check_spelling
 from obowlab.data.datasets import DATASETS, list_datasets, open_split, plan_prepare, prepare, subset, verify
@@ -533,14 +532,14 @@ def test_plan_tells_size_and_time_and_writes_nothing(tmp_path: Path, image_folde
 
 
 def test_full_disk_is_noticed_first(tmp_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preparation.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(planning.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
     with pytest.raises(UserError, match="make room"):
         prepare("set", source=image_folder, data_root=tmp_path / "root")
 
 
 def test_progress_reaches_the_end(tmp_path: Path, image_folder: Path) -> None:
-    seen: list[preparation.Progress] = []
-    plans: list[preparation.Plan] = []
+    seen: list[writing.Progress] = []
+    plans: list[planning.Plan] = []
     prepare("set", source=image_folder, data_root=tmp_path, progress=seen.append, announce=plans.append)
     assert {(update.split, update.done) for update in seen if update.done == update.total} == {("train", 60), ("val", 30)}
     assert len(plans) == 1

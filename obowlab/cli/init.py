@@ -84,7 +84,7 @@ def _look_at(subject: str, *, dataset: str, is_prepared: bool, root: Path, label
     Raises:
         UserError: nothing is, or the options do not suit it.
     """
-    from obowlab.data.prepare import source_of
+    from obowlab.data.planning import source_of
     from obowlab.data.survey import survey_prepared, survey_source
 
     if not is_prepared:

@@ -17,10 +17,12 @@ from obowlab.data.catalogue import DATASETS, DatasetInfo
 from obowlab.data.identity import FileIdentity, identify, is_written_file
 from obowlab.data.image_lists import listed, num_listed
 from obowlab.data.manifest import Manifest, Skipped, beton_path, check_name, read_manifest
-from obowlab.data.prepare import Plan, PrepareReport, Progress, plan_prepare, prepare, synthetic_is_drawn
+from obowlab.data.planning import Plan, plan_prepare
+from obowlab.data.prepare import PrepareReport, prepare, synthetic_is_drawn
 from obowlab.data.sources import ABSENT, DIFFICULT, PRESENT
 from obowlab.data.split_names import SPLITS
 from obowlab.data.verification import Problem, VerifyReport, verify
+from obowlab.data.writing import Progress
 from obowlab.errors import AbsentError, UserError
 
 __all__ = [

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from obowlab.config import Detector
 from obowlab.config.methods import needs_classes
 from obowlab.data.datasets import Split, open_split
 from obowlab.data.protocol_needs import refuse_unlabelled
@@ -109,7 +110,7 @@ class Trainer:
         self.log_every = max(1, math.ceil(self.total_steps / machine.log_points))
         self.method = build(run, split=self.split, total_steps=self.total_steps, kind=kind)
         synchronise_batchnorm(self.method, world=run.world)
-        if machine.channels_last:
+        if channels_last(run):
             self.method.to(memory_format=torch.channels_last)
         if machine.compile:
             compile_encoders(self.method)
@@ -180,7 +181,7 @@ class Trainer:
             "device": world.device.type,
             "procs": world.world_size,
             "threads": torch.get_num_threads(),
-            "channels_last": machine.channels_last,
+            "channels_last": channels_last(run),
             "compile": machine.compile,
             "deterministic": machine.deterministic,
             "step": self.step,
@@ -362,7 +363,18 @@ def set_up_device(run: RunContext) -> None:
     if run.world.device.type == "cuda":
         set_float32_mode(run.recipe.training.precision)
         torch.use_deterministic_algorithms(run.machine.deterministic)
-        torch.backends.cudnn.benchmark = not run.machine.deterministic
+        sizes_change = isinstance(run.recipe.method, Detector)
+        torch.backends.cudnn.benchmark = not (run.machine.deterministic or sizes_change)
+
+
+def channels_last(run: RunContext) -> bool:
+    """Return whether the weights lie in memory with their channels last: as the machine's settings say, where PyTorch can.
+
+    On a CPU, the backward pass of a 1x1 convolution with a stride and fewer than 16 channels writes beyond its memory where maps
+    are large (PyTorch 2.14.1, sides from 80 pixels on). Whole images are that large, views of narrow encoders are not.
+    """
+    breaks = isinstance(run.recipe.method, Detector) and run.world.device.type == "cpu" and run.recipe.backbone.width < 16
+    return run.machine.channels_last and not breaks
 
 
 def build(run: RunContext, *, split: Split, total_steps: int, kind: type[Method[Any]] | None = None) -> Method[Any]:
