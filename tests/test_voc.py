@@ -192,6 +192,22 @@ def test_the_drawn_folder_is_what_it_says(voc: Path) -> None:
         draw_voc(voc)
 
 
+def test_drawn_boxes_surround_what_is_drawn() -> None:
+    """A part is lighter than its ground; its box, with both ends included, begins and ends where the light pixels do."""
+    apart = []
+    for index in range(200):
+        image, objects = draw("trainval", index=index)
+        if len(objects) != 1 or objects[0].is_difficult:
+            continue
+        light = image.astype(float).mean(axis=2) > 125
+        rows, columns = (np.flatnonzero(light.sum(axis=axis) >= 2) + 1 for axis in (1, 0))
+        seen = (columns[0], rows[0], columns[-1], rows[-1])
+        apart.append(np.subtract(objects[0].box, seen))
+    assert len(apart) > 20
+    # Smooth edges, and textures that begin with a gap: the outermost pixel is not that light.
+    assert np.median(apart, axis=0).tolist() == [-1, -1, 1, 1]
+
+
 # ------------------------------------------------------------------------------------------------------------------ view
 
 

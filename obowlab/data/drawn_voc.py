@@ -88,9 +88,9 @@ def draw(listed: str, *, index: int) -> tuple[NDArray[np.uint8], list[DrawnObjec
     image, parts = draw_scene(_STREAMS[listed], index=index)
     height, width = image.shape[:2]
     objects = []
-    for part in parts:
-        left, top = (max(1, int(centre - part.radius)) for centre in part.at)
-        right, bottom = (min(end, int(centre + part.radius)) for centre, end in zip(part.at, (width, height), strict=True))
+    for part in parts:  # its edges lie between pixels; VOC names the first and the last pixel, from 1
+        left, top = (max(1, round(centre - part.radius) + 1) for centre in part.at)
+        right, bottom = (min(end, round(centre + part.radius)) for centre, end in zip(part.at, (width, height), strict=True))
         objects.append(DrawnObject(CLASS_NAMES[part.number], part.is_faint, (left, top, right, bottom)))
     return image, objects
 
