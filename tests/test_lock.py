@@ -19,6 +19,7 @@ PARTS = {
     "": ("torch", "demo"),
     "ffcv": ("torch", "demo", "ffcv"),
     "postgresql": ("torch", "demo", "train"),
+    "coco": ("torch", "demo", "train", "test"),
     "onnx": ("torch", "demo", "train", "test"),
     "services": ("torch", "demo", "train", "test"),
     "test": ("torch", "demo", "train", "test"),
