@@ -49,7 +49,7 @@ from obowlab.views.detection_loader import DetectionLoader
 from obowlab.views.detection_views import View, moved_points
 from tests.command_line import Obowlab
 from tests.runs import complete, points, small_recipe, start
-from tests.test_detection import digests
+from tests.test_detection import QUICK, digests
 
 # ------------------------------------------------------------------------------------------------------------- the metric
 
@@ -595,14 +595,6 @@ def test_boxes_alone_are_refused_where_masks_are_learned(tmp_path: Path) -> None
 
 
 # ------------------------------------------------------------------------------------------------------------- a whole run
-
-QUICK = (
-    "training.epochs=2",
-    "training.batch_size=4",
-    "method.steps_per_epoch=4",
-    "method.precise_batches=2",
-    "optimizer.decay_after=[1]",
-)
 
 
 def run_of(coco: Path, runs_root: Path, *, changes: tuple[str, ...] = ()) -> tuple[Loaded, Machine]:
