@@ -9,6 +9,7 @@ import pytest
 
 from obowlab.config import Machine, load_recipe
 from obowlab.launch import cost as cost_module
+from obowlab.launch import system
 from obowlab.launch.cost import (
     COSTS,
     NO_BFLOAT16,
@@ -165,10 +166,20 @@ def test_several_processes_share_the_time(data_root: Path, tmp_path: Path) -> No
     folder.set_state(status="finished", step=21, total_steps=21, trained_s=10.0, memory_mib=300.0)
     runs = list_runs(machine.runs_root)
     for procs, seconds in ((1, 20.0), (2, 10.0), (4, 5.0)):
-        cost = CostBook(machine.model_copy(update={"procs": procs}), runs=runs).cost(loaded.recipe)
+        several = machine.model_copy(update={"procs": procs})
+        cost = CostBook(several, runs=runs).cost(loaded.recipe)
         assert (cost.seconds, cost.memory_mib) == (seconds, 300.0)
-        assert f"{procs * seconds / 3600:.2g} CPU-hours" in cost.sentence(procs=procs, device="cpu")
-        assert f"300 MiB of GPU memory for each of {procs} process(es)" in cost.sentence(procs=procs, device="cuda")
+        assert f"{procs * seconds / 3600:.2g} CPU-hours" in cost.sentence(several)
+        on_gpus = cost.sentence(several.model_copy(update={"device": "cuda"}))
+        assert f"300 MiB of GPU memory for each of {procs} process(es)" in on_gpus
+
+
+@pytest.mark.parametrize(("launcher", "gpus", "hours"), [("local", 0, "CPU"), ("local", 1, "GPU"), ("slurm", 0, "GPU")])
+def test_auto_is_what_the_run_will_compute_on(monkeypatch: pytest.MonkeyPatch, launcher: str, gpus: int, hours: str) -> None:
+    """A node of a cluster may have GPUs where the machine that submits has none."""
+    monkeypatch.setattr(system, "count_gpus", lambda: gpus)
+    machine = Machine.model_validate({"device": "auto", "launcher": launcher})
+    assert f"{hours}-hours" in Cost(10, 3600.0, "run").sentence(machine)
 
 
 def test_quote_and_truth_stand_side_by_side(data_root: Path, tmp_path: Path) -> None:

@@ -235,7 +235,7 @@ def _print_plan(loaded: Loaded, *, plan: Plan, machine: Machine, cost: Cost | No
         + (", random initialisation beside it" if recipe.evaluation.protocols and recipe.evaluation.random_baseline else ""),
     ]
     if cost is not None:
-        sentence = cost.sentence(procs=machine.procs, device=machine.device).rstrip(".")
+        sentence = cost.sentence(machine).rstrip(".")
         facts.append(f"{sentence[:1].lower()}{sentence[1:]}")
     for fact in facts:
         click.echo(f"  {fact}")

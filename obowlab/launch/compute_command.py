@@ -9,7 +9,7 @@ from pathlib import Path
 
 from obowlab.config import Machine
 from obowlab.files.sharing import private_folder
-from obowlab.launch.system import count_gpus
+from obowlab.launch.system import computes_on_cpu
 from obowlab.runs.locks import LOCK_TOKEN_VARIABLE
 from obowlab.runs.provenance import num_cores
 
@@ -74,6 +74,6 @@ def threads_of(machine: Machine) -> int:
     inherited = os.environ.get("OMP_NUM_THREADS", "")
     if inherited.isdigit() and int(inherited) > 0:
         return int(inherited)
-    if machine.device == "cpu" or (machine.device == "auto" and count_gpus() == 0):
+    if computes_on_cpu(machine):
         return 1
     return max(1, num_cores() // (machine.procs // machine.nodes))

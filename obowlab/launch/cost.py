@@ -31,7 +31,7 @@ from obowlab.files.records import read_lines
 from obowlab.files.replacing import write_atomic
 from obowlab.launch.compute_command import compute_command, environment_of, threads_of
 from obowlab.launch.gpu_leases import leased
-from obowlab.launch.system import computes_bfloat16, count_gpus
+from obowlab.launch.system import computes_bfloat16, computes_on_cpu
 from obowlab.runs.folder import COST_FILE, RunFolder
 from obowlab.runs.info import DAMAGED
 from obowlab.runs.listing import RunSummary
@@ -73,19 +73,16 @@ class Cost:
     memory_mib: float | None = None
     disk_mib: float | None = None
 
-    def sentence(self, *, procs: int, device: str) -> str:
-        """Return the cost as a sentence.
-
-        Args:
-            procs: processes that train.
-            device: `cpu`, or any other name for GPUs.
-        """
+    def sentence(self, machine: Machine) -> str:
+        """Return the cost as a sentence, for the processes of a machine and what they compute on."""
         if self.seconds is None:
             return "Cost: unknown; the command times a few steps first, on the machine that trains."
-        hours = "CPU-hours" if device == "cpu" else "GPU-hours"
-        parts = [f"{text.duration(self.seconds)} of training, {procs * self.seconds / 3600:.2g} {hours}"]
+        procs, on_cpu = machine.procs, computes_on_cpu(machine)
+        parts = [
+            f"{text.duration(self.seconds)} of training, {procs * self.seconds / 3600:.2g} {'CPU' if on_cpu else 'GPU'}-hours"
+        ]
         if self.memory_mib is not None:
-            parts.append(f"{_size(self.memory_mib)} of {'' if device == 'cpu' else 'GPU '}memory for each of {procs} process(es)")
+            parts.append(f"{_size(self.memory_mib)} of {'' if on_cpu else 'GPU '}memory for each of {procs} process(es)")
         if self.disk_mib is not None:
             parts.append(f"{_size(self.disk_mib)} on disk")
         return f"Cost, from {'a finished run' if self.source == 'run' else 'a micro-benchmark'}: {', '.join(parts)}."
@@ -274,9 +271,8 @@ def quoted(recipe: Recipe, *, machine: Machine, measure: bool) -> Cost:
         logger.warning("No cost can be quoted (%s).", problem)
     cost = book.cost(recipe)
     if measure and cost.seconds is not None:
-        on_cpu = machine.device == "cpu" or (machine.device == "auto" and count_gpus() == 0)
-        logger.info(cost.sentence(procs=machine.procs, device="cpu" if on_cpu else machine.device))
-        if on_cpu and recipe.training.precision == "bfloat16" and not computes_bfloat16():
+        logger.info(cost.sentence(machine))
+        if computes_on_cpu(machine) and recipe.training.precision == "bfloat16" and not computes_bfloat16():
             logger.info(NO_BFLOAT16)
     return cost
 

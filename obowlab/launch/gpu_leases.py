@@ -26,7 +26,7 @@ from typing import Literal, get_args
 from obowlab.config import Machine
 from obowlab.errors import AbsentError, UserError
 from obowlab.files.locks import process_name
-from obowlab.launch.system import count_gpus, visible_gpus
+from obowlab.launch.system import computes_on_cpu, count_gpus, visible_gpus
 
 GPUS_VARIABLE = "OBOWLAB_GPUS"
 """Set by a launcher that holds GPUs for the processes it starts: their UUIDs, in the order of local ranks."""
@@ -78,8 +78,8 @@ def leased(machine: Machine, *, given_up: Callable[[], bool] = lambda: False) ->
     Yields:
         Variables for the training processes: which GPUs they see. Empty for a CPU, and when given up.
     """
-    count = 0 if machine.device == "cpu" else machine.procs // machine.nodes
-    if count == 0 or (machine.device == "auto" and count_gpus() == 0):
+    count = 0 if computes_on_cpu(machine) else machine.procs // machine.nodes
+    if count == 0:
         yield {}
         return
     check_gpus(machine.model_copy(update={"device": "cuda"}))  # with fewer, the waiting would never end

@@ -11,6 +11,8 @@ from typing import Any
 
 import psutil
 
+from obowlab.config import Machine
+
 MIB = 2**20
 
 
@@ -60,6 +62,13 @@ def _family(pid: int) -> list[psutil.Process]:
         return [process, *process.children(recursive=True)]
     except psutil.NoSuchProcess:
         return []
+
+
+def computes_on_cpu(machine: Machine) -> bool:
+    """Return whether runs compute on the CPU: `auto` does where no GPU is seen, but a cluster's `auto` asks for GPUs."""
+    if machine.device == "auto":
+        return machine.launcher == "local" and count_gpus() == 0
+    return machine.device == "cpu"
 
 
 def count_gpus() -> int:
