@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import signal
 import time
 import warnings
@@ -184,26 +185,29 @@ def fit_classes(
     """
     fits = {name: fit for name in class_names if (fit := _read_fit(kept, name, count=len(test_features))) is not None}
     signs = {name: np.where(targets[:, column] == 1, 1, -1) for column, name in enumerate(class_names) if name not in fits}
-    began, known = time.monotonic(), len(fits)
-    for fit in _fitted(signs, features=features, test_features=test_features, config=config, processes=processes):
+    processes = min(processes, max(1, len(signs)))
+    began, taken = 0.0, list[float]()
+    for fit, seconds in _fitted(signs, features=features, test_features=test_features, config=config, processes=processes):
         fits[fit.name] = fit
+        began = began or time.monotonic() - seconds  # processes take a while to start
+        taken.append(seconds)
         _keep(kept, fit)
-        left_s = (time.monotonic() - began) / (len(fits) - known) * (len(class_names) - len(fits))
-        left = f", about {text.duration(left_s)} left" if left_s else ""
+        left_s = math.ceil(len(signs) / processes) * sum(taken) / len(taken) - (time.monotonic() - began)
+        left = f", about {text.duration(max(left_s, 1.0))} left" if len(taken) < len(signs) else ""
         report(f"voc07-svm: {len(fits)}/{len(class_names)} classes, {fit.name} with C = {fit.cost:g}{left}")
     return tuple(fits[name] for name in class_names)
 
 
 def _fitted(
     signs: Mapping[str, Signs], *, features: Floats, test_features: Floats, config: Voc07Svm, processes: int
-) -> Iterator[ClassFit]:
-    """Yield the fit of every class as soon as it is there."""
-    work = partial(fit_class, features=features, test_features=test_features, config=config)
-    if processes == 1 or len(signs) < 2:
+) -> Iterator[tuple[ClassFit, float]]:
+    """Yield the fit of every class as soon as it is there, and the seconds that it took."""
+    work = partial(_timed_fit, features=features, test_features=test_features, config=config)
+    if processes == 1:
         yield from (work(name, each) for name, each in signs.items())
         return
     # Every process gets the features once, when it starts; processes of their own, as a fork would copy CUDA's state.
-    with ProcessPoolExecutor(min(processes, len(signs)), get_context("spawn"), _take, (work,)) as pool:
+    with ProcessPoolExecutor(processes, get_context("spawn"), _take, (work,)) as pool:
         try:
             for done in as_completed([pool.submit(_fit_taken, name, each) for name, each in signs.items()]):
                 yield done.result()
@@ -211,16 +215,24 @@ def _fitted(
             pool.shutdown(cancel_futures=True)
 
 
-_TAKEN: list[Callable[[str, Signs], ClassFit]] = []
+def _timed_fit(name: str, signs: Signs, *, features: Floats, test_features: Floats, config: Voc07Svm) -> tuple[ClassFit, float]:
+    from sklearn import metrics, model_selection, svm  # noqa: F401  loading them takes longer than a small class
+
+    began = time.monotonic()
+    fit = fit_class(name, signs, features=features, test_features=test_features, config=config)
+    return fit, time.monotonic() - began
+
+
+_TAKEN: list[Callable[[str, Signs], tuple[ClassFit, float]]] = []
 """In a process of `_fitted`: what fits a class to the features that it was started with."""
 
 
-def _take(work: Callable[[str, Signs], ClassFit]) -> None:
+def _take(work: Callable[[str, Signs], tuple[ClassFit, float]]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one answers Ctrl-C
     _TAKEN.append(work)
 
 
-def _fit_taken(name: str, signs: Signs) -> ClassFit:
+def _fit_taken(name: str, signs: Signs) -> tuple[ClassFit, float]:
     return _TAKEN[0](name, signs)
 
 
