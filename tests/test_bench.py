@@ -17,6 +17,7 @@ from obowlab.data.datasets import open_split
 from obowlab.launch import bounds
 from obowlab.launch.bounds import Facts, Measured, Part, advice, bound, verdict
 from obowlab.training import bottleneck
+from obowlab.training.distributed import join
 from obowlab.training.flops import count_flops, matmul_tflops
 from obowlab.training.work import Work
 from tests.command_line import Obowlab
@@ -233,6 +234,17 @@ def test_every_part_is_measured(tmp_path: Path, data_root: Path, monkeypatch: py
     assert facts.tflops > 0
     assert verdict(list(found.values()), facts=facts)[1].endswith(".")
     assert not (tmp_path / "runs").exists()  # the run that was measured lies in the scratch folder
+
+
+def test_the_loop_counts_steps_and_nothing_else(tmp_path: Path, data_root: Path) -> None:
+    """With two steps in the time, a look at the signals before or after training would count as half of a step's work more."""
+    loaded = small_recipe(tmp_path, dataset="small")
+    machine = Machine(data_root=data_root, runs_root=tmp_path / "runs", device="cpu", loader="torch", workers=0)
+    with join(machine) as world:
+        run = bottleneck.make_run(loaded, machine=machine, world=world)
+        part = bottleneck.together(run, seconds=0.0, batch=8)
+    assert run.folder.state.step == 4  # one of warm-up, then three, between which lie two
+    assert part.note == "training as `obowlab run` does it, 2 steps"
 
 
 def test_images_are_drawn_where_the_data_set_is_not_prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

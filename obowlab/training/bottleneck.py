@@ -11,7 +11,6 @@ import contextlib
 import itertools
 import json
 import os
-import signal
 import statistics
 import sys
 import time
@@ -316,24 +315,22 @@ class StopWatch(StopRequest):
     """Asks a run to stop after a while, and notes when each step asked whether it should.
 
     Attributes:
-        times: in seconds, one for every step.
+        times: in seconds, one for every step that counts: the first ones do not.
     """
 
     def __init__(self, *, seconds: float) -> None:
-        self._seconds, self._received = seconds, 0
-        self.times: list[float] = []
+        """Stop `seconds` after the warm-up, which takes half as long at most, but not before two steps were timed."""
         super().__init__()
+        self._seconds, self._early = seconds, list[float]()
+        self.times: list[float] = []
 
-    @property
-    def signum(self) -> int:
-        """Note the time; return 0 until it is time to stop, after three steps at least."""
-        self.times.append(time.perf_counter())
-        is_over = len(self.times) >= 3 and self.times[-1] - self.times[0] > self._seconds
-        return self._received or (signal.SIGTERM if is_over else 0)
-
-    @signum.setter
-    def signum(self, number: int) -> None:
-        self._received = number
+    def asked_after_step(self) -> bool:
+        """Note the time; return whether it is time to stop."""
+        now = time.perf_counter()
+        warm = len(self._early) >= WARM_UP or (self._early and now - self._early[0] > self._seconds / 2)
+        (self.times if warm else self._early).append(now)
+        is_over = len(self.times) >= 3 and now - self.times[0] > self._seconds
+        return is_over or super().asked_after_step()
 
 
 def make_run(loaded: Loaded, *, machine: Machine, world: World) -> RunContext:
@@ -349,9 +346,9 @@ def together(run: RunContext, *, seconds: float, batch: int) -> Part:
     stop = StopWatch(seconds=seconds)
     with contextlib.suppress(Interrupted):
         train(RunContext(run.folder, machine=run.machine, world=run.world, reporter=run.reporter, stop=stop))
-    times = stop.times[min(WARM_UP, max(0, len(stop.times) - 3)) :]
+    times = stop.times
     if len(times) < 2:
-        return Part(TOGETHER, None, None, f"not measured: the training has only {len(stop.times)} step(s)")
+        return Part(TOGETHER, None, None, "not measured: the training has too few steps")
     return _of_batch(
         TOGETHER,
         batch * (len(times) - 1) / (times[-1] - times[0]),

@@ -233,7 +233,7 @@ class Trainer:
         self.backward(output.loss)
         # All ranks update, save and stop together.
         save_due = self.timer.since_save_s > run.machine.checkpoint_every_s
-        stopping = run.stop.signum != 0
+        stopping = run.stop.asked_after_step()
         decision = self._votes.cast(
             output.loss, save_due=save_due, stopping=stopping, place=_Place(self.step, item.epoch, item.indices)
         )

@@ -44,6 +44,10 @@ class StopRequest:
         self._at_once = True
         self.check()
 
+    def asked_after_step(self) -> bool:
+        """Return whether a signal came; training asks this once in every step, and nothing else does."""
+        return self.signum != 0
+
     def check(self) -> None:
         """Raise `Interrupted` if a signal came."""
         if self.signum:
