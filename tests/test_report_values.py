@@ -22,7 +22,7 @@ from obowlab.report import curves, figures
 from obowlab.report import read as gather
 from obowlab.report.curves import CACHE, Curve, cached_curves, over_seeds, read_curves, reduce, with_point
 from obowlab.report.labels import in_short
-from obowlab.report.model import Gallery
+from obowlab.report.model import Gallery, Setting
 from obowlab.report.pages import build_site
 from obowlab.report.vocabulary_health import RULES, Finding, judge
 from obowlab.runs.folder import TAG, RunFolder
@@ -326,7 +326,7 @@ def test_run_is_read_with_its_provenance(tmp_path: Path) -> None:
     page = "http://127.0.0.1:5000/#/experiments/3/runs/f00d?workflowType=machine_learning"
     assert (run.mlflow_page, run.mlflow_local) == (page, True)
     assert [s for s in run.settings if s.shipped is not None] == [
-        gather.Setting("method.codes", "hard", "--set method.codes=hard", "soft")
+        Setting("method.codes", "hard", "--set method.codes=hard", "soft")
     ]
     assert (run.mlflow_run_id, run.dirty, run.data_hash, run.starts, run.elapsed_s) == ("f00d", True, "da7a" * 16, 2, 75.0)
     assert run.machine["host"] == "elsewhere"
