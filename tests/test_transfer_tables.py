@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from obowlab.config.scales import SCALES
 from obowlab.data.datasets import open_split, prepare
+from obowlab.data.drawn_coco import draw_coco
 from obowlab.data.drawn_places import FOLDERS, NUM_IMAGES, PLACES, draw, draw_places
 from obowlab.data.drawn_voc import draw_voc
 from obowlab.data.synthetic import class_parts
@@ -203,6 +206,23 @@ def test_drawn_places_are_read_as_places205_and_show_no_class_of_the_synthetic_s
     assert not np.array_equal(draw("train", index=0), draw("train", index=1))
     with pytest.raises(UserError, match="is there already: remove it, or name another folder"):
         draw_places(tmp_path)
+
+
+@pytest.mark.parametrize("draw_images", [draw_places, draw_voc, draw_coco])
+def test_drawing_that_is_interrupted_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, draw_images: Callable[[Path], Path]
+) -> None:
+    done = []
+
+    def save(*_: object, **__: object) -> None:
+        done.append(1)
+        if len(done) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    with pytest.raises(KeyboardInterrupt):
+        draw_images(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 # ----------------------------------------------------------------------------------------------------------- the commands

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from obowlab.data import synthetic
+from obowlab.data.drawing import drawn_into
 from obowlab.data.drawn_voc import CLASS_NAMES, PlacedPart, draw_scene
-from obowlab.errors import UserError
 
 NUM_IMAGES = {"train": 600, "val": 400}
 
@@ -41,28 +41,24 @@ def draw_coco(folder: Path) -> Path:
         UserError: there is something already, or the disk refuses.
     """
     place = folder / "coco"
-    try:
-        if place.exists():
-            raise UserError(f"{place} is there already: remove it, or name another folder.")
-        (place / "annotations").mkdir(parents=True)
+    with drawn_into(place) as new:
+        (new / "annotations").mkdir(parents=True)
         first = 1
         for split, count in NUM_IMAGES.items():
-            (place / f"{split}2017").mkdir()
+            (new / f"{split}2017").mkdir()
             images, objects = [], []
             for index in range(count):
                 pixels, shown = draw(split, index=index)
                 height, width = pixels.shape[:2]
                 name = f"{first + index:012d}.jpg"
-                Image.fromarray(pixels).save(place / f"{split}2017" / name, quality=95, subsampling=0)
+                Image.fromarray(pixels).save(new / f"{split}2017" / name, quality=95, subsampling=0)
                 images.append({"id": first + index, "file_name": name, "height": height, "width": width})
                 objects += [{"image_id": first + index, **each} for each in shown]
             categories = [{"id": number, "name": name} for number, name in zip(CATEGORIES, CLASS_NAMES, strict=True)]
             numbered = [{"id": number, **each} for number, each in enumerate(objects, start=1)]
             content = {"images": images, "annotations": numbered, "categories": categories}
-            (place / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content), encoding="ascii")
+            (new / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content), encoding="ascii")
             first += count
-    except OSError as error:
-        raise UserError(f"Cannot draw into {place} ({error.strerror}): name another folder.") from None
     return place
 
 

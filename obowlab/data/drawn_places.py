@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from obowlab.data import synthetic
-from obowlab.errors import UserError
+from obowlab.data.drawing import drawn_into
 
 IMAGES_PER_CLASS = {"train": 30, "val": 15}
 _PARTS = tuple(name.replace(" ", "-") for name in synthetic.PARTS)
@@ -38,23 +38,19 @@ def draw_places(folder: Path) -> Path:
         UserError: there is something already, or the disk refuses.
     """
     place = folder / "places205"
-    try:
-        if place.exists():
-            raise UserError(f"{place} is there already: remove it, or name another folder.")
-        (place / _LISTS).mkdir(parents=True)
+    with drawn_into(place) as new:
+        (new / _LISTS).mkdir(parents=True)
         first = 0
         for split, count in IMAGES_PER_CLASS.items():
             lines = []
             for index in range(len(PLACES) * count):
                 label, name = index // count, f"{FOLDERS[index // count]}/gsun_{first + index % count:05d}.jpg"
-                file = place / _IMAGES / name
+                file = new / _IMAGES / name
                 file.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(draw(split, index=index)).save(file, quality=95, subsampling=0)
                 lines.append(f"{name} {label}\n")
-            (place / _LISTS / f"{split}_places205.csv").write_text("".join(lines), encoding="utf-8")
+            (new / _LISTS / f"{split}_places205.csv").write_text("".join(lines), encoding="utf-8")
             first += count
-    except OSError as error:
-        raise UserError(f"Cannot draw into {place} ({error.strerror}): name another folder.") from None
     return place
 
 

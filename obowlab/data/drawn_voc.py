@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from obowlab.data import synthetic
-from obowlab.errors import UserError
+from obowlab.data.drawing import drawn_into
 
 NUM_IMAGES = {"trainval": 600, "test": 400}
 CLASS_NAMES = tuple(name.replace(" ", "-") for name in synthetic.PARTS)
@@ -64,22 +64,18 @@ def draw_voc(folder: Path) -> Path:
     """
     place = folder / "VOC2007"
     done = 0
-    try:
-        if place.exists():
-            raise UserError(f"{place} is there already: remove it, or name another folder.")
+    with drawn_into(place) as new:
         for name in ("Annotations", "ImageSets/Main", "JPEGImages"):
-            (place / name).mkdir(parents=True)
+            (new / name).mkdir(parents=True)
         for listed, count in NUM_IMAGES.items():
             shown: dict[str, list[DrawnObject]] = {}
             for index in range(count):
                 image_id = f"{done:06d}"
                 image, shown[image_id] = draw(listed, index=index)
-                Image.fromarray(image).save(place / "JPEGImages" / f"{image_id}.jpg", quality=95, subsampling=0)
-                _write_annotation(place / "Annotations" / f"{image_id}.xml", image, shown[image_id])
+                Image.fromarray(image).save(new / "JPEGImages" / f"{image_id}.jpg", quality=95, subsampling=0)
+                _write_annotation(new / "Annotations" / f"{image_id}.xml", image, shown[image_id])
                 done += 1
-            _write_lists(place / "ImageSets" / "Main", listed=listed, shown=shown)
-    except OSError as error:
-        raise UserError(f"Cannot draw into {place} ({error.strerror}): name another folder.") from None
+            _write_lists(new / "ImageSets" / "Main", listed=listed, shown=shown)
     return place
 
 
