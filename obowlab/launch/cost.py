@@ -77,7 +77,8 @@ class Cost:
         """Return the cost as a sentence, for the processes of a machine and what they compute on."""
         if self.seconds is None:
             return "Cost: unknown; the command times a few steps first, on the machine that trains."
-        procs, on_cpu = machine.procs, computes_on_cpu(machine)
+        procs = machine.procs
+        on_cpu = machine.device == "cpu" or (machine.launcher == "local" and computes_on_cpu(machine))  # a cluster has its own
         parts = [
             f"{text.duration(self.seconds)} of training, {procs * self.seconds / 3600:.2g} {'CPU' if on_cpu else 'GPU'}-hours"
         ]

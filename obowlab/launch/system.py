@@ -65,10 +65,8 @@ def _family(pid: int) -> list[psutil.Process]:
 
 
 def computes_on_cpu(machine: Machine) -> bool:
-    """Return whether runs compute on the CPU: `auto` does where no GPU is seen, but a cluster's `auto` asks for GPUs."""
-    if machine.device == "auto":
-        return machine.launcher == "local" and count_gpus() == 0
-    return machine.device == "cpu"
+    """Return whether a run here computes on the CPU, as `auto` does where this process sees no GPU."""
+    return machine.device == "cpu" or (machine.device == "auto" and count_gpus() == 0)
 
 
 def count_gpus() -> int:
