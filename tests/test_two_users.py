@@ -44,7 +44,7 @@ def place(image_folder: Path) -> Iterator[Path]:
     place = Path(tempfile.mkdtemp(prefix="obowlab-users-"))
     place.chmod(0o755)
     try:
-        reason = lacking(place)
+        reason = lacking()
         if reason is not None:
             pytest.skip(reason)
         shutil.copytree(image_folder, place / "images", copy_function=shutil.copyfile)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 PROGRAMS = ("mount", "setpriv", "unshare")
 GROUP = 50000
@@ -59,6 +60,11 @@ class User:
         """
         return _start(self, [sys.executable, "-m", "obowlab.cli", *words], machine=machine)
 
+    def become(self, *words: str, machine: Path) -> NoReturn:
+        """Let this process be a command of obowlab in the home; arguments as of `start`."""
+        command, environment = _as(self, [sys.executable, "-m", "obowlab.cli", *words], machine=machine)
+        os.execvpe(command[0], command, environment)
+
 
 def ended(process: subprocess.Popen[str], *, timeout_s: float = 100.0) -> Done:
     """Wait for the end of a command."""
@@ -66,22 +72,25 @@ def ended(process: subprocess.Popen[str], *, timeout_s: float = 100.0) -> Done:
     return Done(process.returncode, out, err)
 
 
-def lacking(place: Path) -> str | None:
-    """Return why no command can be started as another user, or None.
-
-    Args:
-        place: a folder that everybody may go to.
-    """
+def lacking() -> str | None:
+    """Return why no command can be started as another user, or None."""
     if os.geteuid() != 0:
         return "two real users need tests that run as root"
     absent = [name for name in PROGRAMS if shutil.which(name) is None]
     if absent:
         return f"there is no program {', '.join(absent)}"
-    tried = ended(_start(User(50001, 0o022, place), [sys.executable, "-c", "import obowlab"], machine=place))
+    anybody = User(50001, 0o022, Path("/"))
+    tried = ended(_start(anybody, [sys.executable, "-c", "import obowlab"], machine=Path(os.devnull)))
     return None if tried.code == 0 else f"no other user can start Python here: {tried.err.strip()[-200:]}"
 
 
 def _start(user: User, command: list[str], *, machine: Path) -> subprocess.Popen[str]:
+    words, environment = _as(user, command, machine=machine)
+    return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def _as(user: User, command: list[str], *, machine: Path) -> tuple[list[str], dict[str, str]]:
+    """Return the command, and its environment, with which root starts a command as a user: one process from first to last."""
     covered = _covered()
     lines = ["set -e", f"umask {user.umask:03o}"]
     if covered:
@@ -106,13 +115,7 @@ def _start(user: User, command: list[str], *, machine: Path) -> subprocess.Popen
         "OBOWLAB_MACHINE": str(machine),
         "OBOWLAB_NO_PROGRESS": "1",
     }
-    return subprocess.Popen(
-        ["unshare", "--mount", "sh", "-c", "\n".join(lines)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return ["unshare", "--mount", "sh", "-c", "\n".join(lines)], environment
 
 
 def _covered() -> dict[Path, list[Path]]:

@@ -24,8 +24,10 @@ from tests.chaos import forks
 from tests.chaos.judge import BrokenError, ended_well, equal, sentence, settle, valuables
 from tests.chaos.ledger import Case, Kind
 from tests.chaos.stage import prepare_group
+from tests.users import GROUP, User
+from tests.users import lacking as lacking_users
 
-ALICE, BOB, GROUP = 50001, 50002, 50000
+ALICE, BOB = 50001, 50002
 SECRET = "mlflow_tracking_password = hunter2"
 
 # ----------------------------------------------------------------------------------------------------------- what may lie there
@@ -281,9 +283,6 @@ def squatted(case: Case) -> None:
 
 def users(case: Case) -> None:
     """Let a second user train what the first one trains, in a store of both, with any umask: refused, and nothing is harmed."""
-    from obowlab.cli import main
-    from obowlab.training.__main__ import main as compute
-
     folder = case.stage.copy("halfway", case.place)
     root = folder.path.parent
     for path in (root, *root.rglob("*")):
@@ -291,41 +290,28 @@ def users(case: Case) -> None:
     root.chmod(0o2775)
     train = case.stage.words(case.place)
     for _ in range(case.num_faults):
-        umask = case.dice.choice((0o022, 0o002, 0o077))
-        case.fault(f"umask {umask:03o}")
-        words = case.dice.choice((train, ["runs", "delete", folder.run_id, "--yes", *train[-4:-2]]))
-        child = forks.fork(partial(_as, BOB, umask, partial(main, words)), place=case.place / "work", name=f"bob-{case.injected}")
-        said = sentence(child)
+        bob = User(BOB, case.dice.choice((0o022, 0o002, 0o077)), case.place / f"bob-{case.injected}")
+        case.fault(f"umask {bob.umask:03o}")
+        said = sentence(_typed(case, bob, case.dice.choice((train, ["runs", "delete", folder.run_id, "--yes", *train[-4:-2]]))))
         if f"belongs to user {ALICE}" not in said:
             raise BrokenError(f"the owner is not named: {said}")
         case.sentence(said)
-    alone = partial(_as, ALICE, 0o022, partial(compute, [str(folder.path)]))
-    child = forks.fork(alone, place=case.place / "work", name="alice")
-    time.sleep(1.0 + case.dice.random())  # not to the end: what that imports may lie where only root may read
+    child = _typed(case, User(ALICE, 0o022, case.place / "alice"), train)
+    while child.poll() is None and folder.state.status != "running":
+        time.sleep(0.01)
+    time.sleep(case.dice.random())
     child.send(signal.SIGTERM)
-    ended_well(child, codes=(128 + signal.SIGTERM,))
+    ended_well(child, codes=(0, 128 + signal.SIGTERM))
     for path in (root, *root.rglob("*")):
         os.chown(path, 0, 0, follow_symlinks=False)
     settle(case, folder, expected=case.stage.reference())
 
 
-def _as(uid: int, umask: int, work: Callable[[], int]) -> int:
-    """Do something as another user."""
-    import obowlab.cli.run
-    import obowlab.launch.stages
-    import obowlab.launch.submit
-    import obowlab.report.read  # noqa: F401 - before the change: not everybody may read where Python lies
-
-    os.setgroups([GROUP])
-    os.setgid(uid)
-    os.setuid(uid)
-    os.umask(umask)
-    return work()
-
-
-def one_user() -> str | None:
-    """Return why this machine knows only one user, or None."""
-    return None if os.geteuid() == 0 else "two real users need root"
+def _typed(case: Case, user: User, words: list[str]) -> forks.Child:
+    """Start a command line of obowlab as another user types it, in a new home."""
+    user.settle()
+    become = partial(user.become, *words, machine=case.place / "machine.toml")
+    return forks.fork(become, place=case.place / "said", name=user.home.name)
 
 
 # ------------------------------------------------------------------------------------------------------------------------- bombs
@@ -382,6 +368,6 @@ KINDS = {
     "databases": Kind("garbage in mlflow.db and the journal of studies", databases, share=15, per_case=3),
     "paused": Kind("one rank of two stopped for a while", paused, share=8, per_case=3),
     "squatted": Kind("locks kept by a process that trains nothing", squatted, share=15, per_case=4),
-    "users": Kind("a second user, with any umask", users, share=10, per_case=3, lacking=one_user),
+    "users": Kind("a second user, with any umask", users, share=10, per_case=3, lacking=lacking_users),
     "inflated": Kind("archives and images that inflate", inflated, share=20, per_case=4),
 }
