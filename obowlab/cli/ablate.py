@@ -252,7 +252,7 @@ def table(
 
     TABLE as for `ablate`; --set shows what `ablate --set` trained.
     """
-    from obowlab.runs.records import read_records
+    from obowlab.runs.records import check_records, read_records
     from obowlab.tables import render
     from obowlab.tables.build import build_from_store, build_table, finished_seeds
     from obowlab.tables.kept import keep_table
@@ -262,6 +262,8 @@ def table(
     kind = one_kind(names)
     if out is not None and not out.absolute().parent.is_dir():
         raise UserError(f"The folder of --out {out} does not exist.")
+    if records is not None:
+        check_records(records)
     source = records or machine.runs_root
     if kind == COSTS:
         return show_costs(names, scale=scale, overrides=overrides, source=source, form=form, out=out, dry_run=dry_run)

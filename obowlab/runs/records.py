@@ -152,14 +152,19 @@ def warn_once(sentence: str) -> None:
     logger.warning("%s", sentence)
 
 
+def check_records(folder: Path) -> None:
+    """Raise UserError unless there is such a folder."""
+    if not folder.is_dir():
+        raise UserError(f"There is no folder of records {folder} (--records).")
+
+
 def read_records(folder: Path) -> dict[str, Record]:
     """Return the records that `write_records` left in a folder.
 
     Raises:
         UserError: the folder is not there, or one of its files is damaged.
     """
-    if not folder.is_dir():
-        raise UserError(f"There is no folder of records {folder} (--records).")
+    check_records(folder)
     records = {}
     for path in sorted(folder.glob("*.json")):
         try:
