@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import re
 import shutil
@@ -19,7 +21,7 @@ from obowlab.report.pages import build_site
 from obowlab.report.read import gather, read_store, tables_at
 from obowlab.runs.records import store_records
 from obowlab.tables import render
-from obowlab.tables.build import OTHER_SETTINGS, build_table
+from obowlab.tables.build import FEWER_PAIRS, OTHER_SETTINGS, build_table
 from obowlab.tables.kept import KEPT, identity, keep_table, kept_tables
 from obowlab.tables.model import Table
 from obowlab.tables.plan import labels_of, make_plan
@@ -29,18 +31,19 @@ from tests.command_line import Obowlab
 from tests.report_store import add_row_runs, observed, own_table
 
 MEANS = {"base": 50, "small": 30, "large": 50}
+SEEDS = (0, 1, 2)
 
 
-def built(path: Path, *, runs_root: Path, seeds: tuple[int, ...] = (0, 1)) -> Table:
+def built(path: Path, *, runs_root: Path, seeds: tuple[int, ...] = SEEDS) -> Table:
     planned = load_table(path, scale="demo")
     return build_table(planned, seeds=seeds, records=store_records(runs_root))
 
 
 @pytest.fixture
 def table(tmp_path: Path) -> Path:
-    """A table file and a store with two seeds of every row, in one folder."""
+    """A table file and a store with three seeds of every row, in one folder."""
     path = own_table(tmp_path)
-    add_row_runs(load_table(path, scale="demo"), runs_root=tmp_path / "runs", means=MEANS, seeds=(0, 1))
+    add_row_runs(load_table(path, scale="demo"), runs_root=tmp_path / "runs", means=MEANS, seeds=SEEDS)
     return path
 
 
@@ -51,7 +54,7 @@ def test_without_values_of_the_paper_rows_are_tested_against_the_base_row(table:
     shown = built(table, runs_root=tmp_path / "runs")
     assert not shown.has_paper
     assert [row.verdict for row in shown.rows] == [None, "lower", "indistinguishable"]
-    ours, base = (25.0 * np.array([observed(MEANS[key] + seed) for seed in (0, 1)]) for key in ("small", "base"))
+    ours, base = (25.0 * np.array([observed(MEANS[key] + seed) for seed in SEEDS]) for key in ("small", "base"))
     assert shown.rows[1].cells[0].against_base == estimate(ours - base)
     (better,) = [row for row in built_with(tmp_path, table, {"base": 30, "large": 60}).rows if row.key == "large"]
     assert better.verdict == "higher"
@@ -81,8 +84,18 @@ def test_of_one_seed_difference_and_interval_are_shown_and_no_direction(table: P
         assert "verdict lower" not in content
 
 
+def test_a_difference_over_fewer_seeds_than_the_row_has_says_so(table: Path, tmp_path: Path) -> None:
+    planned, runs = load_table(table, scale="demo"), tmp_path / "runs"
+    add_row_runs(planned, runs_root=runs, means={"large": 50}, seeds=(3,))
+    shown = built(table, runs_root=runs, seeds=(*SEEDS, 3))
+    notes = [[shown.footnotes[number - 1] for number in row.notes] for row in shown.rows]
+    assert [FEWER_PAIRS in each for each in notes] == [False, False, True]
+    line = next(line for line in csv.DictReader(io.StringIO(render.as_csv([shown]))) if line["row"] == "large")
+    assert (line["seeds"], line["against_base_seeds"]) == ("4", "3")
+
+
 def built_with(tmp_path: Path, table: Path, means: dict[str, int]) -> Table:
-    add_row_runs(load_table(table, scale="demo"), runs_root=tmp_path / "others", means=means, seeds=(0, 1))
+    add_row_runs(load_table(table, scale="demo"), runs_root=tmp_path / "others", means=means, seeds=SEEDS)
     return built(table, runs_root=tmp_path / "others")
 
 
@@ -107,7 +120,7 @@ def test_a_row_without_a_value_of_the_paper_beside_rows_with_one(table: Path, tm
         'label = "as in the recipe"', 'label = "as in the recipe"\npaper = { fewshot_5shot = 60.0 }'
     )
     table.write_text(content.replace('label = "64 words"', 'label = "64 words"\npaper = { fewshot_5shot = 70.0 }'))
-    add_row_runs(load_table(table, scale="demo"), runs_root=tmp_path / "more", means={**MEANS, "large": 70}, seeds=(0, 1))
+    add_row_runs(load_table(table, scale="demo"), runs_root=tmp_path / "more", means={**MEANS, "large": 70}, seeds=SEEDS)
     shown = built(table, runs_root=tmp_path / "more")
     assert [row.verdict for row in shown.rows] == [None, "disagrees", "higher"]
     assert "↑ higher, ↓ lower (no value in the paper)" in render.legend(shown)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from obowlab.config import load_recipe, project_root
+from obowlab.config import load_recipe, project_root, read_toml
 from obowlab.config.scales import SCALES, recipe_for
 from obowlab.errors import UserError
 from obowlab.runs.records import Record, read_records, write_records
@@ -427,4 +427,15 @@ def test_the_measured_tables_are_what_their_records_give(form: str, obowlab: Obo
         code, out, err = obowlab("table", "all", "--scale", folder.name, "--records", str(folder / "records"), "--format", form)
         assert (code, err) == (0, "")
         kept = folder / {"md": "tables.md", "verdicts": "verdicts.md"}[form]
+        assert out == kept.read_text(encoding="utf-8"), f"write {kept.name} again: --out {kept}"
+
+
+def test_measured_tables_of_our_own_are_what_their_records_give(obowlab: Obowlab) -> None:
+    files = [path for path in (project_root() / "ablations" / "results").glob("*/*.toml") if "row" in read_toml(path)]
+    assert files
+    for path in files:
+        words = ("--scale", path.parent.name, "--records", str(path.parent / "records"), "--format", "md")
+        code, out, err = obowlab("table", str(path), *words)
+        assert (code, err) == (0, "")
+        kept = path.with_suffix(".md")
         assert out == kept.read_text(encoding="utf-8"), f"write {kept.name} again: --out {kept}"

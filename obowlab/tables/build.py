@@ -26,6 +26,7 @@ COMPARABLE = "paper"
 
 NOTICE = "At this scale values cannot be compared with the paper's; a row's direction against the base row can."
 OTHER_SETTINGS = "Measured with other evaluation settings than the table's recipe has now; `obowlab ablate` measures again."
+FEWER_PAIRS = "Δ base row and direction are of the seeds that the base row has too, which are fewer than the row's."
 ONE_SEED = (
     "One seed, or one in common with the base row: the interval speaks for the episodes (or images) alone, other seeds may "
     "differ by more, and no direction is stated."
@@ -70,6 +71,8 @@ def build_table(planned: PlannedTable, *, seeds: Sequence[int], records: Records
         trained = sum(run is not None and run.status in TRAINED for run in runs.values())
         if trained == 1 or any(cell.verdict == "one seed" for cell in cells):
             own.append(ONE_SEED)
+        if any(cell.ours and cell.against_base and cell.against_base.seeds < cell.ours.seeds for cell in cells):
+            own.append(FEWER_PAIRS)
         for text in own:
             if text not in footnotes:
                 footnotes.append(text)

@@ -23,7 +23,7 @@ NOT_COMPARABLE = "not comparable"
 HASH_DIGITS = 12
 CSV_COLUMNS = (
     *("table", "scale", "row", "label", "recipe", "metric", "ours", "interval", "seeds", "random", "paper"),
-    *("against_paper", "against_base", "against_base_interval", "p", "p_holm", "verdict"),
+    *("against_paper", "against_base", "against_base_interval", "against_base_seeds", "p", "p_holm", "verdict"),
     *("run_ids", "fingerprints", "mlflow_run_ids", "commits", "data_hashes"),
 )
 
@@ -259,6 +259,7 @@ def as_csv(tables: Sequence[Table]) -> str:
                     cell.against_paper,
                     base.value if base else None,
                     base.interval if base else None,
+                    base.seeds if base else None,
                     base.p if base else None,
                     cell.p_holm,
                 ]
