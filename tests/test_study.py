@@ -10,6 +10,7 @@ import signal
 import socket
 import sqlite3
 import subprocess
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import StorageInternalError
 from optuna.importance import FanovaImportanceEvaluator
 from optuna.trial import TrialState, create_trial
@@ -27,10 +29,11 @@ from obowlab.runs.folder import RunFolder
 from obowlab.runs.listing import list_runs
 from obowlab.runs.results import unpack
 from obowlab.studies import storage as storages
+from obowlab.studies import summary as summaries
 from obowlab.studies import trial as trials
 from obowlab.studies import worker as workers
-from obowlab.studies.overview import findings
-from obowlab.studies.schema import STUDY_FILE, StudyReport, read_study
+from obowlab.studies.overview import findings, trials_overview
+from obowlab.studies.schema import STUDY_FILE, StudyReport, StudyTrial, read_study
 from obowlab.studies.storage import open_storage, quiet, storage_url
 from obowlab.studies.summary import Reporter
 from obowlab.studies.trial_locks import TrialLocks
@@ -539,3 +542,78 @@ def test_a_storage_that_is_away_for_a_moment_costs_no_trial(tmp_path: Path, monk
     assert [trial.status for trial in search.report().trials] == ["completed"]
     assert sum("does not answer (gone)" in line for line in search.said) == 1
     assert set(attempts(tmp_path).values()) == {1}
+
+
+# ------------------------------------------------------------------------------------------------------------ the landscape
+
+
+def measured_study(value: Callable[[float, float], float], *, count: int = 60) -> optuna.Study:
+    """Return a study of trials anywhere in a space of two parameters; `value` is given where a point lies, from -1 to 1."""
+    study, rng = optuna.create_study(direction="maximize"), np.random.default_rng(0)
+    space = {"kappa": FloatDistribution(1.0, 25.0, log=True), "delta": FloatDistribution(0.005, 0.5, log=True)}
+    for places in rng.uniform(-1, 1, size=(count, 2)):
+        ends = [(math.log(range_.low), math.log(range_.high)) for range_ in space.values()]
+        point = [math.exp((low + high + place * (high - low)) / 2) for place, (low, high) in zip(places, ends, strict=True)]
+        study.add_trial(
+            create_trial(params=dict(zip(space, point, strict=True)), distributions=dict(space), value=value(*places))
+        )
+    return study
+
+
+@pytest.mark.parametrize(
+    ("value", "kappa", "delta"),
+    [
+        (lambda kappa, delta: kappa + delta, (0.35, 0.6), (0.35, 0.6)),
+        (
+            lambda kappa, delta: float(delta > -0.5),
+            (0.0, 0.1),
+            (0.8, 1.0),
+        ),  # below 0.016: taken evenly, the first 2 % of the range
+        (lambda kappa, delta: float(kappa * delta > 0), (0.0, 0.3), (0.0, 0.3)),  # only both together tell
+    ],
+)
+def test_importance_is_on_the_scale_that_is_searched_and_what_both_explain_is_nobodys(
+    value: Callable[[float, float], float], kappa: tuple[float, float], delta: tuple[float, float]
+) -> None:
+    found = summaries._importances(measured_study(value), num_completed=60)
+    assert kappa[0] <= found["kappa"] <= kappa[1]
+    assert delta[0] <= found["delta"] <= delta[1]
+    assert sum(found.values()) <= 1.0
+
+
+def test_a_choice_and_a_pruned_trial_do_not_disturb_importances() -> None:
+    study, rng = optuna.create_study(direction="maximize"), np.random.default_rng(0)
+    space = {
+        "words": IntDistribution(64, 4096, log=True),
+        "rate": FloatDistribution(0.0, 1.0),
+        "level": CategoricalDistribution(["conv4", "conv5"]),
+    }
+    for number in range(60):
+        params = {"words": int(2 ** rng.uniform(6, 12)), "rate": rng.uniform(), "level": ["conv4", "conv5"][number % 2]}
+        pruned = number % 3 == 0
+        kind = {"value": None, "state": TrialState.PRUNED} if pruned else {"value": math.log(params["words"])}
+        study.add_trial(create_trial(params=params, distributions=dict(space), **kind))
+    found = summaries._importances(study, num_completed=40)
+    assert max(found, key=found.__getitem__) == "words"
+    assert found["words"] > 0.8
+
+
+def test_colours_span_the_better_half_and_as_much_again() -> None:
+    trials = [StudyTrial(number=number, status="completed", value=value) for number, value in enumerate([97.0, 95, 93, 60, 5])]
+    colours = summaries._colours(trials, maximize=True)
+    assert (colours["zmin"], colours["zmax"]) == (89.0, 97.0)
+    assert summaries._colours(trials, maximize=False)["zmax"] == 2 * 93 - 5
+    assert summaries._colours(trials[:1] * 3, maximize=True) == {}, "nothing to tell apart"
+
+
+def test_the_points_of_the_file_come_after_the_papers_and_the_recipes_and_are_not_pruned(tmp_path: Path) -> None:
+    points = '[[points]]\n"method.kappa" = 9.0\n\n[[points]]\n"method.kappa" = 5.0\n\n'
+    text = STUDY.replace('"method.kappa" = 5.0', '"method.kappa" = 7.0').replace("[sampler]", f"{points}[sampler]")
+    search = Search(tmp_path, tuning=tuning_of(tmp_path, text=text, pruner="median"))
+    search.work(budget=4, delay=0.01)
+    report = search.report()
+    assert [trial.params["method.kappa"] for trial in report.trials[:3]] == [7.0, 5.0, 9.0], "the recipe's own point once"
+    assert [trial.is_given for trial in report.trials[:4]] == [False, False, True, False]
+    assert any("trial 2: the file's point, kappa 9" in line for line in search.said)
+    assert [row[-2] for row in trials_overview(report)[1]][:3] == ["paper", "recipe", "the file's"]
+    assert len(search.open().trials) == len(report.trials), "typed again, nothing comes on top"

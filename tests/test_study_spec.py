@@ -60,7 +60,8 @@ def test_kappa_delta_starts_at_the_papers_values() -> None:
     assert paper == {"method.kappa": 5.0, "method.delta_base": 0.1}
     recipe = tuning.recipe(paper).recipe
     assert recipe.fingerprint(seed=0) == tuning.base.recipe.fingerprint(seed=0)
-    assert recipe.evaluation.every_epochs == 80 // 6
+    assert tuning.given_points() == [{"method.kappa": 8.0, "method.delta_base": 1 / 15}], "of the paper's section 4.3"
+    assert recipe.evaluation.every_epochs == 0, "nothing is pruned"
     assert {parameter.kind for parameter in tuning.spec.parameters.values()} == {"float"}
     assert all(parameter.log for parameter in tuning.spec.parameters.values())  # type: ignore[union-attr]
 
@@ -112,6 +113,12 @@ BAD = {
     ("high = 64.0\nlog = true", "high = 64.0\nlog = 1"): "'log' in [parameters",
     ('"method.kappa" = 5.0', '"method.kappa" = 500.0'): "must lie between 1.0 and 64.0",
     ('"method.kappa" = 5.0', '"method.delta_base" = 0.1'): "[paper] of search.toml must give a value to every parameter",
+    (
+        "[sampler]",
+        '[[points]]\n"method.kappa" = 99.0\n[sampler]',
+    ): "'method.kappa' in [[points]], number 1, of search.toml must lie",
+    ("[sampler]", "[[points]]\nkappa = 9.0\n[sampler]"): "[[points]], number 1, of search.toml must give a value to every",
+    ("[sampler]", '[points]\n"method.kappa" = 9.0\n[sampler]'): "'points' in search.toml must be tables, [[points]]",
     ("startup_trials = 3", "start_trials = 3"): "Unknown key 'start_trials' in [sampler] of search.toml",
     ('kind = "median"', 'kind = "mean"'): "'kind' in [pruner] of search.toml",
     ("points = 5", 'metric = "knn_top1"'): "needs a few-shot 'metric'",

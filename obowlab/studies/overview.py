@@ -61,6 +61,8 @@ def findings(report: StudyReport) -> list[str]:
             f"best against paper: {shown} on the same episodes or images; "
             f"the best of {report.counts['completed']} is partly luck: confirm it with other seeds."
         )
+    if report.best is not None and len(report.seeds) == 1:
+        lines.append("± is over the episodes or images of one seed; another seed moves every value, often by more.")
     importances = [f"{each.key} {each.importance:.2f}" for each in report.parameters if each.importance is not None]
     return [*lines, *([f"importance: {', '.join(importances)}"] if importances else [])]
 
@@ -88,6 +90,7 @@ def plan_lines(tuning: Tuning, *, machine: Machine, url: str, report: StudyRepor
         pruning += f", {tuning.online_metric} every {tuning.every_epochs(epochs)} of {epochs} epochs"
     paper = ", ".join(f"{key} = {value}" for key, value in spec.paper.items())
     own = tuning.recipe_point() if tuning.recipe_point() != tuning.paper_point() else None
+    given = [", ".join(f"{key} = {value}" for key, value in point.items()) for point in spec.points]
     return [
         f"storage: {shown_uri(url)}",
         f"recipe: {tuning.base.name}",
@@ -96,6 +99,7 @@ def plan_lines(tuning: Tuning, *, machine: Machine, url: str, report: StudyRepor
         *(f"parameter: {key} {_range(parameter.model_dump())}" for key, parameter in spec.parameters.items()),
         *([f"first: the paper's {paper}"] if paper else []),
         *([f"{'then' if paper else 'first'}: the recipe's {', '.join(f'{key} = {v}' for key, v in own.items())}"] if own else []),
+        *(f"{'then' if paper or own else 'first'}: the file's {point}" for point in given),
         f"pruning: {pruning}",
         f"runs: {machine.runs_root}",
         *([f"trials: {counts(report)}"] if report is not None else []),
@@ -109,7 +113,8 @@ def expected_time(tuning: Tuning, *, machine: Machine, left: int, slots: int) ->
         return ""
     trial_s = cost.seconds * len(tuning.spec.seeds)
     together = text.duration(left * trial_s / slots)
-    return f"{left} trials of about {text.duration(trial_s)} are left: {together} with {slots} at a time, less what is pruned"
+    pruned = ", and pruned ones on top" if tuning.online_metric else ""
+    return f"{left} trials of about {text.duration(trial_s)} of training are left: {together} with {slots} at a time{pruned}"
 
 
 def _value(value: object) -> str:
@@ -125,7 +130,7 @@ def _range(parameter: Mapping[str, object]) -> str:
 
 
 def _remark(trial: StudyTrial) -> str:
-    words = ["paper"] if trial.is_paper else ["recipe"] if trial.is_recipe else []
+    words = ["paper"] if trial.is_paper else ["recipe"] if trial.is_recipe else ["the file's"] if trial.is_given else []
     if trial.resumed:
         words.append(f"resumed {trial.resumed}×" if trial.resumed > 1 else "resumed")
     if isinstance(trial.repeat_of, int):

@@ -42,8 +42,8 @@ class StudyParameter(_Part):
         log: whether it is searched by its logarithm.
         choices: of a categorical one, else empty.
         paper: the paper's value; None when the study names none.
-        importance: share of the objective's variance over the completed trials that it explains (fANOVA), 0 to 1; None while
-            there are too few trials.
+        importance: share of the objective's variance over the search space that it explains alone, 0 to 1, by a model of the
+            completed trials (fANOVA); the rest is of several parameters together. None while there are too few trials.
     """
 
     key: str
@@ -93,6 +93,7 @@ class StudyTrial(_Part):
         online: results during training of the first seed, [epoch, value] in order.
         is_paper: whether it is the paper's own point.
         is_recipe: whether it is the base recipe's own point.
+        is_given: whether it is another point that the study file names.
         resumed: how many times another worker resumed it.
         repeat_of: the earlier trial with the same point, or `finished runs` when others had trained it; nothing was trained.
         message: why it was pruned or failed.
@@ -109,6 +110,7 @@ class StudyTrial(_Part):
     online: tuple[tuple[int, float], ...] = ()
     is_paper: bool = False
     is_recipe: bool = False
+    is_given: bool = False
     resumed: int = 0
     repeat_of: int | str | None = None
     message: str = ""

@@ -118,6 +118,7 @@ class StudySpec(Section):
     overrides: Annotated[dict[str, Any], Field(default_factory=dict)]
     parameters: Annotated[dict[str, Parameter], Field(min_length=1)]
     paper: Annotated[dict[str, Any], Field(default_factory=dict)]
+    points: tuple[dict[str, Any], ...] = Field((), description="others to begin with, after the paper's and the recipe's")
     sampler: Sampler = Sampler()
     pruner: Pruner = Pruner()
 
@@ -197,6 +198,10 @@ class Tuning:
         """Return the paper's values as Optuna takes them; None when the study names none."""
         return {key: choice_label(value) for key, value in self.spec.paper.items()} or None
 
+    def given_points(self) -> list[dict[str, Any]]:
+        """Return the file's own points as Optuna takes them."""
+        return [{key: choice_label(value) for key, value in point.items()} for point in self.spec.points]
+
     def recipe_point(self) -> dict[str, Any] | None:
         """Return the base recipe's own values as Optuna takes them; None when they are not in the search space."""
         values = flatten(self.base.recipe)
@@ -239,6 +244,9 @@ def load_study(name: str) -> tuple[Path, StudySpec]:
     for key in ("parameters", "overrides", "paper", "sampler", "pruner"):
         if not isinstance(document.get(key, {}), dict):
             raise UserError(f"'{key}' in {place} must be a table, [{key}].")
+    points = document.get("points", [])
+    if not isinstance(points, list) or not all(isinstance(point, dict) for point in points):
+        raise UserError(f"'points' in {place} must be tables, [[points]].")
     parameters = {key: _parameter(key, value, place=place) for key, value in document.get("parameters", {}).items()}
     sections = {
         "sampler": parse_section(Sampler, document.get("sampler", {}), place=f"[sampler] of {place}"),
@@ -350,16 +358,22 @@ def _check_keys(tuning: Tuning) -> None:
             raise UserError(f"'{key}' in [parameters] of {place} does not change the weights, so there is nothing to search.")
         if any(text.partition("=")[0].strip() == key for text in tuning.overrides):
             raise UserError(f"'{key}' is a parameter of {place}: it cannot be fixed with --set or in [overrides] too.")
-    if spec.paper and set(spec.paper) != set(spec.parameters):
-        odd = sorted(set(spec.paper) ^ set(spec.parameters))[0]
-        raise UserError(f"[paper] of {place} must give a value to every parameter and to nothing else; look at '{odd}'.")
-    for key, value in spec.paper.items():
+    named = [("[paper]", spec.paper)] if spec.paper else []
+    for name, point in [*named, *((f"[[points]], number {number},", point) for number, point in enumerate(spec.points, start=1))]:
+        _check_values(point, spec=spec, where=f"{name} of {place}")
+
+
+def _check_values(point: Mapping[str, Any], *, spec: StudySpec, where: str) -> None:
+    if set(point) != set(spec.parameters):
+        odd = sorted(set(point) ^ set(spec.parameters))[0]
+        raise UserError(f"{where} must give a value to every parameter and to nothing else; look at '{odd}'.")
+    for key, value in point.items():
         parameter = spec.parameters[key]
         if _is_in(parameter, choice_label(value)):
             continue
         if isinstance(parameter, CategoricalParameter):
-            raise UserError(f"'{key}' in [paper] of {place} is not one of its choices.")
-        raise UserError(f"'{key}' in [paper] of {place} must lie between {parameter.low} and {parameter.high}, not at {value!r}.")
+            raise UserError(f"'{key}' in {where} is not one of its choices.")
+        raise UserError(f"'{key}' in {where} must lie between {parameter.low} and {parameter.high}, not at {value!r}.")
 
 
 def _check_points(tuning: Tuning) -> None:

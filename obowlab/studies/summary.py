@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -11,6 +12,7 @@ from functools import partial
 from typing import Any, get_args
 
 import optuna
+from optuna.distributions import FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from obowlab.config import Machine
@@ -36,7 +38,7 @@ from obowlab.studies.schema import (
     read_study,
 )
 from obowlab.studies.spec import Tuning
-from obowlab.studies.trial import objective_of
+from obowlab.studies.trial import GIVEN, PAPER, RECIPE, objective_of
 from obowlab.studies.trial_locks import TrialLocks
 from obowlab.tables.statistics import Matrix, estimate, stacked
 from obowlab.tracking.publish import publish
@@ -44,6 +46,9 @@ from obowlab.tracking.server import shown_uri
 
 MIN_TRIALS_FOR_IMPORTANCE = 4
 MAX_SLICE_PARAMETERS = 4
+NUM_COLOURS = 10
+"""Steps of a contour's colours."""
+
 GROWTH = 1.1
 """Importances take half a minute of 1000 trials: during a study they are computed again when it has grown by so much."""
 
@@ -211,8 +216,9 @@ def _trial(
         value=value,
         interval=_interval(list(measured.values())) if trial.state == TrialState.COMPLETE else None,
         online=tuple(sorted(trial.intermediate_values.items())),
-        is_paper=bool(attributes.get("paper")),
-        is_recipe=bool(attributes.get("recipe")),
+        is_paper=bool(attributes.get(PAPER)),
+        is_recipe=bool(attributes.get(RECIPE)),
+        is_given=bool(attributes.get(GIVEN)),
         resumed=len(attributes.get("resumed", [])),
         repeat_of=attributes.get("repeat_of"),
         message=str(attributes.get("message", "")),
@@ -291,10 +297,25 @@ def _importances(study: optuna.Study, *, num_completed: int) -> dict[str, float]
     if num_completed < MIN_TRIALS_FOR_IMPORTANCE:
         return {}
     try:
-        evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
-        return dict(optuna.importance.get_param_importances(study, evaluator=evaluator))
+        return dict(optuna.importance.FanovaImportanceEvaluator(seed=0).evaluate(_straightened(study)))
     except (ValueError, RuntimeError):  # all values are the same: there is nothing to explain
         return {}
+
+
+def _straightened(study: optuna.Study) -> optuna.Study:
+    """Return a study of the completed trials, parameters that are searched by their logarithm replaced by it.
+
+    Optuna's fANOVA takes a range evenly: of 0.005 to 0.5 it would ask about little but what lies above 0.05.
+    """
+    straight = optuna.create_study(directions=study.directions)
+    for trial in study.get_trials(deepcopy=False, states=[TrialState.COMPLETE]):
+        params, space = dict(trial.params), dict(trial.distributions)
+        for key, range_ in trial.distributions.items():
+            if isinstance(range_, FloatDistribution | IntDistribution) and range_.log:
+                params[key] = math.log(params[key])
+                space[key] = FloatDistribution(math.log(range_.low), math.log(range_.high))
+        straight.add_trial(optuna.trial.create_trial(params=params, distributions=space, values=trial.values))
+    return straight
 
 
 def _known(importances: Mapping[str, float]) -> optuna.importance.BaseImportanceEvaluator:
@@ -335,7 +356,9 @@ def study_figures(
         contour = plot_contour(study, params=[x, y], target_name=objective)
         points = next(contour.select_traces({"type": "scatter"}))
         points.update(text=[f"trial {trial.number}: {trial.value:.2f}" for trial in trials], hovertemplate=POINT)
-        contour.update_traces({"colorbar": {"title": {"side": "right"}}}, {"type": "contour"})
+        contour.update_traces(
+            {"colorbar": {"title": {"side": "right"}}, **_colours(trials, maximize=maximize)}, {"type": "contour"}
+        )
         figures["contour"] = contour.add_trace(_marks(trials, x=x, y=y, maximize=maximize))
     known = {parameter.key: parameter.importance for parameter in ranked if parameter.importance is not None}
     if known:
@@ -344,6 +367,18 @@ def study_figures(
     for figure in figures.values():
         figure.update_layout(template=None, title=None)
     return {title: StudyFigure.model_validate_json(figure.to_json()) for title, figure in figures.items()}
+
+
+def _colours(trials: Sequence[StudyTrial], *, maximize: bool) -> dict[str, Any]:
+    """Return the range of a contour's colours, the better half of the trials and as much again: failures would fill it."""
+    values = sorted((trial.value or 0.0 for trial in trials), reverse=maximize)
+    best, middle = values[0], values[len(values) // 2]
+    ends = sorted((best, 2 * middle - best))
+    if ends[0] == ends[1]:
+        return {}
+    size = (ends[1] - ends[0]) / NUM_COLOURS
+    levels = {"start": ends[0], "end": ends[1], "size": size, "coloring": "heatmap"}
+    return {"zmin": ends[0], "zmax": ends[1], "autocontour": False, "contours": levels}
 
 
 def _marks(trials: Sequence[StudyTrial], *, x: str, y: str, maximize: bool) -> dict[str, Any]:

@@ -29,6 +29,10 @@ from obowlab.runs.results import is_alike
 from obowlab.studies.spec import Tuning
 from obowlab.studies.trial_locks import TrialLocks
 
+PAPER, RECIPE, GIVEN = "paper", "recipe", "given"
+"""Attributes of trials whose points were known before the study began."""
+WHOSE = {PAPER: PAPER, RECIPE: RECIPE, GIVEN: "file"}
+
 POLL_S = 1.0
 WAIT_S = 3.0
 """Between two looks at a run or trial that another process works on."""
@@ -225,8 +229,8 @@ class TrialRunner:
                 signals.send(signal.SIGTERM, reason=reason)
 
     def _should_prune(self) -> bool:
-        """Return whether the results so far are bad enough; the paper's point and the recipe's are never pruned."""
-        known = {"paper", "recipe"} & self._trial.user_attrs.keys()
+        """Return whether the results so far are bad enough; the paper's point, the recipe's and the file's are never pruned."""
+        known = WHOSE.keys() & self._trial.user_attrs.keys()
         return not known and bool(self._context.retry(self._trial.should_prune))
 
     # --------------------------------------------------------------------------------------------- duplicates

@@ -32,7 +32,7 @@ from obowlab.launch.processes import STOPPING_RUNS, StopSignals
 from obowlab.runs.info import TRAINED, read_state
 from obowlab.studies.schema import STUDIES
 from obowlab.studies.spec import CategoricalParameter, FloatParameter, Parameter, Tuning, choice_label
-from obowlab.studies.trial import Outcome, TrialContext, TrialRunner, describe
+from obowlab.studies.trial import GIVEN, PAPER, RECIPE, WHOSE, Outcome, TrialContext, TrialRunner, describe
 from obowlab.studies.trial_locks import TrialLocks
 
 POLL_S = 2.0
@@ -87,14 +87,19 @@ def open_study(tuning: Tuning, *, storage: BaseStorage, locks: TrialLocks) -> op
 
 
 def _put_known_points_first(study: optuna.Study, *, tuning: Tuning) -> None:
-    """Enqueue the paper's point, and after it the recipe's own in a study of which no trial has begun."""
+    """Enqueue the paper's point; in a study of which no trial has begun, after it the recipe's own and the file's."""
     trials = study.get_trials(deepcopy=False)
     paper, own = tuning.paper_point(), tuning.recipe_point()
-    if paper is not None and not any(trial.user_attrs.get("paper") for trial in trials):
-        study.enqueue_trial(paper, user_attrs={"paper": True, **({"recipe": True} if paper == own else {})})
-    begun = any(trial.state != TrialState.WAITING or trial.user_attrs.get("recipe") for trial in trials)
-    if own is not None and own != paper and not begun:
-        study.enqueue_trial(own, user_attrs={"recipe": True})
+    if paper is not None and not any(trial.user_attrs.get(PAPER) for trial in trials):
+        study.enqueue_trial(paper, user_attrs={PAPER: True, **({RECIPE: True} if paper == own else {})})
+    begun = any(trial.state != TrialState.WAITING or {RECIPE, GIVEN} & trial.user_attrs.keys() for trial in trials)
+    if begun:
+        return
+    if own is not None and own != paper:
+        study.enqueue_trial(own, user_attrs={RECIPE: True})
+    for point in tuning.given_points():
+        if point not in (paper, own):
+            study.enqueue_trial(point, user_attrs={GIVEN: True})
 
 
 def budget_of(study: optuna.Study | None, *, tuning: Tuning, asked: int | None) -> int:
@@ -259,7 +264,7 @@ class Worker:
             taken = self.locks.take(chosen.number)
             assert taken, "no other worker can know of this trial"
         with self._released_on_error(chosen.number):
-            known = next((name for name in ("paper", "recipe") if chosen.user_attrs.get(name)), None)
+            known = next((whose for name, whose in WHOSE.items() if chosen.user_attrs.get(name)), None)
             kind = f"the {known}'s point, " if known is not None else ""
             self._say(f"trial {chosen.number}: {kind}{describe(chosen.params)}")
         return chosen, []
