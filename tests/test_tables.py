@@ -439,3 +439,12 @@ def test_measured_tables_of_our_own_are_what_their_records_give(obowlab: Obowlab
         assert (code, err) == (0, "")
         kept = path.with_suffix(".md")
         assert out == kept.read_text(encoding="utf-8"), f"write {kept.name} again: --out {kept}"
+
+
+def test_the_page_on_the_tables_has_every_row_as_the_records_give_it() -> None:
+    page = (project_root() / "docs" / "results" / "tables.md").read_text(encoding="utf-8").splitlines()
+    lines = (project_root() / "ablations" / "results" / "demo" / "verdicts.md").read_text(encoding="utf-8").splitlines()
+    rows = [line for line in lines if line.startswith("| table") and "| row |" not in line]
+    assert len(rows) == 28
+    for row in rows:
+        assert any(line.startswith(row) for line in page), row
