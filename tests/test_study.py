@@ -617,3 +617,22 @@ def test_the_points_of_the_file_come_after_the_papers_and_the_recipes_and_are_no
     assert any("trial 2: the file's point, kappa 9" in line for line in search.said)
     assert [row[-2] for row in trials_overview(report)[1]][:3] == ["paper", "recipe", "the file's"]
     assert len(search.open().trials) == len(report.trials), "typed again, nothing comes on top"
+
+
+def test_known_points_of_a_command_killed_among_them_are_enqueued_by_the_next(tmp_path: Path) -> None:
+    text = STUDY.replace('"method.kappa" = 5.0', '"method.kappa" = 7.0').replace(
+        "[sampler]", '[[points]]\n"method.kappa" = 9.0\n[sampler]'
+    )
+    search, enqueue = Search(tmp_path, tuning=tuning_of(tmp_path, text=text)), optuna.Study.enqueue_trial
+
+    def killed(self: optuna.Study, params: dict[str, Any], **options: Any) -> None:
+        if params["method.kappa"] == 9.0:
+            raise KeyboardInterrupt
+        enqueue(self, params, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(optuna.Study, "enqueue_trial", killed)
+        with pytest.raises(KeyboardInterrupt):
+            search.open()
+    assert [trial.user_attrs for trial in search.open().trials] == [{"paper": True}, {"recipe": True}, {"given": True}]
+    assert len(search.open().trials) == 3

@@ -87,19 +87,22 @@ def open_study(tuning: Tuning, *, storage: BaseStorage, locks: TrialLocks) -> op
 
 
 def _put_known_points_first(study: optuna.Study, *, tuning: Tuning) -> None:
-    """Enqueue the paper's point; in a study of which no trial has begun, after it the recipe's own and the file's."""
+    """Enqueue the paper's point; in a study of which no trial has begun, after it the recipe's own and the file's.
+
+    What a killed command has enqueued already is not enqueued again.
+    """
     trials = study.get_trials(deepcopy=False)
     paper, own = tuning.paper_point(), tuning.recipe_point()
-    if paper is not None and not any(trial.user_attrs.get(PAPER) for trial in trials):
+    given = [point for point in tuning.given_points() if point not in (paper, own)]
+    there = {name: sum(bool(trial.user_attrs.get(name)) for trial in trials) for name in WHOSE}
+    if paper is not None and not there[PAPER]:
         study.enqueue_trial(paper, user_attrs={PAPER: True, **({RECIPE: True} if paper == own else {})})
-    begun = any(trial.state != TrialState.WAITING or {RECIPE, GIVEN} & trial.user_attrs.keys() for trial in trials)
-    if begun:
+    if any(trial.state != TrialState.WAITING for trial in trials):
         return
-    if own is not None and own != paper:
+    if own is not None and own != paper and not there[RECIPE]:
         study.enqueue_trial(own, user_attrs={RECIPE: True})
-    for point in tuning.given_points():
-        if point not in (paper, own):
-            study.enqueue_trial(point, user_attrs={GIVEN: True})
+    for point in given[there[GIVEN] :]:
+        study.enqueue_trial(point, user_attrs={GIVEN: True})
 
 
 def budget_of(study: optuna.Study | None, *, tuning: Tuning, asked: int | None) -> int:
