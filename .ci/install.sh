@@ -69,7 +69,7 @@ locked() { # PART...: installs these parts of the lock, nothing beside them; fal
         echo "A file is not the one that was tested. If your index has files of its own, install with OBOWLAB_LOCK=0." >&2
         exit 1
     fi
-    note "the locked versions ($*) do not fit this machine; versions that pyproject.toml allows are taken"
+    note "the locked versions ($*) could not be installed, as said above; versions that pyproject.toml allows are taken"
     return 1
 }
 

@@ -22,7 +22,7 @@ import click
 import pytest
 
 from obowlab.cli import cli, main
-from obowlab.config import Recipe, load_machine, load_recipe
+from obowlab.config import Recipe, load_machine, load_recipe, read_toml
 from obowlab.config.scales import SCALES
 from obowlab.config.validation import known_keys
 from obowlab.data.catalogue import DATASETS
@@ -36,7 +36,7 @@ from tests.command_line import finished_run
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = (
     *("README.md", "CONTRIBUTING.md", "DECISIONS.md", "ablations/results/README.md"),
-    *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))),
+    *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md"))),
 )
 MAX_README_LINES = 120
 PLACEHOLDER = re.compile(r"[A-Z]{2,}|\.\.\.|^K$|^N$")
@@ -368,8 +368,15 @@ def test_links_lead_somewhere(page: str) -> None:
 
 
 def test_pages_are_found_from_the_index() -> None:
-    linked = re.findall(r"\]\(([\w-]+)\.md", source("docs/index.md"))
-    assert {f"docs/{name}.md" for name in linked} | {"docs/index.md"} == {page for page in PAGES if page.startswith("docs/")}
+    linked = re.findall(r"\]\(([\w/-]+)\.md", source("docs/index.md"))
+    cards = re.findall(r"\]\((results/gpu/[\w-]+)\.md", source("docs/gpu.md"))
+    found = {f"docs/{name}.md" for name in (*linked, *cards)} | {"docs/index.md"}
+    assert found == {page for page in PAGES if page.startswith("docs/")}
+
+
+def test_the_order_of_packages_is_the_one_that_lint_checks() -> None:
+    layers = read_toml(ROOT / "pyproject.toml")["tool"]["importlinter"]["contracts"][0]["layers"]
+    assert "```\n" + "\n".join(layers) + "\n```" in source("docs/design.md")
 
 
 # ----------------------------------------------------------------------------------------------------------------- words

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -448,3 +449,12 @@ def test_the_page_on_the_tables_has_every_row_as_the_records_give_it() -> None:
     assert len(rows) == 28
     for row in rows:
         assert any(line.startswith(row) for line in page), row
+    cells = [[cell.strip() for cell in row.split("|")] for row in rows]
+    directions = Counter(row[8] for row in cells)
+    agree, disagree, unknown = (directions[each] for each in ("✓ agrees", "✗ disagrees", "≈ indistinguishable"))
+    assert agree + disagree + unknown == len(rows)
+    alike = sum(row[8] == "≈ indistinguishable" and row[5][0] == row[6][0] for row in cells)
+    for name in ("results.md", "results/tables.md"):
+        prose = " ".join((project_root() / "docs" / name).read_text(encoding="utf-8").replace("**", "").split())
+        assert f"f {len(rows)} rows {agree} agree with the paper, {disagree} disagree, and {unknown} cannot be told from" in prose
+        assert f", {alike} of these with the paper's sign" in prose

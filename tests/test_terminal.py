@@ -23,6 +23,7 @@ import pytest
 from obowlab import text
 from obowlab.cli import doctor, main, output
 from obowlab.config import Loaded, load_recipe
+from obowlab.data import synthetic
 from obowlab.launch.processes import StopSignals
 from obowlab.runs import RunFolder
 from obowlab.training.reporter import PLAIN_WIDTH, Reporter, progress_line, training_facts
@@ -53,8 +54,8 @@ def make(
 def store(workplace: Path) -> Iterator[None]:
     """A store with what a list may hold: long names, results, a run that is trained, one that was stopped."""
     with ExitStack() as stack:
-        make("demo", status="finished", step=700, total=700, measured=[("fewshot", 41.25), ("linear", 49.5), ("knn", 44.0)])
-        make("demo-full", status="finished", step=700, total=700, measured=[("fewshot", 43.5), ("linear", 52.0)])
+        make("demo", status="finished", step=2352, total=2352, measured=[("fewshot", 95.62), ("linear", 97.92), ("knn", 97.08)])
+        make("demo-full", status="finished", step=2352, total=2352, measured=[("fewshot", 99.72), ("linear", 99.92)])
         stopped = make("tiny-vanilla", status="interrupted", step=15321, total=162480, seed=12)
         stopped.set_state(message="stopped by SIGTERM; the same command resumes from the last checkpoint")
         trained = make(LONG, status="running", step=300, total=700)
@@ -109,7 +110,7 @@ def test_a_table_fits_and_no_number_is_broken(
     assert max(map(text.width, lines)) <= columns
     shown = [line for line in lines if not line.startswith("Not shown in")]
     whole = numbers(plain) | {value for number in numbers(plain) for value in (number.rstrip(",:"), f"{number}.")}
-    assert numbers(shown) <= whole | {"41.2", "49.5", "44.0", "43.5", "52.0"}  # of results without their intervals
+    assert numbers(shown) <= whole | {"95.6", "97.9", "97.1", "99.7", "99.9"}  # of results without their intervals
     if columns == 200 and words.startswith("runs"):
         assert [line.rstrip() for line in lines] == [line.rstrip() for line in plain]
 
@@ -189,11 +190,12 @@ def test_transcripts_are_what_the_program_prints(page: str, terminal: Callable[.
     for block in transcripts:
         first, *lines = block.text.splitlines()
         if first.startswith("$ obowlab run "):
+            training = load_recipe("demo").recipe.training
             facts = training_facts(
                 epoch=2.5,
-                epochs=12,
-                step=146,
-                steps=700,
+                epochs=training.epochs,
+                step=420,
+                steps=training.epochs * (synthetic.num_images("train") // training.batch_size),
                 images_per_s=642.3,
                 values={"loss": 5.8134, "perplexity_image_conv5": 9},
             )

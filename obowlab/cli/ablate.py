@@ -95,7 +95,7 @@ def _number_of_seeds(_: click.Context, __: click.Parameter, value: str) -> int |
     "--weights",
     multiple=True,
     metavar="ROW=RUN|FILE",
-    help="Of table6: measure this encoder in a row; repeatable, and remembered.",
+    help="Of table6 and table9: measure this encoder in a row; repeatable, and remembered.",
 )
 @machine_options(*CLUSTER, *HARDWARE, *ROOTS)
 @dry_run_option
@@ -120,9 +120,10 @@ def ablate(
     TABLE is a table of the paper (table1 to table5, table7), `all`, or a TOML file. Rows with the same recipe are trained once.
     Interrupted and typed again, the command continues; a row that fails does not stop the others. --set holds for all rows: a
     table of its own, with runs of its own. --seeds auto says how many seeds it takes to find a row's difference, and trains them.
-    Two tables are of other kinds, which `all` leaves out. table8 is what training costs: its rows are timed side by side on this
-    machine, in a few minutes. table6 is transfer: its rows are encoders, of finished runs or given with --weights, and what is
-    missing of its columns is measured (--seeds: of the classifiers' trainings, which --gpus N share N GPUs).
+    Three tables are of other kinds, which `all` leaves out. table8 is what training costs: its rows are timed side by side on
+    this machine, in a few minutes. table6 and table9 are transfer: their rows are encoders, of finished runs or given with
+    --weights, and what is missing of their columns is measured (--seeds: of the classifiers' trainings, which --gpus N share N
+    GPUs).
     """
     from obowlab.launch.cost import CostBook
     from obowlab.launch.gpu_leases import check_gpus

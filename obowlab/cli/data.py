@@ -1,4 +1,4 @@
-"""`obowlab data`: prepare, verify and list data sets."""
+"""`obowlab data`: prepare, draw, verify and list data sets."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MAX_SHOWN = 20
 
 @click.group(cls=Family)
 def data() -> None:
-    """Prepare, verify and list data sets."""
+    """Prepare, draw, verify and list data sets."""
 
 
 @data.command("prepare")
@@ -122,7 +122,7 @@ def draw(layout: str, folder: Path, dry_run: bool) -> None:
     place = folder / name
     if dry_run:
         return would(f"draw {count} images into {place}")
-    when_interrupted(f"{place} is not complete: remove it, and type the same command again.")
+    when_interrupted("Nothing was written: type the same command again.")
     place = draw_images(folder)
     click.echo(f"Drawn: {place}. To use it: obowlab data prepare drawn-{layout} --source {place}")
     return None

@@ -15,7 +15,7 @@ import click
 from obowlab.cli import Family
 from obowlab.cli.options import PATH, MachineOptions, dry_run_option, machine_options, set_option, would
 from obowlab.errors import UserError
-from obowlab.weights.releases import RELEASE_KEYS as RELEASES
+from obowlab.weights.releases import RELEASE_KEYS
 
 if TYPE_CHECKING:
     from obowlab.weights.formats import Format
@@ -39,14 +39,14 @@ def _three(_: click.Context, option: click.Parameter, value: str | None) -> tupl
 
 @click.group(cls=Family)
 def weights() -> None:
-    """Inspect, import and export encoder weights."""
+    """Inspect, import, continue and export weights."""
 
 
 def _choices(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options that say what a file of others does not, and hand them on as `choices`."""
     options = (
         click.option(
-            "--as", "release", type=click.Choice(RELEASES), metavar="FORMAT", help="Format, which names may leave open."
+            "--as", "release", type=click.Choice(RELEASE_KEYS), metavar="FORMAT", help="Format, which names may leave open."
         ),
         click.option("--network", metavar="PART", help="Network, where the file has several: a key, or a part of its names."),
         click.option("--drop", multiple=True, metavar="NAME", help="Leave out what begins so; repeatable."),
