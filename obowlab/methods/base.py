@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from obowlab.config import Backbone, Level, Section, Views, compatibility
 from obowlab.config.pixels import MEAN, STD
-from obowlab.methods.backbones import ResNet
+from obowlab.methods.backbones import ResNet, build_backbone
 from obowlab.methods.detection.objects import Objects
 from obowlab.methods.online_classifier import OnlineClassifier
 
@@ -320,3 +320,34 @@ class Method(nn.Module, ABC, Generic[SettingsT]):
             metrics |= online
             loss = loss + online["monitor_loss"]
         return StepOutput(loss=loss, metrics={name: value.detach() for name, value in metrics.items()})
+
+
+class SelfSupervised(Method[SettingsT]):
+    """A method that learns a student without labels, with the online classifier beside it.
+
+    Attributes:
+        student: the network that is learnt.
+    """
+
+    num_uniforms = 0
+    student: ResNet
+
+    def __init__(
+        self, method: SettingsT, *, backbone: Backbone, total_steps: int, seed: int, num_classes: int | None, comm: Comm
+    ) -> None:
+        super().__init__(method, backbone=backbone, total_steps=total_steps, seed=seed, num_classes=num_classes, comm=comm)
+        self.student = build_backbone(backbone, seed=seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed + 1)  # the student's weights are a function of the seed alone: see build_backbone
+            self.build(method)
+            features = self.student.num_features
+            self.monitor = None if num_classes is None else OnlineClassifier(num_features=features, num_classes=num_classes)
+
+    @abstractmethod
+    def build(self, method: SettingsT) -> None:
+        """Add to the student what the method needs beside it: its teacher, heads and buffers, in their initial state."""
+
+    @property
+    def encoder(self) -> ResNet:
+        """Return the student."""
+        return self.student

@@ -2,51 +2,38 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
 from torch import Tensor
 
-from obowlab.config import Backbone, Bownet
+from obowlab.config import Bownet
 from obowlab.config.compatibility import refuse_few_features, refuse_small_map
 from obowlab.methods import bow
-from obowlab.methods.backbones import ResNet, build_backbone
-from obowlab.methods.base import Batch, Comm, LevelWords, Method, Preparation, StepOutput, VisualWords
+from obowlab.methods.base import Batch, LevelWords, Preparation, SelfSupervised, StepOutput, VisualWords
 from obowlab.methods.heads import FixedHead
 from obowlab.methods.kmeans import kmeans
-from obowlab.methods.online_classifier import OnlineClassifier
 from obowlab.methods.vocabulary import WordAssignment, level_metrics
 
 REPORT_EVERY = 50
 """Batches of images between two lines of progress."""
 
 
-class BoWNet(Method[Bownet]):
+class BoWNet(SelfSupervised[Bownet]):
     """Hard codes, max pooling, L1, a linear layer with one weight vector per word, cross-entropy.
 
     Teacher and words are fixed before the first step (`prepare`); both belong to the method's state.
     """
 
-    num_uniforms = 0
     words: Tensor
 
-    def __init__(
-        self, method: Bownet, *, backbone: Backbone, total_steps: int, seed: int, num_classes: int | None, comm: Comm
-    ) -> None:
-        super().__init__(method, backbone=backbone, total_steps=total_steps, seed=seed, num_classes=num_classes, comm=comm)
-        self.student = build_backbone(backbone, seed=seed)
-        self.teacher = build_backbone(backbone, seed=seed).requires_grad_(False).eval()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed + 1)  # the student's weights are a function of the seed alone: see build_backbone
-            features = self.student.num_features
-            self.head = FixedHead(num_words=method.num_words, num_features=features)
-            self.register_buffer("words", torch.zeros(method.num_words, self.student.level_channels[method.level]))
-            self.monitor = None if num_classes is None else OnlineClassifier(num_features=features, num_classes=num_classes)
-
-    @property
-    def encoder(self) -> ResNet:
-        """Return the student."""
-        return self.student
+    def build(self, method: Bownet) -> None:
+        """Make the teacher and the words, both empty until `prepare`, and the head."""
+        self.teacher = copy.deepcopy(self.student).requires_grad_(False).eval()
+        features = self.student.num_features
+        self.head = FixedHead(num_words=method.num_words, num_features=features)
+        self.register_buffer("words", torch.zeros(method.num_words, self.student.level_channels[method.level]))
 
     def visual_words(self) -> VisualWords:
         """Return the words, inserted at step 0, with delta 0: the codes are one-hot."""

@@ -12,11 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from obowlab.config import Backbone, Byol
+from obowlab.config import Byol
 from obowlab.methods import bow
-from obowlab.methods.backbones import ResNet, build_backbone
-from obowlab.methods.base import Batch, Comm, Method, StepOutput
-from obowlab.methods.online_classifier import OnlineClassifier
+from obowlab.methods.base import Batch, SelfSupervised, StepOutput
 from obowlab.methods.projection import channel_std, hidden_layer
 from obowlab.methods.schedules import teacher_momentum
 from obowlab.methods.teacher import follow_student
@@ -25,32 +23,19 @@ NORM_EPSILON = 1e-6
 """Least length that a vector is divided by: the authors have 1e-12 under the root."""
 
 
-class BYOL(Method[Byol]):
+class BYOL(SelfSupervised[Byol]):
     """From one crop of an image the student predicts what the teacher makes of the other, and the other way round.
 
     Every crop goes through each network in a pass of its own. The batch norms of the heads see the images of all processes.
     """
 
-    num_uniforms = 0
-
-    def __init__(
-        self, method: Byol, *, backbone: Backbone, total_steps: int, seed: int, num_classes: int | None, comm: Comm
-    ) -> None:
-        super().__init__(method, backbone=backbone, total_steps=total_steps, seed=seed, num_classes=num_classes, comm=comm)
-        self.student = build_backbone(backbone, seed=seed)
+    def build(self, method: Byol) -> None:
+        """Make the teacher, both projections and the predictor."""
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed + 1)  # the student's weights are a function of the seed alone: see build_backbone
-            features, size = self.student.num_features, method.projection_size
-            self.projection = build_head(features, hidden=method.hidden_size, size=size)
-            self.teacher_projection = copy.deepcopy(self.projection).requires_grad_(False)
-            self.prediction = build_head(size, hidden=method.hidden_size, size=size)
-            self.monitor = None if num_classes is None else OnlineClassifier(num_features=features, num_classes=num_classes)
-
-    @property
-    def encoder(self) -> ResNet:
-        """Return the student."""
-        return self.student
+        features, size = self.student.num_features, method.projection_size
+        self.projection = build_head(features, hidden=method.hidden_size, size=size)
+        self.teacher_projection = copy.deepcopy(self.projection).requires_grad_(False)
+        self.prediction = build_head(size, hidden=method.hidden_size, size=size)
 
     def forward(self, batch: Batch) -> StepOutput:
         """Do one training step up to its loss; the teacher moves on. The original view plays no part.

@@ -10,27 +10,25 @@ import torch
 from torch import Tensor, nn
 
 from obowlab.config import Backbone, Detector
-from obowlab.config.pixels import MEAN, STD
 from obowlab.methods.backbones import ResNet, build_backbone
-from obowlab.methods.base import Batch, Comm, Method, Preparation, StepOutput
+from obowlab.methods.base import Batch, Comm, StepOutput
 from obowlab.methods.detection.faster_rcnn import FasterRcnn
 from obowlab.methods.detection.mask_rcnn import MaskRcnn
 from obowlab.methods.detection.precise import set_precise_statistics
 from obowlab.methods.detection.two_stage import TwoStageDetector
+from obowlab.methods.fine_tuning import FineTuning
 from obowlab.randomness import Stream, random_words
 
 
-class DetectorTraining(Method[Detector]):
+class DetectorTraining(FineTuning[Detector]):
     """A detector on the encoder, all of which learns.
 
     Attributes:
         network: the detector.
-        pixels: mean and deviation of the pixels that the encoder was trained on, float64 [2, 3].
         seed_of_regions: decides which anchors and regions are learned from, 0-dim.
     """
 
     num_uniforms = 0
-    pixels: Tensor
     seed_of_regions: Tensor
 
     def __init__(
@@ -40,29 +38,14 @@ class DetectorTraining(Method[Detector]):
         assert num_classes is not None, "data.protocol_needs refuses images without labels"
         encoder = build_backbone(backbone, seed=seed)
         self.network = build_detector(method, encoder=encoder, num_classes=num_classes, seed=seed + 1)
-        self.register_buffer("pixels", torch.tensor((MEAN, STD), dtype=torch.float64))
         self.register_buffer("seed_of_regions", torch.tensor(seed, dtype=torch.int64))
-        self.register_load_state_dict_post_hook(lambda *_: self._remember())  # type: ignore[no-untyped-call]
-        self._remember()
+        self.keep_pixels()
         self.monitor = None
-
-    def prepare(self, preparation: Preparation) -> bool:
-        """Take the weights of the encoder that the settings name."""
-        if preparation.teacher is None:
-            return False
-        self.network.encoder.load_state_dict(preparation.teacher.state_dict())
-        own = [getattr(preparation.teacher, name, usual) for name, usual in (("pixel_mean", MEAN), ("pixel_std", STD))]
-        self.pixels.copy_(torch.tensor(own, dtype=torch.float64))
-        self._remember()
-        return True
 
     @property
     def encoder(self) -> ResNet:
-        """Return the fine-tuned trunk and last stage; what pixels it is used to goes with it."""
-        encoder = self.network.encoder
-        mean, std = self.pixels.tolist()
-        encoder.pixel_mean, encoder.pixel_std = (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
-        return encoder
+        """Return the fine-tuned trunk and last stage."""
+        return self.network.encoder
 
     @property
     def own_detector(self) -> TwoStageDetector:
@@ -90,9 +73,10 @@ class DetectorTraining(Method[Detector]):
         )
         return self._output(losses, {})
 
-    def _remember(self) -> None:
-        mean, std = self.pixels.tolist()  # once: to ask a GPU in every step is to wait for it
-        self.pixel_statistics = tuple(mean), tuple(std)
+    def look_at_pixels(self) -> None:
+        """Show whole images as the encoder knows them; the seed of regions is read with it."""
+        super().look_at_pixels()
+        self.pixel_statistics = self.encoder.pixel_mean, self.encoder.pixel_std
         self._seed = int(self.seed_of_regions)
 
     def finish(self, batches: Callable[[int], Iterator[Batch]]) -> None:

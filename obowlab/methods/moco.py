@@ -14,11 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from obowlab.config import Backbone, Moco
+from obowlab.config import Moco
 from obowlab.methods import bow
-from obowlab.methods.backbones import ResNet, build_backbone
-from obowlab.methods.base import Batch, Comm, Method, StepOutput
-from obowlab.methods.online_classifier import OnlineClassifier
+from obowlab.methods.base import Batch, SelfSupervised, StepOutput
 from obowlab.methods.split_batchnorm import split_batchnorm
 from obowlab.methods.teacher import follow_student
 from obowlab.precision import full_precision
@@ -38,7 +36,7 @@ class Projection(nn.Module):
         return F.normalize(bow.at_least_float32(self.fc2(hidden)), dim=1)
 
 
-class MoCo(Method[Moco]):
+class MoCo(SelfSupervised[Moco]):
     """A student encodes queries, a slowly following teacher keys; a queue holds the keys of earlier batches.
 
     The last crop of an image is its key, every other view a query of its own. Batch-norm sees the global batch in groups, and
@@ -53,29 +51,18 @@ class MoCo(Method[Moco]):
     pointer: Tensor
     inserted_at: Tensor
 
-    def __init__(
-        self, method: Moco, *, backbone: Backbone, total_steps: int, seed: int, num_classes: int | None, comm: Comm
-    ) -> None:
-        super().__init__(method, backbone=backbone, total_steps=total_steps, seed=seed, num_classes=num_classes, comm=comm)
-        num_groups = method.batchnorm_splits // comm.world_size
-        self.student = build_backbone(backbone, seed=seed)
+    def build(self, method: Moco) -> None:
+        """Make the teacher, both projections and a queue of random unit vectors; batch norms work in groups."""
+        num_groups = method.batchnorm_splits // self.comm.world_size
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         for encoder in (self.student, self.teacher):
-            split_batchnorm(encoder, num_groups=num_groups, comm=comm)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed + 1)  # the student's weights are a function of the seed alone: see build_backbone
-            features = self.student.num_features
-            self.projection = Projection(num_features=features, size=method.projection_size)
-            self.teacher_projection = copy.deepcopy(self.projection).requires_grad_(False)
-            self.register_buffer("queue", F.normalize(torch.randn(method.queue_size, method.projection_size), dim=1))
-            self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
-            self.register_buffer("inserted_at", torch.zeros(method.queue_size, dtype=torch.int64))
-            self.monitor = None if num_classes is None else OnlineClassifier(num_features=features, num_classes=num_classes)
-
-    @property
-    def encoder(self) -> ResNet:
-        """Return the student."""
-        return self.student
+            split_batchnorm(encoder, num_groups=num_groups, comm=self.comm)
+        features = self.student.num_features
+        self.projection = Projection(num_features=features, size=method.projection_size)
+        self.teacher_projection = copy.deepcopy(self.projection).requires_grad_(False)
+        self.register_buffer("queue", F.normalize(torch.randn(method.queue_size, method.projection_size), dim=1))
+        self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("inserted_at", torch.zeros(method.queue_size, dtype=torch.int64))
 
     def forward(self, batch: Batch) -> StepOutput:
         """Do one training step up to its loss; teacher and queue move on.

@@ -12,60 +12,40 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from obowlab.config import Backbone, Level, Obow
+from obowlab.config import Level, Obow
 from obowlab.config.compatibility import refuse_small_map
 from obowlab.methods import bow
-from obowlab.methods.backbones import ResNet, build_backbone
-from obowlab.methods.base import Batch, Comm, LevelWords, Method, StepOutput, VisualWords
+from obowlab.methods.base import Batch, LevelWords, SelfSupervised, StepOutput, VisualWords
 from obowlab.methods.heads import DynamicHead, FixedHead
-from obowlab.methods.online_classifier import OnlineClassifier
 from obowlab.methods.schedules import teacher_momentum
 from obowlab.methods.teacher import follow_student
 from obowlab.methods.vocabulary import VOCABULARIES, Vocabulary, level_metrics
 
 
-class OBoW(Method[Obow]):
+class OBoW(SelfSupervised[Obow]):
     """One call is one training step without its backward pass, in the order of docs/method.md, 7.
 
     Attributes:
         num_uniforms: random numbers a step needs per image: one per level.
     """
 
-    def __init__(
-        self,
-        method: Obow,
-        *,
-        backbone: Backbone,
-        total_steps: int,
-        seed: int,
-        num_classes: int | None,
-        comm: Comm,
-    ):
-        super().__init__(method, backbone=backbone, total_steps=total_steps, seed=seed, num_classes=num_classes, comm=comm)
+    def build(self, method: Obow) -> None:
+        """Make the teacher, a vocabulary and a head per level."""
         self.num_uniforms = len(method.levels)
-        self.student = build_backbone(backbone, seed=seed)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed + 1)  # the student's weights are a function of the seed alone: see build_backbone
-            channels, features = self.student.level_channels, self.student.num_features
-            make_vocabulary = VOCABULARIES[method.vocabulary]
-            self.vocabularies = nn.ModuleDict(
-                {level: make_vocabulary(method, num_channels=channels[level]) for level in method.levels}
-            )
-            self.heads = nn.ModuleDict(
-                {
-                    level: DynamicHead(method, num_channels=channels[level], num_features=features)
-                    if method.head == "dynamic"
-                    else FixedHead(num_words=method.num_words, num_features=features)
-                    for level in method.levels
-                }
-            )
-            self.monitor = None if num_classes is None else OnlineClassifier(num_features=features, num_classes=num_classes)
-
-    @property
-    def encoder(self) -> ResNet:
-        """Return the student."""
-        return self.student
+        channels, features = self.student.level_channels, self.student.num_features
+        make_vocabulary = VOCABULARIES[method.vocabulary]
+        self.vocabularies = nn.ModuleDict(
+            {level: make_vocabulary(method, num_channels=channels[level]) for level in method.levels}
+        )
+        self.heads = nn.ModuleDict(
+            {
+                level: DynamicHead(method, num_channels=channels[level], num_features=features)
+                if method.head == "dynamic"
+                else FixedHead(num_words=method.num_words, num_features=features)
+                for level in method.levels
+            }
+        )
 
     def visual_words(self) -> VisualWords:
         """Return the words of every level; delta is that of soft codes, also where training used hard ones."""

@@ -6,11 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from obowlab.config import Backbone, Rotnet
+from obowlab.config import Rotnet
 from obowlab.methods import bow
-from obowlab.methods.backbones import ResNet, build_backbone
-from obowlab.methods.base import Batch, Comm, Method, StepOutput
-from obowlab.methods.online_classifier import OnlineClassifier
+from obowlab.methods.base import Batch, SelfSupervised, StepOutput
 
 NUM_ROTATIONS = 4
 
@@ -22,26 +20,13 @@ def rotations(images: Tensor) -> Tensor:
     return torch.stack(turned, dim=1).flatten(0, 1).contiguous(memory_format=memory)
 
 
-class RotNet(Method[Rotnet]):
+class RotNet(SelfSupervised[Rotnet]):
     """Every view of every kind in its four rotations, and a linear classifier of the rotation on the pooled feature."""
 
-    num_uniforms = 0
-
-    def __init__(
-        self, method: Rotnet, *, backbone: Backbone, total_steps: int, seed: int, num_classes: int | None, comm: Comm
-    ) -> None:
-        super().__init__(method, backbone=backbone, total_steps=total_steps, seed=seed, num_classes=num_classes, comm=comm)
-        self.student = build_backbone(backbone, seed=seed)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed + 1)  # the student's weights are a function of the seed alone: see build_backbone
-            features = self.student.num_features
-            self.head = nn.Linear(features, NUM_ROTATIONS)
-            self.monitor = None if num_classes is None else OnlineClassifier(num_features=features, num_classes=num_classes)
-
-    @property
-    def encoder(self) -> ResNet:
-        """Return the student."""
-        return self.student
+    def build(self, method: Rotnet) -> None:
+        """Make the classifier of rotations."""
+        features = self.student.num_features
+        self.head = nn.Linear(features, NUM_ROTATIONS)
 
     def forward(self, batch: Batch) -> StepOutput:
         """Do one training step up to its loss; the online classifier sees the unrotated views."""

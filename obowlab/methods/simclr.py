@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from obowlab.config import Backbone, Simclr
+from obowlab.config import Simclr
 from obowlab.methods import bow
-from obowlab.methods.backbones import ResNet, build_backbone, zero_last_scales
-from obowlab.methods.base import Batch, Comm, Method, StepOutput
-from obowlab.methods.online_classifier import OnlineClassifier
+from obowlab.methods.backbones import zero_last_scales
+from obowlab.methods.base import Batch, SelfSupervised, StepOutput
 from obowlab.methods.projection import GlobalBatchNorm1d, hidden_layer
 from obowlab.precision import full_precision
 
@@ -21,31 +20,18 @@ WEIGHT_STD = 0.01
 """Standard deviation of the head's weights at the start, the authors'."""
 
 
-class SimCLR(Method[Simclr]):
+class SimCLR(SelfSupervised[Simclr]):
     """One network encodes both crops of all images in one pass; the crops of other images, on all processes, are negatives.
 
     The batch norms of the head see the images of all processes.
     """
 
-    num_uniforms = 0
-
-    def __init__(
-        self, method: Simclr, *, backbone: Backbone, total_steps: int, seed: int, num_classes: int | None, comm: Comm
-    ) -> None:
-        super().__init__(method, backbone=backbone, total_steps=total_steps, seed=seed, num_classes=num_classes, comm=comm)
-        self.student = build_backbone(backbone, seed=seed)
+    def build(self, method: Simclr) -> None:
+        """Make the projection."""
         if method.zero_residual:
             zero_last_scales(self.student)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed + 1)  # the student's weights are a function of the seed alone: see build_backbone
-            features = self.student.num_features
-            self.projection = build_projection(features, size=method.projection_size, num_layers=method.projection_layers)
-            self.monitor = None if num_classes is None else OnlineClassifier(num_features=features, num_classes=num_classes)
-
-    @property
-    def encoder(self) -> ResNet:
-        """Return the student."""
-        return self.student
+        features = self.student.num_features
+        self.projection = build_projection(features, size=method.projection_size, num_layers=method.projection_layers)
 
     def forward(self, batch: Batch) -> StepOutput:
         """Do one training step up to its loss; the original view plays no part.

@@ -11,40 +11,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from obowlab.config import Backbone, Simsiam
+from obowlab.config import Simsiam
 from obowlab.methods import bow
-from obowlab.methods.backbones import ResNet, build_backbone, zero_last_scales
-from obowlab.methods.base import Batch, Comm, Method, StepOutput
-from obowlab.methods.online_classifier import OnlineClassifier
+from obowlab.methods.backbones import zero_last_scales
+from obowlab.methods.base import Batch, SelfSupervised, StepOutput
 from obowlab.methods.projection import GlobalBatchNorm1d, channel_std, hidden_layer
 
 
-class SimSiam(Method[Simsiam]):
+class SimSiam(SelfSupervised[Simsiam]):
     """One network encodes both crops of an image, each in a pass of its own; a small predictor tells one from the other.
 
     What is predicted gets no gradient. The batch norms of the heads see the images of all processes.
     """
 
-    num_uniforms = 0
-
-    def __init__(
-        self, method: Simsiam, *, backbone: Backbone, total_steps: int, seed: int, num_classes: int | None, comm: Comm
-    ) -> None:
-        super().__init__(method, backbone=backbone, total_steps=total_steps, seed=seed, num_classes=num_classes, comm=comm)
-        self.student = build_backbone(backbone, seed=seed)
+    def build(self, method: Simsiam) -> None:
+        """Make projection and predictor."""
         if method.zero_residual:
             zero_last_scales(self.student)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed + 1)  # the student's weights are a function of the seed alone: see build_backbone
-            features, size = self.student.num_features, method.projection_size
-            self.projection = build_projection(features, size=size, num_layers=method.projection_layers)
-            self.prediction = nn.Sequential(*hidden_layer(size, method.prediction_size), nn.Linear(method.prediction_size, size))
-            self.monitor = None if num_classes is None else OnlineClassifier(num_features=features, num_classes=num_classes)
-
-    @property
-    def encoder(self) -> ResNet:
-        """Return the student."""
-        return self.student
+        features, size = self.student.num_features, method.projection_size
+        self.projection = build_projection(features, size=size, num_layers=method.projection_layers)
+        self.prediction = nn.Sequential(*hidden_layer(size, method.prediction_size), nn.Linear(method.prediction_size, size))
 
     def rate_groups(self) -> list[dict[str, Any]]:
         """Return the predictor, whose rate no schedule changes."""

@@ -17,14 +17,15 @@ from obowlab.config import Backbone, Supervised
 from obowlab.config.pixels import MEAN, STD
 from obowlab.methods import bow
 from obowlab.methods.backbones import ResNet, build_backbone
-from obowlab.methods.base import Batch, Comm, Method, Preparation, StepOutput
+from obowlab.methods.base import Batch, Comm, StepOutput
+from obowlab.methods.fine_tuning import FineTuning
 from obowlab.methods.projection import GlobalBatchNorm1d
 
 HEAD_DEVIATION = 0.01
 """Of the initial weights of a classifier that starts `normal`."""
 
 
-class SupervisedTraining(Method[Supervised]):
+class SupervisedTraining(FineTuning[Supervised]):
     """A linear classifier on the pooled feature of every view.
 
     It has no online classifier beside its own.
@@ -33,11 +34,9 @@ class SupervisedTraining(Method[Supervised]):
         student: the trunk; frozen, it stays in evaluation mode, and neither weights nor statistics move.
         head_norm: normalises features before the classifier by the statistics of the global batch, or leaves them alone.
         classifier: linear, on them.
-        pixels: mean and deviation of the pixels that the encoder to begin with was trained on, float64 [2, 3].
     """
 
     num_uniforms = 0
-    pixels: Tensor
     _usual_pixels: Tensor
 
     def __init__(
@@ -55,30 +54,15 @@ class SupervisedTraining(Method[Supervised]):
                 nn.init.zeros_(self.classifier.bias)
         self.head_norm = GlobalBatchNorm1d(width, affine=False) if method.head_batchnorm else nn.Identity()
         if method.weights:
-            self.register_buffer("pixels", torch.tensor((MEAN, STD), dtype=torch.float64))
-            self.register_buffer("_usual_pixels", self.pixels.clone(), persistent=False)
-            self.register_load_state_dict_post_hook(lambda *_: self._look_at_pixels())  # type: ignore[no-untyped-call]
-            self._look_at_pixels()
+            self.register_buffer("_usual_pixels", torch.tensor((MEAN, STD), dtype=torch.float64), persistent=False)
+            self.keep_pixels()
         if method.trunk == "frozen":
             self.student.requires_grad_(False)
         self.monitor = None
 
-    def prepare(self, preparation: Preparation) -> bool:
-        """Take the weights of the encoder that the settings name."""
-        if preparation.teacher is None:
-            return False
-        self.student.load_state_dict(preparation.teacher.state_dict())
-        own = [getattr(preparation.teacher, name, usual) for name, usual in (("pixel_mean", MEAN), ("pixel_std", STD))]
-        self.pixels.copy_(torch.tensor(own, dtype=torch.float64))
-        self._look_at_pixels()
-        return True
-
     @property
     def encoder(self) -> ResNet:
-        """Return the student; what pixels it is used to goes with it."""
-        if self.method.weights:
-            mean, std = self.pixels.tolist()
-            self.student.pixel_mean, self.student.pixel_std = tuple(mean), tuple(std)
+        """Return the student."""
         return self.student
 
     @property
@@ -134,10 +118,10 @@ class SupervisedTraining(Method[Supervised]):
         usual, own = (values.to(images.dtype).view(2, 3, 1, 1) for values in (self._usual_pixels, self.pixels))
         return (images * usual[1] + usual[0] - own[0]) / own[1]
 
-    def _look_at_pixels(self) -> None:
-        self._other_pixels = not torch.equal(
-            self.pixels, self._usual_pixels
-        )  # once: to ask a GPU in every step is to wait for it
+    def look_at_pixels(self) -> None:
+        """Remember whether views must be normalised anew for the encoder."""
+        super().look_at_pixels()
+        self._other_pixels = not torch.equal(self.pixels, self._usual_pixels)
 
 
 def classifier_from(state: Mapping[str, Tensor]) -> nn.Module:

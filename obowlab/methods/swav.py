@@ -11,11 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from obowlab.config import Backbone, Swav
+from obowlab.config import Swav
 from obowlab.methods import bow
-from obowlab.methods.backbones import ResNet, build_backbone
-from obowlab.methods.base import Batch, Comm, Method, StepOutput
-from obowlab.methods.online_classifier import OnlineClassifier
+from obowlab.methods.base import Batch, SelfSupervised, StepOutput
 from obowlab.methods.projection import hidden_layer
 from obowlab.precision import full_precision
 
@@ -23,7 +21,7 @@ NUM_ASSIGNED = 2
 """The first so many crops of an image have codes; every other view predicts them."""
 
 
-class SwAV(Method[Swav]):
+class SwAV(SelfSupervised[Swav]):
     """One network encodes all views; codes share the large crops out evenly among prototypes, and the other views predict them.
 
     The head's batch norm sees the views of all processes, and so do the codes.
@@ -33,26 +31,14 @@ class SwAV(Method[Swav]):
             process, and 0 where nothing has come in yet.
     """
 
-    num_uniforms = 0
     queue: Tensor
 
-    def __init__(
-        self, method: Swav, *, backbone: Backbone, total_steps: int, seed: int, num_classes: int | None, comm: Comm
-    ) -> None:
-        super().__init__(method, backbone=backbone, total_steps=total_steps, seed=seed, num_classes=num_classes, comm=comm)
-        self.student = build_backbone(backbone, seed=seed)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed + 1)  # the student's weights are a function of the seed alone: see build_backbone
-            features, hidden, size = self.student.num_features, method.hidden_size, method.projection_size
-            self.projection = nn.Sequential(*hidden_layer(features, hidden, bias=True), nn.Linear(hidden, size))
-            self.prototypes = nn.Linear(size, method.num_prototypes, bias=False)
-            self.register_buffer("queue", torch.zeros(method.queue_size, NUM_ASSIGNED, size))
-            self.monitor = None if num_classes is None else OnlineClassifier(num_features=features, num_classes=num_classes)
-
-    @property
-    def encoder(self) -> ResNet:
-        """Return the student."""
-        return self.student
+    def build(self, method: Swav) -> None:
+        """Make projection, prototypes and the queue."""
+        features, hidden, size = self.student.num_features, method.hidden_size, method.projection_size
+        self.projection = nn.Sequential(*hidden_layer(features, hidden, bias=True), nn.Linear(hidden, size))
+        self.prototypes = nn.Linear(size, method.num_prototypes, bias=False)
+        self.register_buffer("queue", torch.zeros(method.queue_size, NUM_ASSIGNED, size))
 
     def forward(self, batch: Batch) -> StepOutput:
         """Do one training step up to its loss; the queue moves on. The original view plays no part.
