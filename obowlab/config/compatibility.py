@@ -17,7 +17,7 @@ OF_TWO_CROPS: dict[type[Section], str] = {Simsiam: "SimSiam", Byol: "BYOL", Simc
 
 
 def check_settings(recipe: Recipe, *, num_images: int | None) -> None:
-    """Refuse a recipe that could not be trained on any machine; how many processes there are is `Recipe.check_procs`.
+    """Refuse a recipe that could not be trained on any machine; how many processes there are is `check_procs`.
 
     Args:
         recipe: of one stage.
@@ -91,10 +91,44 @@ def check_batch(method: Section, *, batch_size: int, world_size: int) -> None:
             f"method.batchnorm_splits ({splits}) must divide training.batch_size ({batch_size}) into groups of two images "
             "or more: change either."
         )
-    if splits % world_size:
+    _refuse_uneven("method.batchnorm_splits", splits, procs=world_size)
+
+
+def check_procs(recipe: Recipe, *, procs: int) -> None:
+    """Refuse a number of processes over which a recipe's batches, or its groups of batch-norm, cannot be shared out evenly.
+
+    Raises:
+        UserError: names the setting that stands against it.
+    """
+    check_share(recipe.training.batch_size, procs=procs, in_pairs=recipe.views.cutmix_probability > 0)
+    if isinstance(recipe.method, Moco):
+        _refuse_uneven("method.batchnorm_splits", recipe.method.batchnorm_splits, procs=procs)
+
+
+def check_share(batch_size: int, *, procs: int, in_pairs: bool = False) -> None:
+    """Refuse a batch that cannot be shared out evenly over the processes.
+
+    Args:
+        batch_size: images of a step.
+        procs: how many processes share it.
+        in_pairs: whether each needs an even number of images, for cutmix.
+
+    Raises:
+        UserError: names the setting to change.
+    """
+    _refuse_uneven("training.batch_size", batch_size, procs=procs)
+    if in_pairs and batch_size // procs % 2:
         raise UserError(
-            f"method.batchnorm_splits ({splits}) must be a multiple of the number of processes ({world_size}): change "
-            "--procs or --gpus, or the setting, which makes another run."
+            f"cutmix mixes pairs of images, but training.batch_size ({batch_size}) over {procs} process(es) gives each an odd "
+            f"share: make training.batch_size a multiple of {2 * procs}, or change --procs or --gpus."
+        )
+
+
+def _refuse_uneven(name: str, value: int, *, procs: int) -> None:
+    if value % procs:
+        raise UserError(
+            f"{name} ({value}) must be a multiple of the number of processes ({procs}): change --procs or --gpus, or the "
+            "setting, which makes another run."
         )
 
 

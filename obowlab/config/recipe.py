@@ -11,8 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from obowlab.config.base import Count, Fraction, Padding, Positive, Range, Section, canonical_hash, conflict
-from obowlab.config.methods import AnyMethod, Moco, Obow
-from obowlab.errors import UserError
+from obowlab.config.methods import AnyMethod, Obow
 
 FINGERPRINT_VERSION = 2
 """Raise it when the same recipe would no longer give the same weights, or a default changes (see CHANGELOG, *Numerics*)."""
@@ -310,27 +309,6 @@ class Recipe(Section):
             keys = [f"teacher.backbone.{name}" for name in Backbone.model_fields]
             raise conflict("teacher.backbone must be the same as backbone", keys=keys)
         return self
-
-    def check_procs(self, procs: int) -> None:
-        """Refuse a number of processes over which a batch cannot be shared out evenly.
-
-        Raises:
-            UserError: names the setting that stands against it.
-        """
-        shared = {"training.batch_size": self.training.batch_size}
-        if isinstance(self.method, Moco):
-            shared["method.batchnorm_splits"] = self.method.batchnorm_splits
-        for name, value in shared.items():
-            if value % procs:
-                raise UserError(
-                    f"{name} ({value}) must be a multiple of the number of processes ({procs}): change --procs or --gpus, or the "
-                    "setting, which makes another run."
-                )
-        if self.views.cutmix_probability and self.training.batch_size // procs % 2:
-            raise UserError(
-                f"cutmix mixes pairs of images, but training.batch_size ({self.training.batch_size}) over {procs} process(es) "
-                f"gives each an odd share: make training.batch_size a multiple of {2 * procs}, or change --procs or --gpus."
-            )
 
     def fingerprint(self, *, seed: int) -> str:
         """Return the SHA-256 (hex) that identifies a run: the resolved recipe and the seed.

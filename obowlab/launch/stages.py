@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from obowlab.config import Loaded, Machine
+from obowlab.config.compatibility import check_procs
 from obowlab.errors import AbsentError, UserError
 from obowlab.launch.cost import Cost, quoted
 from obowlab.launch.gpu_leases import check_gpus
@@ -154,5 +155,5 @@ def _checks(
         yield partial(check_compiler, machine)
         yield partial(check_loader, machine)
         yield partial(check_gpus, machine.model_copy(update={"procs": machine.procs * at_a_time}))
-    yield from (partial(loaded.recipe.check_procs, machine.procs) for loaded in due)
+    yield from (partial(check_procs, loaded.recipe, procs=machine.procs) for loaded in due)
     yield from data_checks(due, machine=machine, dry_run=dry_run, say=say, required=required)

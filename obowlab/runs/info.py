@@ -26,12 +26,14 @@ ENCODER_FILE = "encoder.safetensors"
 """The encoder of a run; it is there as soon as the training is done."""
 CLASSIFIER_FILE = "classifier.safetensors"
 DETECTOR_FILE = "detector.safetensors"
-"""The classifier beside it, of a run whose method learns one from labels."""
+"""Beside it, of a run whose method learns one from labels."""
+MODEL_FOLDER = "model"
+"""The encoder as an MLflow model."""
 CHECKPOINT_FILES = ("checkpoint.pt", "checkpoint.previous.pt")
 """What a run resumes from: the newest, and the one before it."""
 
 DAMAGED = (UserError, OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
-"""What reading a run of another version, or a damaged one, may raise: whoever reads many tells it and shows the others."""
+"""What reading a run of another version, or a damaged one, may raise: of many runs, the others are shown."""
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,254}$"
 """What recipes and runs may be called: files are named after them."""

@@ -22,7 +22,8 @@ TRACKING = ("mlflow.db", "mlflow.db-journal", "mlflow.db-wal", "mlflow.db-shm", 
 TURNS = (".publish.lock", ".report.lock", ".logs", ".trash", ".jobs", ".studies", ".weights")
 """What commands need to take turns, and to keep what they say and what runs begin with."""
 
-CACHES = (".features", ".drawn", ".hashed", ".tables", ".costs.json")
+FEATURES = ".features"
+CACHES = (FEATURES, ".drawn", ".hashed", ".tables", ".costs.json")
 """What only saves time: where it cannot be written, it is computed again."""
 
 

@@ -18,7 +18,7 @@ from obowlab.files.records import damaged_line, parse_checked, read_checked, rea
 from obowlab.files.replacing import write_atomic
 from obowlab.runs.detection_facts import DETECTION_FILE, DETECTION_FOLDER, detection_folders
 from obowlab.runs.folder import TAG, RunFolder
-from obowlab.runs.info import Status
+from obowlab.runs.info import MODEL_FOLDER, Status
 from obowlab.runs.metric_log import Point, parse_point
 from obowlab.runs.metrics import METRIC_FILES, METRICS, mlflow_name, unit_of
 from obowlab.runs.trash import is_deleted
@@ -33,7 +33,6 @@ STATUSES: dict[Status, str] = {
     "finished": "FINISHED",
 }
 ENDED = ("KILLED", "FAILED", "FINISHED")
-MODEL_FOLDER = "model"
 TRIAL = "obowlab.trial"
 """The label of a run that a study made."""
 

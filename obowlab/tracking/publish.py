@@ -18,6 +18,7 @@ from obowlab.errors import UserError
 from obowlab.files.locks import locked
 from obowlab.files.sharing import share
 from obowlab.tracking.local_store import local_folder
+from obowlab.tracking.outbox import LONGEST_TAG
 from obowlab.tracking.server import (
     complaint,
     connect,
@@ -37,7 +38,6 @@ KIND, NAME, FILE, METRIC = "obowlab.kind", "obowlab.name", "obowlab.file.", "obo
 
 LOCK = ".publish.lock"
 ENTRIES_PER_REQUEST = 100
-LONGEST_TAG = 5000
 
 
 @dataclass(frozen=True)

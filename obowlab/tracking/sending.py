@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 from obowlab.config import flatten
 from obowlab.errors import UserError
 from obowlab.files.opening import copy_file, copy_tree
-from obowlab.runs.info import read_result
+from obowlab.runs.info import MODEL_FOLDER, read_result
 from obowlab.runs.metrics import METRIC_FILES, mlflow_name
 from obowlab.tracking.local_store import database_path
-from obowlab.tracking.outbox import ENDED, MODEL_FOLDER, Outbox, Sent, digest_of
+from obowlab.tracking.outbox import ENDED, Outbox, Sent, digest_of
 from obowlab.tracking.server import (
     REQUEST_TIMEOUT_S,
     connect,

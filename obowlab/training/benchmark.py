@@ -38,7 +38,7 @@ from obowlab.training.render_ahead import rendered
 from obowlab.training.reporter import Reporter
 from obowlab.training.signals import StopRequest
 from obowlab.training.sync_batchnorm import SyncBatchNorm
-from obowlab.views.loaders import PixelBatch
+from obowlab.views.loaders import PixelBatch, num_workers
 
 ANSWERS = "answers.jsonl"
 
@@ -171,7 +171,7 @@ def _step_s(trainer: Trainer, stream: Iterator[tuple[PixelBatch, Batch]], *, ste
 def _load_s(trainer: Trainer) -> float:
     """Return the seconds that the loader takes for a batch by itself: beside a few fast steps it would not fall behind yet."""
     batches = trainer.run.world.each(trainer.load(0, 0))
-    workers = trainer.run.machine.workers or torch.get_num_threads()
+    workers = num_workers(trainer.run.machine)
     with closing(batches):  # type: ignore[type-var]
         next(batches)
         began = time.perf_counter()

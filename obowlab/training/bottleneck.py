@@ -52,7 +52,7 @@ from obowlab.training.reporter import Reporter
 from obowlab.training.signals import Interrupted, StopRequest
 from obowlab.training.timing import WARM_UP, rate, timed
 from obowlab.training.work import Work
-from obowlab.views.loaders import PixelBatch, TrainLoader
+from obowlab.views.loaders import PixelBatch, TrainLoader, num_workers
 from obowlab.views.photometric import render
 
 SHARES = {LOADER: 0.15, RENDERING: 0.1, STEP: 0.25, TOGETHER: 0.3, "evaluation": 0.2}
@@ -152,7 +152,7 @@ def measure(
         asked, run, batch, device = it.asked, it.run, it.batch, it.run.world.device
         say("Loader.")
         loader = open_loader(run, split=it.split)
-        workers = torch.get_num_threads() if machine.workers is None else machine.workers
+        workers = num_workers(machine)
         taken, stream = seconds * SHARES[LOADER], batches(loader)
         alone = rate(stream, batch_size=batch, seconds=taken, wait=it.work.wait)
         yield _of_batch(LOADER, alone, batch=batch, note=f"{loader.backend}, {workers} worker(s), {it.images}")

@@ -22,7 +22,7 @@ from obowlab.methods import build_backbone
 from obowlab.precision import full_precision
 from obowlab.training.context import RunContext
 from obowlab.training.timing import rate, timed
-from obowlab.views.loaders import centre_loader
+from obowlab.views.loaders import centre_loader, num_workers
 from obowlab.views.photometric import normalise
 
 FEWEST = 16
@@ -85,7 +85,7 @@ def features(run: RunContext, *, split: Split, seconds: float) -> tuple[float, i
         views=run.recipe.views,
         batch_size=size,
         backend=machine.loader,
-        workers=max(1, torch.get_num_threads()) if machine.workers is None else machine.workers,
+        workers=num_workers(machine),
         pin=device.type == "cuda",
     )
 

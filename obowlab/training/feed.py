@@ -15,7 +15,7 @@ from obowlab.methods import Batch, Objects
 from obowlab.randomness import Ints
 from obowlab.training.context import RunContext
 from obowlab.views.detection_loader import DetectionLoader, ImageBatch
-from obowlab.views.loaders import PixelBatch, TrainLoader, train_loader
+from obowlab.views.loaders import PixelBatch, TrainLoader, num_workers, train_loader
 from obowlab.views.photometric import normalise, render
 
 
@@ -138,7 +138,6 @@ def open_feed(run: RunContext, *, split: Split) -> Feed[Any]:
         UserError: the batch does not fit the images or the number of processes, ffcv is missing, or there are no boxes.
     """
     recipe, machine, device = run.recipe, run.machine, run.world.device
-    workers = torch.get_num_threads() if machine.workers is None else machine.workers
     if isinstance(recipe.method, Detector):
         objects = DetectionLoader(
             split,
@@ -149,7 +148,7 @@ def open_feed(run: RunContext, *, split: Split) -> Feed[Any]:
             seed=run.seed,
             rank=run.world.rank,
             world_size=run.world.world_size,
-            workers=workers,
+            workers=num_workers(machine),
             pin=device.type == "cuda",
         )
         return ObjectFeed(objects, device=device)
@@ -168,6 +167,6 @@ def open_loader(run: RunContext, *, split: Split) -> TrainLoader:
         rank=run.world.rank,
         world_size=run.world.world_size,
         backend=machine.loader,
-        workers=torch.get_num_threads() if machine.workers is None else machine.workers,
+        workers=num_workers(machine),
         pin=run.world.device.type == "cuda",
     )

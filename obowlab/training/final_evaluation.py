@@ -21,15 +21,15 @@ from obowlab.methods import ResNet
 from obowlab.methods.detection.two_stage import TwoStageDetector
 from obowlab.methods.detector import detector_from
 from obowlab.methods.supervised import classifier_from
-from obowlab.runs.info import CLASSIFIER_FILE, DETECTOR_FILE, ENCODER_FILE
+from obowlab.runs.info import CLASSIFIER_FILE, DETECTOR_FILE, ENCODER_FILE, MODEL_FOLDER
 from obowlab.runs.results import not_measured
+from obowlab.runs.store import FEATURES
 from obowlab.tracking.model import save_encoder_model
 from obowlab.training.context import RunContext
 from obowlab.training.loop import build, set_up_device, train
 from obowlab.weights.encoder_file import read_encoder, save_encoder
 from obowlab.weights.export import plain_network
 
-MODEL_FOLDER = "model"
 EXAMPLE_SIZE = 64
 """The side of the images that the model keeps as an example, in pixels."""
 
@@ -189,7 +189,7 @@ def measure_one(run: RunContext, *, networks: Trained, subject: str, protocol: s
         recipe=run.recipe,
         machine=run.machine,
         subject=subject,
-        cache_dir=run.machine.runs_root / ".features",
+        cache_dir=run.machine.runs_root / FEATURES,
         protocols=(protocol,),
         device=run.world.device,
         report=run.reporter.say,

@@ -9,6 +9,7 @@ import torch
 from obowlab.config import Machine
 from obowlab.evaluation import Result, evaluate
 from obowlab.methods import build_backbone
+from obowlab.runs.store import FEATURES
 from obowlab.training.distributed import join
 from obowlab.weights.encoder_file import read_source
 from obowlab.weights.subject import Subject
@@ -52,7 +53,7 @@ def measure(
                 recipe=subject.recipe,
                 machine=machine,
                 subject=name,
-                cache_dir=machine.runs_root / ".features",
+                cache_dir=machine.runs_root / FEATURES,
                 protocols=protocols,
                 dataset=dataset,
                 device=world.device,

@@ -19,7 +19,7 @@ from obowlab.randomness import Stream, uniforms
 from obowlab.runs.info import ENCODER_FILE
 from obowlab.runs.lineage import find_run
 from obowlab.training.context import RunContext
-from obowlab.views.loaders import centre_loader
+from obowlab.views.loaders import centre_loader, num_workers
 from obowlab.views.photometric import normalise
 from obowlab.weights.encoder_file import read_encoder
 from obowlab.weights.kept import kept_weights
@@ -91,7 +91,7 @@ def prepare(run: RunContext, *, method: Method[Any], teacher: Teacher | None, sp
             views=recipe.views,
             batch_size=BATCH_SIZE,
             backend=machine.loader,
-            workers=torch.get_num_threads() if machine.workers is None else machine.workers,
+            workers=num_workers(machine),
             pin=run.world.device.type == "cuda",
         )
         for _, images in loader:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from obowlab.config import Detector
+from obowlab.config.compatibility import check_share
 from obowlab.data.annotations import Annotation
 from obowlab.errors import UserError
 from obowlab.randomness import Bools, Ints, Stream, epoch_order, uniforms
@@ -107,8 +108,7 @@ class DetectionLoader:
         Raises:
             UserError: the batch cannot be shared out, or there are fewer images with objects than one batch.
         """
-        if batch_size % world_size:
-            raise UserError(f"training.batch_size ({batch_size}) must be a multiple of the number of processes ({world_size}).")
+        check_share(batch_size, procs=world_size)
         learned = ((index, annotations[index]) for index in subset.tolist())
         shown = {index: annotation.size for index, annotation in learned if annotation.is_trained_on.any()}
         chosen = list(shown)

@@ -23,7 +23,7 @@ import torch
 
 from obowlab.randomness import Ints
 from obowlab.views.pil_resize import cut_view, transpose
-from obowlab.views.pil_views import CutBatch, Cutter, Pixels, broken_record
+from obowlab.views.pil_views import BATCHES_AHEAD, CutBatch, Cutter, Pixels, broken_record
 from obowlab.views.views import Geometry
 
 # Of numba's threading layers its own is always there and works after a fork (TBB warns, OpenMP crashes). ffcv starts the layer
@@ -41,9 +41,6 @@ from ffcv.pipeline.compiler import Compiler
 
 if TYPE_CHECKING:
     from obowlab.data.datasets import Split
-
-BATCHES_AHEAD = 2
-"""Batches prepared in advance."""
 
 POLL_S = 0.1
 """How long the reading thread waits for room in the queue before it checks whether it should end."""

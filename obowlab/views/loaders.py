@@ -20,19 +20,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from obowlab.config import Views
+from obowlab.config import Machine, Views
+from obowlab.config.compatibility import check_share
 from obowlab.errors import UserError
 from obowlab.randomness import Ints, epoch_order
-from obowlab.views.pil_views import CutBatch, Cutter, Numbers
+from obowlab.views.pil_views import BATCHES_AHEAD, CutBatch, Cutter, Numbers
 
 if TYPE_CHECKING:
     from obowlab.data.datasets import Split
 
 BackendName = Literal["ffcv", "torch"]
 T = TypeVar("T")
-
-BATCHES_AHEAD = 2
-"""Batches that each worker process prepares in advance."""
 
 
 @dataclass(frozen=True)
@@ -187,13 +185,7 @@ def train_loader(
     Raises:
         UserError: the batch cannot be split over the processes, there are fewer images than one batch, or ffcv is missing.
     """
-    if batch_size % world_size:
-        raise UserError(f"training.batch_size ({batch_size}) must be a multiple of the number of processes ({world_size}).")
-    if views.cutmix_probability and batch_size // world_size % 2:
-        raise UserError(
-            f"cutmix mixes pairs of images, but training.batch_size ({batch_size}) over {world_size} process(es) gives each an "
-            f"odd share: make training.batch_size a multiple of {2 * world_size}, or change --procs."
-        )
+    check_share(batch_size, procs=world_size, in_pairs=views.cutmix_probability > 0)
     if len(subset) < batch_size:
         raise UserError(f"training.batch_size ({batch_size}) is larger than the training set ({len(subset)} images).")
     return TrainLoader(
@@ -233,6 +225,11 @@ def centre_loader(
         workers=workers,
         pin=pin,
     )
+
+
+def num_workers(machine: Machine) -> int:
+    """Return the loader workers of a process: as set, or as many as PyTorch has threads."""
+    return torch.get_num_threads() if machine.workers is None else machine.workers
 
 
 def resolve_backend(name: str) -> BackendName:

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 Pixels = npt.NDArray[np.uint8]
 
+BATCHES_AHEAD = 2
+"""Batches that a backend prepares in advance; of worker processes, each."""
+
 Numbers: TypeAlias = Packed[tuple[Draws, Tensor]]
 """What is random about a batch, and the classes of its images, int64 [B]."""
 

@@ -19,7 +19,7 @@ from obowlab.errors import UserError
 from obowlab.evaluation.features import BATCH_SIZE, REPORT_EVERY_S, frozen
 from obowlab.methods import LevelWords, VisualWords, bow
 from obowlab.randomness import Ints
-from obowlab.views.loaders import centre_loader
+from obowlab.views.loaders import centre_loader, num_workers
 from obowlab.views.photometric import normalise
 
 
@@ -41,7 +41,6 @@ class CentreViews:
 
     def batches(self, indices: Ints, *, batch_size: int) -> Iterator[tuple[Ints, Tensor, Tensor]]:
         """Yield positions [B], pixels uint8 [B, S, S, 3] and the network's input float32 [B, 3, S, S], in the order given."""
-        workers = max(1, torch.get_num_threads()) if self.machine.workers is None else self.machine.workers
         layout = torch.channels_last if self.machine.channels_last else torch.contiguous_format
         loader = centre_loader(
             self.split,
@@ -49,7 +48,7 @@ class CentreViews:
             views=self.views,
             batch_size=batch_size,
             backend=self.machine.loader,
-            workers=workers,
+            workers=num_workers(self.machine),
             pin=self.device.type == "cuda",
         )
         for positions, pixels in loader:
