@@ -57,5 +57,5 @@ def memory_sentence(error: BaseException) -> str | None:
         return None
     return (
         f"The memory of the {'GPU' if on_gpu else 'machine'} ran out: lower training.batch_size (--set), or --workers; in an "
-        "evaluation, views.original_size and --workers decide. What was saved is kept, and the same command goes on from there."
+        "evaluation, views.original_size and --workers decide. What was saved is kept, and the same command continues from there."
     )

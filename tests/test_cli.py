@@ -318,7 +318,7 @@ DRY = {
     "runs export RUN": ["Would write run.json, state.json", "demo-s0-"],
     "weights inspect FILE": ["Would say what weights.pth holds"],
     "weights import FILE": ["Would read weights.pth and write its encoder to weights.safetensors"],
-    "weights continue FILE demo": ["Would make a run of demo, seed 0, in", "that goes on where weights.pth stopped"],
+    "weights continue FILE demo": ["Would make a run of demo, seed 0, in", "that continues where weights.pth stopped"],
     "weights export RUN --out net": ["Would write the encoder of demo-s0-", "to net as module"],
     "weights export RUN --out net.safetensors": ["to net.safetensors as safetensors"],
     "weights export FILE --out net --format timm": ["of weights.pth to net as timm", "not known before weights.pth is read"],

@@ -374,6 +374,12 @@ def test_pages_are_found_from_the_index() -> None:
     assert found == {page for page in PAGES if page.startswith("docs/")}
 
 
+def test_links_of_docstrings_to_the_authors_code_are_those_of_the_method_page() -> None:
+    links = [link for path in (ROOT / "obowlab").rglob("*.py") for link in re.findall(r"https://github\S+", path.read_text())]
+    assert len(links) > 3
+    assert not [link for link in links if f"({link})" not in source("docs/method.md")]
+
+
 def test_the_order_of_packages_is_the_one_that_lint_checks() -> None:
     layers = read_toml(ROOT / "pyproject.toml")["tool"]["importlinter"]["contracts"][0]["layers"]
     assert "```\n" + "\n".join(layers) + "\n```" in source("docs/design.md")

@@ -151,7 +151,7 @@ def continue_file(
     options: MachineOptions,
     dry_run: bool,
 ) -> None:
-    """Make a run of a full model that the authors' code has trained; `obowlab run RECIPE` goes on with it.
+    """Make a run of a full model that the authors' code has trained; `obowlab run RECIPE` continues it.
 
     FILE is their model_net_checkpoint_*.pth.tar: student, teacher, heads, vocabulary and the number of steps. RECIPE must
     describe the same model; what differs is said, with the options that fit. No code of the file is run.
@@ -168,7 +168,7 @@ def continue_file(
     for check in data_checks([loaded], machine=machine, dry_run=dry_run, say=click.echo):
         check()
     if dry_run:
-        return would(f"make a run of {loaded.name}, seed {seed}, in {machine.runs_root} that goes on where {file} stopped")
+        return would(f"make a run of {loaded.name}, seed {seed}, in {machine.runs_root} that continues where {file} stopped")
     from obowlab.training.take_over import take_over
 
     made = take_over(file, loaded=loaded, seed=seed, machine=machine, optimizer_file=optimizer_file)

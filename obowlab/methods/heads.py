@@ -13,7 +13,8 @@ from obowlab.methods import bow
 class DynamicHead(nn.Module):
     """G of eq. 5: an MLP that turns the current words into the weights that predict them.
 
-    L2-normalise, Linear, BatchNorm1d (the authors' code has it, the paper does not mention it), ReLU, Linear, L2-normalise.
+    L2-normalise, Linear, BatchNorm1d (the authors' code has it, the paper does not mention it), ReLU, Linear, L2-normalise:
+    https://github.com/valeoai/obow/blob/45af1490d3c076a924ceaf02bbaf201bc74c7f99/obow/builder_obow.py#L504-L509
     Its batch norm sees the same words on every process and must stay unsynchronised.
     """
 

@@ -25,6 +25,9 @@ from obowlab.methods.vocabulary import VOCABULARIES, Vocabulary, level_metrics
 class OBoW(SelfSupervised[Obow]):
     """One call is one training step without its backward pass, in the order of docs/method.md, 7.
 
+    It is the authors' order:
+    https://github.com/valeoai/obow/blob/45af1490d3c076a924ceaf02bbaf201bc74c7f99/obow/builder_obow.py#L398-L425
+
     Attributes:
         num_uniforms: random numbers a step needs per image: one per level.
     """

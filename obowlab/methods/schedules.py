@@ -12,8 +12,10 @@ def learning_rate(step: int, *, optimizer: Optimizer, epochs: int, steps_per_epo
 
     A linear warm-up from `warmup_start` over `warmup_epochs` (per step), then half a cosine from `learning_rate` towards
     `end_learning_rate`, reached at the step after the last. With `cosine_per = "epoch"` the cosine stands still within
-    an epoch, at its value at the epoch's start, as the authors' code does (docs/method.md, 8.1). With `schedule = "steps"` it is
-    divided by 10 after every `decay_every` epochs instead, or multiplied by `decay_factor` after each epoch of `decay_after`.
+    an epoch, at its value at the epoch's start, as the authors' code does (docs/method.md, 8.1):
+    https://github.com/valeoai/obow/blob/45af1490d3c076a924ceaf02bbaf201bc74c7f99/obow/solver.py#L123-L140
+    With `schedule = "steps"` it is divided by 10 after every `decay_every` epochs instead, or multiplied by `decay_factor` after
+    each epoch of `decay_after`.
     """
     warmup_steps = optimizer.warmup_epochs * steps_per_epoch
     if step < warmup_steps:

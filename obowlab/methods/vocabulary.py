@@ -18,7 +18,10 @@ from obowlab.methods.base import Comm
 from obowlab.precision import full_precision
 
 AUTHORS_MSD = 0.5
-"""Where mu_MSD starts in the authors' code; far from its true value for hundreds of steps."""
+"""Where mu_MSD starts in the authors' code; far from its true value for hundreds of steps.
+
+https://github.com/valeoai/obow/blob/45af1490d3c076a924ceaf02bbaf201bc74c7f99/obow/builder_obow.py#L348
+"""
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,8 @@ class VocabularyAssignment(WordAssignment):
 class Vocabulary(nn.Module, ABC):
     """The words of one level, mu_MSD and the age of the words; subclasses decide how the words move.
 
-    Words start as rectified Gaussian noise, as the authors' queue does.
+    Words start as rectified Gaussian noise, as the authors' queue does:
+    https://github.com/valeoai/obow/blob/45af1490d3c076a924ceaf02bbaf201bc74c7f99/obow/builder_obow.py#L344
     """
 
     words: Tensor

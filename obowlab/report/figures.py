@@ -57,7 +57,7 @@ MAIN, MACHINE, OTHERS = "Training and vocabulary", "Machine", "Others"
 
 TITLES = {
     "loss": "Loss",
-    "monitor_accuracy": "Online monitor, top-1",
+    "monitor_accuracy": "Online classifier, top-1",
     "perplexity_image": "Words in one image's bag (perplexity)",
     "perplexity_batch": "Words in the batch's mean bag (perplexity)",
     "words_used": "Words used in a batch",

@@ -1,4 +1,4 @@
-"""A run that goes on where a training of the authors' code stopped: `obowlab weights continue`."""
+"""A run that continues where a training of the authors' code stopped: `obowlab weights continue`."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def take_over(file: Path, *, loaded: Loaded, seed: int, machine: Machine, optimi
             epochs = math.ceil((step + 1) / trainer.loader.steps_per_epoch)
             raise UserError(
                 f"{file} has taken {step} steps, and the recipe ends at {trainer.total_steps}: there is nothing left to train. "
-                f"--set training.epochs={epochs} or more goes on."
+                f"--set training.epochs={epochs} or more continues it."
             )
         notes = _fill(trainer, imported=imported, file=file)
         momenta = {} if optimizer_file is None else read_momenta(optimizer_file, imported=imported)
@@ -111,7 +111,7 @@ def take_over(file: Path, *, loaded: Loaded, seed: int, machine: Machine, optimi
                 attempt=attempt,
                 step=step,
                 total_steps=trainer.total_steps,
-                message=f"goes on where {file.name} stopped",
+                message=f"continues where {file.name} stopped",
             )
         return TakenOver(folder, step, trainer.total_steps, trainer.loader.steps_per_epoch, len(momenta), tuple(notes))
 
@@ -206,7 +206,7 @@ def _check_settings(imported: Imported, *, loaded: Loaded, file: Path) -> None:
         different["training.monitor"] = "false"
     if different:
         settings = " ".join(f"--set {key}={str(value).replace(' ', '')}" for key, value in different.items())
-        raise UserError(f"{file} is another model than {loaded.name} describes; this goes on with it: {settings}")
+        raise UserError(f"{file} is another model than {loaded.name} describes; these settings continue it: {settings}")
 
 
 def _trainer(loaded: Loaded, *, seed: int, machine: Machine, scratch: Path) -> Trainer:
