@@ -200,7 +200,7 @@ def test_differences_of_a_table_have_their_intervals_and_the_papers_marks(tmp_pa
     assert (ours["x"], ours["error_x"]["array"], ours["y"]) == ([-1.0, 0.5], [0.4, 0.25], [0, 1])
     assert ours["marker"]["symbol"] == ["circle", "circle-open"]
     assert "Open dots have one seed" in figure.caption
-    assert paper["x"] == (pytest.approx(60.0 - 62.44), None)
+    assert paper["x"] == [pytest.approx(60.0 - 62.44), None]
     assert paper["marker"]["symbol"] == "diamond-open"
     assert [custom[0] for custom in ours["customdata"]] == ["hard codes", "lost row"]
     assert hard.run_id in ours["customdata"][0][2]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from obowlab import text
@@ -9,7 +11,7 @@ from obowlab.report.labels import LABEL_LENGTH, csv_text, plain, run_names, shor
 from obowlab.report.model import Figure
 from obowlab.runs.info import TRAINED
 from obowlab.studies.schema import StudyReport
-from obowlab.tables.model import Table
+from obowlab.tables.model import Estimate, Table
 
 STUDY_FIGURES = {
     "contour": (
@@ -28,56 +30,25 @@ STUDY_FIGURES = {
 """Name in `study.json` -> title and caption, in the order of the page."""
 
 
+@dataclass(frozen=True)
+class _Difference:
+    """A row against the base row, in percentage points; the paper's is None where it is unknown or of another scale."""
+
+    label: str
+    ours: Estimate
+    paper: float | None
+    runs: tuple[str, ...]
+
+
 def table_figure(table: Table) -> Figure | None:
     """Return the differences to the base row in the primary column, with their intervals; None for nothing to see."""
     column = next(i for i, column in enumerate(table.columns) if column.metric == table.primary)
-    base = table.base.cells[column].paper
-    found = []
-    for row in table.rows:
-        cell = row.cells[column]
-        if not row.is_base and cell.against_base is not None:
-            known = table.comparable and cell.paper is not None and base is not None
-            runs = [run.run_id for run in row.runs if run.status in TRAINED]
-            found.append((row.label, cell.against_base, cell.paper - base if known else None, runs))  # type: ignore[operator]
+    found = list(_differences(table, column=column))
     if len(found) < (2 if table.has_paper else 1):
         return None
-    labels, ours, paper, _ = zip(*found, strict=True)
-    places = list(range(len(found)))
-    data: list[dict[str, Any]] = [
-        {
-            "type": "scatter",
-            "mode": "markers",
-            "name": "ours, 95 % interval",
-            "x": [estimate.value for estimate in ours],
-            "y": places,
-            "error_x": {"array": [estimate.interval for estimate in ours], "color": "--c0", "thickness": 2},
-            "marker": {"size": 9, "color": "--c0", "symbol": ["circle-open" if one.seeds == 1 else "circle" for one in ours]},
-            "customdata": [[plain(label), estimate.interval, run_names(runs)] for label, estimate, _, runs in found],
-            "hovertemplate": "<b>%{customdata[0]}</b><br>%{x:+.2f} ± %{customdata[1]:.2f}<br>%{customdata[2]}<extra></extra>",
-        }
-    ]
-    if any(value is not None for value in paper):
-        data.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "name": "paper",
-                "x": paper,
-                "y": places,
-                "marker": {"symbol": "diamond-open", "size": 12, "color": "--ink", "line": {"width": 2}},
-                "customdata": [plain(label) for label in labels],
-                "hovertemplate": "<b>%{customdata}</b><br>paper: %{x:+.2f}<extra></extra>",
-            }
-        )
     title = f"{table.columns[column].label}: difference to the base row"
-    caption = f"Dots are ours with their 95 % intervals; the line at 0 is the base row, {table.base.label}. "
-    if any(estimate.seeds == 1 for estimate in ours):
-        caption += "Open dots have one seed: their intervals speak for its episodes (or images) alone. "
-    if table.has_paper:
-        caption += (
-            "Diamonds are the paper's differences." if table.comparable else "The paper's differences belong to another scale."
-        )
-    ends = "; ".join(f"{label}: {text.estimate(ours.value, ours.interval, signed=True)}" for label, ours, _, _ in found)
+    ends = "; ".join(f"{row.label}: {text.estimate(row.ours.value, row.ours.interval, signed=True)}" for row in found)
+    data = _dots(found)
     return Figure(
         title=title,
         description=f"{title}. {ends}.",
@@ -85,8 +56,8 @@ def table_figure(table: Table) -> Figure | None:
         layout={
             "xaxis": {"title": {"text": "percentage points"}, "zeroline": True, "zerolinecolor": "--soft", "zerolinewidth": 2},
             "yaxis": {
-                "tickvals": places,
-                "ticktext": [plain(shortened(label, LABEL_LENGTH // 2)) for label in labels],
+                "tickvals": list(range(len(found))),
+                "ticktext": [plain(shortened(row.label, LABEL_LENGTH // 2)) for row in found],
                 "range": [len(found) - 0.5, -0.5],
                 "showgrid": False,
             },
@@ -94,12 +65,65 @@ def table_figure(table: Table) -> Figure | None:
         },
         csv=csv_text(
             ("row", "difference", "interval", "paper", "runs"),
-            [(label, ours.value, ours.interval, value, " ".join(runs)) for label, ours, value, runs in found],
+            [(row.label, row.ours.value, row.ours.interval, row.paper, " ".join(row.runs)) for row in found],
         ),
         kind="differences",
         height=110 + 26 * len(found),
-        caption=caption,
+        caption=_caption(table, found),
     )
+
+
+def _differences(table: Table, *, column: int) -> Iterator[_Difference]:
+    base = table.base.cells[column].paper
+    for row in table.rows:
+        cell = row.cells[column]
+        if not row.is_base and cell.against_base is not None:
+            known = table.comparable and cell.paper is not None and base is not None
+            yield _Difference(
+                row.label,
+                cell.against_base,
+                cell.paper - base if known else None,  # type: ignore[operator]
+                tuple(run.run_id for run in row.runs if run.status in TRAINED),
+            )
+
+
+def _dots(found: Sequence[_Difference]) -> list[dict[str, Any]]:
+    places = list(range(len(found)))
+    ours = {
+        "type": "scatter",
+        "mode": "markers",
+        "name": "ours, 95 % interval",
+        "x": [row.ours.value for row in found],
+        "y": places,
+        "error_x": {"array": [row.ours.interval for row in found], "color": "--c0", "thickness": 2},
+        "marker": {"size": 9, "color": "--c0", "symbol": ["circle-open" if row.ours.seeds == 1 else "circle" for row in found]},
+        "customdata": [[plain(row.label), row.ours.interval, run_names(row.runs)] for row in found],
+        "hovertemplate": "<b>%{customdata[0]}</b><br>%{x:+.2f} ± %{customdata[1]:.2f}<br>%{customdata[2]}<extra></extra>",
+    }
+    if all(row.paper is None for row in found):
+        return [ours]
+    paper = {
+        "type": "scatter",
+        "mode": "markers",
+        "name": "paper",
+        "x": [row.paper for row in found],
+        "y": places,
+        "marker": {"symbol": "diamond-open", "size": 12, "color": "--ink", "line": {"width": 2}},
+        "customdata": [plain(row.label) for row in found],
+        "hovertemplate": "<b>%{customdata}</b><br>paper: %{x:+.2f}<extra></extra>",
+    }
+    return [ours, paper]
+
+
+def _caption(table: Table, found: Sequence[_Difference]) -> str:
+    said = [f"Dots are ours with their 95 % intervals; the line at 0 is the base row, {table.base.label}."]
+    if any(row.ours.seeds == 1 for row in found):
+        said.append("Open dots have one seed: their intervals speak for its episodes (or images) alone.")
+    if table.has_paper:
+        said.append(
+            "Diamonds are the paper's differences." if table.comparable else "The paper's differences belong to another scale."
+        )
+    return " ".join(said)
 
 
 def study_figures(study: StudyReport) -> list[Figure]:
