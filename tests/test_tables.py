@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -458,3 +459,19 @@ def test_the_page_on_the_tables_has_every_row_as_the_records_give_it() -> None:
         prose = " ".join((project_root() / "docs" / name).read_text(encoding="utf-8").replace("**", "").split())
         assert f"f {len(rows)} rows {agree} agree with the paper, {disagree} disagree, and {unknown} cannot be told from" in prose
         assert f", {alike} of these with the paper's sign" in prose
+
+
+def test_the_base_row_on_another_processor_changes_what_the_page_says_and_no_more(obowlab: Obowlab, tmp_path: Path) -> None:
+    demo = project_root() / "ablations" / "results" / "demo"
+    for folder in ("records", "base-again"):
+        shutil.copytree(demo / folder, tmp_path / "again", dirs_exist_ok=True)
+    code, out, err = obowlab("table", "all", "--scale", "demo", "--records", str(tmp_path / "again"), "--format", "verdicts")
+    assert (code, err) == (0, "")
+    before = (demo / "verdicts.md").read_text(encoding="utf-8")
+    first, second = ([row.split("|") for row in text.splitlines() if row.startswith("| table")] for text in (before, out))
+    changed = [new[:3] for old, new in zip(first, second, strict=True) if old[8] != new[8]]
+    assert changed == [["", " table1 ", " Queue-based vocabulary, multi-scale BoW (full): (c) locally averaged features "]]
+    marks = Counter(row[8].strip() for row in second)
+    agree, disagree, unknown = (marks[each] for each in ("✓ agrees", "✗ disagrees", "≈ indistinguishable"))
+    page = " ".join((project_root() / "docs" / "results" / "tables.md").read_text(encoding="utf-8").split())
+    assert f"{agree} rows agree, {disagree} disagree, and {unknown} cannot be told from the base row. The one" in page
