@@ -38,8 +38,9 @@ class DetectorTraining(FineTuning[Detector]):
         assert num_classes is not None, "data.protocol_needs refuses images without labels"
         encoder = build_backbone(backbone, seed=seed)
         self.network = build_detector(method, encoder=encoder, num_classes=num_classes, seed=seed + 1)
-        self.register_buffer("seed_of_regions", torch.tensor(seed, dtype=torch.int64))
         self.keep_pixels()
+        self.register_buffer("seed_of_regions", torch.tensor(seed, dtype=torch.int64))
+        self.look_at_pixels()
         self.monitor = None
 
     @property

@@ -19,10 +19,9 @@ class FineTuning(Method[SettingsT]):
     pixels: Tensor
 
     def keep_pixels(self) -> None:
-        """Begin with ImageNet's mean and deviation; to be called once the encoder is there."""
+        """Begin with ImageNet's mean and deviation; `look_at_pixels` is to be called once encoder and buffers are there."""
         self.register_buffer("pixels", torch.tensor((MEAN, STD), dtype=torch.float64))
         self.register_load_state_dict_post_hook(lambda *_: self.look_at_pixels())  # type: ignore[no-untyped-call]
-        self.look_at_pixels()
 
     def look_at_pixels(self) -> None:
         """Tell the encoder which pixels it is used to: after every change, as to ask a GPU in every step is to wait for it."""

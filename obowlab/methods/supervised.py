@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from obowlab.config import Backbone, Supervised
-from obowlab.config.pixels import MEAN, STD
 from obowlab.methods import bow
 from obowlab.methods.backbones import ResNet, build_backbone
 from obowlab.methods.base import Batch, Comm, StepOutput
@@ -54,8 +53,9 @@ class SupervisedTraining(FineTuning[Supervised]):
                 nn.init.zeros_(self.classifier.bias)
         self.head_norm = GlobalBatchNorm1d(width, affine=False) if method.head_batchnorm else nn.Identity()
         if method.weights:
-            self.register_buffer("_usual_pixels", torch.tensor((MEAN, STD), dtype=torch.float64), persistent=False)
             self.keep_pixels()
+            self.register_buffer("_usual_pixels", self.pixels.clone(), persistent=False)
+            self.look_at_pixels()
         if method.trunk == "frozen":
             self.student.requires_grad_(False)
         self.monitor = None
