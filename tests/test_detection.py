@@ -25,7 +25,7 @@ from obowlab.data.voc_boxes import read_annotation
 from obowlab.errors import UserError
 from obowlab.evaluation import evaluate
 from obowlab.evaluation.detection.scoring import judge, measure, precisions
-from obowlab.evaluation.detection.voc_metric import OVERLAPS, Found, Truth, as_written, average_precision
+from obowlab.evaluation.detection.voc_metric import OVERLAPS, Found, Truth, as_written
 from obowlab.methods import DetectorTraining, Objects, OneProcess, build_backbone
 from obowlab.methods.detection.anchors import anchors_of, shapes
 from obowlab.methods.detection.boxes import HEAD_WEIGHTS, RPN_WEIGHTS, clip, decode, encode
@@ -38,6 +38,7 @@ from obowlab.methods.schedules import learning_rate
 from obowlab.runs.detection_facts import read_detection
 from obowlab.views.detection_loader import DetectionLoader, batch_order
 from obowlab.views.detection_views import TRAIN_SIDES, View, is_kept, moved, resized, show, train_view
+from tests.oracles import voc_average_precision
 from tests.runs import complete, points, start
 
 # ------------------------------------------------------------------------------------------------------------- the metric
@@ -47,6 +48,12 @@ def truth(*boxes: tuple[float, float, float, float], difficult: tuple[int, ...] 
     hard = np.zeros(len(boxes), dtype=np.bool_)
     hard[list(difficult)] = True
     return Truth(np.array(boxes, dtype=np.float64).reshape(-1, 4), hard)
+
+
+def average_precision(found: list[Found], *, truths: dict[str, Truth], overlap: float) -> float:
+    """Return the average precision of a class whose images are those that are named."""
+    judged = judge(found, truths=truths, images=sorted({*truths, *(one.image for one in found)}))
+    return float(precisions(judged, np.ones((1, len(judged.objects))))[OVERLAPS.index(overlap), 0])
 
 
 DOGS = {"A": truth((11, 11, 50, 50), (61, 61, 90, 90), difficult=(1,)), "B": truth((21, 21, 60, 80))}
@@ -121,12 +128,12 @@ def test_all_overlaps_at_once_are_those_one_by_one_and_images_may_count_several_
     weights = np.stack((np.ones(12), np.random.default_rng(seed).integers(0, 3, size=12))).astype(np.float64)
     values = precisions(judged, weights)
     for level, overlap in enumerate(OVERLAPS):
-        assert values[level, 0] == pytest.approx(average_precision(found, truths=truths, overlap=overlap))
+        assert values[level, 0] == pytest.approx(voc_average_precision(found, truths=truths, overlap=overlap))
         copies = [(name, copy) for name, weight in zip(names, weights[1], strict=True) for copy in range(int(weight))]
         of_copy = {name: [copy for other, copy in copies if other == name] for name in names}
         again = [Found(f"{one.image}-{copy}", one.score, one.box) for one in found for copy in of_copy[one.image]]
         shown = {f"{name}-{copy}": truths[name] for name, copy in copies if name in truths}
-        assert values[level, 1] == pytest.approx(average_precision(again, truths=shown, overlap=overlap))
+        assert values[level, 1] == pytest.approx(voc_average_precision(again, truths=shown, overlap=overlap))
 
 
 def test_the_means_have_intervals_and_shares_of_every_image() -> None:
@@ -137,7 +144,7 @@ def test_the_means_have_intervals_and_shares_of_every_image() -> None:
     for each in measurements:
         assert each.low <= each.value <= each.high
         assert np.mean(each.samples["values"]) == pytest.approx(each.value, abs=1e-2)
-    expected = [average_precision(found, truths=truths, overlap=0.5) for found, truths, _ in classes.values()]
+    expected = [voc_average_precision(found, truths=truths, overlap=0.5) for found, truths, _ in classes.values()]
     assert list(of_classes.values()) == pytest.approx(expected)
     assert measurements[0].value == pytest.approx(np.mean(expected))
 

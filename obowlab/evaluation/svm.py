@@ -58,14 +58,12 @@ class ClassFit:
     Attributes:
         name: of the class.
         cost: the C with the best mean average precision of the folds, the first of equals.
-        fold_precision: that mean, in [0, 1].
         scores: of the test images.
         unconverged: how many of the fits reached the limit of iterations.
     """
 
     name: str
     cost: float
-    fold_precision: float
     scores: tuple[float, ...]
     unconverged: int
 
@@ -79,23 +77,12 @@ def normalised(features: Floats, *, mean: Floats | None = None, variance: Floats
     return rows
 
 
-def average_precision(targets: npt.NDArray[Any], scores: Floats) -> float:
+def average_precision(hits: npt.NDArray[np.bool_], weights: Floats) -> Floats:
     """Return the area under the precision, made non-increasing from the right, over the recall, in [0, 1]; 0 without a positive.
 
     Args:
-        targets: 1 or 0, [N].
-        scores: [N]; equal ones keep their order.
-    """
-    order = np.argsort(-np.asarray(scores), kind="stable")
-    return float(_area(np.asarray(targets)[order] == 1, np.ones(len(order))))
-
-
-def _area(hits: npt.NDArray[np.bool_], weights: Floats) -> Floats:
-    """Return the average precision of images in the order of their scores, each of which counts as often as its weight says.
-
-    Args:
-        hits: [N].
-        weights: [..., N]; one average precision, [...], for each row.
+        hits: whether each image shows the class, the surest first, [N].
+        weights: how often each of them counts, [..., N]; one average precision, [...], for each row.
     """
     places = np.flatnonzero(hits)
     if not len(places):
@@ -141,7 +128,7 @@ def fit_class(name: str, signs: Signs, *, features: Floats, test_features: Float
         best = int(np.argmax(means))
         scores = scores_of(config.costs[best], train=slice(None), test=test_features)
     unconverged = sum(issubclass(each.category, ConvergenceWarning) for each in said)
-    return ClassFit(name, config.costs[best], float(means[best]), tuple(scores.tolist()), unconverged)
+    return ClassFit(name, config.costs[best], tuple(scores.tolist()), unconverged)
 
 
 def _svm(cost: float, *, config: Voc07Svm) -> Any:
@@ -276,11 +263,11 @@ def mean_average_precision(fits: Sequence[ClassFit], *, targets: Marks) -> tuple
 
     def mean_of(weights: Floats) -> Floats:
         """Return the mean in percent, [R], with images that count as often as each of R rows says, [R, N]."""
-        mean: Floats = 100.0 * np.mean([_area(hits, weights[:, order]) for order, hits in ranked], axis=0)
+        mean: Floats = 100.0 * np.mean([average_precision(hits, weights[:, order]) for order, hits in ranked], axis=0)
         return mean
 
     num_images = len(targets)
-    each = [100.0 * float(_area(hits, np.ones(len(order)))) for order, hits in ranked]
+    each = [100.0 * float(average_precision(hits, np.ones(len(order)))) for order, hits in ranked]
     value = float(np.mean(each))
     resampled = np.concatenate([mean_of(_resamples(rows, num_images)) for rows in _chunks(NUM_RESAMPLES)])
     low, high = (float(end) for end in np.percentile(resampled, (2.5, 97.5)))
