@@ -353,7 +353,7 @@ def test_resamples_count_an_image_as_often_as_it_was_drawn() -> None:
     """The average precision of weights equals that of images written out as often as they were drawn."""
     random = np.random.default_rng(6)
     hits, weights = random.random(40) < 0.4, random.integers(0, 4, (5, 40)).astype(float)
-    for row, got in zip(weights, svm.average_precision(hits, weights), strict=True):
+    for row, got in zip(weights, svm.average_precision(hits, weights=weights), strict=True):
         drawn = np.repeat(np.arange(40), row.astype(int))
         assert got == pytest.approx(average_precision(hits[drawn].astype(int).tolist(), (-drawn.astype(float)).tolist()))
 
