@@ -19,17 +19,15 @@ from obowlab.cli.transfer import add_detections
 from obowlab.data.annotations import Annotation, Outline
 from obowlab.data.datasets import Split
 from obowlab.errors import UserError
+from obowlab.evaluation.detection.judged import MOST_POINTS, JudgedDetections, curve
 from obowlab.evaluation.detection.pictures import (
     COLOURS,
     LONGEST,
-    MOST_POINTS,
     NUM_PICTURES,
     WHITE,
     Counts,
-    Detections,
     choose,
     count,
-    curve,
     draw,
     is_left_out,
     show_detections,
@@ -140,7 +138,7 @@ def found_and_judged() -> tuple[dict[str, list[Found]], dict[str, Judged]]:
     return found, {name: judge(found[name], truths=of_class[name], images=names) for name in CLASSES}
 
 
-def detections() -> tuple[Detections, ...]:
+def detections() -> tuple[JudgedDetections, ...]:
     found, judged = found_and_judged()
     return by_image(found, judged=judged, num_images=len(SHOWN))
 

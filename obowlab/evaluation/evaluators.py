@@ -18,6 +18,7 @@ from obowlab.evaluation.classes import accuracies
 from obowlab.evaluation.detection import coco_testing, pictures, scoring, testing
 from obowlab.evaluation.detection.coco_metric import RECALLS
 from obowlab.evaluation.detection.detecting import Pixels, detect_all
+from obowlab.evaluation.detection.judged import JudgedDetections
 from obowlab.evaluation.features import FeatureStore, View
 from obowlab.evaluation.fewshot import few_shot
 from obowlab.evaluation.knn import nearest_neighbours
@@ -228,7 +229,7 @@ def _show(
     store: FeatureStore,
     recipe: Recipe,
     *,
-    detections: Sequence[pictures.Detections],
+    detections: Sequence[JudgedDetections],
     truths: Annotations,
     curves: Sequence[ClassCurves],
     metric: str,

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from obowlab.evaluation.detection import pictures
-from obowlab.evaluation.detection.voc_metric import OVERLAPS, Floats, Found, Truth, overlaps_with
+from obowlab.evaluation.detection.judged import CURVE_OVERLAPS, OVERLAP, JudgedDetections, curve
+from obowlab.evaluation.detection.voc_metric import OVERLAPS, Found, Truth, overlaps_with
 from obowlab.evaluation.resampling import all_but_one, measurement, resamples
 from obowlab.evaluation.result import Measurement
-from obowlab.randomness import Bools, Ints
+from obowlab.randomness import Bools, Floats, Ints
 from obowlab.runs.detection_facts import ClassCurves
 
 NUM_RESAMPLES = 200
@@ -76,7 +76,7 @@ def surest_first(found: Sequence[Found]) -> list[Found]:
 
 def by_image(
     found: Mapping[str, Sequence[Found]], *, judged: Mapping[str, Judged], num_images: int
-) -> tuple[pictures.Detections, ...]:
+) -> tuple[JudgedDetections, ...]:
     """Return the judged detections of every image, as pictures show them.
 
     Args:
@@ -84,7 +84,7 @@ def by_image(
         judged: what `judge` says of them, of every class in the split's order.
         num_images: how many images were tested.
     """
-    level = OVERLAPS.index(pictures.OVERLAP)
+    level = OVERLAPS.index(OVERLAP)
     ordered = {name: surest_first(each) for name, each in found.items()}
     images = np.concatenate([each.images for each in judged.values()])
     labels = np.repeat(np.arange(len(judged), dtype=np.int64), [len(each.images) for each in judged.values()])
@@ -95,7 +95,7 @@ def by_image(
     order = np.lexsort((-scores, images))
     ends = np.searchsorted(images[order], np.arange(num_images + 1))
     rows = [order[first:last] for first, last in itertools.pairwise(ends.tolist())]
-    return tuple(pictures.Detections(boxes[each], labels[each], scores[each], right[each], wrong[each]) for each in rows)
+    return tuple(JudgedDetections(boxes[each], labels[each], scores[each], right[each], wrong[each]) for each in rows)
 
 
 def class_curves(judged: Mapping[str, Judged], *, num_images: int, recalls: Floats = POINTS) -> tuple[ClassCurves, ...]:
@@ -106,14 +106,12 @@ def class_curves(judged: Mapping[str, Judged], *, num_images: int, recalls: Floa
         num_images: how many images were tested.
         recalls: see `precisions`.
     """
-    levels = [(OVERLAPS.index(overlap), overlap) for overlap in pictures.CURVE_OVERLAPS]
+    levels = [(OVERLAPS.index(overlap), overlap) for overlap in CURVE_OVERLAPS]
     found = []
     for name, each in judged.items():
         num_objects, average = int(each.objects.sum()), precisions(each, np.ones((1, num_images)), recalls=recalls)[:, 0]
         curves = tuple(
-            pictures.curve(
-                each.right[level], each.wrong[level], num_objects=num_objects, overlap=overlap, ap=float(average[level])
-            )
+            curve(each.right[level], each.wrong[level], num_objects=num_objects, overlap=overlap, ap=float(average[level]))
             for level, overlap in levels
         )
         found.append(ClassCurves(name=name, num_objects=num_objects, curves=curves))

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-Floats = npt.NDArray[np.float64]
+from obowlab.randomness import Bools, Floats
 
 OVERLAPS = tuple(percent / 100 for percent in range(50, 100, 5))
 
@@ -27,7 +26,7 @@ class Truth:
     """
 
     boxes: Floats
-    difficult: npt.NDArray[np.bool_]
+    difficult: Bools
 
 
 @dataclass(frozen=True)
