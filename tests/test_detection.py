@@ -37,7 +37,7 @@ from obowlab.methods.detector import build_detector
 from obowlab.methods.schedules import learning_rate
 from obowlab.runs.detection_facts import read_detection
 from obowlab.views.detection_loader import DetectionLoader, batch_order
-from obowlab.views.detection_views import TRAIN_SIDES, View, is_kept, moved, resized, show, train_view
+from obowlab.views.detection_views import View, is_kept, moved, resized, show, train_view
 from tests.oracles import voc_average_precision
 from tests.runs import complete, points, start
 
@@ -170,7 +170,7 @@ def test_no_box_grows_without_end_and_none_leaves_the_image() -> None:
 
 
 def test_anchors_are_not_rounded_and_lie_at_multiples_of_the_stride() -> None:
-    found = shapes()
+    found = shapes(Detector().anchors)
     assert found.shape == (15, 4)
     assert found[0].tolist() == pytest.approx([-22.6274, -11.3137, 22.6274, 11.3137], abs=1e-4)
     assert found[1].tolist() == [-16.0, -16.0, 16.0, 16.0]
@@ -350,13 +350,18 @@ def test_precise_statistics_are_those_of_all_that_the_layers_saw() -> None:
     ],
 )
 def test_sizes_are_detectron2s(size: tuple[int, int], side: int, expected: tuple[int, int]) -> None:
-    assert resized(size, side=side) == expected
+    assert resized(size, side=side, longest=1333) == expected
 
 
 def test_a_view_is_a_function_of_its_numbers_and_boxes_move_with_the_pixels() -> None:
-    assert len(TRAIN_SIDES) == 11
-    assert train_view((100, 200), uniforms=np.array([0.0, 0.6])) == View((480, 960), flipped=False)
-    assert train_view((100, 200), uniforms=np.array([0.999, 0.4])) == View((667, 1333), flipped=True)
+    config = Detector()
+    assert len(config.sides) == 11
+    first, last = (
+        train_view((100, 200), uniforms=np.array(numbers), sides=config.sides, longest=config.longest)
+        for numbers in ([0.0, 0.6], [0.999, 0.4])
+    )
+    assert first == View((480, 960), flipped=False)
+    assert last == View((667, 1333), flipped=True)
     picture = np.zeros((20, 40, 3), dtype=np.uint8)
     picture[4:10, 6:14] = 255
     view = View((40, 80), flipped=True)
@@ -491,7 +496,9 @@ def generators(count: int, *, step: int) -> list[torch.Generator]:
 
 
 def test_a_step_has_four_losses_and_every_parameter_learns() -> None:
-    detector = FasterRcnn(build_backbone(SMALL, seed=0), num_classes=24, seed=0, sizes=(12.0, 24.0), pooled=6).train()
+    detector = FasterRcnn(
+        build_backbone(SMALL, seed=0), num_classes=24, seed=0, sizes=(12.0, 24.0), pooled=6, regions=512
+    ).train()
     images, _, objects = drawn(2)
     losses = detector.losses(images, objects=objects, generators=generators(2, step=0))
     assert losses.keys() == {"rpn_objectness", "rpn_boxes", "classes", "boxes"}
@@ -503,7 +510,9 @@ def test_a_step_has_four_losses_and_every_parameter_learns() -> None:
 
 
 def test_an_image_without_objects_is_all_background() -> None:
-    detector = FasterRcnn(build_backbone(SMALL, seed=0), num_classes=24, seed=0, sizes=(12.0, 24.0), pooled=6).train()
+    detector = FasterRcnn(
+        build_backbone(SMALL, seed=0), num_classes=24, seed=0, sizes=(12.0, 24.0), pooled=6, regions=512
+    ).train()
     images, sizes, _ = drawn(1)
     nothing = [Objects(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), sizes[0])]
     losses = detector.losses(images, objects=nothing, generators=generators(1, step=0))
