@@ -34,6 +34,7 @@ from obowlab.evaluation.detection.pictures import (
 )
 from obowlab.evaluation.detection.scoring import Judged, by_image, class_curves, judge
 from obowlab.evaluation.detection.voc_metric import Found, Truth, as_written
+from obowlab.pages.detection import keep_detection, render_detection
 from obowlab.report.pages import build_site
 from obowlab.report.read import Tables, find_detections, gather, read_store
 from obowlab.runs.bundle import BUNDLED, write_bundle
@@ -49,7 +50,6 @@ from obowlab.runs.detection_facts import (
     detection_folders,
     read_detection,
 )
-from obowlab.runs.detection_page import keep_detection, render_detection
 from obowlab.runs.folder import RunFolder
 from obowlab.tracking.outbox import Outbox
 from tests.oracles import voc_average_precision

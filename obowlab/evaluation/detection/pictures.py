@@ -17,6 +17,7 @@ from obowlab import __version__
 from obowlab.data.annotations import Annotation
 from obowlab.errors import UserError
 from obowlab.evaluation.detection.judged import OVERLAP, SCORE, JudgedDetections
+from obowlab.pages.detection import keep_detection
 from obowlab.randomness import Bools, Floats, Stream, uniforms
 from obowlab.runs.detection_facts import (
     DETECTION_FORMAT,
@@ -29,7 +30,6 @@ from obowlab.runs.detection_facts import (
     ShownObject,
     Verdict,
 )
-from obowlab.runs.detection_page import keep_detection
 from obowlab.runs.folder import RunFolder
 from obowlab.views.pil_views import decode
 
