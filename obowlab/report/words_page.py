@@ -138,20 +138,17 @@ def render_words(facts: Mapping[str, Any], *, script: str | None = None) -> str:
     """
     from markupsafe import Markup
 
+    template = environment(templates()).get_template(TEMPLATE)
     levels = {name: _shown(level) for name, level in facts["levels"].items()}
     program = (templates() / SCRIPT).read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(program.encode()).digest()).decode()
-    return (
-        environment(templates())
-        .get_template(TEMPLATE)
-        .render(
-            facts=facts,
-            levels=levels,
-            data={"levels": levels, "columns": facts["patches_per_word"], "view": facts["view"]["size"]},
-            script=Markup(program),
-            script_address=script,
-            script_source="'self' file:" if script else f"'sha256-{digest}'",
-        )
+    return template.render(
+        facts=facts,
+        levels=levels,
+        data={"levels": levels, "columns": facts["patches_per_word"], "view": facts["view"]["size"]},
+        script=Markup(program),
+        script_address=script,
+        script_source="'self' file:" if script else f"'sha256-{digest}'",
     )
 
 
