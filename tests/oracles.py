@@ -7,12 +7,15 @@ its own ResNet of basic blocks, batch norm, queue, moving averages and SGD. It o
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from obowlab.config import Moco, Obow
+from obowlab.evaluation.detection.voc_metric import Found, Truth, overlaps_with
 
 
 def batch_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -283,3 +286,37 @@ def linear(rows: Tensor, layer: nn.Linear) -> Tensor:
     columns = [sum(row[i] * weight[i] for i in range(len(row))) for row in rows for weight in layer.weight]  # type: ignore[misc]
     product = torch.stack(columns).view(len(rows), -1)  # type: ignore[arg-type]
     return product if layer.bias is None else product + layer.bias
+
+
+def average_precision(labels: Sequence[int], scores: Sequence[float]) -> float:
+    """Return the area under the non-increasing precision over the recall, in [0, 1]; equal scores keep their order."""
+    hits = [labels[index] for index in sorted(range(len(labels)), key=lambda index: -scores[index])]
+    right, precisions = 0, []
+    for count, hit in enumerate(hits, start=1):
+        right += hit
+        precisions.append(right / count)
+    best, total = 0.0, 0.0
+    for hit, precision in zip(reversed(hits), reversed(precisions), strict=True):
+        best = max(best, precision)
+        total += best * hit
+    return total / right if right else 0.0
+
+
+def voc_average_precision(found: Sequence[Found], *, truths: Mapping[str, Truth], overlap: float) -> float:
+    """Return the 11-point average precision of one class at one overlap, in percent: detection by detection, by falling score."""
+    num_objects = sum(int((~truth.difficult).sum()) for truth in truths.values())
+    taken = {image: [False] * len(truth.boxes) for image, truth in truths.items()}
+    right, wrong, points = 0, 0, []
+    for each in sorted(found, key=lambda one: -one.score):
+        truth = truths.get(each.image)
+        overlaps = overlaps_with(each.box, truth.boxes) if truth is not None and len(truth.boxes) else np.zeros(1)
+        best = int(overlaps.argmax())
+        if truth is None or overlaps[best] <= overlap:
+            wrong += 1
+        elif not truth.difficult[best]:
+            right, wrong = (right, wrong + 1) if taken[each.image][best] else (right + 1, wrong)
+            taken[each.image][best] = True
+        if num_objects and right + wrong:
+            points.append((right / num_objects, right / (right + wrong)))
+    recalls = np.arange(0.0, 1.1, 0.1)
+    return 100.0 * sum(max((precision for recall, precision in points if recall >= point), default=0.0) for point in recalls) / 11

@@ -25,7 +25,7 @@ from obowlab.data.voc_boxes import read_annotation
 from obowlab.errors import UserError
 from obowlab.evaluation import evaluate
 from obowlab.evaluation.detection.scoring import judge, measure, precisions
-from obowlab.evaluation.detection.voc_metric import OVERLAPS, Found, Truth, as_written, average_precision
+from obowlab.evaluation.detection.voc_metric import OVERLAPS, Found, Truth, as_written
 from obowlab.methods import DetectorTraining, Objects, OneProcess, build_backbone
 from obowlab.methods.detection.anchors import anchors_of, shapes
 from obowlab.methods.detection.boxes import HEAD_WEIGHTS, RPN_WEIGHTS, clip, decode, encode
@@ -37,7 +37,8 @@ from obowlab.methods.detector import build_detector
 from obowlab.methods.schedules import learning_rate
 from obowlab.runs.detection_facts import read_detection
 from obowlab.views.detection_loader import DetectionLoader, batch_order
-from obowlab.views.detection_views import TRAIN_SIDES, View, is_kept, moved, resized, show, train_view
+from obowlab.views.detection_views import View, is_kept, moved, resized, show, train_view
+from tests.oracles import voc_average_precision
 from tests.runs import complete, points, start
 
 # ------------------------------------------------------------------------------------------------------------- the metric
@@ -47,6 +48,12 @@ def truth(*boxes: tuple[float, float, float, float], difficult: tuple[int, ...] 
     hard = np.zeros(len(boxes), dtype=np.bool_)
     hard[list(difficult)] = True
     return Truth(np.array(boxes, dtype=np.float64).reshape(-1, 4), hard)
+
+
+def average_precision(found: list[Found], *, truths: dict[str, Truth], overlap: float) -> float:
+    """Return the average precision of a class whose images are those that are named."""
+    judged = judge(found, truths=truths, images=sorted({*truths, *(one.image for one in found)}))
+    return float(precisions(judged, np.ones((1, len(judged.objects))))[OVERLAPS.index(overlap), 0])
 
 
 DOGS = {"A": truth((11, 11, 50, 50), (61, 61, 90, 90), difficult=(1,)), "B": truth((21, 21, 60, 80))}
@@ -121,12 +128,12 @@ def test_all_overlaps_at_once_are_those_one_by_one_and_images_may_count_several_
     weights = np.stack((np.ones(12), np.random.default_rng(seed).integers(0, 3, size=12))).astype(np.float64)
     values = precisions(judged, weights)
     for level, overlap in enumerate(OVERLAPS):
-        assert values[level, 0] == pytest.approx(average_precision(found, truths=truths, overlap=overlap))
+        assert values[level, 0] == pytest.approx(voc_average_precision(found, truths=truths, overlap=overlap))
         copies = [(name, copy) for name, weight in zip(names, weights[1], strict=True) for copy in range(int(weight))]
         of_copy = {name: [copy for other, copy in copies if other == name] for name in names}
         again = [Found(f"{one.image}-{copy}", one.score, one.box) for one in found for copy in of_copy[one.image]]
         shown = {f"{name}-{copy}": truths[name] for name, copy in copies if name in truths}
-        assert values[level, 1] == pytest.approx(average_precision(again, truths=shown, overlap=overlap))
+        assert values[level, 1] == pytest.approx(voc_average_precision(again, truths=shown, overlap=overlap))
 
 
 def test_the_means_have_intervals_and_shares_of_every_image() -> None:
@@ -137,7 +144,7 @@ def test_the_means_have_intervals_and_shares_of_every_image() -> None:
     for each in measurements:
         assert each.low <= each.value <= each.high
         assert np.mean(each.samples["values"]) == pytest.approx(each.value, abs=1e-2)
-    expected = [average_precision(found, truths=truths, overlap=0.5) for found, truths, _ in classes.values()]
+    expected = [voc_average_precision(found, truths=truths, overlap=0.5) for found, truths, _ in classes.values()]
     assert list(of_classes.values()) == pytest.approx(expected)
     assert measurements[0].value == pytest.approx(np.mean(expected))
 
@@ -163,7 +170,7 @@ def test_no_box_grows_without_end_and_none_leaves_the_image() -> None:
 
 
 def test_anchors_are_not_rounded_and_lie_at_multiples_of_the_stride() -> None:
-    found = shapes()
+    found = shapes(Detector().anchors)
     assert found.shape == (15, 4)
     assert found[0].tolist() == pytest.approx([-22.6274, -11.3137, 22.6274, 11.3137], abs=1e-4)
     assert found[1].tolist() == [-16.0, -16.0, 16.0, 16.0]
@@ -343,13 +350,18 @@ def test_precise_statistics_are_those_of_all_that_the_layers_saw() -> None:
     ],
 )
 def test_sizes_are_detectron2s(size: tuple[int, int], side: int, expected: tuple[int, int]) -> None:
-    assert resized(size, side=side) == expected
+    assert resized(size, side=side, longest=1333) == expected
 
 
 def test_a_view_is_a_function_of_its_numbers_and_boxes_move_with_the_pixels() -> None:
-    assert len(TRAIN_SIDES) == 11
-    assert train_view((100, 200), uniforms=np.array([0.0, 0.6])) == View((480, 960), flipped=False)
-    assert train_view((100, 200), uniforms=np.array([0.999, 0.4])) == View((667, 1333), flipped=True)
+    config = Detector()
+    assert len(config.sides) == 11
+    first, last = (
+        train_view((100, 200), uniforms=np.array(numbers), sides=config.sides, longest=config.longest)
+        for numbers in ([0.0, 0.6], [0.999, 0.4])
+    )
+    assert first == View((480, 960), flipped=False)
+    assert last == View((667, 1333), flipped=True)
     picture = np.zeros((20, 40, 3), dtype=np.uint8)
     picture[4:10, 6:14] = 255
     view = View((40, 80), flipped=True)
@@ -484,7 +496,9 @@ def generators(count: int, *, step: int) -> list[torch.Generator]:
 
 
 def test_a_step_has_four_losses_and_every_parameter_learns() -> None:
-    detector = FasterRcnn(build_backbone(SMALL, seed=0), num_classes=24, seed=0, sizes=(12.0, 24.0), pooled=6).train()
+    detector = FasterRcnn(
+        build_backbone(SMALL, seed=0), num_classes=24, seed=0, sizes=(12.0, 24.0), pooled=6, regions=512
+    ).train()
     images, _, objects = drawn(2)
     losses = detector.losses(images, objects=objects, generators=generators(2, step=0))
     assert losses.keys() == {"rpn_objectness", "rpn_boxes", "classes", "boxes"}
@@ -496,7 +510,9 @@ def test_a_step_has_four_losses_and_every_parameter_learns() -> None:
 
 
 def test_an_image_without_objects_is_all_background() -> None:
-    detector = FasterRcnn(build_backbone(SMALL, seed=0), num_classes=24, seed=0, sizes=(12.0, 24.0), pooled=6).train()
+    detector = FasterRcnn(
+        build_backbone(SMALL, seed=0), num_classes=24, seed=0, sizes=(12.0, 24.0), pooled=6, regions=512
+    ).train()
     images, sizes, _ = drawn(1)
     nothing = [Objects(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), sizes[0])]
     losses = detector.losses(images, objects=nothing, generators=generators(1, step=0))

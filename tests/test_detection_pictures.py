@@ -19,23 +19,22 @@ from obowlab.cli.transfer import add_detections
 from obowlab.data.annotations import Annotation, Outline
 from obowlab.data.datasets import Split
 from obowlab.errors import UserError
+from obowlab.evaluation.detection.judged import MOST_POINTS, JudgedDetections, curve
 from obowlab.evaluation.detection.pictures import (
     COLOURS,
     LONGEST,
-    MOST_POINTS,
     NUM_PICTURES,
     WHITE,
     Counts,
-    Detections,
     choose,
     count,
-    curve,
     draw,
     is_left_out,
     show_detections,
 )
 from obowlab.evaluation.detection.scoring import Judged, by_image, class_curves, judge
-from obowlab.evaluation.detection.voc_metric import Found, Truth, as_written, average_precision
+from obowlab.evaluation.detection.voc_metric import Found, Truth, as_written
+from obowlab.pages.detection import keep_detection, render_detection
 from obowlab.report.pages import build_site
 from obowlab.report.read import Tables, find_detections, gather, read_store
 from obowlab.runs.bundle import BUNDLED, write_bundle
@@ -51,9 +50,9 @@ from obowlab.runs.detection_facts import (
     detection_folders,
     read_detection,
 )
-from obowlab.runs.detection_page import keep_detection, render_detection
 from obowlab.runs.folder import RunFolder
 from obowlab.tracking.outbox import Outbox
+from tests.oracles import voc_average_precision
 from tests.report_store import add_run
 from tests.test_report import HOSTILE, Page
 
@@ -139,7 +138,7 @@ def found_and_judged() -> tuple[dict[str, list[Found]], dict[str, Judged]]:
     return found, {name: judge(found[name], truths=of_class[name], images=names) for name in CLASSES}
 
 
-def detections() -> tuple[Detections, ...]:
+def detections() -> tuple[JudgedDetections, ...]:
     found, judged = found_and_judged()
     return by_image(found, judged=judged, num_images=len(SHOWN))
 
@@ -265,7 +264,7 @@ def test_the_curves_of_a_class_are_at_both_overlaps_with_its_average_precision()
     of_dogs = {f"{i:06d}": Truth(t.as_counted[t.labels == DOG], t.difficult[t.labels == DOG]) for i, t in enumerate(truths())}
     assert [each.overlap for each in dog.curves] == [0.5, 0.75]
     for each in dog.curves:
-        assert each.ap == pytest.approx(average_precision(found["dog"], truths=of_dogs, overlap=each.overlap), abs=1e-4)
+        assert each.ap == pytest.approx(voc_average_precision(found["dog"], truths=of_dogs, overlap=each.overlap), abs=1e-4)
     # By score: right .95, right .9, neither .85, right .75, wrong .65 and .6, right .4, wrong .3.
     assert dog.curves[0].recall == (0.25, 0.5, 0.75, 1.0)
     assert dog.curves[0].precision == (1.0, 1.0, 1.0, round(4 / 6, 5))

@@ -286,7 +286,7 @@ def test_regions_are_pooled_from_the_map_that_fits_them() -> None:
         torch.randn(2, 3, 128 // 2**level, 128 // 2**level, generator=torch.Generator().manual_seed(level)) for level in range(4)
     ]
     regions = [torch.tensor([[0.0, 0.0, 500.0, 500.0], [8.0, 8.0, 40.0, 60.0]]), torch.tensor([[0.0, 0.0, 230.0, 230.0]])]
-    found = pool(maps, strides=(4, 8, 16, 32), regions=regions, side=7)
+    found = pool(maps, strides=(4, 8, 16, 32), regions=regions, side=7, standard=224.0)
     for place, (image, box, level) in enumerate(((0, regions[0][0], 3), (0, regions[0][1], 0), (1, regions[1][0], 2))):
         region = torch.cat((torch.tensor([float(image)]), box))[None]
         own = roi_align(maps[level], region, output_size=7, spatial_scale=1 / (4 * 2**level), sampling_ratio=0, aligned=True)
@@ -332,8 +332,8 @@ SIZES = (8.0, 16.0, 32.0, 64.0, 128.0)
 
 
 def network(**changes: Any) -> MaskRcnn:
-    settings: dict[str, Any] = {"sizes": SIZES, "standard": 56.0, "width": 16, "head_width": 32, "regions": 32, **changes}
-    return MaskRcnn(build_backbone(SMALL, seed=0), num_classes=24, seed=0, **settings).train()
+    usual = {"head": "moco", "sizes": SIZES, "standard": 56.0, "width": 16, "head_width": 32, "regions": 32}
+    return MaskRcnn(build_backbone(SMALL, seed=0), num_classes=24, seed=0, **usual | changes).train()
 
 
 def drawn(count: int) -> tuple[Tensor, list[tuple[int, int]], list[Objects]]:

@@ -100,8 +100,8 @@ def add_results(trained: RunFolder, *, to: RunFolder, protocol: str, machine: Ma
 
 def add_detections(trained: RunFolder, *, to: RunFolder) -> None:
     """Add the pictures and curves of a detector's test, if there are some, to the run whose encoder it began with."""
+    from obowlab.pages.detection import keep_detection
     from obowlab.runs.detection_facts import detection_folders, read_detection
-    from obowlab.runs.detection_page import keep_detection
 
     for folder in detection_folders(trained.path):
         if folder.name != trained.run_id:

@@ -16,7 +16,7 @@ from torch import nn
 from obowlab import text
 from obowlab.config import Evaluation, Machine, Recipe, canonical_hash, nearest
 from obowlab.errors import UserError
-from obowlab.evaluation.evaluators import EVALUATORS, PROBE_SEED, Evaluator, Outcome
+from obowlab.evaluation.evaluators import EVALUATORS, PROBE_SEED, Evaluator, Learned, Outcome
 from obowlab.evaluation.features import FeatureStore, View
 from obowlab.evaluation.result import Measurement, Result
 from obowlab.methods.detection.two_stage import TwoStageDetector
@@ -80,14 +80,16 @@ def evaluate(
         channels_last=machine.channels_last,
         report=report,
     )
-    store.detector = None if detector is None else detector.to(device).eval()
-    store.folder_of_run = folder
-    store.classifier = None if classifier is None else classifier.to(device).eval()
+    learned = Learned(
+        classifier=None if classifier is None else classifier.to(device).eval(),
+        detector=None if detector is None else detector.to(device).eval(),
+        folder=folder,
+    )
     with full_precision(device):  # whatever training ran in
         for split, views in _union_of_needs(names, recipe.evaluation).items():
             if views:
                 store.get(split, views=views)  # one pass over the images, however many protocols want them
-        return [_measure(name, store=store, recipe=recipe, subject=subject, report=report) for name in names]
+        return [_measure(name, store=store, learned=learned, recipe=recipe, subject=subject, report=report) for name in names]
 
 
 def _union_of_needs(names: Sequence[str], evaluation: Evaluation) -> dict[str, tuple[View, ...]]:
@@ -98,10 +100,12 @@ def _union_of_needs(names: Sequence[str], evaluation: Evaluation) -> dict[str, t
     return union
 
 
-def _measure(name: str, *, store: FeatureStore, recipe: Recipe, subject: str, report: Callable[[str], None]) -> Result:
+def _measure(
+    name: str, *, store: FeatureStore, learned: Learned, recipe: Recipe, subject: str, report: Callable[[str], None]
+) -> Result:
     evaluator = EVALUATORS[name]
     started = time.monotonic()
-    outcome = evaluator.run(store, recipe, report)
+    outcome = evaluator.run(store, learned, recipe, report)
     data_hash = store.data_hash(sorted(evaluator.needs(recipe.evaluation)))
     view = {"resize": recipe.views.original_resize, "size": recipe.views.original_size, "mean": list(MEAN), "std": list(STD)}
     # An encoder's own mean and deviation are part of the encoder: its protocol is that of all others.

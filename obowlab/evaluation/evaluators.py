@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel
+from torch import nn
 
 from obowlab.config import Detector, Evaluation, Recipe, canonical_hash
 from obowlab.data.class_lists import class_list
@@ -18,13 +19,15 @@ from obowlab.evaluation.classes import accuracies
 from obowlab.evaluation.detection import coco_testing, pictures, scoring, testing
 from obowlab.evaluation.detection.coco_metric import RECALLS
 from obowlab.evaluation.detection.detecting import Pixels, detect_all
+from obowlab.evaluation.detection.judged import JudgedDetections
 from obowlab.evaluation.features import FeatureStore, View
 from obowlab.evaluation.fewshot import few_shot
 from obowlab.evaluation.knn import nearest_neighbours
 from obowlab.evaluation.linear import linear_probe
 from obowlab.evaluation.result import Measurement
-from obowlab.methods.detection.two_stage import Detections
+from obowlab.methods.detection.two_stage import Detections, TwoStageDetector
 from obowlab.runs.detection_facts import ClassCurves
+from obowlab.runs.folder import RunFolder
 
 PROBE_SEED = 0
 """Seed of probes and of counter-based episodes: part of the protocols, not of a run."""
@@ -46,21 +49,36 @@ class Outcome:
 
 
 @dataclass(frozen=True)
+class Learned:
+    """What a training has learned on the encoder.
+
+    Attributes:
+        classifier: of its features, in evaluation mode; None where none was learned.
+        detector: likewise.
+        folder: of the run that learned the detector, for pictures of its test; None where none are wanted.
+    """
+
+    classifier: nn.Module | None
+    detector: TwoStageDetector | None
+    folder: RunFolder | None
+
+
+@dataclass(frozen=True)
 class Evaluator:
     """One protocol.
 
     Attributes:
         version: raised whenever the same weights and settings would give another number.
         needs: the views it reads of every split, by its settings; they are computed before it runs.
-        run: measures, given the features, the recipe and a function that reports progress.
+        run: measures, given the features, what was learned on the encoder, the recipe and a function that reports progress.
     """
 
     version: int
     needs: Callable[[Evaluation], Mapping[str, tuple[View, ...]]]
-    run: Callable[[FeatureStore, Recipe, Callable[[str], None]], Outcome]
+    run: Callable[[FeatureStore, Learned, Recipe, Callable[[str], None]], Outcome]
 
 
-def _few_shot(store: FeatureStore, recipe: Recipe, report: Callable[[str], None]) -> Outcome:
+def _few_shot(store: FeatureStore, learned: Learned, recipe: Recipe, report: Callable[[str], None]) -> Outcome:
     split, config = store.split("val"), recipe.evaluation.fewshot
     classes = class_list(config.classes, class_names=split.class_names, folder=store.folder)
     (features,) = store.get("val")
@@ -75,7 +93,7 @@ def _few_shot(store: FeatureStore, recipe: Recipe, report: Callable[[str], None]
     )
 
 
-def _linear(store: FeatureStore, recipe: Recipe, report: Callable[[str], None]) -> Outcome:
+def _linear(store: FeatureStore, learned: Learned, recipe: Recipe, report: Callable[[str], None]) -> Outcome:
     num_classes, facts = _labelled(store)
     config = recipe.evaluation.linear
     measurements = linear_probe(
@@ -95,7 +113,7 @@ def _linear(store: FeatureStore, recipe: Recipe, report: Callable[[str], None]) 
     )
 
 
-def _knn(store: FeatureStore, recipe: Recipe, report: Callable[[str], None]) -> Outcome:
+def _knn(store: FeatureStore, learned: Learned, recipe: Recipe, report: Callable[[str], None]) -> Outcome:
     num_classes, facts = _labelled(store)
     config = recipe.evaluation.knn
     measurements = nearest_neighbours(
@@ -113,7 +131,7 @@ def _knn(store: FeatureStore, recipe: Recipe, report: Callable[[str], None]) -> 
     )
 
 
-def _voc07_svm(store: FeatureStore, recipe: Recipe, report: Callable[[str], None]) -> Outcome:
+def _voc07_svm(store: FeatureStore, learned: Learned, recipe: Recipe, report: Callable[[str], None]) -> Outcome:
     from obowlab.evaluation import svm  # late: scipy takes half a second to import
 
     config, train, val = recipe.evaluation.voc07_svm, store.split("train"), store.split("val")
@@ -149,11 +167,13 @@ def _voc07_svm(store: FeatureStore, recipe: Recipe, report: Callable[[str], None
     )
 
 
-def _classes(store: FeatureStore, recipe: Recipe, report: Callable[[str], None]) -> Outcome:
+def _classes(store: FeatureStore, learned: Learned, recipe: Recipe, report: Callable[[str], None]) -> Outcome:
     config = recipe.evaluation.classes
-    assert store.classifier is not None, "refused before"
+    assert learned.classifier is not None, "refused before"
     labels = torch.from_numpy(store.labels("val")).to(store.device)
-    measurements = accuracies(store.classifier, features=store.get("val")[0], labels=labels, ranks=config.ranks, name=config.name)
+    measurements = accuracies(
+        learned.classifier, features=store.get("val")[0], labels=labels, ranks=config.ranks, name=config.name
+    )
     num_classes, facts = _labelled(store)
     training = recipe.training_settings()
     return Outcome(
@@ -163,29 +183,29 @@ def _classes(store: FeatureStore, recipe: Recipe, report: Callable[[str], None])
     )
 
 
-def _voc_detection(store: FeatureStore, recipe: Recipe, report: Callable[[str], None]) -> Outcome:
+def _voc_detection(store: FeatureStore, learned: Learned, recipe: Recipe, report: Callable[[str], None]) -> Outcome:
     split, truths = store.split("val"), read_objects(store.split("val"))
-    found = _detections(store, recipe, report)
+    found = _detections(store, learned, recipe, report)
     test = testing.judge_voc_images(found, truths=truths, class_names=split.class_names)
     measurements, of_classes = scoring.measure(test.judged, num_images=split.num_images)
     curves = scoring.class_curves(test.judged, num_images=split.num_images)
     metric = "average precision of PASCAL VOC 2007, at 11 recalls"
-    _show(store, recipe, detections=test.detections, truths=truths, curves=curves, metric=metric)
+    _show(store, learned, recipe, detections=test.detections, truths=truths, curves=curves, metric=metric)
     objects = canonical_hash([[*each.boxes.tolist(), *each.labels.tolist()] for each in truths])
     return Outcome(
         measurements=measurements,
         settings={"training": recipe.training_settings(), "training_data": store.data_hash(["train"]), "objects": objects},
         remarks={
-            "interval": f"bootstrap over validation images, {scoring.RESAMPLES} times",
+            "interval": f"bootstrap over validation images, {scoring.NUM_RESAMPLES} times",
             "ap50_of_classes": of_classes,
             "metric": "PASCAL VOC 2007: 11 points, at overlaps of 0.5 to 0.95",
         },
     )
 
 
-def _coco_detection(store: FeatureStore, recipe: Recipe, report: Callable[[str], None]) -> Outcome:
+def _coco_detection(store: FeatureStore, learned: Learned, recipe: Recipe, report: Callable[[str], None]) -> Outcome:
     split, truths = store.split("val"), read_objects(store.split("val"))
-    found = _detections(store, recipe, report)
+    found = _detections(store, learned, recipe, report)
     test = coco_testing.judge_coco_images(found, truths=truths, class_names=split.class_names)
     report("coco-detection: intervals from resampled images")
     measured = {
@@ -195,13 +215,13 @@ def _coco_detection(store: FeatureStore, recipe: Recipe, report: Callable[[str],
     boxes = test.judged["coco_box"]
     curves = scoring.class_curves(boxes, num_images=split.num_images, recalls=RECALLS)
     metric = "COCO's average precision of boxes, at 101 recalls"
-    _show(store, recipe, detections=test.detections, truths=truths, curves=curves, metric=metric)
+    _show(store, learned, recipe, detections=test.detections, truths=truths, curves=curves, metric=metric)
     objects = canonical_hash(coco_testing.objects_of(truths))
     return Outcome(
         measurements=tuple(each for measurements, _ in measured.values() for each in measurements),
         settings={"training": recipe.training_settings(), "training_data": store.data_hash(["train"]), "objects": objects},
         remarks={
-            "interval": f"bootstrap over validation images, {scoring.RESAMPLES} times",
+            "interval": f"bootstrap over validation images, {scoring.NUM_RESAMPLES} times",
             "ap50_of_classes": {kind: of_classes for kind, (_, of_classes) in measured.items()},
             "summary": test.summaries,
             "metric": f"COCO by pycocotools {version('pycocotools')}: 101 points, at overlaps of 0.5 to 0.95",
@@ -209,12 +229,12 @@ def _coco_detection(store: FeatureStore, recipe: Recipe, report: Callable[[str],
     )
 
 
-def _detections(store: FeatureStore, recipe: Recipe, report: Callable[[str], None]) -> Iterator[Detections]:
-    """Yield what the store's detector finds in every validation image."""
-    assert store.detector is not None, "refused before"
+def _detections(store: FeatureStore, learned: Learned, recipe: Recipe, report: Callable[[str], None]) -> Iterator[Detections]:
+    """Yield what the detector finds in every validation image."""
+    assert learned.detector is not None, "refused before"
     assert isinstance(recipe.method, Detector)
     return detect_all(
-        store.detector,
+        learned.detector,
         split=store.split("val"),
         config=recipe.method,
         pixels=Pixels(store.mean, store.std),
@@ -226,15 +246,16 @@ def _detections(store: FeatureStore, recipe: Recipe, report: Callable[[str], Non
 
 def _show(
     store: FeatureStore,
+    learned: Learned,
     recipe: Recipe,
     *,
-    detections: Sequence[pictures.Detections],
+    detections: Sequence[JudgedDetections],
     truths: Annotations,
     curves: Sequence[ClassCurves],
     metric: str,
 ) -> None:
     """Leave pictures and curves in the folder of the training, where there is one."""
-    if store.folder_of_run is not None:
+    if learned.folder is not None:
         pictures.show_detections(
             store.split("val"),
             detections=detections,
@@ -242,7 +263,7 @@ def _show(
             classes=curves,
             metric=metric,
             title=recipe.title,
-            folder=store.folder_of_run,
+            folder=learned.folder,
         )
 
 

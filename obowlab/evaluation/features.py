@@ -29,8 +29,6 @@ from obowlab.data.datasets import Split, open_split, trained_on
 from obowlab.errors import UserError
 from obowlab.files.opening import UnusableFileError, name_beside, open_file, read_file
 from obowlab.files.sharing import share, shared_folder
-from obowlab.methods.detection.two_stage import TwoStageDetector
-from obowlab.runs.folder import RunFolder
 from obowlab.views.loaders import centre_loader
 from obowlab.views.photometric import normalise
 from obowlab.views.stretched import stretched_batches
@@ -97,11 +95,6 @@ class FeatureStore:
         workers: loader workers.
         channels_last: memory layout of the images.
         report: called with a line now and then.
-
-    Attributes:
-        classifier: on the encoder's features, where one was learned with it; in evaluation mode.
-        detector: that was learned on the encoder, likewise.
-        folder_of_run: of the run that learned it, for pictures of its test; None where none are wanted.
     """
 
     def __init__(
@@ -137,9 +130,6 @@ class FeatureStore:
         self._workers = workers
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self._splits: dict[str, Split] = {}
-        self.classifier: nn.Module | None = None
-        self.detector: TwoStageDetector | None = None
-        self.folder_of_run: RunFolder | None = None
 
     @property
     def folder(self) -> Path:

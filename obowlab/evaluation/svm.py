@@ -26,15 +26,14 @@ import numpy.typing as npt
 
 from obowlab import text
 from obowlab.config import Voc07Svm, canonical_hash
+from obowlab.evaluation.resampling import all_but_one, measurement, resamples
 from obowlab.evaluation.result import Measurement
 from obowlab.files.opening import UnusableFileError
 from obowlab.files.records import read_checked, with_checksum
 from obowlab.files.replacing import write_atomic
 from obowlab.files.sharing import shared_folder
-from obowlab.randomness import Stream, uniforms
-from obowlab.runs.results import pack_values
+from obowlab.randomness import Bools, Floats
 
-Floats = npt.NDArray[np.float64]
 Marks = npt.NDArray[np.int8]
 Signs = npt.NDArray[np.int64]
 
@@ -45,10 +44,7 @@ NORM_EPSILON = 1e-5
 """Added to the variance of a feature, for `pool5_bn`."""
 
 BOOTSTRAP_LANE = 2
-"""Keeps the draws of resamples apart from those of episodes and probes, lanes 0 and 1 of the same stream."""
-
 NUM_RESAMPLES = 1000
-ROWS_AT_A_TIME = 64
 
 
 @dataclass(frozen=True)
@@ -58,14 +54,12 @@ class ClassFit:
     Attributes:
         name: of the class.
         cost: the C with the best mean average precision of the folds, the first of equals.
-        fold_precision: that mean, in [0, 1].
         scores: of the test images.
         unconverged: how many of the fits reached the limit of iterations.
     """
 
     name: str
     cost: float
-    fold_precision: float
     scores: tuple[float, ...]
     unconverged: int
 
@@ -79,23 +73,12 @@ def normalised(features: Floats, *, mean: Floats | None = None, variance: Floats
     return rows
 
 
-def average_precision(targets: npt.NDArray[Any], scores: Floats) -> float:
+def average_precision(hits: Bools, *, weights: Floats) -> Floats:
     """Return the area under the precision, made non-increasing from the right, over the recall, in [0, 1]; 0 without a positive.
 
     Args:
-        targets: 1 or 0, [N].
-        scores: [N]; equal ones keep their order.
-    """
-    order = np.argsort(-np.asarray(scores), kind="stable")
-    return float(_area(np.asarray(targets)[order] == 1, np.ones(len(order))))
-
-
-def _area(hits: npt.NDArray[np.bool_], weights: Floats) -> Floats:
-    """Return the average precision of images in the order of their scores, each of which counts as often as its weight says.
-
-    Args:
-        hits: [N].
-        weights: [..., N]; one average precision, [...], for each row.
+        hits: whether each image shows the class, the surest first, [N].
+        weights: how often each of them counts, [..., N]; one average precision, [...], for each row.
     """
     places = np.flatnonzero(hits)
     if not len(places):
@@ -141,7 +124,7 @@ def fit_class(name: str, signs: Signs, *, features: Floats, test_features: Float
         best = int(np.argmax(means))
         scores = scores_of(config.costs[best], train=slice(None), test=test_features)
     unconverged = sum(issubclass(each.category, ConvergenceWarning) for each in said)
-    return ClassFit(name, config.costs[best], float(means[best]), tuple(scores.tolist()), unconverged)
+    return ClassFit(name, config.costs[best], tuple(scores.tolist()), unconverged)
 
 
 def _svm(cost: float, *, config: Voc07Svm) -> Any:
@@ -256,13 +239,9 @@ def _read_fit(kept: Path, name: str, *, count: int) -> ClassFit | None:
 
 
 def mean_average_precision(fits: Sequence[ClassFit], *, targets: Marks) -> tuple[Measurement, dict[str, float]]:
-    """Return the mean over classes with its bootstrap interval, and the average precision of every class, in percent.
+    """Return the mean over classes with interval and shares as `resampling` has them, and every class's value, in percent.
 
-    The interval is that of other test images from the same world: its ends are the 2.5 and 97.5 percentiles of `NUM_RESAMPLES`
-    draws of as many images with replacement. What training and the choice of C add to the spread is not in it.
-
-    So that runs can be compared on the same images, every image gets a share whose mean is the value: the value plus its
-    jackknife pseudo-value's deviation from their mean (Efron and Tibshirani, "An introduction to the bootstrap", chapter 11).
+    What the choice of C adds to the spread is not in the interval.
 
     Args:
         fits: one a class, with the scores of N test images, at least two.
@@ -276,38 +255,14 @@ def mean_average_precision(fits: Sequence[ClassFit], *, targets: Marks) -> tuple
 
     def mean_of(weights: Floats) -> Floats:
         """Return the mean in percent, [R], with images that count as often as each of R rows says, [R, N]."""
-        mean: Floats = 100.0 * np.mean([_area(hits, weights[:, order]) for order, hits in ranked], axis=0)
+        mean: Floats = 100.0 * np.mean([average_precision(hits, weights=weights[:, order]) for order, hits in ranked], axis=0)
         return mean
 
     num_images = len(targets)
-    each = [100.0 * float(_area(hits, np.ones(len(order)))) for order, hits in ranked]
+    each = [100.0 * float(average_precision(hits, weights=np.ones(len(order)))) for order, hits in ranked]
     value = float(np.mean(each))
-    resampled = np.concatenate([mean_of(_resamples(rows, num_images)) for rows in _chunks(NUM_RESAMPLES)])
-    low, high = (float(end) for end in np.percentile(resampled, (2.5, 97.5)))
-    without = np.concatenate([mean_of(_all_but(rows, num_images)) for rows in _chunks(num_images)])
-    shares = value - (num_images - 1) * (without - without.mean())
-    measurement = Measurement("svm_map", value, (high - low) / 2.0, low, high, count=num_images, samples=pack_values(shares))
-    return measurement, {fit.name: precision for fit, precision in zip(fits, each, strict=True)}
-
-
-def _chunks(count: int) -> Iterator[Signs]:
-    """Yield the numbers below `count`, few enough at a time for a table of rows of images to stay small."""
-    for first in range(0, count, ROWS_AT_A_TIME):
-        yield np.arange(first, min(first + ROWS_AT_A_TIME, count))
-
-
-def _all_but(rows: Signs, num_images: int) -> Floats:
-    """Return a row for each of some images, [R, N], in which all others count once and it does not."""
-    counts = np.ones((len(rows), num_images))
-    counts[np.arange(len(rows)), rows] = 0.0
-    return counts
-
-
-def _resamples(rows: Signs, num_images: int) -> Floats:
-    """Return how often each image is drawn in some resamples, [R, N]; pure in the number of the resample."""
-    images = np.arange(num_images, dtype=np.int64)
-    counts = np.empty((len(rows), num_images))
-    for place, row in enumerate(rows.tolist()):
-        chance = uniforms(seed=0, epoch=row, indices=images, stream=Stream.EPISODES, count=1, lane=BOOTSTRAP_LANE)[:, 0]
-        counts[place] = np.bincount((chance * num_images).astype(np.int64), minlength=num_images)
-    return counts
+    drawn = np.concatenate([mean_of(rows) for rows in resamples(num_images, count=NUM_RESAMPLES, lane=BOOTSTRAP_LANE)])
+    without = np.concatenate([mean_of(rows) for _, rows in all_but_one(np.arange(num_images), num_images=num_images)])
+    return measurement("svm_map", value, drawn=drawn, without=without), {
+        fit.name: precision for fit, precision in zip(fits, each, strict=True)
+    }

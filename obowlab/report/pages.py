@@ -11,27 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import pydantic_core
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from obowlab import text
-from obowlab.config import canonical_hash, project_root
+from obowlab.config import canonical_hash
 from obowlab.errors import UserError
 from obowlab.files.replacing import folder_written
+from obowlab.pages import environment, templates
+from obowlab.pages.detection import write_detection
 from obowlab.report import figures, result_figures
 from obowlab.report.model import DetectionSet, Figure, Run, Site
 from obowlab.report.vocabulary_health import RULES
 from obowlab.report.words_page import FACTS, SCRIPT, read_sheet, read_words, render_words
 from obowlab.runs.detection_facts import DetectionFacts, read_detection
-from obowlab.runs.detection_page import write_detection
 from obowlab.runs.metrics import lookup, unit_of
 from obowlab.studies.schema import StudyReport
 from obowlab.tables.kept import identity
 from obowlab.tables.model import Table
 from obowlab.tables.render import MARKS, estimate_text, legend, p_text
 
-TEMPLATES = "dashboards/report"
 ASSETS = ("style.css", "page.js", "charts.js")
 PLOTLY = "plotly.min.js"
 MARKER = ".obowlab-report"
@@ -72,11 +71,9 @@ def refuse_foreign(out: Path) -> None:
 def _write(site: Site, *, folder: Path) -> int:
     site = _with_detections(_with_galleries(site, folder=folder), folder=folder)
     pages = _pages(site)
-    templates = project_root() / TEMPLATES
-    environment = Environment(
-        loader=FileSystemLoader(templates), autoescape=True, undefined=StrictUndefined, lstrip_blocks=True, auto_reload=False
-    )
-    environment.filters.update(
+    source = templates() / "report"
+    here = environment(source, trim_blocks=False)
+    here.filters.update(
         {
             "estimate": estimate_text,
             "signed": signed,
@@ -96,24 +93,24 @@ def _write(site: Site, *, folder: Path) -> int:
             "table_name": table_name,
         }
     )
-    environment.globals.update({"MARKS": MARKS, "legend": legend, "RULES": RULES, "site": site, "figures": figures})
-    environment.globals["menu"] = _menu(pages)
+    here.globals.update({"MARKS": MARKS, "legend": legend, "RULES": RULES, "site": site, "figures": figures})
+    here.globals["menu"] = _menu(pages)
     # Runs of one recipe share these hundred rows, which are most of what a page escapes.
-    environment.globals["setting_rows"] = cache(environment.get_template("macros.html").module.setting_rows)  # type: ignore[attr-defined]
+    here.globals["setting_rows"] = cache(here.get_template("macros.html").module.setting_rows)  # type: ignore[attr-defined]
     for page in pages:
         path = folder / page.path
         path.parent.mkdir(parents=True, exist_ok=True)
         up = "../" * page.path.count("/")
         charts = _charts(page.figures(), page=path)
-        content = environment.get_template(page.template).render(
+        content = here.get_template(page.template).render(
             up=up, path=page.path, section=page.section, title=page.title, charts=charts, **page.values
         )
         path.write_text(re.sub(r"\n\s*\n", "\n", content), encoding="utf-8")  # the lines of template statements are empty
     for name in ASSETS:
-        shutil.copyfile(templates / name, folder / name)
+        shutil.copyfile(source / name, folder / name)
     (folder / PLOTLY).write_text(get_plotlyjs(), encoding="utf-8")
     if (folder / "words").exists():
-        shutil.copyfile(templates.parent / SCRIPT, folder / SCRIPT)
+        shutil.copyfile(templates() / SCRIPT, folder / SCRIPT)
     (folder / MARKER).write_text("This folder is replaced by the next `obowlab report`.\n", encoding="utf-8")
     return len(pages)
 

@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from obowlab.config import project_root
 from obowlab.errors import UserError
+from obowlab.pages import environment, templates
 
 TEMPLATE = "words.html"
 SCRIPT = "words.js"
@@ -136,15 +136,13 @@ def render_words(facts: Mapping[str, Any], *, script: str | None = None) -> str:
         facts: of the gallery.
         script: address of `words.js` as seen from the page; None puts the script into the page.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    dashboards = project_root() / "dashboards"
-    environment = Environment(loader=FileSystemLoader(dashboards), autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    template = environment(templates()).get_template(TEMPLATE)
     levels = {name: _shown(level) for name, level in facts["levels"].items()}
-    program = (dashboards / SCRIPT).read_text(encoding="utf-8")
+    program = (templates() / SCRIPT).read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(program.encode()).digest()).decode()
-    return environment.get_template(TEMPLATE).render(
+    return template.render(
         facts=facts,
         levels=levels,
         data={"levels": levels, "columns": facts["patches_per_word"], "view": facts["view"]["size"]},

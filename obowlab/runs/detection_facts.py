@@ -1,7 +1,7 @@
 """What a detector's test leaves in a run's folder: `detection/ID/`, a folder for each training ID whose detector was tested.
 
-Each holds `detection.json`, the pictures that it names, and `index.html`, which is made of both (`detection_page`). In the folder
-of the training it is one folder; a run whose encoder was measured has one for each training that began with it.
+Each holds `detection.json`, the pictures that it names, and `index.html`, which is made of both (`pages.detection`). In the
+folder of the training it is one folder; a run whose encoder was measured has one for each training that began with it.
 """
 
 from __future__ import annotations

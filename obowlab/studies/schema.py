@@ -1,6 +1,6 @@
 """`RUNS_ROOT/.studies/NAME/study.json`: all that is known of a study; written by `studies.summary`, read by the report.
 
-Knows nothing of Optuna. `FORMAT` is raised when a field changes its meaning or goes away.
+Knows nothing of Optuna. `FORMAT` is raised when a field changes its meaning, or one that some version reads goes away.
 """
 
 from __future__ import annotations
@@ -160,7 +160,6 @@ class StudyReport(_Part):
         overrides: what all trials change of it, as `key=value`.
         fixed: those of them that `--set` gave, beside the study file's own.
         storage: address without passwords.
-        written_at: seconds since 1970.
         metric: the objective; empty when unknown.
         unit: of its values.
         direction: `max` or `min`.
@@ -190,7 +189,6 @@ class StudyReport(_Part):
     overrides: tuple[str, ...] = ()
     fixed: tuple[str, ...] = ()
     storage: str = ""
-    written_at: float = 0.0
     metric: str = ""
     unit: str = ""
     direction: str = "max"

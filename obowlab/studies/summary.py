@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import threading
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -121,7 +120,6 @@ def collect(
         overrides=tuning.overrides,
         fixed=tuning.fixed,
         storage=shown_uri(storage),
-        written_at=round(time.time(), 3),
         metric=tuning.spec.objective,
         unit=objective.unit,
         direction=objective.direction,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 from obowlab import text
-from obowlab.config import project_root
+from obowlab.pages import environment, templates
 from obowlab.runs.info import TRAINED
 from obowlab.tables.model import Cell, Column, Estimate, Row, RunRef, Table
 
@@ -277,16 +277,11 @@ def html(tables: Sequence[Table]) -> str:
 
 def html_page(*, tables: Sequence[Table] = (), grids: Sequence[Grid] = ()) -> str:
     """Return one self-contained page of tables, and of others that are title, headings, rows and remarks."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    folder = project_root() / "dashboards"
-    environment = Environment(
-        loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     parts = {"overview": overview, "runs_overview": runs_overview, "remarks": remarks, "legend": legend}
-    style = Markup((folder / "report" / "style.css").read_text(encoding="utf-8"))  # ours, and the report's: one look
-    return environment.get_template("table.html").render(tables=tables, grids=grids, style=style, **parts) + "\n"
+    style = Markup((templates() / "report" / "style.css").read_text(encoding="utf-8"))  # ours, and the report's: one look
+    return environment(templates()).get_template("table.html").render(tables=tables, grids=grids, style=style, **parts) + "\n"
 
 
 def as_text(tables: Sequence[Table], *, form: Format) -> str:

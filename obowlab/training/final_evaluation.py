@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from operator import itemgetter
+from pathlib import Path
+from typing import TypeVar
 
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from obowlab.config import Detector
 from obowlab.config.methods import learns_from_labels
@@ -32,6 +36,8 @@ from obowlab.weights.export import plain_network
 
 EXAMPLE_SIZE = 64
 """The side of the images that the model keeps as an example, in pixels."""
+
+PartT = TypeVar("PartT", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -65,18 +71,18 @@ def trained(run: RunContext) -> Trained | None:
 
 def kept_networks(run: RunContext) -> Trained | None:
     """Return the networks that an earlier start kept, as training leaves them; None while some cannot be read."""
-    path = run.folder.path / ENCODER_FILE
-    if not path.is_file():
+    folder, config = run.folder.path, run.recipe.method
+    if not (folder / ENCODER_FILE).is_file():
         return None
     classifier, detector = None, None
     try:
-        encoder = read_encoder(path).model
-        if learns_from_labels(run.recipe.method):
-            classifier = _read_classifier(run)
+        encoder = read_encoder(folder / ENCODER_FILE).model
+        if learns_from_labels(config):
+            classifier = _read_part(folder / CLASSIFIER_FILE, make=classifier_from)
             if classifier is None:
                 return None
-        if isinstance(run.recipe.method, Detector):
-            detector = _read_detector(run, encoder=encoder, config=run.recipe.method)
+        if isinstance(config, Detector):
+            detector = _read_part(folder / DETECTOR_FILE, make=partial(detector_from, encoder=encoder, config=config))
             if detector is None:
                 return None
     except UserError as error:
@@ -88,32 +94,16 @@ def kept_networks(run: RunContext) -> Trained | None:
     return Trained(encoder.to(run.world.device).to(memory_format=layout), classifier, detector)
 
 
-def _read_classifier(run: RunContext) -> nn.Module | None:
-    """Return the kept classifier; None where there is none, as in runs of earlier versions.
+def _read_part(path: Path, *, make: Callable[[dict[str, Tensor]], PartT]) -> PartT | None:
+    """Return the kept network that `make` makes of its state dict; None where there is none, as in runs of earlier versions.
 
     Raises:
         UserError: the file is damaged.
     """
-    path = run.folder.path / CLASSIFIER_FILE
     if not path.is_file():
         return None
     try:
-        return classifier_from(safetensors.torch.load_file(path))
-    except (safetensors.SafetensorError, RuntimeError, KeyError):
-        raise UserError(f"{path} is damaged.") from None
-
-
-def _read_detector(run: RunContext, *, encoder: ResNet, config: Detector) -> TwoStageDetector | None:
-    """Return the kept detector, whose encoder becomes this one; None where there is none.
-
-    Raises:
-        UserError: the file is damaged.
-    """
-    path = run.folder.path / DETECTOR_FILE
-    if not path.is_file():
-        return None
-    try:
-        return detector_from(safetensors.torch.load_file(path), encoder=encoder, config=config)
+        return make(safetensors.torch.load_file(path))
     except (safetensors.SafetensorError, RuntimeError, KeyError):
         raise UserError(f"{path} is damaged.") from None
 

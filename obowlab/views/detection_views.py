@@ -11,10 +11,6 @@ from PIL import Image
 
 Floats = npt.NDArray[np.float64]
 
-TRAIN_SIDES = tuple(range(480, 801, 32))
-TEST_SIDE = 800
-LONGEST = 1333
-
 SMALLEST_SIDE = 1e-5
 """Boxes whose sides are not longer are dropped, pixels."""
 
@@ -32,7 +28,7 @@ class View:
     flipped: bool
 
 
-def resized(size: tuple[int, int], *, side: int, longest: int = LONGEST) -> tuple[int, int]:
+def resized(size: tuple[int, int], *, side: int, longest: int) -> tuple[int, int]:
     """Return height and width of an image whose shorter side becomes `side`, and whose longer one at most `longest`."""
     scale = side / min(size)
     height, width = (side * 1.0, scale * size[1]) if size[0] < size[1] else (scale * size[0], side * 1.0)
@@ -42,7 +38,7 @@ def resized(size: tuple[int, int], *, side: int, longest: int = LONGEST) -> tupl
     return math.floor(height + 0.5), math.floor(width + 0.5)
 
 
-def train_view(size: tuple[int, int], *, uniforms: Floats, sides: tuple[int, ...] = TRAIN_SIDES, longest: int = LONGEST) -> View:
+def train_view(size: tuple[int, int], *, uniforms: Floats, sides: tuple[int, ...], longest: int) -> View:
     """Return how an image is shown in a training step.
 
     Args:

@@ -24,12 +24,11 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
-from obowlab.config import Backbone
+from obowlab.config import Backbone, Detector
 from obowlab.methods import Objects, ResNet, build_backbone
-from obowlab.methods.detection.anchors import RATIOS, SIZES
-from obowlab.methods.detection.faster_rcnn import FasterRcnn
-from obowlab.methods.detection.mask_rcnn import MaskRcnn
+from obowlab.methods.detection.anchors import RATIOS
 from obowlab.methods.detection.two_stage import TwoStageDetector
+from obowlab.methods.detector import build_detector
 
 NUM_CLASSES = 20
 
@@ -142,13 +141,13 @@ def pairs(
     }
     for name in ("C4", "FPN"):
         encoder, own = build_backbone(backbone, seed=0), build_backbone(backbone, seed=0)
-        ours: TwoStageDetector
+        config = Detector(architecture="c4" if name == "C4" else "fpn", regions=regions)
+        ours = build_detector(config, encoder=own, num_classes=NUM_CLASSES, seed=0)
         theirs: nn.Module
         if name == "C4":
-            ours = FasterRcnn(own, num_classes=NUM_CLASSES, seed=0, regions=regions)
             theirs = FasterRCNN(
                 Trunk(encoder),
-                rpn_anchor_generator=AnchorGenerator((tuple(map(int, SIZES)),), (RATIOS,)),
+                rpn_anchor_generator=AnchorGenerator((tuple(map(int, config.anchors)),), (RATIOS,)),
                 rpn_pre_nms_top_n_train=12_000,
                 box_roi_pool=MultiScaleRoIAlign(["0"], 14, 2),
                 box_head=Head(encoder),
@@ -156,11 +155,10 @@ def pairs(
                 **shared,
             )
         else:
-            ours = MaskRcnn(own, num_classes=NUM_CLASSES, seed=0, regions=regions)
             theirs = MaskRCNN(
                 Pyramid(encoder),
                 NUM_CLASSES + 1,
-                rpn_anchor_generator=AnchorGenerator(tuple((int(side),) for side in SIZES), (RATIOS,) * 5),
+                rpn_anchor_generator=AnchorGenerator(tuple((int(side),) for side in config.anchors), (RATIOS,) * 5),
                 rpn_post_nms_top_n_train=1000,
                 **shared,
             )

@@ -9,7 +9,7 @@ import numpy as np
 
 from obowlab.data.annotations import Annotation
 from obowlab.evaluation.detection.coco_metric import Kind, Sighting, evaluated, judge_coco, summary
-from obowlab.evaluation.detection.pictures import Detections as Shown
+from obowlab.evaluation.detection.judged import JudgedDetections
 from obowlab.evaluation.detection.scoring import Judged, by_image
 from obowlab.evaluation.detection.voc_metric import Found
 from obowlab.methods.detection.masks import put_into_image
@@ -31,7 +31,7 @@ class CocoTest:
 
     judged: dict[str, dict[str, Judged]]
     summaries: dict[str, dict[str, float]]
-    detections: tuple[Shown, ...]
+    detections: tuple[JudgedDetections, ...]
 
 
 def judge_coco_images(found: Iterable[Detections], *, truths: Sequence[Annotation], class_names: tuple[str, ...]) -> CocoTest:

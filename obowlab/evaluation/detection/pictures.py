@@ -11,18 +11,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from obowlab import __version__
 from obowlab.data.annotations import Annotation
 from obowlab.errors import UserError
-from obowlab.randomness import Bools, Floats, Ints, Stream, uniforms
+from obowlab.evaluation.detection.judged import OVERLAP, SCORE, JudgedDetections
+from obowlab.pages.detection import keep_detection
+from obowlab.randomness import Bools, Floats, Stream, uniforms
 from obowlab.runs.detection_facts import (
     DETECTION_FORMAT,
     Box,
     ClassCurves,
-    Curve,
     DetectionFacts,
     Groups,
     Picture,
@@ -30,7 +30,6 @@ from obowlab.runs.detection_facts import (
     ShownObject,
     Verdict,
 )
-from obowlab.runs.detection_page import keep_detection
 from obowlab.runs.folder import RunFolder
 from obowlab.views.pil_views import decode
 
@@ -39,16 +38,6 @@ if TYPE_CHECKING:
 
 NUM_PICTURES = 12
 """Of each group."""
-
-SCORE = 0.5
-"""That a detection needs to be drawn, and to count in an image's F1."""
-
-OVERLAP = 0.5
-"""At which a detection is right in pictures."""
-
-CURVE_OVERLAPS = (0.5, 0.75)
-MOST_POINTS = 100
-"""Of a curve."""
 
 PICTURES_LANE = 8
 """Keeps the draw of pictures apart from those of episodes, probes and resamples, the lower lanes of the same stream."""
@@ -64,31 +53,6 @@ FONT_SIZE = 13
 BLACK, WHITE = (0, 0, 0), (255, 255, 255)
 COLOURS: dict[Verdict, tuple[int, int, int]] = {"right": (0, 114, 178), "wrong": (213, 94, 0), "neither": (110, 110, 110)}
 """Told apart by those who do not see all colours as well (Okabe and Ito); the page names them."""
-
-
-@dataclass(frozen=True)
-class Detections:
-    """The D detections of one image, the surest first.
-
-    Attributes:
-        boxes: float64 [D, 4], x0, y0, x1, y1 in pixels of the image, in continuous coordinates from 0.
-        labels: int64 [D], positions among the class names.
-        scores: float64 [D], from 0 to 1.
-        right: whether it is right at `OVERLAP`, bool [D].
-        wrong: whether it is wrong there, bool [D]; on an object that is left out it is neither.
-    """
-
-    boxes: Floats
-    labels: Ints
-    scores: Floats
-    right: Bools
-    wrong: Bools
-
-    @property
-    def sure(self) -> Bools:
-        """Which have a score of `SCORE` or more."""
-        sure: Bools = self.scores >= SCORE
-        return sure
 
 
 @dataclass(frozen=True)
@@ -116,7 +80,7 @@ class Counts:
 def show_detections(
     split: Split,
     *,
-    detections: Sequence[Detections],
+    detections: Sequence[JudgedDetections],
     truths: Sequence[Annotation],
     classes: Sequence[ClassCurves],
     metric: str,
@@ -189,7 +153,7 @@ def show_detections(
         ) from None
 
 
-def count(detections: Detections, *, truth: Annotation) -> Counts:
+def count(detections: JudgedDetections, *, truth: Annotation) -> Counts:
     """Return what the sure detections of an image are worth."""
     right, wrong = (int((verdict & detections.sure).sum()) for verdict in (detections.right, detections.wrong))
     return Counts(right, wrong, missed=int((~is_left_out(truth)).sum()) - right)
@@ -219,24 +183,6 @@ def choose(counts: Sequence[Counts]) -> tuple[list[int], list[int], list[int]]:
     numbers = np.arange(len(counts), dtype=np.int64)
     chance = uniforms(seed=0, epoch=0, indices=numbers, stream=Stream.EPISODES, count=1, lane=PICTURES_LANE)[:, 0]
     return best, worst, np.argsort(chance, kind="stable")[:NUM_PICTURES].tolist()
-
-
-def curve(right: Bools, wrong: Bools, *, num_objects: int, overlap: float, ap: float) -> Curve:
-    """Return precision over recall after each right detection; of more than `MOST_POINTS` as many, evenly spread, both ends too.
-
-    Args:
-        right: of a class's detections at this overlap, the surest first, [D].
-        wrong: likewise.
-        num_objects: that there are to find.
-        overlap: from 0 to 1.
-        ap: average precision there, percent.
-    """
-    hits = np.flatnonzero(right)
-    if len(hits) > MOST_POINTS:
-        hits = hits[np.linspace(0, len(hits) - 1, MOST_POINTS).round().astype(np.int64)]
-    num_right, num_wrong = (np.cumsum(each.astype(np.float64))[hits] for each in (right, wrong))
-    recall, precision = num_right / max(num_objects, 1), num_right / np.maximum(num_right + num_wrong, 1.0)
-    return Curve(overlap=overlap, ap=round(ap, 4), recall=_rounded(recall), precision=_rounded(precision))
 
 
 def draw(image: Image.Image, *, objects: Sequence[ShownObject], detections: Sequence[ShownDetection]) -> Image.Image:
@@ -292,7 +238,7 @@ def _objects(truth: Annotation) -> tuple[ShownObject, ...]:
     )
 
 
-def _detected(detections: Detections) -> tuple[ShownDetection, ...]:
+def _detected(detections: JudgedDetections) -> tuple[ShownDetection, ...]:
     return tuple(
         ShownDetection(
             label=int(detections.labels[row]),
@@ -307,10 +253,6 @@ def _detected(detections: Detections) -> tuple[ShownDetection, ...]:
 def _box(sides: Floats) -> Box:
     x0, y0, x1, y1 = (round(side, 1) for side in sides.tolist())
     return x0, y0, x1, y1
-
-
-def _rounded(shares: npt.NDArray[np.float64]) -> tuple[float, ...]:
-    return tuple(round(share, 5) for share in shares.tolist())
 
 
 def _jpeg(picture: Image.Image) -> bytes:

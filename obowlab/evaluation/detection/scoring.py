@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from obowlab.evaluation.detection import pictures
-from obowlab.evaluation.detection.voc_metric import OVERLAPS, Floats, Found, Truth, overlaps_with
+from obowlab.evaluation.detection.judged import CURVE_OVERLAPS, OVERLAP, JudgedDetections, curve
+from obowlab.evaluation.detection.voc_metric import OVERLAPS, Found, Truth, overlaps_with
+from obowlab.evaluation.resampling import all_but_one, measurement, resamples
 from obowlab.evaluation.result import Measurement
-from obowlab.randomness import Bools, Ints, Stream, uniforms
+from obowlab.randomness import Bools, Floats, Ints
 from obowlab.runs.detection_facts import ClassCurves
-from obowlab.runs.results import pack_values
 
-RESAMPLES = 200
-ROWS_AT_A_TIME = 20
+NUM_RESAMPLES = 200
 BOOTSTRAP_LANE = 3
-"""Keeps the draws apart from those of episodes, probes and SVMs, lanes 0 to 2 of the same stream."""
-
 POINTS = np.arange(0.0, 1.1, 0.1)
 
 
@@ -79,7 +76,7 @@ def surest_first(found: Sequence[Found]) -> list[Found]:
 
 def by_image(
     found: Mapping[str, Sequence[Found]], *, judged: Mapping[str, Judged], num_images: int
-) -> tuple[pictures.Detections, ...]:
+) -> tuple[JudgedDetections, ...]:
     """Return the judged detections of every image, as pictures show them.
 
     Args:
@@ -87,7 +84,7 @@ def by_image(
         judged: what `judge` says of them, of every class in the split's order.
         num_images: how many images were tested.
     """
-    level = OVERLAPS.index(pictures.OVERLAP)
+    level = OVERLAPS.index(OVERLAP)
     ordered = {name: surest_first(each) for name, each in found.items()}
     images = np.concatenate([each.images for each in judged.values()])
     labels = np.repeat(np.arange(len(judged), dtype=np.int64), [len(each.images) for each in judged.values()])
@@ -98,7 +95,7 @@ def by_image(
     order = np.lexsort((-scores, images))
     ends = np.searchsorted(images[order], np.arange(num_images + 1))
     rows = [order[first:last] for first, last in itertools.pairwise(ends.tolist())]
-    return tuple(pictures.Detections(boxes[each], labels[each], scores[each], right[each], wrong[each]) for each in rows)
+    return tuple(JudgedDetections(boxes[each], labels[each], scores[each], right[each], wrong[each]) for each in rows)
 
 
 def class_curves(judged: Mapping[str, Judged], *, num_images: int, recalls: Floats = POINTS) -> tuple[ClassCurves, ...]:
@@ -109,14 +106,12 @@ def class_curves(judged: Mapping[str, Judged], *, num_images: int, recalls: Floa
         num_images: how many images were tested.
         recalls: see `precisions`.
     """
-    levels = [(OVERLAPS.index(overlap), overlap) for overlap in pictures.CURVE_OVERLAPS]
+    levels = [(OVERLAPS.index(overlap), overlap) for overlap in CURVE_OVERLAPS]
     found = []
     for name, each in judged.items():
         num_objects, average = int(each.objects.sum()), precisions(each, np.ones((1, num_images)), recalls=recalls)[:, 0]
         curves = tuple(
-            pictures.curve(
-                each.right[level], each.wrong[level], num_objects=num_objects, overlap=overlap, ap=float(average[level])
-            )
+            curve(each.right[level], each.wrong[level], num_objects=num_objects, overlap=overlap, ap=float(average[level]))
             for level, overlap in levels
         )
         found.append(ClassCurves(name=name, num_objects=num_objects, curves=curves))
@@ -157,8 +152,7 @@ def measure(
 ) -> tuple[tuple[Measurement, ...], dict[str, float]]:
     """Return `NAME_ap50`, `NAME_ap75` and `NAME_ap` over the classes that are shown, and the AP50 of each of them, in percent.
 
-    The intervals are those of other test images from the same world: the 2.5 and 97.5 percentiles of `RESAMPLES` draws of as many
-    images with replacement. For comparisons of runs every image has a share in the value, as `evaluation.svm` has it.
+    Intervals and shares are as `resampling` has them.
 
     Args:
         judged: the detections of every class.
@@ -168,18 +162,20 @@ def measure(
     """
     once = np.ones((1, num_images))
     whole = _mean(judged, once, recalls=recalls)[:, 0]
-    drawn = np.concatenate([_mean(judged, rows, recalls=recalls) for rows in _resamples(num_images)], axis=1)
+    resampled = resamples(num_images, count=NUM_RESAMPLES, lane=BOOTSTRAP_LANE)
+    drawn = np.concatenate([_mean(judged, rows, recalls=recalls) for rows in resampled], axis=1)
     without = _without_each(judged, num_images=num_images, recalls=recalls)
-    found = []
-    for ending, levels in (("ap50", [0]), ("ap75", [5]), ("ap", list(range(len(OVERLAPS))))):
-        value = float(whole[levels].mean())
-        low, high = (float(end) for end in np.percentile(drawn[levels].mean(axis=0), (2.5, 97.5)))
-        left_out = without[levels].mean(axis=0)
-        shares = value - (num_images - 1) * (left_out - left_out.mean())
-        samples = pack_values(shares)
-        found.append(Measurement(f"{name}_{ending}", value, (high - low) / 2.0, low, high, count=num_images, samples=samples))
+    found = tuple(
+        measurement(
+            f"{name}_{ending}",
+            float(whole[levels].mean()),
+            drawn=drawn[levels].mean(axis=0),
+            without=without[levels].mean(axis=0),
+        )
+        for ending, levels in (("ap50", [0]), ("ap75", [5]), ("ap", list(range(len(OVERLAPS)))))
+    )
     of_classes = {name: precisions(each, once, recalls=recalls)[0, 0] for name, each in judged.items() if each.objects.any()}
-    return tuple(found), {name: float(value) for name, value in of_classes.items()}
+    return found, {name: float(value) for name, value in of_classes.items()}
 
 
 def _mean(judged: Mapping[str, Judged], weights: Floats, *, recalls: Floats) -> Floats:
@@ -196,25 +192,10 @@ def _without_each(judged: Mapping[str, Judged], *, num_images: int, recalls: Flo
     for each in judged.values():
         values = np.repeat(precisions(each, np.ones((1, num_images)), recalls=recalls), num_images, axis=1)
         concerned = np.union1d(each.images, np.flatnonzero(each.objects))
-        for first in range(0, len(concerned), ROWS_AT_A_TIME):
-            own = concerned[first : first + ROWS_AT_A_TIME]
-            weights = np.ones((len(own), num_images))
-            weights[np.arange(len(own)), own] = 0.0
+        for own, weights in all_but_one(concerned, num_images=num_images):
             values[:, own] = precisions(each, weights, recalls=recalls)
         is_shown = each.objects.sum() - each.objects > 0
         total += values * is_shown
         shown += is_shown
     mean: Floats = total / np.maximum(shown, 1)
     return mean
-
-
-def _resamples(num_images: int) -> Iterator[Floats]:
-    images = np.arange(num_images, dtype=np.int64)
-    for first in range(0, RESAMPLES, ROWS_AT_A_TIME):
-        rows = np.empty((min(ROWS_AT_A_TIME, RESAMPLES - first), num_images))
-        for place in range(len(rows)):
-            chance = uniforms(seed=0, epoch=first + place, indices=images, stream=Stream.EPISODES, count=1, lane=BOOTSTRAP_LANE)[
-                :, 0
-            ]
-            rows[place] = np.bincount((chance * num_images).astype(np.int64), minlength=num_images)
-        yield rows

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from obowlab.data.annotations import Annotation
-from obowlab.evaluation.detection.pictures import Detections as Shown
+from obowlab.evaluation.detection.judged import JudgedDetections
 from obowlab.evaluation.detection.scoring import Judged, by_image, judge
 from obowlab.evaluation.detection.voc_metric import Found, Truth, as_written
 from obowlab.methods.detection.two_stage import Detections
@@ -22,7 +22,7 @@ class VocTest:
     """
 
     judged: dict[str, Judged]
-    detections: tuple[Shown, ...]
+    detections: tuple[JudgedDetections, ...]
 
 
 def judge_voc_images(found: Iterable[Detections], *, truths: Sequence[Annotation], class_names: tuple[str, ...]) -> VocTest:

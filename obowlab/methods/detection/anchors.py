@@ -5,18 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-SIZES = (32.0, 64.0, 128.0, 256.0, 512.0)
 RATIOS = (0.5, 1.0, 2.0)
 
 
-def shapes(*, sizes: tuple[float, ...] = SIZES, ratios: tuple[float, ...] = RATIOS) -> Tensor:
-    """Return the anchors of one place at (0, 0), float32 [len(sizes) * len(ratios), 4]: of a size all ratios, then the next.
+def shapes(sizes: tuple[float, ...]) -> Tensor:
+    """Return the anchors of one place at (0, 0), float32 [3 len(sizes), 4]: of a size all `RATIOS`, then the next.
 
     A ratio is height over width at an area of size². Nothing is rounded, unlike in torchvision.
     """
     found = []
     for size in sizes:
-        for ratio in ratios:
+        for ratio in RATIOS:
             width = size / ratio**0.5
             height = width * ratio
             found.append((-width / 2, -height / 2, width / 2, height / 2))

@@ -10,7 +10,6 @@ from torchvision.ops import roi_align
 
 from obowlab.methods.backbones import ResNet
 from obowlab.methods.bow import at_least_float32
-from obowlab.methods.detection.anchors import SIZES
 from obowlab.methods.detection.rpn import Level, Proposing
 from obowlab.methods.detection.two_stage import TwoStageDetector
 
@@ -36,9 +35,9 @@ class FasterRcnn(TwoStageDetector):
         *,
         num_classes: int,
         seed: int,
-        sizes: tuple[float, ...] = SIZES,
-        pooled: int = 14,
-        regions: int = 512,
+        sizes: tuple[float, ...],
+        pooled: int,
+        regions: int,
     ) -> None:
         super().__init__(encoder, num_classes=num_classes, regions=regions)
         self.pooled, self.stride = pooled, 4 * self.first_stride

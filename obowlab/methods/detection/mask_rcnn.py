@@ -12,10 +12,9 @@ from torch import Tensor, nn
 
 from obowlab.methods.backbones import ResNet
 from obowlab.methods.bow import at_least_float32
-from obowlab.methods.detection.anchors import SIZES
 from obowlab.methods.detection.masks import MaskHead, convolution_relu, targets
 from obowlab.methods.detection.objects import Objects
-from obowlab.methods.detection.pyramid import STANDARD_SIDE, FeaturePyramid, pool
+from obowlab.methods.detection.pyramid import FeaturePyramid, pool
 from obowlab.methods.detection.rpn import Level, Proposing
 from obowlab.methods.detection.two_stage import Detections, Regions, TwoStageDetector, alone
 
@@ -49,12 +48,12 @@ class MaskRcnn(TwoStageDetector):
         *,
         num_classes: int,
         seed: int,
-        head: Literal["moco", "infomin"] = "moco",
-        sizes: tuple[float, ...] = SIZES,
-        standard: float = STANDARD_SIDE,
-        width: int = 256,
-        head_width: int = 1024,
-        regions: int = 512,
+        head: Literal["moco", "infomin"],
+        sizes: tuple[float, ...],
+        standard: float,
+        width: int,
+        head_width: int,
+        regions: int,
     ) -> None:
         super().__init__(encoder, num_classes=num_classes, regions=regions)
         self.standard = standard

@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-NUM_BATCHES = 200
-
 
 class _Statistics:
     """Mean and mean square of a layer's input, over batches that count alike."""

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import roi_align
 
-STANDARD_SIDE = 224.0
 """A region of this side, in pixels, is pooled from the third finest map where the first stage's stride is 4."""
 
 
@@ -53,9 +52,7 @@ def level_of(boxes: Tensor, *, standard: float, num_levels: int) -> Tensor:
     return (2 + torch.log2(sides / standard + 1e-8)).floor().clamp(0, num_levels - 1).to(torch.int64)
 
 
-def pool(
-    maps: Sequence[Tensor], *, strides: Sequence[int], regions: Sequence[Tensor], side: int, standard: float = STANDARD_SIDE
-) -> Tensor:
+def pool(maps: Sequence[Tensor], *, strides: Sequence[int], regions: Sequence[Tensor], side: int, standard: float) -> Tensor:
     """Return the regions of all images, each from the map that fits its size, [R, C, side, side].
 
     Args:

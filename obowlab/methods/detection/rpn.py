@@ -80,7 +80,7 @@ class RegionProposals(nn.Module):
         super().__init__()
         self.levels = tuple(levels)
         for place, level in enumerate(self.levels):
-            self.register_buffer(f"origin{place}", shapes(sizes=level.sizes), persistent=False)
+            self.register_buffer(f"origin{place}", shapes(level.sizes), persistent=False)
         num_anchors = len(self.get_buffer("origin0"))
         self.conv = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
         self.objectness = nn.Conv2d(channels, num_anchors, kernel_size=1)

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from obowlab.config import project_root
 from obowlab.files.opening import UnusableFileError
 from obowlab.files.replacing import folder_written
+from obowlab.pages import environment, templates
 from obowlab.runs.detection_facts import DETECTION_FOLDER, FACTS, PAGE, ClassCurves, Curve, DetectionFacts, Picture
 
 TEMPLATE = "detection.html"
@@ -74,16 +74,11 @@ def write_detection(facts: DetectionFacts, *, pictures: Mapping[str, bytes], fol
 
 def render_detection(facts: DetectionFacts) -> str:
     """Return `index.html` for the facts of a detector's test; the pictures lie beside it."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    dashboards = project_root() / "dashboards"
-    environment = Environment(
-        loader=FileSystemLoader(dashboards), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.globals.update({"described": described, "lines_of": lines_of})
+    here = environment(templates())
+    here.globals.update({"described": described, "lines_of": lines_of})
     groups = {heading: [facts.pictures[place] for place in getattr(facts.groups, group)] for group, heading in HEADINGS.items()}
     frame = {"left": LEFT, "right": RIGHT, "top": TOP, "bottom": BOTTOM}
-    return environment.get_template(TEMPLATE).render(facts=facts, groups=groups, frame=frame)
+    return here.get_template(TEMPLATE).render(facts=facts, groups=groups, frame=frame)
 
 
 def described(picture: Picture, *, classes: tuple[ClassCurves, ...]) -> str:
