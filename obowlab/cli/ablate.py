@@ -63,7 +63,7 @@ def _number_of_seeds(_: click.Context, __: click.Parameter, value: str) -> int |
 
 @click.command()
 @names_argument
-@click.option("--rows", "row_words", multiple=True, metavar="KEY,...", help="Only these rows (and the base row); repeatable.")
+@click.option("--rows", "row_keys", multiple=True, metavar="KEY,...", help="Only these rows (and the base row); repeatable.")
 @click.option(
     "--seeds",
     default="1",
@@ -101,7 +101,7 @@ def _number_of_seeds(_: click.Context, __: click.Parameter, value: str) -> int |
 @dry_run_option
 def ablate(
     names: tuple[str, ...],
-    row_words: tuple[str, ...],
+    row_keys: tuple[str, ...],
     seeds: int | None,
     power: float | None,
     effect: float | None,
@@ -160,7 +160,7 @@ def ablate(
         return measure_rows(
             names,
             scale=scale,
-            row_words=row_words,
+            row_keys=row_keys,
             seeds=seeds,
             weights=weights,
             machine=(replace(options, device="cuda") if gpus is not None else options).machine(procs=gpus),
@@ -173,7 +173,7 @@ def ablate(
             names,
             scale=scale,
             overrides=overrides,
-            row_words=row_words,
+            row_keys=row_keys,
             machine=options.machine(procs=1),
             records=records,
             dry_run=dry_run,
@@ -185,7 +185,7 @@ def ablate(
         check_gpus(machine)
     runs = store_runs(machine.runs_root)
     book = CostBook(machine.model_copy(update={"procs": 1}), runs=runs.values())
-    rows = select_rows(row_words, tables=tables)
+    rows = select_rows(row_keys, tables=tables)
     known = read_records(records) if records is not None and records.is_dir() else {}
     if seeds is None:
         most = max_seeds or MAX_SEEDS

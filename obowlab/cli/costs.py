@@ -24,7 +24,7 @@ def time_rows(
     *,
     scale: str,
     overrides: Sequence[str],
-    row_words: Sequence[str],
+    row_keys: Sequence[str],
     machine: Machine,
     records: Path | None,
     dry_run: bool,
@@ -36,7 +36,7 @@ def time_rows(
     if machine.launcher == "slurm":
         raise UserError(f"{names[0]} is timed where the command runs: leave --launcher out, and start it in a job of its own.")
     tables = [load_costs(name, scale=scale, overrides=overrides) for name in names]
-    chosen = [select(row_words, table=table) for table in tables]
+    chosen = [select(row_keys, table=table) for table in tables]
     for table, keys in zip(tables, chosen, strict=True):
         rows = [[key, table.recipes[key], ", ".join(table.overrides[key])] for key in keys]
         print_table(("row", "recipe", "with"), rows, title=table.file.title, names=("recipe", "with"))

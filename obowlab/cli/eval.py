@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from obowlab import text
 from obowlab.cli.options import (
     CLUSTER,
     HARDWARE,
@@ -129,14 +130,17 @@ def evaluate(
             click.echo(f"  not known before {chosen.name} is read: whether its network is the one of recipe '{recipe_name}'")
         return print_obstacles(obstacles_of([check]))
     if machine.launcher == "slurm":
-        words = ["eval", str(chosen.folder.path) if chosen.folder is not None else absolute(subject)]
-        words += [word for protocol in protocols for word in ("--protocol", protocol)]
-        words += [word for text in overrides for word in ("--set", text)]
-        words += ["--dataset", dataset] if dataset is not None else []
-        words += ["--recipe", absolute_recipe(recipe_name)] if recipe_name is not None else []
-        words += [] if untrained is None else ["--random" if untrained else "--no-random"]
-        words += ["--json", str(json_file.absolute())] if json_file is not None else []
-        return _submit(words, name=chosen.name, machine=machine, options=options)
+        arguments = text.arguments(
+            "eval",
+            str(chosen.folder.path) if chosen.folder is not None else absolute(subject),
+            protocol=protocols,
+            set=overrides,
+            dataset=dataset,
+            recipe=None if recipe_name is None else absolute_recipe(recipe_name),
+            random=untrained,
+            json=None if json_file is None else json_file.absolute(),
+        )
+        return _submit(arguments, name=chosen.name, machine=machine, options=options)
     if chosen.folder is not None:
         _check_writable(chosen.folder.path)
     check()
@@ -225,12 +229,12 @@ def _check_writable(path: Path) -> None:
             )
 
 
-def _submit(words: list[str], *, name: str, machine: Machine, options: MachineOptions) -> int:
+def _submit(arguments: Sequence[str], *, name: str, machine: Machine, options: MachineOptions) -> int:
     """Measure in a job of the cluster."""
     from obowlab.launch.slurm import JobRequest, Resources
 
     submitter = submitter_of(machine, options=options)
-    request = JobRequest(arguments=submitter.complete(words), runs=(), what=f"eval {name}")
+    request = JobRequest(arguments=submitter.complete(arguments), runs=(), what=f"eval {name}")
     return submitter.follow(submitter.submit([request], resources=Resources(gpus=machine.device != "cpu"), name="eval"))
 
 

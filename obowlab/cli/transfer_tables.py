@@ -48,7 +48,7 @@ def measure_rows(
     names: Sequence[str],
     *,
     scale: str,
-    row_words: Sequence[str],
+    row_keys: Sequence[str],
     seeds: int,
     weights: Sequence[str],
     machine: Machine,
@@ -61,7 +61,7 @@ def measure_rows(
     Args:
         names: of the tables.
         scale: one of `SCALES`.
-        row_words: rows to measure; all if there are none.
+        row_keys: rows to measure; all if there are none.
         seeds: 0 to this many less one, of every protocol that is a training.
         weights: texts ROW=RUN or ROW=FILE: encoders of rows.
         machine: where and with what; its processes share every training.
@@ -86,7 +86,7 @@ def measure_rows(
             raise UserError(
                 f"{table.name} has the paper's values alone so far: nothing of it can be measured. Show it with `table`."
             )
-        chosen = select(row_words, table=table)
+        chosen = select(row_keys, table=table)
         work = _Work(table, machine=machine, options=options, dry_run=dry_run)
         work.give(weights)
         due = work.due(chosen, seeds=seeds)
