@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from obowlab.cli.costs import show_costs, time_rows
+from obowlab.cli.measured_tables import measure_rows, show_measured, time_rows
 from obowlab.cli.options import (
     CLUSTER,
     HARDWARE,
@@ -22,7 +22,6 @@ from obowlab.cli.options import (
     would,
 )
 from obowlab.cli.output import print_lines, print_obstacles, print_table, send_to_mlflow, write_out
-from obowlab.cli.transfer_tables import measure_rows, show_transfers
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
@@ -257,7 +256,7 @@ def table(
     from obowlab.tables import render
     from obowlab.tables.build import build_from_store, build_table, finished_seeds
     from obowlab.tables.kept import keep_table
-    from obowlab.tables.spec import COSTS, TRANSFER, load_tables, one_kind
+    from obowlab.tables.spec import load_tables, one_kind
 
     machine = options.machine()
     kind = one_kind(names)
@@ -266,12 +265,10 @@ def table(
     if records is not None:
         check_records(records)
     source = records or machine.runs_root
-    if kind == COSTS:
-        return show_costs(names, scale=scale, overrides=overrides, source=source, form=form, out=out, dry_run=dry_run)
-    if kind == TRANSFER:
-        if overrides:
-            raise UserError(f"{names[0]} takes no --set.")
-        return show_transfers(names, scale=scale, source=source, form=form, out=out, dry_run=dry_run)
+    if kind is not None:
+        return show_measured(
+            names, kind=kind, scale=scale, overrides=overrides, source=source, form=form, out=out, dry_run=dry_run
+        )
     tables = load_tables(names, scale=scale, overrides=overrides)
     if dry_run:
         return would(f"build {', '.join(planned.name for planned in tables)} at scale {scale} from {source}")

@@ -27,13 +27,9 @@ def beginning_with(source: Source, *, runs_root: Path, dry_run: bool) -> tuple[s
     """
     info = source.info
     if info is None or not dry_run:
-        from obowlab.weights.encoder_file import read_source
-        from obowlab.weights.kept import keep_weights
+        from obowlab.weights.kept import keep_encoder
 
-        encoder = read_source(source)
-        info = encoder.info
-        if not dry_run:
-            keep_weights(encoder, runs_root=runs_root)
+        info = keep_encoder(source, runs_root=runs_root, dry_run=dry_run)
     network = (f"backbone.{key}={json.dumps(value)}" for key, value in info.backbone.model_dump(mode="json").items())
     return (f'method.weights="{info.weights_hash}"', *network)
 

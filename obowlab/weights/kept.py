@@ -13,10 +13,26 @@ from obowlab.errors import UserError
 from obowlab.evaluation.features import weights_hash as hash_of
 from obowlab.files.sharing import share, shared_folder
 from obowlab.methods import build_backbone
-from obowlab.weights.encoder_file import Encoder, read_encoder, write_encoder
+from obowlab.weights.encoder_file import Encoder, read_encoder, read_source, write_encoder
 from obowlab.weights.info import EncoderInfo
+from obowlab.weights.source import Source, kept_path
 
-FOLDER = ".weights"
+
+def keep_encoder(of: Source | Recipe, *, runs_root: Path, dry_run: bool) -> EncoderInfo:
+    """Keep an encoder in the run store, and return what is known of it.
+
+    Args:
+        of: the encoder; of a recipe the network as it is before training.
+        runs_root: the run store.
+        dry_run: keep nothing.
+
+    Raises:
+        UserError: it cannot be read, or the run store not written to.
+    """
+    encoder = untrained(of) if isinstance(of, Recipe) else read_source(of)
+    if not dry_run:
+        keep_weights(encoder, runs_root=runs_root)
+    return encoder.info
 
 
 def keep_weights(encoder: Encoder, *, runs_root: Path) -> str:
@@ -78,8 +94,3 @@ def untrained(recipe: Recipe) -> Encoder:
         weights_hash=hash_of(model),
     )
     return Encoder(model=model, info=info, path=Path(info.source))
-
-
-def kept_path(weights_hash: str, *, runs_root: Path) -> Path:
-    """Return where an encoder is kept by the hash of its weights, or would be."""
-    return runs_root / FOLDER / f"{weights_hash}.safetensors"
