@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
@@ -259,15 +259,8 @@ def show(table: Table, *, with_runs: bool = False) -> None:
 # -------------------------------------------------------------------------------------------------------------- helpers
 
 
-@dataclass(frozen=True)
-class _Auto:
-    """What `--seeds auto` aims at.
-
-    Attributes:
-        power: chance to find a true difference.
-        effect: the difference; the paper's or ours if absent.
-        most: no more seeds than these.
-    """
+class _Auto(NamedTuple):
+    """What `--seeds auto` aims at: see --power, --effect and --max-seeds."""
 
     power: float
     effect: float | None
@@ -321,7 +314,10 @@ def _train_rows(
     slots = gpus or jobs or (len(plan.jobs) if on_cluster else max(1, num_cores() // (machine.threads or 1)))
     again = unmeasured(plan, runs=runs, machine=machine)
     if not dry_run and not on_cluster and any(job.fingerprint not in runs for job in plan.jobs):
-        _time_steps(plan, book=book, machine=machine)
+        check_images(plan.jobs, machine=machine, say=click.echo)  # it is timed on them
+        _say("Timing a few steps of the recipes that were never trained here.")
+        if problem := book.measure([job.loaded.recipe for job in plan.jobs]):
+            _warn(f"not every recipe could be timed ({problem}).")
     trainings, lines = overview(plan, runs=runs, book=book, slots=slots, on_cluster=on_cluster, again=again)
     print_table(OVERVIEW_COLUMNS, trainings, right=("steps",), names=("run", "rows"), hide=("steps", "rows", "training"))
     if len(plan.jobs) < len(whole.jobs):
@@ -364,16 +360,6 @@ def _proposed(
     print_lines(remarks)
     click.echo()
     return num_seeds(proposal, most=aim.most)
-
-
-def _time_steps(plan: Plan, *, book: CostBook, machine: Machine) -> None:
-    """Time the recipes of a plan that were never trained here, on their images."""
-    from obowlab.tables.plan import check_images
-
-    check_images(plan.jobs, machine=machine, say=click.echo)
-    _say("Timing a few steps of the recipes that were never trained here.")
-    if problem := book.measure([job.loaded.recipe for job in plan.jobs]):
-        _warn(f"not every recipe could be timed ({problem}).")
 
 
 def _execute(execution: Execution, *, records: Path | None, known: Records) -> int:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -27,7 +26,7 @@ from obowlab.cli.options import (
 )
 from obowlab.cli.output import json_line, print_lines, print_measurements, print_obstacles, send_to_mlflow
 from obowlab.cli.run import Wanted
-from obowlab.cli.transfer import measure_by_training
+from obowlab.cli.transfer import add_results, train_beginning_with, why_not_comparable
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
@@ -110,8 +109,7 @@ def evaluate(
     )
 
 
-@dataclass(frozen=True)
-class _Asked:
+class _Asked(NamedTuple):
     """What is to be measured, as it was typed; see the options of `evaluate`."""
 
     subject: str
@@ -156,7 +154,7 @@ def _measure(asked: _Asked, *, options: MachineOptions, dry_run: bool) -> int:
             )
         return print_obstacles(obstacles_of([check]))
     if machine.launcher == "slurm":
-        return _submit(replace(asked, dataset=dataset), chosen=chosen, machine=machine, options=options)
+        return _submit(asked._replace(dataset=dataset), chosen=chosen, machine=machine, options=options)
     if chosen.folder is not None:
         _check_writable(chosen.folder.path)
     check()
@@ -165,7 +163,12 @@ def _measure(asked: _Asked, *, options: MachineOptions, dry_run: bool) -> int:
     print_measurements(values)
     print_lines(_not_comparable(values, recipe=recipe))
     if json_file is not None:
-        _write_json(values, path=json_file)
+        from obowlab.files.replacing import write_atomic
+
+        try:
+            write_atomic(json_file, json_line(values) + "\n")
+        except OSError as error:
+            raise UserError(f"Cannot write --json {json_file}: {error.strerror}.") from None
     if chosen.folder is not None:
         keep_results(values, folder=chosen.folder, machine=machine)
     return 0
@@ -204,13 +207,19 @@ def keep_results(values: Sequence[dict[str, Any]], *, folder: RunFolder, machine
 def _by_training(
     subject: str, wanted: Wanted, *, protocol: str, procs: int | None, options: MachineOptions, dry_run: bool
 ) -> int:
-    """Measure an encoder by a training that begins with it; return the exit code."""
+    """Measure an encoder by a training that begins with it, and add the result to its run; return the exit code."""
     from obowlab.weights.source import find_source
 
     when_interrupted("the same command continues from what is saved.")
     machine = options.machine(procs=procs)
     source = find_source(subject, runs_root=machine.runs_root, tracking_uri=machine.tracking_uri)
-    return measure_by_training(source, protocol=protocol, wanted=wanted, machine=machine, options=options, dry_run=dry_run)
+    code, trained = train_beginning_with(source, wanted=wanted, machine=machine, options=options, dry_run=dry_run)
+    if trained is None:
+        return code
+    print_lines([sentence] if (sentence := why_not_comparable(trained, protocol=protocol)) else [])
+    if source.folder is not None:
+        add_results(trained, to=source.folder, protocol=protocol, machine=machine)
+    return code
 
 
 def _usual_dataset(protocols: Sequence[str], recipe: Recipe, *, data_root: Path) -> str | None:
@@ -241,15 +250,6 @@ def _check_writable(path: Path) -> None:
                 f"Results are added to the run, and you may not write to {place}: ask its owner for the right to, "
                 f"or measure its file, `obowlab eval {path / 'encoder.safetensors'}`."
             )
-
-
-def _write_json(values: Sequence[dict[str, Any]], *, path: Path) -> None:
-    from obowlab.files.replacing import write_atomic
-
-    try:
-        write_atomic(path, json_line(values) + "\n")
-    except OSError as error:
-        raise UserError(f"Cannot write --json {path}: {error.strerror}.") from None
 
 
 def _submit(asked: _Asked, *, chosen: Subject, machine: Machine, options: MachineOptions) -> int:

@@ -8,21 +8,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
+from obowlab.cli.beginning import keep_encoder
 from obowlab.cli.options import when_interrupted, would
-from obowlab.cli.output import print_grids, print_lines, print_table
+from obowlab.cli.output import print_lines, print_table, write_out
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from obowlab.cli.options import MachineOptions
-    from obowlab.config import Machine, Recipe
+    from obowlab.config import Machine
     from obowlab.tables.costs import Costs, CostTable
     from obowlab.tables.render import Format, Grid
     from obowlab.tables.transfer import Transfers, TransferTable
     from obowlab.tables.transfer_measuring import Due, Outcome
-    from obowlab.weights.info import EncoderInfo
-    from obowlab.weights.source import Source
 
 
 def time_rows(
@@ -76,17 +75,6 @@ def measure_rows(
 ) -> int:
     """Measure what tables of transfer ask of the encoders there are, show the tables, and keep the records if asked.
 
-    Args:
-        names: of the tables.
-        scale: one of `SCALES`.
-        row_keys: rows to measure; all if there are none.
-        seeds: 0 to this many less one, of every protocol that is a training.
-        weights: texts ROW=RUN or ROW=FILE: encoders of rows.
-        machine: where and with what; its processes share every training.
-        options: of the command line.
-        records: folder that what was measured is written to as well.
-        dry_run: only say what would be done.
-
     Returns:
         The exit code: 1 when something could not be measured.
 
@@ -106,14 +94,14 @@ def measure_rows(
             raise UserError(
                 f"{table.name} has the paper's values alone so far: nothing of it can be measured. Show it with `table`."
             )
-        keep = partial(_keep, runs_root=machine.runs_root, dry_run=dry_run)
+        keep = partial(keep_encoder, runs_root=machine.runs_root, dry_run=dry_run)
         measuring = Measuring(table, machine=machine, keep=keep, dry_run=dry_run)
         chosen = measuring.select(row_keys)
         measuring.give(weights)
         due = measuring.due(chosen, seeds=seeds)
         refused = measuring.refusals(due)
-        columns, rows = measuring.overview(chosen, due=due, refused=refused)
-        print_table(columns, rows, title=table.file.title, names=("encoder",), prose=())
+        rows = measuring.overview(chosen, due=due, refused=refused)
+        print_table(("row", "encoder", *table.protocols), rows, title=table.file.title, names=("encoder",), prose=())
         print_lines([f"Left out: {protocol}: {why}" for protocol, why in refused.items()])
         due = [each for each in due if each.protocol not in refused]
         if refused and not due and not any(measuring.transfers.of_row(key) for key in chosen):
@@ -144,23 +132,10 @@ def show_measured(
     out: Path | None,
     dry_run: bool,
 ) -> None:
-    """Show tables of one kind as a run store or a folder of records has them.
-
-    Args:
-        names: of the tables.
-        kind: `COSTS` or `TRANSFER`.
-        scale: one of `SCALES`.
-        overrides: what every row changes; tables of transfer take none.
-        source: the run store, or the folder of records.
-        form: how to print.
-        out: a file to write instead; None for none.
-        dry_run: only say what would be done.
-
-    Raises:
-        UserError: there is no such table, or it cannot be shown so.
-    """
+    """Show tables of a kind, `COSTS` or `TRANSFER`, as `source` has them, a run store or a folder of records."""
     from obowlab.tables.costs import Costs, load_costs
     from obowlab.tables.measured import find_kept
+    from obowlab.tables.render import grids_text
     from obowlab.tables.spec import COSTS
     from obowlab.tables.transfer import Transfers, load_transfer
 
@@ -183,22 +158,12 @@ def show_measured(
         for each in shown:
             _print(each)
         return None
-    return print_grids(
-        [each.grid for each in shown],
-        names=[(each.name, scale) for each in shown],
-        values=[each.content for each in shown],
-        form=form,
-        out=out,
-    )
+    names_scales, contents = [(each.name, scale) for each in shown], [each.content for each in shown]
+    content = grids_text([each.grid for each in shown], names=names_scales, values=contents, form=form)
+    return click.echo(content, nl=False) if out is None else write_out(out, content)
 
 
 # -------------------------------------------------------------------------------------------------------------- helpers
-
-
-def _keep(of: Source | Recipe, *, runs_root: Path, dry_run: bool) -> EncoderInfo:
-    from obowlab.weights.kept import keep_encoder  # imports torch
-
-    return keep_encoder(of, runs_root=runs_root, dry_run=dry_run)
 
 
 def _measured(due: Due, *, table: TransferTable, machine: Machine, options: MachineOptions) -> Outcome:

@@ -25,12 +25,7 @@ Content = TypeVar("Content", bound=BaseModel)
 
 
 def read_table(name: str, *, scale: str, shape: type[File]) -> tuple[Path, File]:
-    """Return the path of a table file and what it says.
-
-    Args:
-        name: of a shipped table, or its file.
-        scale: at which it is wanted.
-        shape: what the file says.
+    """Return the path of a shipped table, or of one's own, and what it says.
 
     Raises:
         UserError: no such scale, file or key.
@@ -42,11 +37,7 @@ def read_table(name: str, *, scale: str, shape: type[File]) -> tuple[Path, File]
 
 
 def check_scales(place: str, scales: Iterable[str]) -> None:
-    """Refuse a part of a table file that names a scale which is none.
-
-    Raises:
-        UserError: names it.
-    """
+    """Raise a UserError where a part of a table file names a scale that is none."""
     for scale in scales:
         if scale not in SCALES:
             raise UserError(f"{place} names the scale '{scale}'.{nearest(scale, list(SCALES))}")
@@ -58,11 +49,7 @@ def recipe_place(recipe: str, *, folder: Path) -> str:
 
 
 def load_row(recipe: str, *, key: str, changes: Mapping[str, Any]) -> Loaded:
-    """Return the recipe of the row with a key.
-
-    Raises:
-        UserError: names the row.
-    """
+    """Return the recipe of a row; errors name the row."""
     try:
         return load_recipe(recipe, changes=changes)
     except UserError as error:
@@ -70,16 +57,10 @@ def load_row(recipe: str, *, key: str, changes: Mapping[str, Any]) -> Loaded:
 
 
 def select_keys(asked: Sequence[str], *, keys: Sequence[str], table: str, where: str = "") -> list[str]:
-    """Return the keys that `--rows` asks for, in the table's order; all where it is not given.
-
-    Args:
-        asked: texts `KEY,KEY`.
-        keys: of the table's rows.
-        table: its name.
-        where: in which part of the table they are.
+    """Return the keys of a table that `--rows` asks for, in its order; all where it is not given.
 
     Raises:
-        UserError: there is no such row.
+        UserError: there is no such row; `where` follows its name.
     """
     wanted = [key for text in asked for key in text.split(",") if key]
     for key in wanted:
@@ -102,12 +83,7 @@ def read_kept(shape: type[Content], path: Path) -> Content | None:
 
 
 def write_kept(content: BaseModel, path: Path, *, shared: bool = False) -> None:
-    """Write what was measured; the same gives the same bytes.
-
-    Args:
-        content: all of it.
-        path: the file.
-        shared: whether it is the run store's, which others may use.
+    """Write what was measured, into a run store with `shared`; the same gives the same bytes.
 
     Raises:
         UserError: the disk refuses.

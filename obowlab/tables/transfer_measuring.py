@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from obowlab import text
 from obowlab.config import Evaluation, Machine, Recipe
@@ -49,15 +49,8 @@ class Due:
     name: str
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a measurement ended.
-
-    Attributes:
-        code: 0, or the exit code of what failed; 128 and more for a signal.
-        result: as results of runs are; None where there is none.
-        run_id: of the training; None for protocols that are none.
-    """
+class Outcome(NamedTuple):
+    """How a measurement ended: the exit code, 128 and more for a signal; the result, if there is one; the training, if it was."""
 
     code: int
     result: Mapping[str, Any] | None = None
@@ -71,8 +64,7 @@ class Measuring:
     Attributes:
         table: at its scale.
         machine: where and with what; its run store keeps the results.
-        keep: reads the encoder of a source, or makes the network of a recipe as it is before training, and keeps it in the run
-            store, but for a dry run.
+        keep: keeps an encoder, or a recipe's network as it is before training, in the run store, but for a dry run.
         dry_run: keep nothing.
         transfers: what was measured.
     """
@@ -96,10 +88,7 @@ class Measuring:
         return select_keys(asked, keys=[row.key for row in self.table.file.row], table=self.table.name)
 
     def give(self, weights: Sequence[str]) -> None:
-        """Let rows be measured with the encoders that --weights names, from now on.
-
-        Args:
-            weights: texts ROW=RUN or ROW=FILE.
+        """Let rows be measured with the encoders that --weights names (ROW=RUN or ROW=FILE), from now on.
 
         Raises:
             UserError: there is no such row or encoder.
@@ -115,12 +104,7 @@ class Measuring:
             self._write(self.transfers.model_copy(update={"given": given}))
 
     def due(self, rows: Collection[str], *, seeds: int) -> list[Due]:
-        """Return what is asked of the encoders of rows and was not measured yet.
-
-        Args:
-            rows: keys of those that are wanted.
-            seeds: 0 to this many less one, of every protocol that is a training.
-        """
+        """Return what is asked of the encoders of rows and was not measured yet; trainings are asked for with so many seeds."""
         found = []
         for row in self.table.file.row:
             source = self.source(row) if row.key in rows else None
@@ -157,16 +141,8 @@ class Measuring:
                 refused[protocol] = " ".join(sentences)
         return refused
 
-    def overview(
-        self, rows: Collection[str], *, due: Collection[Due], refused: Collection[str]
-    ) -> tuple[list[str], list[list[str]]]:
-        """Return the headings and rows of what is measured of every encoder, and what is to be.
-
-        Args:
-            rows: keys of those that are wanted.
-            due: what is asked of them.
-            refused: protocols that cannot be measured here.
-        """
+    def overview(self, rows: Collection[str], *, due: Collection[Due], refused: Collection[str]) -> list[list[str]]:
+        """Return, under row, encoder and the table's protocols, what of rows is measured, and what is to be."""
         lines = []
         for row in (each for each in self.table.file.row if each.key in rows):
             source = self.source(row)
@@ -174,26 +150,16 @@ class Measuring:
                 lines.append([row.key, text.ABSENT, *[""] * len(self.table.protocols)])
                 continue
             done = [entry.protocol for entry in self.transfers.of_row(row.key)]
-            states = []
-            for protocol in self.table.protocols:
-                left = sum((each.row.key, each.protocol) == (row.key, protocol) for each in due)
-                states.append(
-                    "left out" if left and protocol in refused else f"{left} to do" if left else f"{done.count(protocol)} done"
-                )
+            left = [each.protocol for each in due if each.row.key == row.key]
+            states = [
+                f"{done.count(each)} done" if each not in left else "left out" if each in refused else f"{left.count(each)} to do"
+                for each in self.table.protocols
+            ]
             lines.append([row.key, _shown(source), *states])
-        return ["row", "encoder", *self.table.protocols], lines
+        return lines
 
     def measure(self, due: Sequence[Due], *, measured: Callable[[Due], Outcome], say: Callable[[str], None]) -> int:
-        """Measure, and keep what was measured each time; a measurement that fails does not stop the others.
-
-        Args:
-            due: what is asked.
-            measured: measures one.
-            say: prints one line.
-
-        Returns:
-            0, 1 when something failed, or the exit code of a signal.
-        """
+        """Measure, and keep what was measured each time; return 0, 1 when something failed, or the exit code of a signal."""
         failed = []
         for number, each in enumerate(due, start=1):
             say(f"Measuring {each.name} ({number} of {len(due)}).")
@@ -222,14 +188,12 @@ class Measuring:
 
     def _find(self, row: TransferRow) -> Source | None:
         runs_root = self.machine.runs_root
-        given = self.transfers.given.get(row.key)
-        if given is not None:
+        if (given := self.transfers.given.get(row.key)) is not None:
             kept = kept_path(given.weights_hash, runs_root=runs_root)
             if given.run_id is None and self.dry_run and not kept.is_file():
                 return find_source(given.name, runs_root=runs_root)
-            return find_source(given.run_id if given.run_id is not None else str(kept), runs_root=runs_root)
-        loaded = self.table.pretraining.get(row.key)
-        if loaded is None:
+            return find_source(given.run_id or str(kept), runs_root=runs_root)
+        if (loaded := self.table.pretraining.get(row.key)) is None:
             return None
         if row.untrained:
             info = self.keep(loaded.recipe)
@@ -242,9 +206,7 @@ class Measuring:
 
     def _given(self, ref: str) -> Given:
         source = find_source(ref, runs_root=self.machine.runs_root, tracking_uri=self.machine.tracking_uri)
-        info = source.info
-        if info is None or (source.folder is None and not self.dry_run):
-            info = self.keep(source)
+        info = source.info if source.folder is not None and source.info is not None else self.keep(source)
         is_here = source.folder is not None and source.folder.path.parent.resolve() == self.machine.runs_root.resolve()
         return Given(name=source.name, run_id=source.name if is_here else None, weights_hash=info.weights_hash)
 

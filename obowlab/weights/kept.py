@@ -13,26 +13,9 @@ from obowlab.errors import UserError
 from obowlab.evaluation.features import weights_hash as hash_of
 from obowlab.files.sharing import share, shared_folder
 from obowlab.methods import build_backbone
-from obowlab.weights.encoder_file import Encoder, read_encoder, read_source, write_encoder
+from obowlab.weights.encoder_file import Encoder, read_encoder, write_encoder
 from obowlab.weights.info import EncoderInfo
-from obowlab.weights.source import Source, kept_path
-
-
-def keep_encoder(of: Source | Recipe, *, runs_root: Path, dry_run: bool) -> EncoderInfo:
-    """Keep an encoder in the run store, and return what is known of it.
-
-    Args:
-        of: the encoder; of a recipe the network as it is before training.
-        runs_root: the run store.
-        dry_run: keep nothing.
-
-    Raises:
-        UserError: it cannot be read, or the run store not written to.
-    """
-    encoder = untrained(of) if isinstance(of, Recipe) else read_source(of)
-    if not dry_run:
-        keep_weights(encoder, runs_root=runs_root)
-    return encoder.info
+from obowlab.weights.source import kept_path
 
 
 def keep_weights(encoder: Encoder, *, runs_root: Path) -> str:
