@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torchvision.models import resnet18
 
 from obowlab.config.scales import SCALES
 from obowlab.data.datasets import open_split, prepare
@@ -323,6 +325,19 @@ def test_a_row_is_given_an_encoder_and_keeps_it(place: Path, obowlab: Obowlab) -
     assert kept is not None
     assert len({each.weights_hash for each in kept.entries}) == 1, "the file holds the run's weights"
     assert math.isclose(*(each.measurements[0]["value"] for each in kept.of_row("theirs")[:1] + kept.of_row("ours")[:1]))
+
+
+def test_a_row_is_given_a_file_of_others_or_a_run_of_another_store(place: Path, obowlab: Obowlab) -> None:
+    words = ("mine.toml", "--scale", "demo", *QUIET, "--rows", "theirs")
+    torch.save(resnet18().state_dict(), "theirs.pth")
+    code, out, err = obowlab("ablate", *words, "--weights", "theirs=theirs.pth", "--dry-run")
+    assert code == 0, err
+    assert "Would measure 1 times" in out
+    assert obowlab("run", "small", *QUIET, "--runs-root", "elsewhere")[0] == 0
+    (run,) = (path.parent for path in (place / "elsewhere").glob("small-s0-*/run.json"))
+    code, out, err = obowlab("ablate", *words, "--weights", f"theirs={run}")
+    assert code == 0, err
+    assert f"Theirs: {run.name}" in out
 
 
 def test_svms_of_a_row_are_a_column_as_well(place: Path, obowlab: Obowlab, tmp_path: Path) -> None:

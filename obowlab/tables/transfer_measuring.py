@@ -6,7 +6,7 @@ What was measured is kept each time, and nothing is measured twice: killed at an
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
@@ -99,7 +99,12 @@ class Measuring:
             if not ref:
                 raise UserError(f"--weights {each}: name a row and its encoder, as --weights obow=RUN or obow=FILE.")
             (key,) = self.select([row])
-            given[key] = self._given(ref)
+            source = find_source(ref, runs_root=self.machine.runs_root, tracking_uri=self.machine.tracking_uri)
+            is_here = source.folder is not None and source.folder.path.parent.resolve() == self.machine.runs_root.resolve()
+            info = source.info if is_here and source.info is not None else self.keep(source)
+            given[key] = Given(name=source.name, run_id=source.name if is_here else None, weights_hash=info.weights_hash)
+            if self.dry_run:  # it is nowhere else
+                self._sources[key] = replace(source, info=info)
         if given != self.transfers.given:
             self._write(self.transfers.model_copy(update={"given": given}))
 
@@ -189,10 +194,7 @@ class Measuring:
     def _find(self, row: TransferRow) -> Source | None:
         runs_root = self.machine.runs_root
         if (given := self.transfers.given.get(row.key)) is not None:
-            kept = kept_path(given.weights_hash, runs_root=runs_root)
-            if given.run_id is None and self.dry_run and not kept.is_file():
-                return find_source(given.name, runs_root=runs_root)
-            return find_source(given.run_id or str(kept), runs_root=runs_root)
+            return find_source(given.run_id or str(kept_path(given.weights_hash, runs_root=runs_root)), runs_root=runs_root)
         if (loaded := self.table.pretraining.get(row.key)) is None:
             return None
         if row.untrained:
@@ -203,12 +205,6 @@ class Measuring:
         runs = (self._runs[key] for key in keys if key in self._runs)
         run = next((run for run in runs if (run.path / ENCODER_FILE).is_file()), None)
         return None if run is None else find_source(str(run.path), runs_root=runs_root)
-
-    def _given(self, ref: str) -> Given:
-        source = find_source(ref, runs_root=self.machine.runs_root, tracking_uri=self.machine.tracking_uri)
-        info = source.info if source.folder is not None and source.info is not None else self.keep(source)
-        is_here = source.folder is not None and source.folder.path.parent.resolve() == self.machine.runs_root.resolve()
-        return Given(name=source.name, run_id=source.name if is_here else None, weights_hash=info.weights_hash)
 
     def _entry(self, due: Due, *, result: Mapping[str, Any], run_id: str | None) -> Entry:
         given = self.transfers.given.get(due.row.key)
