@@ -1,4 +1,4 @@
-"""Values as text for people: durations, sizes, times, numbers, estimates, settings; each in one form everywhere."""
+"""Values as text for people: durations, sizes, times, numbers, estimates, settings, commands; each in one form everywhere."""
 
 from __future__ import annotations
 
@@ -91,6 +91,23 @@ def override(value: Any) -> str:
     if isinstance(text, str) and re.fullmatch(r"[A-Za-z_][\w.-]*", text) and text not in ("true", "false", "inf", "nan"):
         return text
     return toml(value)
+
+
+def arguments(*positional: str, **options: object) -> tuple[str, ...]:
+    """Return the arguments of another `obowlab` command: `arguments("run", "demo", seed=1)` is `run demo --seed 1`.
+
+    Args:
+        positional: the command and what it takes without a name.
+        options: by name, `-` as `_`. None is left out, True and False are `--NAME` and `--no-NAME`, a tuple repeats the option.
+    """
+    found = list(positional)
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            found.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            found += [part for each in (value if isinstance(value, tuple) else (value,)) for part in (f"--{flag}", str(each))]
+    return tuple(found)
 
 
 def width(text: str) -> int:

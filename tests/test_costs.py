@@ -19,13 +19,12 @@ from obowlab.tables.costs import (
     Costs,
     CostTable,
     Timed,
-    find_costs,
     load_costs,
     measure_costs,
     select,
-    write_costs,
 )
 from obowlab.tables.costs_render import COLUMNS, Ratio, lines_of, overview, remarks
+from obowlab.tables.measured import find_kept, write_kept
 from obowlab.tables.spec import one_kind, table_files
 from obowlab.training.flops import count_flops
 from obowlab.training.work import Work
@@ -219,7 +218,7 @@ def test_timing_goes_on_where_it_stopped(
     monkeypatch.setattr(module, "measure", whole)
     costs = measure_costs(table, rows=rows, machine=machine, say=str)
     assert timed == ["demo-supervised", "demo-full"] * ROUNDS
-    assert find_costs(table, folder=tmp_path) == costs
+    assert find_kept(Costs, table.file_name, folder=tmp_path) == costs
     assert [(each.round, each.row) for each in costs.timed] == [(n, row) for n in range(ROUNDS) for row in rows]
     measure_costs(table, rows=rows, machine=machine, say=str)
     assert len(timed) == 2 * ROUNDS
@@ -232,10 +231,10 @@ def test_changes_of_all_rows_are_another_table(tmp_path: Path, table: CostTable,
     measure_costs(table, rows=["supervised"], machine=machine, say=str)
     other = load_costs("table8", scale="demo", overrides=["training.batch_size=16"])
     assert {loaded.recipe.training.batch_size for loaded in other.loaded.values()} == {16}
-    assert find_costs(other, folder=tmp_path) is None
+    assert find_kept(Costs, other.file_name, folder=tmp_path) is None
     measure_costs(other, rows=["supervised"], machine=machine, say=str)
     assert len(timed) == 2 * ROUNDS
-    assert find_costs(table, folder=tmp_path) is not None
+    assert find_kept(Costs, table.file_name, folder=tmp_path) is not None
 
 
 # ----------------------------------------------------------------------------------------------------------- the commands
@@ -299,13 +298,13 @@ def test_a_process_of_its_own_times_real_training(tmp_path: Path, data_root: Pat
     assert each.speed.step_images_per_s > 0
     assert each.speed.gflops_per_image > 0
     assert (each.speed.measured_batch, each.speed.device, each.speed.images) == (8, "cpu", "'small'")
-    write_costs(costs, tmp_path / "x.costs")
+    write_kept(costs, tmp_path / "x.costs")
     assert Costs.model_validate_json((tmp_path / "x.costs").read_text()) == costs
 
 
 def test_what_was_measured_is_kept_with_the_project() -> None:
     table = load_costs("table8", scale="demo")
-    costs = find_costs(table, folder=ROOT / "ablations/results/demo")
+    costs = find_kept(Costs, table.file_name, folder=ROOT / "ablations/results/demo")
     assert costs is not None
     lines = lines_of(table, costs=costs)
     assert [line.rounds for line in lines] == [ROUNDS] * len(table.rows)

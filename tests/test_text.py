@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -70,3 +71,9 @@ def test_measurements(ends: dict[str, float], expected: str) -> None:
 def test_settings(value: Any, expected: str, given: str) -> None:
     assert text.toml(value) == expected
     assert text.override(value) == given
+
+
+def test_arguments_of_another_command() -> None:
+    given = text.arguments("eval", "a run", protocol=("knn", "linear"), set=(), dataset=None, random=False, json=Path("x"))
+    assert given == ("eval", "a run", "--protocol", "knn", "--protocol", "linear", "--no-random", "--json", "x")
+    assert text.arguments(data_root="d", workers=0, wait=True) == ("--data-root", "d", "--workers", "0", "--wait")

@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torchvision.models import resnet18
 
 from obowlab.config.scales import SCALES
 from obowlab.data.datasets import open_split, prepare
@@ -22,9 +24,10 @@ from obowlab.errors import UserError
 from obowlab.report.read import measured_in
 from obowlab.runs.folder import RunFolder
 from obowlab.runs.results import pack
+from obowlab.tables.measured import read_kept
 from obowlab.tables.spec import table_files
 from obowlab.tables.statistics import estimate
-from obowlab.tables.transfer import Entry, Transfers, load_transfer, question, read_transfers
+from obowlab.tables.transfer import Entry, Transfers, load_transfer, question
 from obowlab.tables.transfer_render import MARK, overview, remarks, value_of
 from tests.command_line import Obowlab
 from tests.runs import small_recipe
@@ -289,7 +292,7 @@ def test_what_is_missing_is_measured_kept_and_shown(place: Path, obowlab: Obowla
     words = words[:-2]
     assert "Ours: small-s0-" in (shown := obowlab("table", *words)[1])
     assert "; seeds 0, 1 of the classifiers" in shown
-    kept = read_transfers(place / "runs/.tables/mine-demo.transfer")
+    kept = read_kept(Transfers, place / "runs/.tables/mine-demo.transfer")
     assert kept is not None
     assert [(each.row, each.seed) for each in kept.entries] == [("ours", 0), ("ours", 1)]
     (run,) = (RunFolder.open(path.parent) for path in (place / "runs").glob("small-s0-*/run.json"))
@@ -318,10 +321,23 @@ def test_a_row_is_given_an_encoder_and_keeps_it(place: Path, obowlab: Obowlab) -
     assert code == 0, err
     assert "Measuring places205 of Theirs, seed 1 (1 of 1)." in err
     assert obowlab("ablate", *words, "--rows", "ours,theirs", "--weights", "theirs=small")[0] == 0
-    kept = read_transfers(place / "runs/.tables/mine-demo.transfer")
+    kept = read_kept(Transfers, place / "runs/.tables/mine-demo.transfer")
     assert kept is not None
     assert len({each.weights_hash for each in kept.entries}) == 1, "the file holds the run's weights"
     assert math.isclose(*(each.measurements[0]["value"] for each in kept.of_row("theirs")[:1] + kept.of_row("ours")[:1]))
+
+
+def test_a_row_is_given_a_file_of_others_or_a_run_of_another_store(place: Path, obowlab: Obowlab) -> None:
+    words = ("mine.toml", "--scale", "demo", *QUIET, "--rows", "theirs")
+    torch.save(resnet18().state_dict(), "theirs.pth")
+    code, out, err = obowlab("ablate", *words, "--weights", "theirs=theirs.pth", "--dry-run")
+    assert code == 0, err
+    assert "Would measure 1 times" in out
+    assert obowlab("run", "small", *QUIET, "--runs-root", "elsewhere")[0] == 0
+    (run,) = (path.parent for path in (place / "elsewhere").glob("small-s0-*/run.json"))
+    code, out, err = obowlab("ablate", *words, "--weights", f"theirs={run}")
+    assert code == 0, err
+    assert f"Theirs: {run.name}" in out
 
 
 def test_svms_of_a_row_are_a_column_as_well(place: Path, obowlab: Obowlab, tmp_path: Path) -> None:

@@ -175,8 +175,8 @@ def _nearest_option(error: click.NoSuchOption) -> str:
         keys = [*known_keys(Recipe), *(key for section in METHOD_SECTIONS.values() for key in known_keys(section, "method."))]
         keys.sort(key=lambda key: -key.count("."))  # of equal names the outermost, which comes last: epochs of training
         names = {f"--{name}": key for key in keys for name in (key, key.rpartition(".")[2])}
-        word = "--" + error.option_name.lstrip("-").replace("-", "_")
-        best = difflib.get_close_matches(word, [*near, *names], n=1, cutoff=0.8)
+        option = "--" + error.option_name.lstrip("-").replace("-", "_")
+        best = difflib.get_close_matches(option, [*near, *names], n=1, cutoff=0.8)
         if best and best[0] not in near:
             return f" Did you mean '--set {names[best[0]]}=...'?"
     return f" Did you mean '{near[0]}'?" if near else ""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
-from obowlab.cli.costs import show_costs, time_rows
+from obowlab.cli.measured_tables import measure_rows, show_measured, time_rows
 from obowlab.cli.options import (
     CLUSTER,
     HARDWARE,
@@ -22,7 +22,6 @@ from obowlab.cli.options import (
     would,
 )
 from obowlab.cli.output import print_lines, print_obstacles, print_table, send_to_mlflow, write_out
-from obowlab.cli.transfer_tables import measure_rows, show_transfers
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
     from obowlab.runs.records import Records
     from obowlab.tables.execute import Execution
     from obowlab.tables.model import Table
-    from obowlab.tables.plan import Job, Plan
+    from obowlab.tables.plan import Plan
     from obowlab.tables.render import Format
     from obowlab.tables.spec import PlannedTable
 
@@ -63,7 +62,7 @@ def _number_of_seeds(_: click.Context, __: click.Parameter, value: str) -> int |
 
 @click.command()
 @names_argument
-@click.option("--rows", "row_words", multiple=True, metavar="KEY,...", help="Only these rows (and the base row); repeatable.")
+@click.option("--rows", "row_keys", multiple=True, metavar="KEY,...", help="Only these rows (and the base row); repeatable.")
 @click.option(
     "--seeds",
     default="1",
@@ -101,7 +100,7 @@ def _number_of_seeds(_: click.Context, __: click.Parameter, value: str) -> int |
 @dry_run_option
 def ablate(
     names: tuple[str, ...],
-    row_words: tuple[str, ...],
+    row_keys: tuple[str, ...],
     seeds: int | None,
     power: float | None,
     effect: float | None,
@@ -125,25 +124,7 @@ def ablate(
     --weights, and what is missing of their columns is measured (--seeds: of the classifiers' trainings, which --gpus N share N
     GPUs).
     """
-    from obowlab.launch.cost import CostBook
-    from obowlab.launch.gpu_leases import check_gpus
-    from obowlab.launch.stages import find_obstacles
-    from obowlab.runs.provenance import num_cores
-    from obowlab.runs.records import read_records, store_runs
-    from obowlab.tables.execute import Execution
-    from obowlab.tables.kept import keep_table
-    from obowlab.tables.plan import (
-        OVERVIEW_COLUMNS,
-        check_images,
-        due_jobs,
-        make_plan,
-        overview,
-        select_rows,
-        unmeasured,
-        without_recorded,
-    )
     from obowlab.tables.spec import COSTS, TRANSFER, load_tables, one_kind
-    from obowlab.tables.submit import submit_plan
 
     if gpus is not None and (jobs is not None or options.device not in (None, "cuda")):
         raise UserError("--gpus N runs one training on each of N GPUs; leave --jobs and --device out.")
@@ -152,6 +133,17 @@ def ablate(
     kind = one_kind(names)
     if weights and kind != TRANSFER:
         raise UserError("--weights gives encoders to rows of a table of transfer, such as table6: leave it out.")
+    if kind == COSTS:
+        return time_rows(
+            names,
+            scale=scale,
+            overrides=overrides,
+            row_keys=row_keys,
+            machine=options.machine(procs=1),
+            records=records,
+            dry_run=dry_run,
+        )
+    machine = (replace(options, device="cuda") if gpus is not None else options).machine(procs=gpus)
     if kind == TRANSFER:
         if overrides or jobs is not None or seeds is None:
             raise UserError(
@@ -160,70 +152,25 @@ def ablate(
         return measure_rows(
             names,
             scale=scale,
-            row_words=row_words,
+            row_keys=row_keys,
             seeds=seeds,
             weights=weights,
-            machine=(replace(options, device="cuda") if gpus is not None else options).machine(procs=gpus),
+            machine=machine,
             options=options,
             records=records,
             dry_run=dry_run,
         )
-    if kind == COSTS:
-        return time_rows(
-            names,
-            scale=scale,
-            overrides=overrides,
-            row_words=row_words,
-            machine=options.machine(procs=1),
-            records=records,
-            dry_run=dry_run,
-        )
-    tables = load_tables(names, scale=scale, overrides=overrides)
-    machine = (replace(options, device="cuda") if gpus is not None else options).machine(procs=gpus)
-    on_cluster = machine.launcher == "slurm"
-    if not dry_run and not on_cluster:
-        check_gpus(machine)
-    runs = store_runs(machine.runs_root)
-    book = CostBook(machine.model_copy(update={"procs": 1}), runs=runs.values())
-    rows = select_rows(row_words, tables=tables)
-    known = read_records(records) if records is not None and records.is_dir() else {}
-    if seeds is None:
-        most = max_seeds or MAX_SEEDS
-        seeds = _proposed(tables, rows=rows, power=power, effect=effect, most=most, runs=runs, known=known, book=book)
-    whole = make_plan(tables, seeds=range(seeds), rows=rows)
-    plan = without_recorded(whole, records=known, runs=runs)
-    slots = gpus or jobs or (len(plan.jobs) if on_cluster else max(1, num_cores() // (machine.threads or 1)))
-    again = unmeasured(plan, runs=runs, machine=machine)
-    if not dry_run and not on_cluster and any(job.fingerprint not in runs for job in plan.jobs):
-        check_images(plan.jobs, machine=machine, say=click.echo)  # it is timed on them
-        _say("Timing a few steps of the recipes that were never trained here.")
-        problem = book.measure([job.loaded.recipe for job in plan.jobs])
-        if problem:
-            _warn(f"not every recipe could be timed ({problem}).")
-    trainings, lines = overview(plan, runs=runs, book=book, slots=slots, on_cluster=on_cluster, again=again)
-    print_table(OVERVIEW_COLUMNS, trainings, right=("steps",), names=("run", "rows"), hide=("steps", "rows", "training"))
-    if len(plan.jobs) < len(whole.jobs):
-        lines.append(f"Left out, as {records} has the results: {len(whole.jobs) - len(plan.jobs)} trainings, stages included.")
-    print_lines(lines)
-    machine = machine.model_copy(update={"procs": 1})
-    if not dry_run:
-        for planned in tables:
-            _warn(keep_table(planned, runs_root=machine.runs_root))
-    if dry_run:
-        due = [job.loaded for job in due_jobs(plan, runs=runs, again=again)]
-        return print_obstacles(find_obstacles(due, machine=machine, say=click.echo, at_a_time=gpus or 1))
-    if on_cluster:
-        left = submit_plan(plan, submitter=submitter_of(machine, options=options), at_a_time=slots, again=again)
-        return left if left is not None else _present(plan, machine=machine, records=records, known=known)
-    check_images(due_jobs(plan, runs=runs, again=again), machine=machine, say=click.echo)
-    execution = Execution(plan, machine=machine, slots=slots, say=_say, machine_file=options.machine_file, again=again)
-    if records is not None:
-
-        def record(job: Job) -> None:
-            _write_records(machine, records=records, fingerprints={job.fingerprint})
-
-        execution.finished = record
-    return _execute(execution, records=records, known=known)
+    return _train_rows(
+        load_tables(names, scale=scale, overrides=overrides),
+        row_keys=row_keys,
+        seeds=seeds or _Auto(POWER if power is None else power, effect, max_seeds or MAX_SEEDS),
+        gpus=gpus,
+        jobs=jobs,
+        machine=machine,
+        options=options,
+        records=records,
+        dry_run=dry_run,
+    )
 
 
 @click.command()
@@ -257,7 +204,7 @@ def table(
     from obowlab.tables import render
     from obowlab.tables.build import build_from_store, build_table, finished_seeds
     from obowlab.tables.kept import keep_table
-    from obowlab.tables.spec import COSTS, TRANSFER, load_tables, one_kind
+    from obowlab.tables.spec import load_tables, one_kind
 
     machine = options.machine()
     kind = one_kind(names)
@@ -266,12 +213,10 @@ def table(
     if records is not None:
         check_records(records)
     source = records or machine.runs_root
-    if kind == COSTS:
-        return show_costs(names, scale=scale, overrides=overrides, source=source, form=form, out=out, dry_run=dry_run)
-    if kind == TRANSFER:
-        if overrides:
-            raise UserError(f"{names[0]} takes no --set.")
-        return show_transfers(names, scale=scale, source=source, form=form, out=out, dry_run=dry_run)
+    if kind is not None:
+        return show_measured(
+            names, kind=kind, scale=scale, overrides=overrides, source=source, form=form, out=out, dry_run=dry_run
+        )
     tables = load_tables(names, scale=scale, overrides=overrides)
     if dry_run:
         return would(f"build {', '.join(planned.name for planned in tables)} at scale {scale} from {source}")
@@ -314,13 +259,89 @@ def show(table: Table, *, with_runs: bool = False) -> None:
 # -------------------------------------------------------------------------------------------------------------- helpers
 
 
+class _Auto(NamedTuple):
+    """What `--seeds auto` aims at: see --power, --effect and --max-seeds."""
+
+    power: float
+    effect: float | None
+    most: int
+
+
+def _train_rows(
+    tables: Sequence[PlannedTable],
+    *,
+    row_keys: Sequence[str],
+    seeds: int | _Auto,
+    gpus: int | None,
+    jobs: int | None,
+    machine: Machine,
+    options: MachineOptions,
+    records: Path | None,
+    dry_run: bool,
+) -> int:
+    """Say what the rows of tables need and lack, train it here or in jobs, and show the tables; return the exit code."""
+    from obowlab.launch.cost import CostBook
+    from obowlab.launch.gpu_leases import check_gpus
+    from obowlab.launch.stages import find_obstacles
+    from obowlab.runs.provenance import num_cores
+    from obowlab.runs.records import read_records, store_runs
+    from obowlab.tables.execute import Execution
+    from obowlab.tables.kept import keep_table
+    from obowlab.tables.plan import (
+        OVERVIEW_COLUMNS,
+        check_images,
+        due_jobs,
+        make_plan,
+        overview,
+        select_rows,
+        unmeasured,
+        without_recorded,
+    )
+    from obowlab.tables.submit import submit_plan
+
+    on_cluster = machine.launcher == "slurm"
+    if not dry_run and not on_cluster:
+        check_gpus(machine)
+    machine = machine.model_copy(update={"procs": 1})
+    runs = store_runs(machine.runs_root)
+    book = CostBook(machine, runs=runs.values())
+    rows = select_rows(row_keys, tables=tables)
+    known = read_records(records) if records is not None and records.is_dir() else {}
+    if isinstance(seeds, _Auto):
+        seeds = _proposed(tables, rows=rows, aim=seeds, runs=runs, known=known, book=book)
+    whole = make_plan(tables, seeds=range(seeds), rows=rows)
+    plan = without_recorded(whole, records=known, runs=runs)
+    slots = gpus or jobs or (len(plan.jobs) if on_cluster else max(1, num_cores() // (machine.threads or 1)))
+    again = unmeasured(plan, runs=runs, machine=machine)
+    if not dry_run and not on_cluster and any(job.fingerprint not in runs for job in plan.jobs):
+        check_images(plan.jobs, machine=machine, say=click.echo)  # it is timed on them
+        _say("Timing a few steps of the recipes that were never trained here.")
+        if problem := book.measure([job.loaded.recipe for job in plan.jobs]):
+            _warn(f"not every recipe could be timed ({problem}).")
+    trainings, lines = overview(plan, runs=runs, book=book, slots=slots, on_cluster=on_cluster, again=again)
+    print_table(OVERVIEW_COLUMNS, trainings, right=("steps",), names=("run", "rows"), hide=("steps", "rows", "training"))
+    if len(plan.jobs) < len(whole.jobs):
+        lines.append(f"Left out, as {records} has the results: {len(whole.jobs) - len(plan.jobs)} trainings, stages included.")
+    print_lines(lines)
+    due = due_jobs(plan, runs=runs, again=again)
+    if dry_run:
+        recipes = [job.loaded for job in due]
+        return print_obstacles(find_obstacles(recipes, machine=machine, say=click.echo, at_a_time=gpus or 1))
+    for planned in tables:
+        _warn(keep_table(planned, runs_root=machine.runs_root))
+    if on_cluster:
+        left = submit_plan(plan, submitter=submitter_of(machine, options=options), at_a_time=slots, again=again)
+        return left if left is not None else _present(plan, machine=machine, records=records, known=known)
+    check_images(due, machine=machine, say=click.echo)
+    execution = Execution(plan, machine=machine, slots=slots, say=_say, machine_file=options.machine_file, again=again)
+    return _execute(execution, records=records, known=known)
+
+
 def _proposed(
     tables: Sequence[PlannedTable],
     *,
     rows: Mapping[str, Sequence[str]],
-    power: float | None,
-    effect: float | None,
-    most: int,
+    aim: _Auto,
     runs: Mapping[str, RunSummary],
     known: Records,
     book: CostBook,
@@ -330,19 +351,21 @@ def _proposed(
     from obowlab.runs.records import read_each
     from obowlab.tables.power import COLUMNS, num_seeds, overview, propose
 
-    power = POWER if power is None else power
     seeds = {run.info.seed for run in runs.values()}
     needed = {key for table in tables for row in table.rows for key in row.loaded.recipe.fingerprints(seeds=seeds).values()}
     known = {**known, **read_each({key: runs[key] for key in needed & runs.keys() if runs[key].state.status in TRAINED})}
-    proposal = propose(tables, records=known, rows=rows, power=power, effect=effect)
-    lines, remarks = overview(proposal, power=power, most=most, runs=runs, book=book)
+    proposal = propose(tables, records=known, rows=rows, power=aim.power, effect=aim.effect)
+    lines, remarks = overview(proposal, power=aim.power, most=aim.most, runs=runs, book=book)
     print_table(COLUMNS, lines, right=COLUMNS[1:], names=("row",), hide=("training left", "difference", "seeds"))
     print_lines(remarks)
     click.echo()
-    return num_seeds(proposal, most=most)
+    return num_seeds(proposal, most=aim.most)
 
 
 def _execute(execution: Execution, *, records: Path | None, known: Records) -> int:
+    """Train what is missing, write the records of every run that ends well if asked, and show the tables."""
+    if records is not None:
+        execution.finished = lambda job: _write_records(execution.machine, records=records, fingerprints={job.fingerprint})
     outcomes = execution.run()
     send_to_mlflow(execution.labelled, machine=execution.machine)
     code = _present(execution.plan, machine=execution.machine, records=records, known=known)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
+from obowlab import text
 from obowlab.cli.options import (
     CLUSTER,
     HARDWARE,
@@ -25,7 +26,7 @@ from obowlab.cli.options import (
 )
 from obowlab.cli.output import json_line, print_lines, print_measurements, print_obstacles, send_to_mlflow
 from obowlab.cli.run import Wanted
-from obowlab.cli.transfer import measure_by_training
+from obowlab.cli.transfer import add_results, train_beginning_with, why_not_comparable
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
@@ -90,60 +91,77 @@ def evaluate(
     Some protocols train a classifier, a detector or the whole network, for hours: linear-imagenet, places205, semi-1, semi-10,
     voc-detection, coco-detection. Each is a recipe, and its training a run of its own, which the same command continues.
     """
-    from obowlab.config.protocols import recipe_of
-    from obowlab.launch.preflight import check_protocols
-    from obowlab.launch.stages import obstacles_of
-    from obowlab.weights.subject import find_subject
-
     trainings = [name for name in protocols if name in TRAININGS]
     if trainings:
         if len(protocols) > 1 or recipe_name is not None or untrained is not None or json_file is not None:
             raise UserError(
                 f"--protocol {trainings[0]} is a training: give it a command of its own, without --recipe, --random and --json."
             )
+        from obowlab.config.protocols import recipe_of
+
         changes = (*([f'data.dataset="{dataset}"'] if dataset is not None else []), *overrides)
         wanted = Wanted(recipe_of(trainings[0], preset=preset), seed or 0, changes, list_file=list_file)
-        return _train(subject, wanted, protocol=trainings[0], procs=procs, options=options, dry_run=dry_run)
+        return _by_training(subject, wanted, protocol=trainings[0], procs=procs, options=options, dry_run=dry_run)
     if any(option is not None for option in (preset, list_file, seed, procs)):
         raise UserError(f"--preset, --list, --seed and --procs are for protocols that are trainings: {', '.join(TRAININGS)}.")
+    return _measure(
+        _Asked(subject, protocols, dataset, recipe_name, overrides, untrained, json_file), options=options, dry_run=dry_run
+    )
+
+
+class _Asked(NamedTuple):
+    """What is to be measured, as it was typed; see the options of `evaluate`."""
+
+    subject: str
+    protocols: tuple[str, ...]
+    dataset: str | None
+    recipe_name: str | None
+    overrides: tuple[str, ...]
+    untrained: bool | None
+    json_file: Path | None
+
+
+def _measure(asked: _Asked, *, options: MachineOptions, dry_run: bool) -> int:
+    """Measure an encoder here or in a job, and print the results; return the exit code."""
+    from obowlab.launch.preflight import check_protocols
+    from obowlab.launch.stages import obstacles_of
+    from obowlab.weights.subject import find_subject
+
     machine = options.machine()
     chosen = find_subject(
-        subject,
-        recipe_name=recipe_name,
-        overrides=overrides,
+        asked.subject,
+        recipe_name=asked.recipe_name,
+        overrides=asked.overrides,
         runs_root=machine.runs_root,
         tracking_uri=machine.tracking_uri,
     )
+    json_file, recipe = asked.json_file, chosen.recipe
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise UserError(f"The folder of --json {json_file} does not exist.")
-    if untrained and chosen.folder is None:
+    if asked.untrained and chosen.folder is None:
         raise UserError("--random needs a run: of other encoders the initialisation is not known.")
-    names = protocols or chosen.recipe.evaluation.protocols
-    dataset = dataset or _usual_dataset(names, chosen.recipe, data_root=machine.data_root)
-    with_random = chosen.folder is not None and (chosen.recipe.evaluation.random_baseline if untrained is None else untrained)
-    check = partial(check_protocols, chosen.recipe, protocols=names, dataset=dataset, machine=machine)
+    protocols = asked.protocols or recipe.evaluation.protocols
+    dataset = asked.dataset or _usual_dataset(protocols, recipe, data_root=machine.data_root)
+    untrained = recipe.evaluation.random_baseline if asked.untrained is None else asked.untrained
+    with_random = chosen.folder is not None and untrained
+    check = partial(check_protocols, recipe, protocols=protocols, dataset=dataset, machine=machine)
     if dry_run:
         beside = " and of its random initialisation" if with_random else ""
-        would(f"measure {', '.join(names)} of {chosen.name}{beside} on {dataset or chosen.recipe.data.dataset}")
-        if recipe_name is not None and chosen.source.backbone is None:
-            click.echo(f"  not known before {chosen.name} is read: whether its network is the one of recipe '{recipe_name}'")
+        would(f"measure {', '.join(protocols)} of {chosen.name}{beside} on {dataset or recipe.data.dataset}")
+        if asked.recipe_name is not None and chosen.source.backbone is None:
+            click.echo(
+                f"  not known before {chosen.name} is read: whether its network is the one of recipe '{asked.recipe_name}'"
+            )
         return print_obstacles(obstacles_of([check]))
     if machine.launcher == "slurm":
-        words = ["eval", str(chosen.folder.path) if chosen.folder is not None else absolute(subject)]
-        words += [word for protocol in protocols for word in ("--protocol", protocol)]
-        words += [word for text in overrides for word in ("--set", text)]
-        words += ["--dataset", dataset] if dataset is not None else []
-        words += ["--recipe", absolute_recipe(recipe_name)] if recipe_name is not None else []
-        words += [] if untrained is None else ["--random" if untrained else "--no-random"]
-        words += ["--json", str(json_file.absolute())] if json_file is not None else []
-        return _submit(words, name=chosen.name, machine=machine, options=options)
+        return _submit(asked._replace(dataset=dataset), chosen=chosen, machine=machine, options=options)
     if chosen.folder is not None:
         _check_writable(chosen.folder.path)
     check()
     when_interrupted("no result was added; the same command measures again, with the features that are kept.")
-    values = measure_here(chosen, protocols=names, dataset=dataset, with_random=with_random, machine=machine)
+    values = measure_here(chosen, protocols=protocols, dataset=dataset, with_random=with_random, machine=machine)
     print_measurements(values)
-    print_lines(_not_comparable(values, recipe=chosen.recipe))
+    print_lines(_not_comparable(values, recipe=recipe))
     if json_file is not None:
         from obowlab.files.replacing import write_atomic
 
@@ -186,13 +204,22 @@ def keep_results(values: Sequence[dict[str, Any]], *, folder: RunFolder, machine
     send_to_mlflow([folder], machine=machine)
 
 
-def _train(subject: str, wanted: Wanted, *, protocol: str, procs: int | None, options: MachineOptions, dry_run: bool) -> int:
+def _by_training(
+    subject: str, wanted: Wanted, *, protocol: str, procs: int | None, options: MachineOptions, dry_run: bool
+) -> int:
+    """Measure an encoder by a training that begins with it, and add the result to its run; return the exit code."""
     from obowlab.weights.source import find_source
 
     when_interrupted("the same command continues from what is saved.")
     machine = options.machine(procs=procs)
     source = find_source(subject, runs_root=machine.runs_root, tracking_uri=machine.tracking_uri)
-    return measure_by_training(source, protocol=protocol, wanted=wanted, machine=machine, options=options, dry_run=dry_run)
+    code, trained = train_beginning_with(source, wanted=wanted, machine=machine, options=options, dry_run=dry_run)
+    if trained is None:
+        return code
+    print_lines([sentence] if (sentence := why_not_comparable(trained, protocol=protocol)) else [])
+    if source.folder is not None:
+        add_results(trained, to=source.folder, protocol=protocol, machine=machine)
+    return code
 
 
 def _usual_dataset(protocols: Sequence[str], recipe: Recipe, *, data_root: Path) -> str | None:
@@ -225,12 +252,22 @@ def _check_writable(path: Path) -> None:
             )
 
 
-def _submit(words: list[str], *, name: str, machine: Machine, options: MachineOptions) -> int:
+def _submit(asked: _Asked, *, chosen: Subject, machine: Machine, options: MachineOptions) -> int:
     """Measure in a job of the cluster."""
     from obowlab.launch.slurm import JobRequest, Resources
 
+    arguments = text.arguments(
+        "eval",
+        str(chosen.folder.path) if chosen.folder is not None else absolute(asked.subject),
+        protocol=asked.protocols,
+        set=asked.overrides,
+        dataset=asked.dataset,
+        recipe=None if asked.recipe_name is None else absolute_recipe(asked.recipe_name),
+        random=asked.untrained,
+        json=None if asked.json_file is None else asked.json_file.absolute(),
+    )
     submitter = submitter_of(machine, options=options)
-    request = JobRequest(arguments=submitter.complete(words), runs=(), what=f"eval {name}")
+    request = JobRequest(arguments=submitter.complete(arguments), runs=(), what=f"eval {chosen.name}")
     return submitter.follow(submitter.submit([request], resources=Resources(gpus=machine.device != "cpu"), name="eval"))
 
 

@@ -116,7 +116,7 @@ def submitter_of(machine: Machine, *, options: MachineOptions) -> Submitter:
     file = ("--machine", str(options.machine_file.absolute())) if options.machine_file is not None else ()
     return Submitter(
         machine=machine,
-        complete=lambda words: (*words, *machine.local_args(), *file),
+        complete=lambda arguments: (*arguments, *machine.local_args(), *file),
         wait=options.wait,
         say=click.echo,
     )

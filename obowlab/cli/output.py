@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from obowlab.config import Machine
     from obowlab.launch.stages import Obstacles
     from obowlab.runs.folder import RunFolder
-    from obowlab.tables.render import Format, Grid
 
 MIRROR_TIMEOUT_S = 60.0
 GAP = 2
@@ -59,18 +58,6 @@ def write_out(path: Path, content: str) -> None:
     except OSError as error:
         raise UserError(f"Cannot write --out {path}: {error.strerror}.") from None
     click.echo(f"Wrote {path}.", err=True)
-
-
-def print_grids(
-    grids: Sequence[Grid], *, names: Sequence[tuple[str, str]], values: Sequence[Any], form: Format, out: Path | None
-) -> None:
-    """Print tables of another kind than those that are trained, or write them to a file; see `tables.render.grids_text`."""
-    from obowlab.tables.render import grids_text
-
-    content = grids_text(grids, names=names, values=values, form=form)
-    if out is not None:
-        return write_out(out, content)
-    return click.echo(content, nl=False)
 
 
 def print_table(

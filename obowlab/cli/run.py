@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from obowlab import text
 from obowlab.cli.options import (
     CLUSTER,
     HARDWARE,
@@ -25,6 +26,7 @@ from obowlab.cli.output import print_obstacles, print_results
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from obowlab.config import Loaded, Machine
@@ -172,9 +174,7 @@ def train(wanted: Wanted, *, machine: Machine, options: MachineOptions, progress
     if obstacles is None:
         check_stages(stages, machine=machine, say=click.echo)
     if machine.launcher == "slurm" and any(each.is_due for each in stages) and not dry_run:
-        changes = [word for change in overrides for word in ("--set", change)]
-        command = ["run", absolute_recipe(name), "--seed", str(seed), *changes]
-        command += ["--stage", str(wanted.stage)] if wanted.stage is not None else []
+        command = text.arguments("run", absolute_recipe(name), seed=seed, set=overrides, stage=wanted.stage)
         return _submit(command, stages, seed=seed, submitter=submitter_of(machine, options=options))
     for each in stages:
         if len(loaded.stages()) > 1:
@@ -195,7 +195,7 @@ def train(wanted: Wanted, *, machine: Machine, options: MachineOptions, progress
     return 0 if obstacles is None else print_obstacles(obstacles)
 
 
-def _submit(command: list[str], stages: list[Stage], *, seed: int, submitter: Submitter) -> int:
+def _submit(command: Sequence[str], stages: list[Stage], *, seed: int, submitter: Submitter) -> int:
     from obowlab.launch.submit import submit_run
     from obowlab.runs.folder import RunFolder
     from obowlab.runs.names import run_id_of

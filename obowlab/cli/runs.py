@@ -81,7 +81,7 @@ def list_all(
     if dry_run:
         return would(f"list the runs in {root}")
 
-    statuses = tuple(status for words in statuses for status in words.split(","))
+    statuses = tuple(status for listed in statuses for status in listed.split(","))
     entries = select(
         root, recipes=recipes, statuses=statuses, tags=tags, where=where, sort=sort, warn=lambda problem: warn([problem])
     )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from obowlab.cli.output import print_lines, send_to_mlflow
+from obowlab.cli.output import send_to_mlflow
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,14 +18,13 @@ if TYPE_CHECKING:
     from obowlab.weights.source import Source
 
 
-def measure_by_training(
-    source: Source, *, protocol: str, wanted: Wanted, machine: Machine, options: MachineOptions, dry_run: bool
-) -> int:
-    """Train what a protocol is, and add what it measured to the run whose encoder it began with; return the command's exit code.
+def train_beginning_with(
+    source: Source, *, wanted: Wanted, machine: Machine, options: MachineOptions, dry_run: bool
+) -> tuple[int, RunFolder | None]:
+    """Train what a protocol is, and return the exit code and the finished run; None while there is none.
 
     Args:
         source: the encoder.
-        protocol: one of `config.protocols.TRAININGS`.
         wanted: the protocol's recipe and its changes, without the encoder.
         machine: where and with what.
         options: of the command line.
@@ -33,22 +32,6 @@ def measure_by_training(
 
     Raises:
         UserError: the encoder cannot be read, or the recipe not be trained here.
-    """
-    code, trained = train_beginning_with(source, wanted=wanted, machine=machine, options=options, dry_run=dry_run)
-    if trained is None:
-        return code
-    print_lines([sentence] if (sentence := why_not_comparable(trained, protocol=protocol)) else [])
-    if source.folder is not None:
-        add_results(trained, to=source.folder, protocol=protocol, machine=machine)
-    return code
-
-
-def train_beginning_with(
-    source: Source, *, wanted: Wanted, machine: Machine, options: MachineOptions, dry_run: bool
-) -> tuple[int, RunFolder | None]:
-    """Train what a protocol is, and return the exit code and the finished run; None while there is none.
-
-    Arguments and errors are those of `measure_by_training`.
     """
     from obowlab.cli.beginning import beginning_with
     from obowlab.cli.run import train

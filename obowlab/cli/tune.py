@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from obowlab import text
 from obowlab.cli.options import (
     CLUSTER,
     HARDWARE,
@@ -93,14 +94,13 @@ def tune(
     if dry_run:
         return _dry_run(tuning, machine=machine, storage=storage, asked=trials, slots=slots, gpus=gpus)
     if machine.launcher == "slurm":
-        words = ["tune", absolute(study), "--scale", scale, "--name", tuning.name, *(["--trials", str(trials)] if trials else [])]
-        words += [word for text in overrides for word in ("--set", text)]
         from obowlab.studies.storage import storage_url
         from obowlab.studies.submit import submit_workers
 
         url = storage_url(storage, runs_root=machine.runs_root)
         submitter = submitter_of(machine, options=options)
-        return submit_workers(words, tuning=tuning, url=url, count=slots, submitter=submitter)
+        arguments = text.arguments("tune", absolute(study), scale=scale, name=tuning.name, trials=trials, set=overrides)
+        return submit_workers(arguments, tuning=tuning, url=url, count=slots, submitter=submitter)
     if gpus is not None:
         from obowlab.launch.gpu_leases import check_gpus
 
@@ -253,5 +253,5 @@ def _warn(problems: Iterable[str | None]) -> None:
             click.echo(f"Warning: {problem}", err=True)
 
 
-def _say(text: str) -> None:
-    click.echo(f"{time.strftime('%H:%M:%S')} {text}", err=True)
+def _say(line: str) -> None:
+    click.echo(f"{time.strftime('%H:%M:%S')} {line}", err=True)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
+from obowlab import text
 from obowlab.cli import Family
 from obowlab.cli.options import PATH, MachineOptions, dry_run_option, machine_options, set_option, would
 from obowlab.errors import UserError
@@ -178,8 +179,8 @@ def continue_file(
         click.echo(f"  momentum of {made.num_momenta} parameters from {optimizer_file}")
     for note in made.notes:
         click.echo(f"  {note}")
-    words = [recipe, *(word for text in overrides for word in ("--set", text)), *(["--seed", str(seed)] if seed else [])]
-    click.echo(f"Continue it with: obowlab run {shlex.join(words)}")
+    command = text.arguments("run", recipe, set=overrides, seed=seed or None)
+    click.echo(f"Continue it with: obowlab {shlex.join(command)}")
     return None
 
 

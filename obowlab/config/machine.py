@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from obowlab import text
 from obowlab.config.base import Count, Positive, Section
 from obowlab.config.validation import check_keys, flat_pairs, known_keys, nest, read_toml, validate
 from obowlab.errors import UserError
@@ -56,9 +57,8 @@ class Machine(Section):
 
     def local_args(self) -> tuple[str, ...]:
         """Return the options with which another `obowlab` command, started here or by a job, uses the same places and device."""
-        args = ("--runs-root", str(self.runs_root), "--data-root", str(self.data_root), "--loader", self.loader)
-        workers = () if self.workers is None else ("--workers", str(self.workers))
-        return (*args, *workers, "--device", self.device, "--launcher", "local")
+        places = text.arguments(runs_root=self.runs_root, data_root=self.data_root)
+        return (*places, *text.arguments(loader=self.loader, workers=self.workers, device=self.device, launcher="local"))
 
 
 def load_machine(*, file: Path | None = None, overrides: Mapping[str, Any] | None = None) -> Machine:

@@ -29,12 +29,13 @@ from obowlab.runs.results import Measured, tabulate
 from obowlab.studies.schema import read_studies
 from obowlab.tables import costs_render, transfer_render
 from obowlab.tables.build import COMPARABLE, build_table, seeds_with_runs
-from obowlab.tables.costs import find_costs, load_costs
+from obowlab.tables.costs import Costs, load_costs
 from obowlab.tables.kept import kept_tables
+from obowlab.tables.measured import find_kept
 from obowlab.tables.model import Table
 from obowlab.tables.render import Grid
 from obowlab.tables.spec import COSTS, PlannedTable, load_table, one_kind, shipped_files, table_files
-from obowlab.tables.transfer import find_transfers, load_transfer
+from obowlab.tables.transfer import Transfers, load_transfer
 
 MACHINE_FACTS = {
     "host": "host",
@@ -168,12 +169,13 @@ def measured_in(runs_root: Path) -> tuple[Grid, ...]:
             with suppress(UserError):
                 if one_kind([name]) == COSTS:
                     table = load_costs(name, scale=scale)
-                    if costs := find_costs(table, folder=runs_root):
+                    if costs := find_kept(Costs, table.file_name, folder=runs_root):
                         grids.append(costs_render.grid(table, costs=costs))
                 else:
                     transfer = load_transfer(name, scale=scale)
-                    if (found := find_transfers(transfer, folder=runs_root)).entries:
-                        grids.append(transfer_render.grid(transfer, transfers=found))
+                    transfers = find_kept(Transfers, transfer.file_name, folder=runs_root)
+                    if transfers is not None and transfers.entries:
+                        grids.append(transfer_render.grid(transfer, transfers=transfers))
     return tuple(grids)
 
 

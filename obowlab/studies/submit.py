@@ -13,11 +13,11 @@ from obowlab.studies.spec import Tuning
 from obowlab.studies.storage import STORAGE_VARIABLE
 
 
-def submit_workers(words: Sequence[str], *, tuning: Tuning, url: str, count: int, submitter: Submitter) -> int:
+def submit_workers(arguments: Sequence[str], *, tuning: Tuning, url: str, count: int, submitter: Submitter) -> int:
     """Let jobs of the cluster, with one trial at a time each, work on a study; those already there count.
 
     Args:
-        words: the command, without the options for machine and storage.
+        arguments: the command, without the options for machine and storage.
         tuning: the study.
         url: of its storage.
         count: how many jobs there should be.
@@ -43,6 +43,6 @@ def submit_workers(words: Sequence[str], *, tuning: Tuning, url: str, count: int
         submitter.say(f"{len(jobs)} jobs work on study {tuning.name} already.")
     if len(jobs) < count:
         os.environ[STORAGE_VARIABLE] = url  # Slurm hands it on; on a command line everybody could read its password
-        requests = [JobRequest(arguments=submitter.complete(words), runs=(), what=what)] * (count - len(jobs))
+        requests = [JobRequest(arguments=submitter.complete(arguments), runs=(), what=what)] * (count - len(jobs))
         jobs += submitter.submit(requests, resources=Resources(gpus=machine.device != "cpu"), name=what.replace(" ", "-"))
     return submitter.follow(jobs, hint="`obowlab tune ... --show` shows the trials.")

@@ -9,25 +9,20 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from obowlab.config import Loaded, Machine, Section, load_recipe, nearest, parse_override, parse_section, read_toml
-from obowlab.config.base import canonical_hash
-from obowlab.config.scales import SCALES
+from obowlab.config import Loaded, Machine, Section, canonical_hash, nearest, parse_override
 from obowlab.errors import UserError
-from obowlab.files.opening import read_file
-from obowlab.files.replacing import write_atomic
-from obowlab.files.sharing import shared_folder
 from obowlab.launch.bounds import Speed, measure
 from obowlab.runs import provenance
 from obowlab.tables.kept import KEPT, identity
-from obowlab.tables.spec import NAME, override_texts, shipped_files
+from obowlab.tables.measured import check_scales, load_row, read_kept, read_table, recipe_place, select_keys, write_kept
+from obowlab.tables.spec import NAME, override_texts
 
 ROUNDS = 3
 """How often every row is timed."""
@@ -150,19 +145,14 @@ def load_costs(name: str, *, scale: str, overrides: Sequence[str] = ()) -> CostT
     Raises:
         UserError: no such scale, recipe or key; two rows of one name; no base row.
     """
-    if scale not in SCALES:
-        raise UserError(f"There is no scale '{scale}'.{nearest(scale, list(SCALES))}")
-    path = shipped_files().get(name, Path(name))
-    file = parse_section(CostFile, read_toml(path), place=str(path))
+    path, file = read_table(name, scale=scale, shape=CostFile)
     keys = [row.key for row in file.row]
     if len(set(keys)) != len(keys):
         raise UserError(f"{path}: two rows have the key '{next(key for key in keys if keys.count(key) > 1)}'.")
     if file.base not in keys:
         raise UserError(f"{path}: no row has the key '{file.base}', which 'base' names.{nearest(file.base, keys)}")
     for row in file.row:
-        for word in (*row.recipes, *row.set):
-            if word not in SCALES:
-                raise UserError(f"{path}: row '{row.key}' names the scale '{word}'.{nearest(word, list(SCALES))}")
+        check_scales(f"{path}: row '{row.key}'", (*row.recipes, *row.set))
     base = next(row for row in file.row if row.key == file.base)
     if scale not in base.recipes:
         raise UserError(f"{path}: the base row '{base.key}' has no recipe at scale {scale}.")
@@ -170,13 +160,14 @@ def load_costs(name: str, *, scale: str, overrides: Sequence[str] = ()) -> CostT
     common = override_texts(changes)
     try:
         rows = [row for row in file.row if scale in row.recipes]
-        recipes = {row.key: _reference(row.recipes[scale], folder=path.parent) for row in rows}
-        batch = _loaded(base, recipes=recipes, scale=scale, changes=changes).recipe.training.batch_size
-        same = {"training.batch_size": batch}
-        loaded = {row.key: _loaded(row, recipes=recipes, scale=scale, changes={**same, **changes}) for row in rows}
+        recipes = {row.key: recipe_place(row.recipes[scale], folder=path.parent) for row in rows}
+        unit = load_row(recipes[base.key], key=base.key, changes={**base.set.get(scale, {}), **changes})
+        same = {"training.batch_size": unit.recipe.training.batch_size}
+        changed = {row.key: {**row.set.get(scale, {}), **same, **changes} for row in rows}
+        loaded = {key: load_row(recipe, key=key, changes=changed[key]) for key, recipe in recipes.items()}
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    texts = {row.key: override_texts({**row.set.get(scale, {}), **same, **changes}) for row in rows}
+    texts = {key: override_texts(each) for key, each in changed.items()}
     return CostTable(path.stem, scale, file, recipes, loaded, texts, common)
 
 
@@ -196,7 +187,7 @@ def measure_costs(
         UserError: a recipe cannot be trained here; the run store cannot be written to.
     """
     path = machine.runs_root / KEPT / table.file_name
-    costs = _begin(table, machine=machine, kept=read_costs(path))
+    costs = _begin(table, machine=machine, kept=read_kept(Costs, path))
     wanted = [row for row in table.rows if row.key in rows]
     due = [(number, row) for number in range(ROUNDS) for row in wanted if costs.speed(row.key, number) is None]
     for done, (number, row) in enumerate(due):
@@ -211,77 +202,33 @@ def measure_costs(
         )
         assert measured.speed is not None
         costs = costs.model_copy(update={"timed": (*costs.timed, Timed(round=number, row=row.key, speed=measured.speed))})
-        try:
-            shared_folder(path.parent)
-        except OSError as error:
-            raise UserError(f"Cannot write {path}: {error.strerror}.") from None
-        write_costs(costs, path, shared=True)
+        write_kept(costs, path, shared=True)
     return costs
 
 
-def select(words: Sequence[str], *, table: CostTable) -> list[str]:
-    """Return the keys of the rows that `--rows` asks for, the base row always among them; all rows without a word.
+def select(asked: Sequence[str], *, table: CostTable) -> list[str]:
+    """Return the keys of the rows that `--rows` asks for, the base row always among them; all rows where it is not given.
 
     Raises:
         UserError: there is no such row at this scale.
     """
     keys = list(table.loaded)
-    wanted = [part for word in words for part in word.split(",") if part]
-    for key in wanted:
-        if key not in keys:
-            raise UserError(f"{table.name} has no row '{key}' at scale {table.scale} (--rows).{nearest(key, keys)}")
-    return [key for key in keys if not wanted or key in wanted or key == table.file.base]
-
-
-def find_costs(table: CostTable, *, folder: Path) -> Costs | None:
-    """Return what was measured for a table: as a run store keeps it, or among the records of `ablate --records`."""
-    return read_costs(folder / KEPT / table.file_name) or read_costs(folder / table.file_name)
-
-
-def read_costs(path: Path) -> Costs | None:
-    """Return what was measured; None where nothing was, or by another version."""
-    try:
-        return Costs.model_validate_json(read_file(path))
-    except (OSError, ValueError):
-        return None
-
-
-def write_costs(costs: Costs, path: Path, *, shared: bool = False) -> None:
-    """Write what was measured; the same gives the same bytes.
-
-    Raises:
-        UserError: the disk refuses.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, costs.model_dump_json(indent=1) + "\n", shared=shared)
-    except OSError as error:
-        raise UserError(f"Cannot write {path}: {error.strerror}.") from None
+    wanted = select_keys(asked, keys=keys, table=table.name, where=f" at scale {table.scale}")
+    return [key for key in keys if key in wanted or key == table.file.base]
 
 
 # -------------------------------------------------------------------------------------------------------------- helpers
-
-
-def _reference(recipe: str, *, folder: Path) -> str:
-    return str(folder / recipe) if recipe.endswith(".toml") else recipe
-
-
-def _loaded(row: CostRow, *, recipes: Mapping[str, str], scale: str, changes: Mapping[str, Any]) -> Loaded:
-    try:
-        return load_recipe(recipes[row.key], changes={**row.set.get(scale, {}), **changes})
-    except UserError as error:
-        raise UserError(f"row '{row.key}': {error}") from None
 
 
 def _begin(table: CostTable, *, machine: Machine, kept: Costs | None) -> Costs:
     """Return what was measured before, if it was here and of the same recipes; else a new beginning."""
     recipes = {key: loaded.recipe.fingerprint(seed=0) for key, loaded in table.loaded.items()}
     asked = machine.model_dump(mode="json", include={"device", "threads", "loader", "workers", "compile", "channels_last"})
-    word = canonical_hash([recipes, asked, socket.gethostname(), os.cpu_count()])
-    if kept is not None and kept.identity == word:
+    key = canonical_hash([recipes, asked, socket.gethostname(), os.cpu_count()])
+    if kept is not None and kept.identity == key:
         return kept
     return Costs(
-        identity=word,
+        identity=key,
         host=socket.gethostname(),
         processor=str(provenance.environment()["cpu_model"]),
         cores=provenance.num_cores(),

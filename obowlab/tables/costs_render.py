@@ -48,7 +48,6 @@ class CostLine:
     Attributes:
         key: of the row.
         label: as in the paper.
-        recipe: that was timed.
         epochs: of the recipe.
         rounds: in which it was timed.
         loop: time per image of the training, relative.
@@ -57,12 +56,10 @@ class CostLine:
         memory: relative.
         images_per_s: of the training, median.
         memory_mib: median.
-        measured_batch: images of a step.
     """
 
     key: str
     label: str
-    recipe: str
     epochs: int
     rounds: int
     loop: Ratio | None
@@ -71,7 +68,6 @@ class CostLine:
     memory: Ratio | None
     images_per_s: float | None
     memory_mib: float | None
-    measured_batch: int | None
 
 
 def lines_of(table: CostTable, *, costs: Costs | None) -> list[CostLine]:
@@ -92,7 +88,6 @@ def lines_of(table: CostTable, *, costs: Costs | None) -> list[CostLine]:
             CostLine(
                 key=row.key,
                 label=row.label,
-                recipe=table.loaded[row.key].name,
                 epochs=table.loaded[row.key].recipe.training.epochs,
                 rounds=len(timed),
                 loop=relative(row.key, lambda speed: 1 / speed.loop_images_per_s),
@@ -101,7 +96,6 @@ def lines_of(table: CostTable, *, costs: Costs | None) -> list[CostLine]:
                 memory=relative(row.key, lambda speed: speed.memory_mib),
                 images_per_s=median(each.loop_images_per_s for each in timed) if timed else None,
                 memory_mib=median(each.memory_mib for each in timed) if timed else None,
-                measured_batch=timed[-1].measured_batch if timed else None,
             )
         )
     return lines

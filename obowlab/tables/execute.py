@@ -69,7 +69,7 @@ class Execution:
     say: Callable[[str], None]
     machine_file: Path | None = None
     again: set[str] = field(default_factory=set)
-    finished: Callable[[Job], None] = lambda job: None
+    finished: Callable[[Job], object] = lambda job: None
     labelled: list[RunFolder] = field(default_factory=list)
     signals: StopSignals = field(default_factory=lambda: StopSignals(notice=STOPPING_RUNS))
     _children: dict[str, _Child] = field(default_factory=dict)

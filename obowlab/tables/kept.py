@@ -28,7 +28,7 @@ _CONTENT = TypeAdapter(PlannedTable)
 
 
 def identity(name: str, *, scale: str, changes: tuple[str, ...]) -> str:
-    """Return a word for a table at a scale, as it may stand in a file name; different tables have different ones.
+    """Return a name for a table at a scale, as it may stand in a file name; different tables have different ones.
 
     Args:
         name: of the table.

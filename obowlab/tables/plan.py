@@ -31,7 +31,7 @@ class Job:
         seed: its seed.
         fingerprint: of both.
         run_id: what a new run of it is called.
-        command: words after `obowlab` that train it.
+        command: arguments of `obowlab` that train it.
         needs: fingerprint of the stage that must be finished before; None for none.
         places: the rows it serves, as `table1/queue_local`; stages of a row serve it too.
         is_stage: whether it serves rows only as an earlier stage.
@@ -82,8 +82,7 @@ def make_plan(tables: Sequence[PlannedTable], *, seeds: Sequence[int], rows: Map
 
 def _jobs_of(row: PlannedRow, *, table: PlannedTable, seed: int) -> list[Job]:
     """Return the jobs of one row, earlier stages first."""
-    changes = [word for change in override_texts({**row.overrides, **table.changes}) for word in ("--set", change)]
-    command = ("run", row.base_recipe, *changes, "--seed", str(seed))
+    command = text.arguments("run", row.base_recipe, set=override_texts({**row.overrides, **table.changes}), seed=seed)
     jobs: list[Job] = []
     stages = row.loaded.stages()
     for number, stage in enumerate(stages, start=1):
@@ -94,7 +93,7 @@ def _jobs_of(row: PlannedRow, *, table: PlannedTable, seed: int) -> list[Job]:
                 seed=seed,
                 fingerprint=stage.recipe.fingerprint(seed=seed),
                 run_id=run_id_of(stage, seed=seed),
-                command=command if is_last else (*command, "--stage", str(number)),
+                command=(*command, *text.arguments(stage=None if is_last else number)),
                 needs=jobs[-1].fingerprint if jobs else None,
                 places=(f"{table.name}/{row.row.key}",),
                 is_stage=not is_last,
@@ -137,11 +136,11 @@ def _is_recorded(job: Job, *, record: Record | None) -> bool:
     return missing.isdisjoint(result["protocol"] for result in record.results)
 
 
-def select_rows(words: Iterable[str], *, tables: Sequence[PlannedTable]) -> dict[str, list[str]]:
+def select_rows(keys: Iterable[str], *, tables: Sequence[PlannedTable]) -> dict[str, list[str]]:
     """Return the rows wanted of every table; empty for all rows.
 
     Args:
-        words: of `--rows`: `KEY` in every table that has it, or `TABLE/KEY`; several are separated by commas.
+        keys: of `--rows`: `KEY` in every table that has it, or `TABLE/KEY`; several are separated by commas.
         tables: that are planned.
 
     Raises:
@@ -149,12 +148,12 @@ def select_rows(words: Iterable[str], *, tables: Sequence[PlannedTable]) -> dict
     """
     wanted: dict[str, list[str]] = {}
     known = {table.name: [row.row.key for row in table.rows] for table in tables}
-    for word in (part for listed in words for part in listed.split(",") if part):
-        table, _, key = word.rpartition("/")
-        found = [name for name, keys in known.items() if key in keys and table in ("", name)]
+    for place in (part for listed in keys for part in listed.split(",") if part):
+        table, _, key = place.rpartition("/")
+        found = [name for name, there in known.items() if key in there and table in ("", name)]
         if not found:
-            hint = nearest(key, [key for keys in known.values() for key in keys])
-            raise UserError(f"None of these tables has a row '{word}' (--rows).{hint}")
+            hint = nearest(key, [each for there in known.values() for each in there])
+            raise UserError(f"None of these tables has a row '{place}' (--rows).{hint}")
         for name in found:
             wanted.setdefault(name, []).append(key)
     return wanted

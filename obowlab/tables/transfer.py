@@ -7,22 +7,18 @@ and tables are shown from that file alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from obowlab.config import Loaded, Section, canonical_hash, load_recipe, nearest, parse_section, read_toml
+from obowlab.config import Loaded, Section, canonical_hash, load_recipe, nearest
 from obowlab.config.protocols import TRAININGS, recipe_of
-from obowlab.config.scales import SCALES
 from obowlab.errors import UserError
-from obowlab.files.opening import read_file
-from obowlab.files.replacing import write_atomic
-from obowlab.files.sharing import shared_folder
-from obowlab.tables.kept import KEPT, identity
-from obowlab.tables.spec import NAME, is_result, override_texts, shipped_files
+from obowlab.tables.kept import identity
+from obowlab.tables.measured import check_scales, load_row, read_table, recipe_place
+from obowlab.tables.spec import NAME, is_result, override_texts
 
 PROTOCOLS = (*TRAININGS, "voc07-svm")
 
@@ -120,7 +116,7 @@ class Entry(BaseModel):
         protocol: of `obowlab eval`.
         seed: of a training; 0 for protocols that are none.
         question: hash of everything that was known before measuring: protocol, settings, images' name, weights, seed.
-        encoder: what was measured, in words.
+        encoder: what was measured, as its row shows it.
         weights_hash: SHA-256 of its weights.
         dataset: name of the images.
         basis: protocol and images as hashes: what must be equal for two values to be means of one another.
@@ -181,13 +177,12 @@ def load_transfer(name: str, *, scale: str) -> TransferTable:
     Raises:
         UserError: no such scale, protocol, preset, recipe or key; two rows or columns of one name.
     """
-    if scale not in SCALES:
-        raise UserError(f"There is no scale '{scale}'.{nearest(scale, list(SCALES))}")
-    path = shipped_files().get(name, Path(name))
-    file = parse_section(TransferFile, read_toml(path), place=str(path))
+    path, file = read_table(name, scale=scale, shape=TransferFile)
     try:
         _check(file)
-        pretraining = {row.key: _pretraining(row, scale=scale, folder=path.parent) for row in file.row if scale in row.recipes}
+        recipes = {row.key: recipe_place(row.recipes[scale], folder=path.parent) for row in file.row if scale in row.recipes}
+        sets = {row.key: row.set.get(scale, {}) for row in file.row}
+        pretraining = {key: load_row(recipe, key=key, changes=sets[key]) for key, recipe in recipes.items()}
         here = {each.protocol: each for each in file.column if each.protocol}
         changes = {protocol: _changes(column, scale=scale) for protocol, column in here.items()}
         trainings = {
@@ -220,49 +215,6 @@ def question(table: TransferTable, *, protocol: str, seed: int, weights_hash: st
     return canonical_hash([protocol, asked, weights_hash])
 
 
-def select(words: Sequence[str], *, table: TransferTable) -> list[str]:
-    """Return the keys of the rows that `--rows` asks for; all rows without a word.
-
-    Raises:
-        UserError: there is no such row.
-    """
-    keys = [row.key for row in table.file.row]
-    wanted = [part for word in words for part in word.split(",") if part]
-    for key in wanted:
-        if key not in keys:
-            raise UserError(f"{table.name} has no row '{key}' (--rows).{nearest(key, keys)}")
-    return [key for key in keys if not wanted or key in wanted]
-
-
-def find_transfers(table: TransferTable, *, folder: Path) -> Transfers:
-    """Return what was measured for a table: as a run store keeps it, or among the records of `ablate --records`."""
-    return read_transfers(folder / KEPT / table.file_name) or read_transfers(folder / table.file_name) or Transfers()
-
-
-def read_transfers(path: Path) -> Transfers | None:
-    """Return what was measured; None where nothing was, or by another version."""
-    try:
-        return Transfers.model_validate_json(read_file(path))
-    except (OSError, ValueError):
-        return None
-
-
-def write_transfers(transfers: Transfers, path: Path, *, shared: bool = False) -> None:
-    """Write what was measured; the same gives the same bytes.
-
-    Raises:
-        UserError: the disk refuses.
-    """
-    try:
-        if shared:
-            shared_folder(path.parent)
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, transfers.model_dump_json(indent=1) + "\n", shared=shared)
-    except OSError as error:
-        raise UserError(f"Cannot write {path}: {error.strerror}.") from None
-
-
 # -------------------------------------------------------------------------------------------------------------- helpers
 
 
@@ -278,26 +230,12 @@ def _check(file: TransferFile) -> None:
             )
         if column.protocol and not is_result(column.metric):
             raise UserError(f"'{column.metric}' is not a metric of an evaluation.")
-        _check_scales(f"column '{column.metric}'", (*column.presets, *column.datasets, *column.set))
+        check_scales(f"column '{column.metric}'", (*column.presets, *column.datasets, *column.set))
     for row in file.row:
-        _check_scales(f"row '{row.key}'", (*row.recipes, *row.set))
+        check_scales(f"row '{row.key}'", (*row.recipes, *row.set))
         for metric in row.paper:
             if metric not in metrics:
                 raise UserError(f"row '{row.key}' has a value of '{metric}', which is no column.{nearest(metric, metrics)}")
-
-
-def _check_scales(place: str, words: Sequence[str]) -> None:
-    for word in words:
-        if word not in SCALES:
-            raise UserError(f"{place} names the scale '{word}'.{nearest(word, list(SCALES))}")
-
-
-def _pretraining(row: TransferRow, *, scale: str, folder: Path) -> Loaded:
-    name = row.recipes[scale]
-    try:
-        return load_recipe(str(folder / name) if name.endswith(".toml") else name, changes=row.set.get(scale, {}))
-    except UserError as error:
-        raise UserError(f"row '{row.key}': {error}") from None
 
 
 def _changes(column: TransferColumn, *, scale: str) -> dict[str, Any]:

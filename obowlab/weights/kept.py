@@ -15,8 +15,7 @@ from obowlab.files.sharing import share, shared_folder
 from obowlab.methods import build_backbone
 from obowlab.weights.encoder_file import Encoder, read_encoder, write_encoder
 from obowlab.weights.info import EncoderInfo
-
-FOLDER = ".weights"
+from obowlab.weights.source import kept_path
 
 
 def keep_weights(encoder: Encoder, *, runs_root: Path) -> str:
@@ -78,8 +77,3 @@ def untrained(recipe: Recipe) -> Encoder:
         weights_hash=hash_of(model),
     )
     return Encoder(model=model, info=info, path=Path(info.source))
-
-
-def kept_path(weights_hash: str, *, runs_root: Path) -> Path:
-    """Return where an encoder is kept by the hash of its weights, or would be."""
-    return runs_root / FOLDER / f"{weights_hash}.safetensors"

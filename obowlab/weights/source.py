@@ -13,6 +13,9 @@ from obowlab.tracking.model import ModelVersion, find_model_version, is_model_ve
 from obowlab.weights import WEIGHTS_SUFFIXES
 from obowlab.weights.info import EncoderInfo, beginning, peek
 
+FOLDER = ".weights"
+"""Folder of the run store that keeps encoders, see `weights.kept`."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -69,3 +72,8 @@ def find_source(ref: str, *, runs_root: Path, tracking_uri: str | None = None) -
     if not file.is_file():
         raise UserError(f"Run '{folder.run_id}' has no encoder yet (it is {folder.state.status}); finish it with 'obowlab run'.")
     return Source(folder.run_id, folder=folder, path=file, info=peek(file))
+
+
+def kept_path(weights_hash: str, *, runs_root: Path) -> Path:
+    """Return where an encoder is kept by the hash of its weights, or would be."""
+    return runs_root / FOLDER / f"{weights_hash}.safetensors"

@@ -1,0 +1,98 @@
+"""What tables of costs and of transfer share: how their files are read, and where what was measured for them is kept.
+
+That is `RUNS_ROOT/.tables/NAME-SCALE.KIND`, or among the records of `ablate --records`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+
+from obowlab.config import Loaded, Section, load_recipe, nearest, parse_section, read_toml
+from obowlab.config.scales import SCALES
+from obowlab.errors import UserError
+from obowlab.files.opening import read_file
+from obowlab.files.replacing import write_atomic
+from obowlab.files.sharing import shared_folder
+from obowlab.tables.kept import KEPT
+from obowlab.tables.spec import shipped_files
+
+File = TypeVar("File", bound=Section)
+Content = TypeVar("Content", bound=BaseModel)
+
+
+def read_table(name: str, *, scale: str, shape: type[File]) -> tuple[Path, File]:
+    """Return the path of a shipped table, or of one's own, and what it says.
+
+    Raises:
+        UserError: no such scale, file or key.
+    """
+    if scale not in SCALES:
+        raise UserError(f"There is no scale '{scale}'.{nearest(scale, list(SCALES))}")
+    path = shipped_files().get(name, Path(name))
+    return path, parse_section(shape, read_toml(path), place=str(path))
+
+
+def check_scales(place: str, scales: Iterable[str]) -> None:
+    """Raise a UserError where a part of a table file names a scale that is none."""
+    for scale in scales:
+        if scale not in SCALES:
+            raise UserError(f"{place} names the scale '{scale}'.{nearest(scale, list(SCALES))}")
+
+
+def recipe_place(recipe: str, *, folder: Path) -> str:
+    """Return a recipe that a table file names as `load_recipe` takes it: a file is beside the table."""
+    return str(folder / recipe) if recipe.endswith(".toml") else recipe
+
+
+def load_row(recipe: str, *, key: str, changes: Mapping[str, Any]) -> Loaded:
+    """Return the recipe of a row; errors name the row."""
+    try:
+        return load_recipe(recipe, changes=changes)
+    except UserError as error:
+        raise UserError(f"row '{key}': {error}") from None
+
+
+def select_keys(asked: Sequence[str], *, keys: Sequence[str], table: str, where: str = "") -> list[str]:
+    """Return the keys of a table that `--rows` asks for, in its order; all where it is not given.
+
+    Raises:
+        UserError: there is no such row; `where` follows its name.
+    """
+    wanted = [key for text in asked for key in text.split(",") if key]
+    for key in wanted:
+        if key not in keys:
+            raise UserError(f"{table} has no row '{key}'{where} (--rows).{nearest(key, keys)}")
+    return [key for key in keys if not wanted or key in wanted]
+
+
+def find_kept(shape: type[Content], file_name: str, *, folder: Path) -> Content | None:
+    """Return what was measured for a table as a run store keeps it, or as it is among records; None where nothing was."""
+    return read_kept(shape, folder / KEPT / file_name) or read_kept(shape, folder / file_name)
+
+
+def read_kept(shape: type[Content], path: Path) -> Content | None:
+    """Return what was measured; None where nothing was, or by another version."""
+    try:
+        return shape.model_validate_json(read_file(path))
+    except (OSError, ValueError):
+        return None
+
+
+def write_kept(content: BaseModel, path: Path, *, shared: bool = False) -> None:
+    """Write what was measured, into a run store with `shared`; the same gives the same bytes.
+
+    Raises:
+        UserError: the disk refuses.
+    """
+    try:
+        if shared:
+            shared_folder(path.parent)
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, content.model_dump_json(indent=1) + "\n", shared=shared)
+    except OSError as error:
+        raise UserError(f"Cannot write {path}: {error.strerror}.") from None
