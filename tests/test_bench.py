@@ -236,6 +236,17 @@ def test_every_part_is_measured(tmp_path: Path, data_root: Path, monkeypatch: py
     assert not (tmp_path / "runs").exists()  # the run that was measured lies in the scratch folder
 
 
+def test_protocols_that_are_not_timed_are_named(tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_recipe(tmp_path, dataset="small")
+    changed = 'extends = "small"\n[method]\nname = "supervised"\n[evaluation]\nprotocols = ["classes", "knn"]\n'
+    (tmp_path / "labels.toml").write_text(changed)
+    machine = Machine(data_root=data_root, runs_root=tmp_path / "runs", device="cpu", loader="torch", workers=0)
+    found, _, error = measured(tmp_path / "labels.toml", machine=machine, scratch=tmp_path / "scratch", monkeypatch=monkeypatch)
+    assert error == ""
+    num_train, num_val = (open_split("small", name, data_root=data_root).num_images for name in ("train", "val"))
+    assert found["features"].note.endswith(f"{num_train + num_val} views for this recipe; not timed: the rest of classes")
+
+
 def test_the_loop_counts_steps_and_nothing_else(tmp_path: Path, data_root: Path) -> None:
     """With two steps in the time, a look at the signals before or after training would count as half of a step's work more."""
     loaded = small_recipe(tmp_path, dataset="small")

@@ -146,6 +146,19 @@ def test_other_weights_images_or_views_are_other_features(
     assert passes == [("train", 60), ("train", 60), ("train", 20), ("train", 60)]
 
 
+def test_the_same_weights_with_another_padding_are_another_encoder(
+    encoder: ResNet, open_store: Callable[..., FeatureStore], passes: list[tuple[str, int]]
+) -> None:
+    padded = build_backbone(Backbone(stem="small", width=4, padding="same"), seed=0)
+    padded.load_state_dict(encoder.state_dict())
+    stores = open_store(), open_store(encoder=padded)
+    usual, same = (store.get("train")[0] for store in stores)
+    assert passes == [("train", 60), ("train", 60)]
+    assert not torch.allclose(usual, same, atol=1e-3)
+    places = [store.place_beside("voc07-svm", {}) for store in stores]
+    assert places[0] != places[1]
+
+
 @pytest.mark.parametrize("harm", ["flip a bit", "cut short", "lose the label"])
 def test_damaged_features_are_noticed(
     open_store: Callable[..., FeatureStore], passes: list[tuple[str, int]], tmp_path: Path, harm: str

@@ -11,7 +11,7 @@ from torch import nn
 
 from obowlab.config import Backbone, Optimizer, Simsiam, Views
 from obowlab.errors import UserError
-from obowlab.methods import Batch, OneProcess, SimSiam, build_backbone
+from obowlab.methods import Batch, OneProcess, SimSiam, build_backbone, build_student
 from obowlab.methods.projection import GlobalBatchNorm1d, channel_std
 from obowlab.methods.schedules import learning_rate
 from obowlab.methods.simsiam import negative_cosine
@@ -115,6 +115,12 @@ def test_the_heads_are_the_authors() -> None:
     assert zeros == {
         f"layer{stage}.{block}.bn3.weight" for stage, depth in zip("1234", (3, 4, 6, 3), strict=True) for block in range(depth)
     }
+
+
+def test_a_random_baseline_is_the_student_as_it_starts() -> None:
+    method = build(zero_residual=True)
+    baseline = build_student(method.method, backbone=SMALL, seed=0).double().state_dict()
+    assert all(torch.equal(value, baseline[name]) for name, value in method.student.state_dict().items())
 
 
 def test_without_zeros_the_student_starts_as_every_other() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules._functions import SyncBatchNorm as TorchFunction
 
 from obowlab.methods import OneProcess
+from obowlab.methods.detection.masks import UnevenBatchNorm2d
 from obowlab.methods.projection import GlobalBatchNorm1d
 from obowlab.methods.split_batchnorm import SplitBatchNorm2d
 from obowlab.training.distributed import World
@@ -109,6 +110,12 @@ def plain() -> nn.BatchNorm2d:
     return norm
 
 
+def uneven() -> UnevenBatchNorm2d:
+    norm = UnevenBatchNorm2d(CHANNELS, eps=1e-3, momentum=0.3).double()
+    norm.load_state_dict(plain().state_dict())
+    return norm
+
+
 def row_norm(kind: str) -> GlobalBatchNorm1d:
     """Return one of a head: with scale and shift, with a scale alone, or with neither."""
     norm = GlobalBatchNorm1d(CHANNELS, affine=kind != "bare").double()
@@ -157,6 +164,9 @@ def one_of_two(rank: int, file: str) -> None:
         for layout in LAYOUTS:
             x, counts = images(layout)
             found[f"{name} {layout}"] = steps(kind.like(plain()), x[mine], counts[mine])
+        x, counts = images("contiguous")
+        most = slice(6) if rank == 0 else slice(6, 8)
+        found[f"{name} uneven"] = steps(kind.like(uneven()), x[most], counts[most])
         for rows in ROWS:
             x, counts = (each[:, :, 0, 0] for each in images("contiguous"))
             found[f"{name} {rows}"] = steps(kind.like(row_norm(rows)), x[mine], counts[mine])
@@ -181,7 +191,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [torch.load(f"{file}.{rank}", weights_only=True) for rank in range(2)]
 
 
-@pytest.mark.parametrize("layout", [*LAYOUTS, *ROWS])
+@pytest.mark.parametrize("layout", [*LAYOUTS, *ROWS, "uneven"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_ranks_do_what_one_does_with_all_images(kind: str, layout: str, ranks: list[dict[str, Any]]) -> None:
     if layout in ROWS:

@@ -297,8 +297,20 @@ def test_weights_are_kept_once_by_their_hash_and_refused_where_they_do_not_fit(t
         kept_weights("b" * 64, backbone=SMALL, runs_root=tmp_path / "runs")
     other = encoder_of(seed=8)
     write_encoder(other.model, path=path, info=other.info)
-    with pytest.raises(UserError, match="holds other weights than its name says"):
+    with pytest.raises(UserError, match="holds another encoder than its name says"):
         kept_weights(kept, backbone=SMALL, runs_root=tmp_path / "runs")
+
+
+def test_the_same_weights_with_other_pixels_or_another_padding_are_kept_beside_each_other(tmp_path: Path) -> None:
+    usual, plain = encoder_of(), encoder_of(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    same = SMALL.model_copy(update={"padding": "same"})
+    padded = Encoder(model=usual.model, info=usual.info.model_copy(update={"backbone": same}), path=usual.path)
+    kept = [keep_weights(each, runs_root=tmp_path) for each in (usual, plain, padded)]
+    assert kept[0] == usual.info.weights_hash, "encoders as all others keep their names"
+    assert len(set(kept)) == 3
+    for identity, each in zip(kept, (usual, plain, padded), strict=True):
+        found = kept_weights(identity, backbone=each.info.backbone, runs_root=tmp_path)
+        assert (found.info.mean, found.info.std, found.info.backbone) == (each.info.mean, each.info.std, each.info.backbone)
 
 
 # ----------------------------------------------------------------------------------------------------------------- accuracy
@@ -313,6 +325,12 @@ def test_accuracies_count_the_first_guesses_and_break_ties_by_the_lower_class() 
         ("semi1_top3", 100.0),
         ("semi1_top9", 100.0),
     ]
+
+
+def test_scores_that_are_not_finite_are_refused() -> None:
+    scores = torch.tensor([[1.0, float("nan"), 0.0]])
+    with pytest.raises(UserError, match="scores that are not finite: its training diverged"):
+        accuracies(nn.Identity(), features=scores, labels=torch.tensor([0]), ranks=(1,), name="semi1")
 
 
 # -------------------------------------------------------------------------------------------------------- crops of Places205
@@ -435,6 +453,13 @@ def test_eval_trains_what_the_protocol_is_and_adds_it_to_the_run(
     head = RunFolder.open(tmp_path / "runs" / result["details"]["trained_in"])
     assert result["details"]["training"]["optimizer"]["learning_rate"] == 0.1
     assert points(head)[-1][1].keys() >= {"loss", "class_accuracy"}, "its curve"
+    code, out, errors = obowlab("eval", head.run_id, *roots)
+    assert code == 0, errors
+    (own,) = RunFolder.open(head.path).results()
+    assert own["measurements"] == result["measurements"], "its own classifier once more"
+    code, _, errors = obowlab("eval", head.run_id, "--dataset", "synthetic", *roots)
+    assert code == 2
+    assert "classes: measured is what a run has learned on its own images" in errors
     before = (head.path / "classifier.safetensors").stat().st_mtime_ns
     code, out, _ = obowlab(*words)
     assert code == 0

@@ -28,6 +28,7 @@ from obowlab.data.opening import open_source
 from obowlab.data.protocol_needs import several_classes_need
 from obowlab.errors import UserError
 from obowlab.evaluation import evaluate, svm
+from obowlab.evaluation.result import Measurement
 from obowlab.evaluation.svm import (
     ClassFit,
     fit_class,
@@ -331,6 +332,7 @@ def test_difficult_images_are_left_out_of_their_class_alone() -> None:
     assert list(each.values()) == pytest.approx(expected)
     assert measured.value == pytest.approx(np.mean(expected))
     assert measured.low < measured.value < measured.high
+    assert measured.high - measured.value == pytest.approx(measured.value - measured.low)
     assert measured.count == 80
 
 
@@ -339,8 +341,13 @@ def test_the_shares_of_images_have_the_value_as_mean_and_its_spread() -> None:
     measured, _ = mean_average_precision(fits, targets=targets)
     shares = unpack(measured.samples)
     assert shares.mean() == pytest.approx(measured.value, abs=1e-3)
-    error = 1.96 * shares.std(ddof=1) / np.sqrt(len(shares))
-    assert error == pytest.approx(measured.interval, rel=0.15)  # jackknife and bootstrap agree
+    assert measured.interval == pytest.approx(1.96 * shares.std(ddof=1) / np.sqrt(len(shares)), rel=1e-3)
+    drawn, random = [], np.random.default_rng(8)
+    for _ in range(200):
+        rows = random.integers(0, 150, 150)
+        again, _ = mean_average_precision([a_fit(fit.name, np.array(fit.scores)[rows]) for fit in fits], targets=targets[rows])
+        drawn.append(again.value)
+    assert 1.96 * np.std(drawn) == pytest.approx(measured.interval, rel=0.25)  # a bootstrap has the same spread
     one = targets.copy()
     rows = [row for row in range(150) if row != 17]
     without, _ = mean_average_precision([a_fit(fit.name, np.array(fit.scores)[rows]) for fit in fits], targets=one[rows])
@@ -372,6 +379,31 @@ def test_the_interval_covers_other_test_sets() -> None:
         measured, _ = mean_average_precision(fits, targets=world_targets[rows])
         covered += measured.low <= truth <= measured.high
     assert 51 <= covered <= 60
+
+
+def test_the_interval_covers_what_such_test_sets_have_where_positives_are_rare() -> None:
+    """An average precision of few positives is too high on average: the interval is of the value on test sets of this size."""
+    random = np.random.default_rng(9)
+
+    def drawn() -> Measurement:
+        targets = (random.random((200, 8)) < 0.06).astype(np.int8)
+        fits = [a_fit(str(column), random.normal(size=200) + targets[:, column]) for column in range(8)]
+        return mean_average_precision(fits, targets=targets)[0]
+
+    found = [drawn() for _ in range(150)]
+    truth = np.mean([each.value for each in found])
+    covered = np.mean([each.low <= truth <= each.high for each in found])
+    assert 0.88 <= covered <= 1.0
+    spread = np.std([each.value for each in found])
+    assert np.mean([each.interval for each in found]) == pytest.approx(1.96 * spread, rel=0.4)
+
+
+def test_a_class_that_all_but_one_image_lack_is_left_out_without_that_image() -> None:
+    targets = np.zeros((40, 2), dtype=np.int8)
+    targets[::2, 0], targets[0, 1] = 1, 1
+    fits = [a_fit("often", targets[:, 0].astype(float)), a_fit("once", targets[:, 1].astype(float))]
+    measured, _ = mean_average_precision(fits, targets=targets)
+    assert (measured.value, measured.interval) == (100.0, 0.0)
 
 
 def test_standardised_features_are_those_of_the_training_images() -> None:

@@ -47,7 +47,7 @@ def beginning_with(source: Source, *, runs_root: Path, dry_run: bool) -> tuple[s
     """
     info = keep_encoder(source, runs_root=runs_root, dry_run=dry_run)
     network = (f"backbone.{key}={json.dumps(value)}" for key, value in info.backbone.model_dump(mode="json").items())
-    return (f'method.weights="{info.weights_hash}"', *network)
+    return (f'method.weights="{info.identity}"', *network)
 
 
 def refuse_weights(recipe: str, *, overrides: Sequence[str]) -> None:

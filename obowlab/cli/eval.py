@@ -125,6 +125,7 @@ def _measure(asked: _Asked, *, options: MachineOptions, dry_run: bool) -> int:
     """Measure an encoder here or in a job, and print the results; return the exit code."""
     from obowlab.launch.preflight import check_protocols
     from obowlab.launch.stages import obstacles_of
+    from obowlab.runs.results import LEARNED
     from obowlab.weights.subject import find_subject
 
     machine = options.machine()
@@ -141,6 +142,12 @@ def _measure(asked: _Asked, *, options: MachineOptions, dry_run: bool) -> int:
     if asked.untrained and chosen.folder is None:
         raise UserError("--random needs a run: of other encoders the initialisation is not known.")
     protocols = asked.protocols or recipe.evaluation.protocols
+    learned = [name for name in protocols if name in LEARNED]
+    if learned and (chosen.folder is None or asked.dataset not in (None, recipe.data.dataset)):
+        raise UserError(
+            f"{', '.join(learned)}: measured is what a run has learned on its own images. Name that run and leave --dataset "
+            "out, or choose a --protocol."
+        )
     dataset = asked.dataset or _usual_dataset(protocols, recipe, data_root=machine.data_root)
     untrained = recipe.evaluation.random_baseline if asked.untrained is None else asked.untrained
     with_random = chosen.folder is not None and untrained

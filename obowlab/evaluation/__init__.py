@@ -22,9 +22,10 @@ from obowlab.evaluation.result import Measurement, Result
 from obowlab.methods.detection.two_stage import TwoStageDetector
 from obowlab.precision import full_precision
 from obowlab.runs.folder import RunFolder
+from obowlab.views.loaders import num_workers
 from obowlab.views.views import MEAN, STD
 
-__all__ = ["EVALUATORS", "PROBE_SEED", "Evaluator", "Measurement", "Outcome", "Result", "evaluate"]
+__all__ = ["EVALUATORS", "PROBE_SEED", "Evaluator", "Measurement", "Outcome", "Result", "evaluate", "views_needed"]
 
 
 def evaluate(
@@ -76,7 +77,7 @@ def evaluate(
         cache_dir=cache_dir,
         device=device,
         backend=machine.loader,
-        workers=max(1, torch.get_num_threads()) if machine.workers is None else machine.workers,
+        workers=num_workers(machine),
         channels_last=machine.channels_last,
         report=report,
     )
@@ -86,13 +87,14 @@ def evaluate(
         folder=folder,
     )
     with full_precision(device):  # whatever training ran in
-        for split, views in _union_of_needs(names, recipe.evaluation).items():
+        for split, views in views_needed(names, recipe.evaluation).items():
             if views:
                 store.get(split, views=views)  # one pass over the images, however many protocols want them
         return [_measure(name, store=store, learned=learned, recipe=recipe, subject=subject, report=report) for name in names]
 
 
-def _union_of_needs(names: Sequence[str], evaluation: Evaluation) -> dict[str, tuple[View, ...]]:
+def views_needed(names: Sequence[str], evaluation: Evaluation) -> dict[str, tuple[View, ...]]:
+    """Return which views of every split some protocols look at, each once."""
     union: dict[str, tuple[View, ...]] = {}
     for name in names:
         for split, views in EVALUATORS[name].needs(evaluation).items():

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from obowlab.errors import UserError
 from obowlab.evaluation.result import Measurement, proportion_with_interval
 
 CHUNK = 8192
@@ -25,11 +26,18 @@ def accuracies(
         labels: int64 [N], on the same device.
         ranks: how many guesses are allowed.
         name: of the measurements.
+
+    Raises:
+        UserError: scores are not finite.
     """
     places: list[int] = []
     with torch.no_grad():
         for rows, truth in zip(torch.split(features, CHUNK), torch.split(labels, CHUNK), strict=True):
             scores = classifier(rows).float()
+            if not torch.isfinite(scores).all():
+                raise UserError(
+                    "The classifier gives scores that are not finite: its training diverged. Lower optimizer.learning_rate."
+                )
             own = scores.gather(1, truth[:, None])
             earlier = torch.arange(scores.shape[1], device=scores.device) < truth[:, None]
             places += ((scores > own) | ((scores == own) & earlier)).sum(dim=1).tolist()

@@ -159,7 +159,7 @@ def _voc07_svm(store: FeatureStore, learned: Learned, recipe: Recipe, report: Ca
         measurements=(measurement,),
         settings=settings,
         remarks={
-            "interval": f"bootstrap over validation images, {svm.NUM_RESAMPLES} times",
+            "interval": "jackknife over validation images",
             "precision_of_classes": precisions,
             "cost_of_classes": {fit.name: fit.cost for fit in fits},
             "fits_at_the_limit": sum(fit.unconverged for fit in fits),
@@ -196,7 +196,7 @@ def _voc_detection(store: FeatureStore, learned: Learned, recipe: Recipe, report
         measurements=measurements,
         settings={"training": recipe.training_settings(), "training_data": store.data_hash(["train"]), "objects": objects},
         remarks={
-            "interval": f"bootstrap over validation images, {scoring.NUM_RESAMPLES} times",
+            "interval": "jackknife over validation images",
             "ap50_of_classes": of_classes,
             "metric": "PASCAL VOC 2007: 11 points, at overlaps of 0.5 to 0.95",
         },
@@ -207,7 +207,7 @@ def _coco_detection(store: FeatureStore, learned: Learned, recipe: Recipe, repor
     split, truths = store.split("val"), read_objects(store.split("val"))
     found = _detections(store, learned, recipe, report)
     test = coco_testing.judge_coco_images(found, truths=truths, class_names=split.class_names)
-    report("coco-detection: intervals from resampled images")
+    report("coco-detection: intervals, from leaving out each image")
     measured = {
         kind: scoring.measure(judged, num_images=split.num_images, name=kind, recalls=RECALLS)
         for kind, judged in test.judged.items()
@@ -221,7 +221,7 @@ def _coco_detection(store: FeatureStore, learned: Learned, recipe: Recipe, repor
         measurements=tuple(each for measurements, _ in measured.values() for each in measurements),
         settings={"training": recipe.training_settings(), "training_data": store.data_hash(["train"]), "objects": objects},
         remarks={
-            "interval": f"bootstrap over validation images, {scoring.NUM_RESAMPLES} times",
+            "interval": "jackknife over validation images",
             "ap50_of_classes": {kind: of_classes for kind, (_, of_classes) in measured.items()},
             "summary": test.summaries,
             "metric": f"COCO by pycocotools {version('pycocotools')}: 101 points, at overlaps of 0.5 to 0.95",

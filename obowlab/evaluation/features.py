@@ -2,7 +2,7 @@
 
 An entry is a folder `CACHE_DIR/KEY` with one `.npy` file and what it was made of. It is written under a temporary name and
 renamed, so a killed process leaves no half entry, and its bytes are checked against their hash before use. A key covers the
-weights, the images, the view and the version of this code: no entry is ever stale.
+weights, their padding, the images, the view and the version of this code: no entry is ever stale.
 """
 
 from __future__ import annotations
@@ -115,6 +115,7 @@ class FeatureStore:
         self.encoder = encoder
         self.mean, self.std = pixel_statistics(encoder)
         self.weights_hash = weights_hash(encoder)
+        self._padding: str = getattr(encoder, "padding", "torchvision")  # changes what weights compute, and none of them
         self.views: Views = recipe.views
         self.dataset = recipe.data.dataset if dataset is None else dataset
         # The authors' probe sees the labels of the images that were pretrained on, and no others.
@@ -193,6 +194,7 @@ class FeatureStore:
             "size": self.views.original_size,
             "mean": list(self.mean),
             "std": list(self.std),
+            **({} if self._padding == "torchvision" else {"padding": self._padding}),
         }
 
     def _entry(self, key: dict[str, Any]) -> Path:

@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from obowlab import text
 from obowlab.config import Voc07Svm, canonical_hash
-from obowlab.evaluation.resampling import all_but_one, measurement, resamples
+from obowlab.evaluation.jackknife import all_but_one, measurement
 from obowlab.evaluation.result import Measurement
 from obowlab.files.opening import UnusableFileError
 from obowlab.files.records import read_checked, with_checksum
@@ -42,9 +42,6 @@ LENGTH_EPSILON = 1e-5
 
 NORM_EPSILON = 1e-5
 """Added to the variance of a feature, for `pool5_bn`."""
-
-BOOTSTRAP_LANE = 2
-NUM_RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
@@ -239,7 +236,7 @@ def _read_fit(kept: Path, name: str, *, count: int) -> ClassFit | None:
 
 
 def mean_average_precision(fits: Sequence[ClassFit], *, targets: Marks) -> tuple[Measurement, dict[str, float]]:
-    """Return the mean over classes with interval and shares as `resampling` has them, and every class's value, in percent.
+    """Return the mean over classes with interval and shares as `jackknife` has them, and every class's value, in percent.
 
     What the choice of C adds to the spread is not in the interval.
 
@@ -254,15 +251,16 @@ def mean_average_precision(fits: Sequence[ClassFit], *, targets: Marks) -> tuple
         ranked.append((order, targets[order, column] == 1))
 
     def mean_of(weights: Floats) -> Floats:
-        """Return the mean in percent, [R], with images that count as often as each of R rows says, [R, N]."""
-        mean: Floats = 100.0 * np.mean([average_precision(hits, weights=weights[:, order]) for order, hits in ranked], axis=0)
+        """Return the mean in percent over the classes that are shown, [R], with images that count as R rows say, [R, N]."""
+        shown = np.stack([weights[:, order] @ hits > 0 for order, hits in ranked])
+        values = np.stack([average_precision(hits, weights=weights[:, order]) for order, hits in ranked])
+        mean: Floats = 100.0 * (values * shown).sum(axis=0) / np.maximum(shown.sum(axis=0), 1)
         return mean
 
     num_images = len(targets)
     each = [100.0 * float(average_precision(hits, weights=np.ones(len(order)))) for order, hits in ranked]
     value = float(np.mean(each))
-    drawn = np.concatenate([mean_of(rows) for rows in resamples(num_images, count=NUM_RESAMPLES, lane=BOOTSTRAP_LANE)])
     without = np.concatenate([mean_of(rows) for _, rows in all_but_one(np.arange(num_images), num_images=num_images)])
-    return measurement("svm_map", value, drawn=drawn, without=without), {
+    return measurement("svm_map", value, without=without), {
         fit.name: precision for fit, precision in zip(fits, each, strict=True)
     }

@@ -3,7 +3,17 @@
 from typing import Any
 
 from obowlab.methods.backbones import ResNet, build_backbone, compile_encoders
-from obowlab.methods.base import Batch, Comm, LevelWords, Method, OneProcess, Preparation, StepOutput, VisualWords
+from obowlab.methods.base import (
+    Batch,
+    Comm,
+    LevelWords,
+    Method,
+    OneProcess,
+    Preparation,
+    StepOutput,
+    VisualWords,
+    build_student,
+)
 from obowlab.methods.bownet import BoWNet
 from obowlab.methods.byol import BYOL
 from obowlab.methods.detection.objects import Objects
@@ -53,5 +63,6 @@ __all__ = [
     "SwAV",
     "VisualWords",
     "build_backbone",
+    "build_student",
     "compile_encoders",
 ]

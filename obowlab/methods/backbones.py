@@ -31,6 +31,7 @@ class ResNet(nn.Module):
         level_channels: channels of every level's map.
         pixel_mean: what is subtracted from pixels in [0, 1], per channel; set where it is not ImageNet's mean.
         pixel_std: what the difference is divided by; set where it is not ImageNet's deviation.
+        padding: `torchvision` or `same`, which changes what equal weights compute.
     """
 
     pixel_mean: tuple[float, float, float]
@@ -38,6 +39,7 @@ class ResNet(nn.Module):
 
     def __init__(self, arch: str, *, stem: str = "imagenet", width: int = 64, padding: str = "torchvision"):
         super().__init__()
+        self.padding = padding
         block, depths = ARCHITECTURES[arch]
         if stem == "small":
             self.conv1 = nn.Conv2d(3, width, kernel_size=3, stride=1, padding=1, bias=False)

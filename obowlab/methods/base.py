@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from obowlab.config import Backbone, Level, Section, Views, compatibility
 from obowlab.config.pixels import MEAN, STD
-from obowlab.methods.backbones import ResNet, build_backbone
+from obowlab.methods.backbones import ResNet, build_backbone, zero_last_scales
 from obowlab.methods.detection.objects import Objects
 from obowlab.methods.online_classifier import OnlineClassifier
 
@@ -336,7 +336,7 @@ class SelfSupervised(Method[SettingsT]):
         self, method: SettingsT, *, backbone: Backbone, total_steps: int, seed: int, num_classes: int | None, comm: Comm
     ) -> None:
         super().__init__(method, backbone=backbone, total_steps=total_steps, seed=seed, num_classes=num_classes, comm=comm)
-        self.student = build_backbone(backbone, seed=seed)
+        self.student = build_student(method, backbone=backbone, seed=seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + 1)  # the student's weights are a function of the seed alone: see build_backbone
             self.build(method)
@@ -351,3 +351,11 @@ class SelfSupervised(Method[SettingsT]):
     def encoder(self) -> ResNet:
         """Return the student."""
         return self.student
+
+
+def build_student(method: Section, *, backbone: Backbone, seed: int) -> ResNet:
+    """Return the network that a method learns, with the weights that a seed begins it with."""
+    student = build_backbone(backbone, seed=seed)
+    if getattr(method, "zero_residual", False):
+        zero_last_scales(student)
+    return student

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from obowlab.config import Simclr
 from obowlab.methods import bow
-from obowlab.methods.backbones import zero_last_scales
 from obowlab.methods.base import Batch, SelfSupervised, StepOutput
 from obowlab.methods.projection import GlobalBatchNorm1d, hidden_layer
 from obowlab.precision import full_precision
@@ -28,8 +27,6 @@ class SimCLR(SelfSupervised[Simclr]):
 
     def build(self, method: Simclr) -> None:
         """Make the projection."""
-        if method.zero_residual:
-            zero_last_scales(self.student)
         features = self.student.num_features
         self.projection = build_projection(features, size=method.projection_size, num_layers=method.projection_layers)
 

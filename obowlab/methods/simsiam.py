@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from obowlab.config import Simsiam
 from obowlab.methods import bow
-from obowlab.methods.backbones import zero_last_scales
 from obowlab.methods.base import Batch, SelfSupervised, StepOutput
 from obowlab.methods.projection import GlobalBatchNorm1d, channel_std, hidden_layer
 
@@ -26,8 +25,6 @@ class SimSiam(SelfSupervised[Simsiam]):
 
     def build(self, method: Simsiam) -> None:
         """Make projection and predictor."""
-        if method.zero_residual:
-            zero_last_scales(self.student)
         features, size = self.student.num_features, method.projection_size
         self.projection = build_projection(features, size=size, num_layers=method.projection_layers)
         self.prediction = nn.Sequential(*hidden_layer(size, method.prediction_size), nn.Linear(method.prediction_size, size))

@@ -98,7 +98,7 @@ class Given(BaseModel):
     Attributes:
         name: as it was named.
         run_id: of a run of the store; None for other encoders.
-        weights_hash: SHA-256 of its weights.
+        weights_hash: its identity (`EncoderInfo.identity`).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -117,7 +117,7 @@ class Entry(BaseModel):
         seed: of a training; 0 for protocols that are none.
         question: hash of everything that was known before measuring: protocol, settings, images' name, weights, seed.
         encoder: what was measured, as its row shows it.
-        weights_hash: SHA-256 of its weights.
+        weights_hash: its identity (`EncoderInfo.identity`).
         dataset: name of the images.
         basis: protocol and images as hashes: what must be equal for two values to be means of one another.
         run_id: of the training; None for protocols that are none.
@@ -207,7 +207,7 @@ def question(table: TransferTable, *, protocol: str, seed: int, weights_hash: st
         table: at its scale.
         protocol: one of the table's.
         seed: of a training.
-        weights_hash: of the encoder.
+        weights_hash: the encoder's identity.
         settings: of a protocol that is no training.
     """
     training = table.trainings.get(protocol)

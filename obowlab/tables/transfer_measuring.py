@@ -102,7 +102,7 @@ class Measuring:
             source = find_source(ref, runs_root=self.machine.runs_root, tracking_uri=self.machine.tracking_uri)
             is_here = source.folder is not None and source.folder.path.parent.resolve() == self.machine.runs_root.resolve()
             info = source.info if is_here and source.info is not None else self.keep(source)
-            given[key] = Given(name=source.name, run_id=source.name if is_here else None, weights_hash=info.weights_hash)
+            given[key] = Given(name=source.name, run_id=source.name if is_here else None, weights_hash=info.identity)
             if self.dry_run:  # it is nowhere else
                 self._sources[key] = replace(source, info=info)
         if given != self.transfers.given:
@@ -117,7 +117,7 @@ class Measuring:
                 continue
             evaluation = source.folder.info.recipe.evaluation if source.folder is not None else Evaluation()
             settings = evaluation.voc07_svm.model_dump(mode="json")
-            ask = partial(question, self.table, weights_hash=source.info.weights_hash, settings=settings)
+            ask = partial(question, self.table, weights_hash=source.info.identity, settings=settings)
             for protocol in self.table.protocols:
                 is_training = protocol in TRAININGS
                 for seed in range(seeds if is_training else 1):
@@ -199,7 +199,7 @@ class Measuring:
             return None
         if row.untrained:
             info = self.keep(loaded.recipe)
-            path = kept_path(info.weights_hash, runs_root=runs_root)
+            path = kept_path(info.identity, runs_root=runs_root)
             return Source(str(path), path=path, info=info)
         keys = loaded.recipe.fingerprints(seeds=sorted({run.info.seed for run in self._runs.values()})).values()
         runs = (self._runs[key] for key in keys if key in self._runs)
@@ -214,7 +214,7 @@ class Measuring:
             seed=due.seed,
             question=due.question,
             encoder=given.name if given is not None else _shown(due.source),
-            weights_hash=due.info.weights_hash,
+            weights_hash=due.info.identity,
             dataset=str(result.get("details", {}).get("dataset", "")),
             basis=f"{result['protocol']} v{result['version']} {result['protocol_hash']} {result['data_hash']}",
             run_id=run_id,

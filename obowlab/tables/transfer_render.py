@@ -69,7 +69,7 @@ def value_of(column: TransferColumn, *, entries: Sequence[Entry]) -> Estimate | 
     alike = [each for entry, each in found if entry.basis == found[-1][0].basis]
     if not alike:
         return None
-    if len(alike) == 1:  # its own interval: Wilson's, or a bootstrap's
+    if len(alike) == 1:  # its own interval: Wilson's, or a jackknife's
         return Estimate(float(alike[0]["value"]), float(alike[0]["interval"]), 1)
     observations = stacked([unpack(each["samples"]) for each in alike])
     if observations is None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from obowlab.config import Linear, Recipe
 from obowlab.data.datasets import DATASETS, Split, trained_on
 from obowlab.data.manifest import read_manifest
+from obowlab.evaluation import views_needed
 from obowlab.evaluation.evaluators import PROBE_SEED
 from obowlab.evaluation.features import BATCH_SIZE, frozen
 from obowlab.evaluation.fewshot import authors_episodes, episode_answers
@@ -60,13 +61,15 @@ class Sizes:
 def evaluation(run: RunContext, *, split: Split, sizes: Sizes, seconds: float) -> Iterator[tuple[Part, float]]:
     """Yield the parts of an evaluation, with the seconds that each takes once; 0 for those that the recipe does not want."""
     settings, device = run.recipe.evaluation, run.world.device
-    views = {"fewshot": 0, "linear": 2 * sizes.num_train, "knn": sizes.num_train}
     wanted = set(settings.protocols)
-    seen = max((views[name] for name in wanted), default=0) + (sizes.num_val if wanted else 0)
+    images = {"train": sizes.num_train, "val": sizes.num_val}
+    seen = sum(images[name] * len(views) for name, views in views_needed(settings.protocols, settings).items())
     with full_precision(device):
         speed, width = features(run, split=split, seconds=seconds / 2)
-        yield Part(FEATURES, speed, None, f"loader and encoder in float32; {seen} views for this recipe"), seen / speed
         heads = {FEW_SHOT: ("fewshot", _few_shot), LINEAR: ("linear", _linear), KNN: ("knn", _knn)}
+        untimed = sorted(wanted - {protocol for protocol, _ in heads.values()})
+        without = f"; not timed: the rest of {', '.join(untimed)}" if untimed else ""
+        yield Part(FEATURES, speed, None, f"loader and encoder in float32; {seen} views for this recipe{without}"), seen / speed
         for name, (protocol, head) in heads.items():
             part, taken_s = head(run, width, sizes, seconds / 6)
             yield Part(name, *part), taken_s if protocol in wanted else 0.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from operator import itemgetter
@@ -25,6 +25,7 @@ from obowlab.methods import ResNet
 from obowlab.methods.detection.two_stage import TwoStageDetector
 from obowlab.methods.detector import detector_from
 from obowlab.methods.supervised import classifier_from
+from obowlab.runs.folder import RunFolder
 from obowlab.runs.info import CLASSIFIER_FILE, DETECTOR_FILE, ENCODER_FILE, MODEL_FOLDER
 from obowlab.runs.results import not_measured
 from obowlab.runs.store import FEATURES
@@ -71,27 +72,36 @@ def trained(run: RunContext) -> Trained | None:
 
 def kept_networks(run: RunContext) -> Trained | None:
     """Return the networks that an earlier start kept, as training leaves them; None while some cannot be read."""
-    folder, config = run.folder.path, run.recipe.method
-    if not (folder / ENCODER_FILE).is_file():
-        return None
-    classifier, detector = None, None
     try:
-        encoder = read_encoder(folder / ENCODER_FILE).model
-        if learns_from_labels(config):
-            classifier = _read_part(folder / CLASSIFIER_FILE, make=classifier_from)
-            if classifier is None:
-                return None
-        if isinstance(config, Detector):
-            detector = _read_part(folder / DETECTOR_FILE, make=partial(detector_from, encoder=encoder, config=config))
-            if detector is None:
-                return None
+        found = read_networks(run.folder)
     except UserError as error:
         run.reporter.say(f"Warning: {error} It is made again from the checkpoint.")
+        return None
+    if found is None:
         return None
     set_up_device(run)
     run.reporter.say(f"{run.folder.run_id} is trained; measuring what is missing.")
     layout = torch.channels_last if run.machine.channels_last else torch.contiguous_format
-    return Trained(encoder.to(run.world.device).to(memory_format=layout), classifier, detector)
+    return replace(found, encoder=found.encoder.to(run.world.device).to(memory_format=layout))
+
+
+def read_networks(folder: RunFolder) -> Trained | None:
+    """Return the networks that a training left in its folder, on the CPU; None where one of them is not there.
+
+    Raises:
+        UserError: one is damaged.
+    """
+    path, config = folder.path, folder.info.recipe.method
+    if not (path / ENCODER_FILE).is_file():
+        return None
+    encoder = read_encoder(path / ENCODER_FILE).model
+    if learns_from_labels(config):
+        classifier = _read_part(path / CLASSIFIER_FILE, make=classifier_from)
+        return None if classifier is None else Trained(encoder, classifier=classifier)
+    if isinstance(config, Detector):
+        detector = _read_part(path / DETECTOR_FILE, make=partial(detector_from, encoder=encoder, config=config))
+        return None if detector is None else Trained(encoder, detector=detector)
+    return Trained(encoder)
 
 
 def _read_part(path: Path, *, make: Callable[[dict[str, Tensor]], PartT]) -> PartT | None:

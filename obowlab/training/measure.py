@@ -7,10 +7,13 @@ from collections.abc import Callable, Sequence
 import torch
 
 from obowlab.config import Machine
+from obowlab.errors import UserError
 from obowlab.evaluation import Result, evaluate
-from obowlab.methods import build_backbone
+from obowlab.methods import build_student
+from obowlab.runs.results import LEARNED
 from obowlab.runs.store import FEATURES
 from obowlab.training.distributed import join
+from obowlab.training.final_evaluation import Trained, read_networks
 from obowlab.weights.encoder_file import read_source
 from obowlab.weights.subject import Subject
 
@@ -35,26 +38,38 @@ def measure(
         report: called with one line at a time.
 
     Raises:
-        UserError: the encoder cannot be read, or does not fit the recipe named for it; as `evaluate`.
+        UserError: the encoder, or what was learned on it, cannot be read, or does not fit the recipe named for it; as `evaluate`.
     """
     if machine.threads is not None:
         torch.set_num_threads(machine.threads)
-    student = read_source(subject.source)
-    subject.check(student.info.backbone)
-    encoders = {"student": student.model}
+    folder = subject.folder
+    if set(protocols) & set(LEARNED):
+        assert folder is not None, "refused before"
+        student = read_networks(folder)
+        if student is None:
+            raise UserError(f"{folder.run_id} has not kept what it learned: continue it with 'obowlab run'.")
+    else:
+        encoder = read_source(subject.source)
+        subject.check(encoder.info.backbone)
+        student = Trained(encoder.model)
+    networks = {"student": (student, list(protocols))}
     if with_random:
-        assert subject.folder is not None
-        encoders["random"] = build_backbone(subject.recipe.backbone, seed=subject.folder.info.seed)
+        assert folder is not None
+        untrained = build_student(subject.recipe.method, backbone=subject.recipe.backbone, seed=folder.info.seed)
+        networks["random"] = Trained(untrained), [name for name in protocols if name not in LEARNED]
     results = []
     with join(machine.model_copy(update={"procs": 1})) as world:
-        for name, encoder in encoders.items():
+        for name, (found, wanted) in networks.items():
             results += evaluate(
-                encoder,
+                found.encoder,
+                classifier=found.classifier,
+                detector=found.detector,
+                folder=folder,
                 recipe=subject.recipe,
                 machine=machine,
                 subject=name,
                 cache_dir=machine.runs_root / FEATURES,
-                protocols=protocols,
+                protocols=wanted,
                 dataset=dataset,
                 device=world.device,
                 report=report,

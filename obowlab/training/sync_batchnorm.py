@@ -2,7 +2,8 @@
 
 On CUDA it computes with the kernels of torch's `nn.SyncBatchNorm`. That module allows ranks without images, and to leave them out
 the host waits for the GPU in every layer and pass. Here every rank has equally many images, as `train_loader` sees to, so the
-counts are known and nobody waits. Gloo has none of these kernels; there, sums are taken in float64.
+counts are known and the host does not wait; of an `UnevenBatchNorm2d` they are gathered, and every rank has one input at least.
+Gloo has none of these kernels; there, sums are taken in float64.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from obowlab.methods.detection.masks import UnevenBatchNorm2d
 from obowlab.methods.projection import GlobalBatchNorm1d
 from obowlab.training.distributed import World, gather_into
 
@@ -29,7 +31,8 @@ def synchronise_batchnorm(module: nn.Module, *, world: World) -> None:
         return
     kind = CudaBatchNorm if world.device.type == "cuda" else GlooBatchNorm
     for name, child in module.named_children():
-        if type(child) is nn.BatchNorm2d or type(child) is GlobalBatchNorm1d:
+        if type(child) in (nn.BatchNorm2d, UnevenBatchNorm2d, GlobalBatchNorm1d):
+            assert isinstance(child, nn.BatchNorm2d | nn.BatchNorm1d)
             setattr(module, name, kind.like(child))
         else:
             synchronise_batchnorm(child, world=world)
@@ -38,8 +41,13 @@ def synchronise_batchnorm(module: nn.Module, *, world: World) -> None:
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm, ABC):
     """Batch normalisation of [N, C, H, W] or [N, C] over N, H, W of every rank when training, by running statistics otherwise.
 
-    Every rank must call it, with an input of the same shape.
+    Every rank must call it, with an input of the same shape unless it is uneven.
+
+    Attributes:
+        is_uneven: whether N may differ between ranks.
     """
+
+    is_uneven = False
 
     @classmethod
     def like(cls, other: nn.BatchNorm2d | nn.BatchNorm1d) -> SyncBatchNorm:
@@ -49,6 +57,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm, ABC):
         new.weight, new.bias = other.weight, other.bias
         new.running_mean, new.running_var = other.running_mean, other.running_var
         new.num_batches_tracked = other.num_batches_tracked
+        new.is_uneven = isinstance(other, UnevenBatchNorm2d)
         return new
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -80,7 +89,8 @@ class CudaBatchNorm(SyncBatchNorm):
     """The one for NCCL: the host waits for nothing."""
 
     def _normalise(self, x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float) -> Tensor:
-        counts = _counts(dist.get_world_size(), x.numel() // x.shape[1], x.device)
+        count, ranks = x.numel() // x.shape[1], dist.get_world_size()
+        counts = _gathered_counts(ranks, count, x.device) if self.is_uneven else _counts(ranks, count, x.device)
         normalised: Tensor = _Normalise.apply(x, self.weight, self.bias, running_mean, running_var, self.eps, momentum, *counts)
         return normalised
 
@@ -92,8 +102,15 @@ def _counts(world_size: int, count: int, device: torch.device) -> tuple[Tensor, 
     return counts.float(), counts
 
 
+def _gathered_counts(world_size: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the same of ranks whose counts may differ."""
+    counts = torch.empty(world_size, device=device, dtype=torch.int32)
+    gather_into(counts, torch.tensor([count], device=device, dtype=torch.int32))
+    return counts.float(), counts
+
+
 class _Normalise(torch.autograd.Function):
-    """`torch.nn.modules._functions.SyncBatchNorm` for ranks that have equally many images each.
+    """`torch.nn.modules._functions.SyncBatchNorm` for counts that are known.
 
     In float32 [C] whatever the type of the images: the mean, the inverse standard deviation, and all sums.
     """

@@ -11,7 +11,7 @@ from pathlib import Path
 import safetensors
 from pydantic import ValidationError
 
-from obowlab.config import Backbone, Positive, Section
+from obowlab.config import Backbone, Positive, Section, canonical_hash
 from obowlab.errors import UserError
 from obowlab.files.replacing import inflated_record
 from obowlab.views.views import MEAN, STD
@@ -57,6 +57,14 @@ class EncoderInfo(Section):
     fingerprint: str | None = None
     weights_hash: str
     origin: Origin | None = None
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 (hex) of what it makes of images: of its weights, and of pixels and padding where they are not the usual."""
+        own = {"mean": list(self.mean), "std": list(self.std), "padding": self.backbone.padding}
+        if own == {"mean": list(MEAN), "std": list(STD), "padding": "torchvision"}:
+            return self.weights_hash
+        return canonical_hash({"weights": self.weights_hash, **own})
 
 
 def peek(path: Path) -> EncoderInfo | None:

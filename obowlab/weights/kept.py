@@ -1,6 +1,6 @@
-"""Encoders that trainings begin with: kept in the run store, `RUNS_ROOT/.weights/HASH.safetensors`, by the hash of their weights.
+"""Encoders that trainings begin with: kept in the run store, `RUNS_ROOT/.weights/IDENTITY.safetensors`, by their identity.
 
-A recipe names them by that hash, so that it means the same weights on every machine, and a run can be continued when the file it
+A recipe names them by that hash, so that it means the same encoder on every machine, and a run can be continued when the file it
 was begun from is gone.
 """
 
@@ -12,19 +12,19 @@ from obowlab.config import Backbone, Recipe
 from obowlab.errors import UserError
 from obowlab.evaluation.features import weights_hash as hash_of
 from obowlab.files.sharing import share, shared_folder
-from obowlab.methods import build_backbone
+from obowlab.methods import build_student
 from obowlab.weights.encoder_file import Encoder, read_encoder, write_encoder
 from obowlab.weights.info import EncoderInfo
 from obowlab.weights.source import kept_path
 
 
 def keep_weights(encoder: Encoder, *, runs_root: Path) -> str:
-    """Keep an encoder for trainings that begin with it, unless it is kept already, and return the hash of its weights.
+    """Keep an encoder for trainings that begin with it, unless it is kept already, and return its identity.
 
     Raises:
         UserError: the run store cannot be written to.
     """
-    path = kept_path(encoder.info.weights_hash, runs_root=runs_root)
+    path = kept_path(encoder.info.identity, runs_root=runs_root)
     if not path.exists():
         try:
             shared_folder(runs_root)
@@ -33,34 +33,34 @@ def keep_weights(encoder: Encoder, *, runs_root: Path) -> str:
             share(path)
         except OSError as error:
             raise UserError(f"Cannot keep the weights of {encoder.path} in {path.parent}: {error.strerror}.") from None
-    return encoder.info.weights_hash
+    return encoder.info.identity
 
 
-def kept_weights(weights_hash: str, *, backbone: Backbone, runs_root: Path) -> Encoder:
-    """Return a kept encoder, in evaluation mode on the CPU; its weights are checked against the hash.
+def kept_weights(identity: str, *, backbone: Backbone, runs_root: Path) -> Encoder:
+    """Return a kept encoder, in evaluation mode on the CPU; it is checked against its identity.
 
     Args:
-        weights_hash: of its weights.
+        identity: see `EncoderInfo.identity`.
         backbone: of the recipe that names it.
         runs_root: the run store.
 
     Raises:
         UserError: it is not there, it is damaged, or its network is not the recipe's.
     """
-    path = kept_path(weights_hash, runs_root=runs_root)
+    path = kept_path(identity, runs_root=runs_root)
     if not path.is_file():
         raise UserError(
-            f"method.weights names an encoder ({weights_hash[:12]}) that is not in {path.parent}: begin the run with --weights "
+            f"method.weights names an encoder ({identity[:12]}) that is not in {path.parent}: begin the run with --weights "
             "RUN or FILE, which puts it there."
         )
     encoder = read_encoder(path)
-    if encoder.info.weights_hash != weights_hash:
+    if encoder.info.identity != identity:
         raise UserError(
-            f"{path} holds other weights than its name says; remove it, and begin the run with --weights RUN or FILE."
+            f"{path} holds another encoder than its name says; remove it, and begin the run with --weights RUN or FILE."
         )
     if encoder.info.backbone != backbone:
         raise UserError(
-            f"method.weights ({weights_hash[:12]}, {encoder.info.source}) is a {encoder.info.backbone.arch} of another shape "
+            f"method.weights ({identity[:12]}, {encoder.info.source}) is a {encoder.info.backbone.arch} of another shape "
             "than the recipe's [backbone]: begin the run with --weights RUN or FILE, which sets both."
         )
     return encoder
@@ -68,7 +68,7 @@ def kept_weights(weights_hash: str, *, backbone: Backbone, runs_root: Path) -> E
 
 def untrained(recipe: Recipe) -> Encoder:
     """Return the network of a recipe with the weights that seed 0 begins it with, in evaluation mode on the CPU."""
-    model = build_backbone(recipe.backbone, seed=0).eval()
+    model = build_student(recipe.method, backbone=recipe.backbone, seed=0).eval()
     info = EncoderInfo(
         backbone=recipe.backbone,
         original_resize=recipe.views.original_resize,

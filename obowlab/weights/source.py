@@ -74,6 +74,6 @@ def find_source(ref: str, *, runs_root: Path, tracking_uri: str | None = None) -
     return Source(folder.run_id, folder=folder, path=file, info=peek(file))
 
 
-def kept_path(weights_hash: str, *, runs_root: Path) -> Path:
-    """Return where an encoder is kept by the hash of its weights, or would be."""
-    return runs_root / FOLDER / f"{weights_hash}.safetensors"
+def kept_path(identity: str, *, runs_root: Path) -> Path:
+    """Return where an encoder of this identity is kept, or would be."""
+    return runs_root / FOLDER / f"{identity}.safetensors"

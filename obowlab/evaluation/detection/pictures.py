@@ -40,7 +40,7 @@ NUM_PICTURES = 12
 """Of each group."""
 
 PICTURES_LANE = 8
-"""Keeps the draw of pictures apart from those of episodes, probes and resamples, the lower lanes of the same stream."""
+"""Keeps the draw of pictures apart from those of episodes and probes, the lower lanes of the same stream."""
 
 LONGEST = 480
 """Longer side of every picture, pixels: large images are shrunk, and small ones enlarged so that their boxes can be seen."""

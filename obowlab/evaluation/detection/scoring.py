@@ -1,4 +1,4 @@
-"""AP50, AP75 and AP of a detector, with intervals from resampled images, and what PASCAL VOC's metric says of each detection."""
+"""AP50, AP75 and AP of a detector, with intervals over images, and what PASCAL VOC's metric says of each detection."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ import numpy as np
 
 from obowlab.evaluation.detection.judged import CURVE_OVERLAPS, OVERLAP, JudgedDetections, curve
 from obowlab.evaluation.detection.voc_metric import OVERLAPS, Found, Truth, overlaps_with
-from obowlab.evaluation.resampling import all_but_one, measurement, resamples
+from obowlab.evaluation.jackknife import all_but_one, measurement
 from obowlab.evaluation.result import Measurement
 from obowlab.randomness import Bools, Floats, Ints
 from obowlab.runs.detection_facts import ClassCurves
 
-NUM_RESAMPLES = 200
-BOOTSTRAP_LANE = 3
 POINTS = np.arange(0.0, 1.1, 0.1)
 
 
@@ -152,7 +150,7 @@ def measure(
 ) -> tuple[tuple[Measurement, ...], dict[str, float]]:
     """Return `NAME_ap50`, `NAME_ap75` and `NAME_ap` over the classes that are shown, and the AP50 of each of them, in percent.
 
-    Intervals and shares are as `resampling` has them.
+    Intervals and shares are as `jackknife` has them.
 
     Args:
         judged: the detections of every class.
@@ -162,14 +160,11 @@ def measure(
     """
     once = np.ones((1, num_images))
     whole = _mean(judged, once, recalls=recalls)[:, 0]
-    resampled = resamples(num_images, count=NUM_RESAMPLES, lane=BOOTSTRAP_LANE)
-    drawn = np.concatenate([_mean(judged, rows, recalls=recalls) for rows in resampled], axis=1)
     without = _without_each(judged, num_images=num_images, recalls=recalls)
     found = tuple(
         measurement(
             f"{name}_{ending}",
             float(whole[levels].mean()),
-            drawn=drawn[levels].mean(axis=0),
             without=without[levels].mean(axis=0),
         )
         for ending, levels in (("ap50", [0]), ("ap75", [5]), ("ap", list(range(len(OVERLAPS)))))

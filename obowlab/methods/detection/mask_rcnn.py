@@ -135,7 +135,7 @@ def _head(kind: Literal["moco", "infomin"], *, width: int, head_width: int) -> n
     layers: list[nn.Module] = []
     if kind == "infomin":
         for _ in range(4):
-            layers += convolution_relu(width, width, has_norm=True)
+            layers += convolution_relu(width, width, norm=nn.BatchNorm2d)
     layers.append(nn.Flatten())
     number = width * BOX_SIDE**2
     for _ in range(2 if kind == "moco" else 1):

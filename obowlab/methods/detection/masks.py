@@ -58,7 +58,7 @@ class MaskHead(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         for number in (channels, width, width, width):
-            layers += convolution_relu(number, width, has_norm=has_norms)
+            layers += convolution_relu(number, width, norm=UnevenBatchNorm2d if has_norms else None)
         self.convolutions = nn.Sequential(*layers)
         self.enlarged = nn.ConvTranspose2d(width, width, kernel_size=2, stride=2)
         nn.init.kaiming_normal_(self.enlarged.weight, mode="fan_out", nonlinearity="relu")
@@ -74,13 +74,17 @@ class MaskHead(nn.Module):
         return masks
 
 
-def convolution_relu(channels: int, width: int, *, has_norm: bool) -> list[nn.Module]:
+class UnevenBatchNorm2d(nn.BatchNorm2d):
+    """A batch norm of inputs that are not equally many on every process: only regions that show an object have a mask."""
+
+
+def convolution_relu(channels: int, width: int, *, norm: type[nn.BatchNorm2d] | None) -> list[nn.Module]:
     """Return a 3 x 3 convolution with a batch norm or a bias, and what comes after it."""
-    conv = nn.Conv2d(channels, width, kernel_size=3, padding=1, bias=not has_norm)
+    conv = nn.Conv2d(channels, width, kernel_size=3, padding=1, bias=norm is None)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     if conv.bias is not None:
         nn.init.zeros_(conv.bias)
-    return [conv, *([nn.BatchNorm2d(width)] if has_norm else []), nn.ReLU()]
+    return [conv, *([] if norm is None else [norm(width)]), nn.ReLU()]
 
 
 def put_into_image(masks: Tensor, *, boxes: Tensor, size: tuple[int, int]) -> Tensor:
