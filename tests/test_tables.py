@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -19,6 +20,7 @@ from obowlab.config.scales import SCALES, recipe_for
 from obowlab.errors import UserError
 from obowlab.runs.records import Record, read_records, write_records
 from obowlab.runs.results import pack
+from obowlab.studies.schema import read_study
 from obowlab.tables import render
 from obowlab.tables.build import NOTICE, ONE_SEED, build_table, finished_seeds
 from obowlab.tables.plan import make_plan, without_recorded
@@ -475,3 +477,20 @@ def test_the_base_row_on_another_processor_changes_what_the_page_says_and_no_mor
     agree, disagree, unknown = (marks[each] for each in ("✓ agrees", "✗ disagrees", "≈ indistinguishable"))
     page = " ".join((project_root() / "docs" / "results" / "tables.md").read_text(encoding="utf-8").split())
     assert f"{agree} rows agree, {disagree} disagree, and {unknown} cannot be told from the base row. The one" in page
+
+
+def test_the_page_on_kappa_and_delta_has_every_trial_of_its_study() -> None:
+    page = (project_root() / "docs" / "results" / "kappa-delta.md").read_text(encoding="utf-8")
+    study = read_study(project_root() / "ablations" / "results" / "demo" / "kappa-delta.study.json")
+    assert (len(study.completed), study.problems) == (40, ())
+    bands = re.findall(r"^\| ([\d.]+) to ([\d.]+) \| (.*) \|$", page, re.MULTILINE)
+    shown = 0
+    for low, high, trials in bands:
+        inside = [trial for trial in study.completed if float(low) <= trial.params["method.delta_base"] < float(high)]
+        points = sorted((trial.params["method.kappa"], trial.value) for trial in inside)
+        assert trials == ", ".join(f"{value:.1f} ({kappa:.1f})" for kappa, value in points)
+        shown += len(inside)
+    assert shown == 40
+    shares = {parameter.key: f"{parameter.importance:.2f}" for parameter in study.parameters}
+    said = f"it explains {shares['method.delta_base']} of the variance over the search space, κ {shares['method.kappa']}"
+    assert said in " ".join(page.split())
