@@ -43,6 +43,22 @@ CASES: dict[str, tuple[str, tuple[str, ...], str]] = {
         ("teacher.training.batch_size=6000",),
         "training.batch_size (6000) is larger",
     ),
+    "a map of 1x1 in bfloat16": (
+        "demo",
+        ("backbone.stem=imagenet", "views.original_size=96", "views.original_resize=96", "views.crop_size=16", "method.border=0"),
+        "wrong gradients in bfloat16 where a stage begins with a map of 1x1, as of views.crop_size 16 with",
+    ),
+    "a narrow network and a large map": (
+        "demo",
+        (
+            "backbone.width=8",
+            "training.precision=float32",
+            "views.original_size=64",
+            "views.original_resize=64",
+            "views.crop_size=56",
+        ),
+        "begins with a map of 56x56, as of views.crop_size 56 with backbone.width 8: set backbone.width to 16 or a smaller size.",
+    ),
     "one view for MoCo": ("demo-moco", ("views.num_crops=1",), "set views.num_crops to 2."),
     "no key for MoCo": (
         "demo-moco",

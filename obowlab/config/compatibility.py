@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 from obowlab.config.base import Level, Section
-from obowlab.config.methods import Bownet, Byol, Moco, Obow, Rotnet, Simclr, Simsiam, Swav
+from obowlab.config.methods import Bownet, Byol, Detector, Moco, Obow, Rotnet, Simclr, Simsiam, Swav
 from obowlab.config.recipe import Backbone, Recipe, Views
 from obowlab.errors import UserError
 
@@ -103,6 +103,11 @@ def check_procs(recipe: Recipe, *, procs: int) -> None:
     check_share(recipe.training.batch_size, procs=procs, in_pairs=recipe.views.cutmix_probability > 0)
     if isinstance(recipe.method, Moco):
         _refuse_uneven("method.batchnorm_splits", recipe.method.batchnorm_splits, procs=procs)
+    if recipe.training.monitor and recipe.training.batch_size == procs:
+        raise UserError(
+            f"training.monitor normalises over a process's images, but training.batch_size ({procs}) over {procs} process(es)"
+            " gives each a single one: raise training.batch_size, or set training.monitor to false."
+        )
 
 
 def check_share(batch_size: int, *, procs: int, in_pairs: bool = False) -> None:
@@ -122,6 +127,44 @@ def check_share(batch_size: int, *, procs: int, in_pairs: bool = False) -> None:
             f"cutmix mixes pairs of images, but training.batch_size ({batch_size}) over {procs} process(es) gives each an odd "
             f"share: make training.batch_size a multiple of {2 * procs}, or change --procs or --gpus."
         )
+
+
+def check_cpu(recipe: Recipe) -> None:
+    """Refuse views of which PyTorch 2.14.1 computes wrong gradients on a CPU, or crashes.
+
+    In bfloat16, a 3x3 convolution with a stride on a map of 1x1 gives its outer weights gradients from memory that was never
+    written. In float32, a 1x1 convolution with a stride and fewer than 16 channels writes beyond its memory on maps of 56x56 and
+    more. Detectors see images of another layout, of which the second is not true.
+
+    Raises:
+        UserError: names the setting to change.
+    """
+    views, backbone, precision = recipe.views, recipe.backbone, recipe.training.precision
+    if isinstance(recipe.method, Detector):
+        return
+    sides = {
+        "views.crop_size" if views.crop_extent == "part" else "views.original_size": views.cut_size if views.num_crops else 0,
+        "views.patch_size": views.patch_size if views.num_patches else 0,
+        "views.small_crop_size": views.small_crop_size if views.num_small_crops else 0,
+    }
+    expansion = 4 if backbone.arch == "resnet50" else 1
+    for setting, side in sides.items():
+        if not side:
+            continue
+        first = -(-side // 4) if backbone.stem == "imagenet" else side
+        inputs = [-(-first // halved) for halved in (1, 2, 4)]  # of the stages that begin with a stride
+        if precision == "bfloat16" and 1 in inputs:
+            raise UserError(
+                f"On a CPU, PyTorch computes wrong gradients in bfloat16 where a stage begins with a map of 1x1, as of {setting} "
+                f"{side} with backbone.stem {backbone.stem}: set training.precision to float32, or a larger size."
+            )
+        narrow = [at for number, at in enumerate(inputs) if backbone.width * expansion * 2**number < 16 and at >= 56]
+        if precision in ("float32", "tf32") and narrow:
+            raise UserError(
+                f"On a CPU, PyTorch crashes in {precision} where a stage of fewer than 16 channels begins with a map of "
+                f"{narrow[0]}x{narrow[0]}, as of {setting} {side} with backbone.width {backbone.width}: set backbone.width to 16"
+                " or a smaller size."
+            )
 
 
 def _refuse_uneven(name: str, value: int, *, procs: int) -> None:

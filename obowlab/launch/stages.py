@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from functools import partial
 
 from obowlab.config import Loaded, Machine
-from obowlab.config.compatibility import check_procs
+from obowlab.config.compatibility import check_cpu, check_procs
 from obowlab.errors import AbsentError, UserError
 from obowlab.launch.cost import Cost, quoted
 from obowlab.launch.gpu_leases import check_gpus
 from obowlab.launch.preflight import check_compiler, check_loader, check_nodes, data_checks, to_measure
+from obowlab.launch.system import count_gpus
 from obowlab.runs.folder import RunFolder, refuse_others
 from obowlab.runs.lineage import stages_of
 from obowlab.runs.listing import has_run
@@ -155,5 +156,7 @@ def _checks(
         yield partial(check_compiler, machine)
         yield partial(check_loader, machine)
         yield partial(check_gpus, machine.model_copy(update={"procs": machine.procs * at_a_time}))
+        if machine.device == "cpu" or (machine.device == "auto" and not count_gpus()):
+            yield from (partial(check_cpu, loaded.recipe) for loaded in due)
     yield from (partial(check_procs, loaded.recipe, procs=machine.procs) for loaded in due)
     yield from data_checks(due, machine=machine, dry_run=dry_run, say=say, required=required)

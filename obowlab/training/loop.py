@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from obowlab.config import Detector
+from obowlab.config.compatibility import check_cpu
 from obowlab.config.methods import needs_classes
 from obowlab.data.datasets import Split, open_split
 from obowlab.data.protocol_needs import refuse_unlabelled
@@ -371,7 +372,7 @@ def channels_last(run: RunContext) -> bool:
     """Return whether the weights lie in memory with their channels last: as the machine's settings say, where PyTorch can.
 
     On a CPU, the backward pass of a 1x1 convolution with a stride and fewer than 16 channels writes beyond its memory where maps
-    are large (PyTorch 2.14.1, sides from 80 pixels on). Whole images are that large, views of narrow encoders are not.
+    are large and their channels last. Whole images are that large; views that are so are refused (`compatibility.check_cpu`).
     """
     breaks = isinstance(run.recipe.method, Detector) and run.world.device.type == "cpu" and run.recipe.backbone.width < 16
     return run.machine.channels_last and not breaks
@@ -384,15 +385,25 @@ def build(run: RunContext, *, split: Split, total_steps: int, kind: type[Method[
     refuse_unlabelled(recipe, train=split)
     kind.check_views(recipe.method, backbone=recipe.backbone, views=recipe.views)
     kind.check_batch(recipe.method, batch_size=recipe.training.batch_size, world_size=run.world.world_size)
+    if run.world.device.type == "cpu":
+        check_cpu(recipe)
     method = kind(
         recipe.method,
         backbone=recipe.backbone,
         total_steps=total_steps,
         seed=run.seed,
-        num_classes=split.num_classes if recipe.training.monitor or needs_classes(recipe.method) else None,
+        num_classes=split.num_classes if needs_classes(recipe.method) or _can_monitor(run, split=split) else None,
         comm=run.world,
     )
     return method.to(run.world.device)
+
+
+def _can_monitor(run: RunContext, *, split: Split) -> bool:
+    """Return whether there is an online classifier, and say it where one is wanted that has nothing to tell apart."""
+    wanted = run.recipe.training.monitor
+    if wanted and split.num_classes < 2:
+        run.reporter.say("No online classifier (training.monitor): the images have no labels, or one class.")
+    return wanted and split.num_classes > 1
 
 
 def _not_finite(run: RunContext, place: _Place) -> str:
