@@ -95,3 +95,16 @@ def test_a_run_is_killed_and_continues_to_the_bit(tmp_path: Path, data_root: Pat
         assert complaints == []
     assert folder.state.status == "finished"
     assert differing_weights(whole, folder) == []
+
+
+def test_a_checkpoint_of_another_device_leaves_how_the_optimiser_computes(tmp_path: Path) -> None:
+    layer = torch.nn.Linear(2, 2)
+    written, here = (torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9, fused=fused) for fused in (None, True))
+    layer(torch.ones(1, 2)).sum().backward()
+    written.step()
+    content = checkpoints.Checkpoint(
+        step=1, fingerprint="f", data_hash="d", method=dict(layer.state_dict()), optimizer=written.state_dict()
+    )
+    assert checkpoints.restore(content, method=layer, optimizer=here) == 1
+    assert here.param_groups[0]["fused"] is True
+    assert len(here.state_dict()["state"]) == 2

@@ -152,6 +152,16 @@ def test_few_shot_is_left_out_where_classes_are_poor(tmp_path: Path) -> None:
     assert "one class has 0" in (tmp_path / "mine.toml").read_text()
 
 
+@pytest.mark.parametrize("count", [300, 20_000, 130_000, 1_281_167])
+def test_the_warm_up_is_as_many_steps_as_its_reason_says(count: int, tmp_path: Path) -> None:
+    images = ImagesFound("mine", (count,), (), is_labelled=False, short_sides=(40,))
+    recipe = recipe_of(images, tmp_path)
+    line = next(line for line in (tmp_path / "mine.toml").read_text().splitlines() if line.startswith("warmup_epochs"))
+    steps = recipe.optimizer.warmup_epochs * (count // recipe.training.batch_size)
+    assert f"# {round(steps)} steps: " in line
+    assert 60 <= steps < 321
+
+
 # ------------------------------------------------------------------------------------------------------------- the command
 
 

@@ -203,6 +203,25 @@ def test_a_checkpoint_after_a_broken_step_is_refused(
     assert not (folder.path / "checkpoint.pt").exists()
 
 
+def test_weights_that_are_not_finite_are_in_no_checkpoint_and_no_encoder(
+    tmp_path: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gradient may be broken where the loss is not: at the last step no other loss tells."""
+    folder = prepared(tmp_path, data_root=data_root)
+    backward = Trainer.backward
+
+    def broken(self: Trainer, loss: torch.Tensor) -> None:
+        backward(self, loss)
+        if self.step == self.total_steps - 1:
+            next(iter(self.method.parameters())).grad.fill_(float("nan"))  # type: ignore[union-attr]
+
+    monkeypatch.setattr(Trainer, "backward", broken)
+    assert main([str(folder.path)]) == 2
+    assert folder.state.message.startswith("The weights are not finite after step 14; there is no checkpoint yet.")
+    assert not (folder.path / "checkpoint.pt").exists()
+    assert not (folder.path / "encoder.safetensors").exists()
+
+
 def test_a_run_that_stops_a_step_late_continues_to_the_bit(
     tmp_path: Path, data_root: Path, late: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

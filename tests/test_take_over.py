@@ -175,6 +175,10 @@ def test_the_run_goes_on_and_ends(tmp_path: Path, recipe: Path, machine: Machine
         (('method.levels=["conv5"]',), r"--set method.levels=\['conv4','conv5'\]"),
         (("backbone.width=4",), "--set backbone.width=8"),
         (("training.monitor=true",), "--set training.monitor=false"),
+        (("method.vocabulary=kmeans_replace",), "--set method.vocabulary=queue"),
+        (("method.head=fixed",), "--set method.head=dynamic"),
+        (("method.head_batchnorm=false",), "--set method.head_batchnorm=true"),
+        (("backbone.padding=same",), "--set backbone.padding=torchvision"),
         (("method.num_words=32", "method.kappa=8"), "--set method.num_words=24 --set method.kappa=5.0"),
     ],
 )
@@ -185,6 +189,15 @@ def test_a_recipe_of_another_model_is_refused_with_what_fits(
     with pytest.raises(UserError, match=words):
         continued(file, recipe, machine, *overrides)
     assert not machine.runs_root.exists()
+
+
+def test_kappas_that_were_learnt_go_on_being_learnt(tmp_path: Path, recipe: Path, machine: Machine) -> None:
+    state, _, _ = authors_model(levels=2, monitor=False)
+    state["bow_predictor.scale"] = torch.tensor([5.0, 7.3])
+    file = save(tmp_path / "net.pth.tar", state)
+    with pytest.raises(UserError, match=r"these settings continue it: --set method\.learn_kappa=true$"):
+        continued(file, recipe, machine)
+    assert continued(file, recipe, machine, "method.learn_kappa=true").step == 120
 
 
 def test_what_cannot_be_continued_is_refused(tmp_path: Path, recipe: Path, machine: Machine) -> None:

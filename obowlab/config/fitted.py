@@ -96,6 +96,9 @@ _ENLARGED = 1.15
 _LONG = 20_000
 """Steps from which a training has the time that the paper's values take."""
 
+_LONGEST_WARMUP = 320
+"""Steps: an epoch of `tiny-vanilla`."""
+
 _FEW, _TOO_FEW = 2_000, 200
 _HUGE = 1024
 """Shorter side, in pixels, from which decoding costs more than training."""
@@ -215,11 +218,9 @@ def _settings(found: ImagesFound, *, scale: _Scale, chosen: bool, has_gpu: bool)
         "the paper's" if steps >= 5_000 else "in a few thousand steps a teacher at 0.99 would follow too slowly",
     )
     yield "optimizer.learning_rate", 0.05 if is_long else 0.1, "the paper's" if is_long else "few steps want twice the paper's"
-    yield (
-        "optimizer.warmup_epochs",
-        float(max(1, round(80 / per_epoch))),
-        "about 80 steps: the first ones throw the weights about",
-    )
+    warmup = float(max(1, round(80 / per_epoch))) if per_epoch <= _LONGEST_WARMUP else round(_LONGEST_WARMUP / per_epoch, 4)
+    warm = round(warmup * per_epoch)
+    yield "optimizer.warmup_epochs", warmup, f"{warm} steps: the first ones throw the weights about"
     most = ", at most 400" if epochs == 400 else ""
     yield "training.epochs", epochs, f"{steps} steps of {per_epoch} an epoch{most}: steps count more than images"
     yield (

@@ -237,7 +237,11 @@ def _read(path: Path, *, map_location: torch.device) -> Checkpoint | str:
 def restore(checkpoint: Checkpoint, *, method: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Put a checkpoint's state into method and optimiser, strictly, and return the step to resume from."""
     method.load_state_dict(checkpoint.method, strict=True)
+    fused = [group.get("fused") for group in optimizer.param_groups]
     optimizer.load_state_dict(checkpoint.optimizer)
+    for group, of_this_device in zip(optimizer.param_groups, fused, strict=True):
+        if "fused" in group:  # how it is computed here, whatever device wrote the checkpoint
+            group["fused"] = of_this_device
     return checkpoint.step
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from obowlab.config import Detector
 from obowlab.config.compatibility import check_cpu
@@ -323,15 +323,17 @@ class Trainer:
         self._measured_step = online.last_step(self.run)
 
     def save(self, *, wait: bool = True) -> None:
-        """Write a checkpoint, of steps whose loss was finite.
+        """Write a checkpoint, of steps whose loss was finite and whose weights are.
 
         Args:
             wait: until it is on the disk; else it may be written while training goes on.
 
         Raises:
-            UserError: a loss was not finite, the checkpoint cannot be written, or the data changed.
+            UserError: a loss or a weight was not finite, the checkpoint cannot be written, or the data changed.
         """
         self._refuse_broken(self._votes.settle())
+        if not all_finite(self.method):
+            raise UserError(_broken(self.run, f"The weights are not finite after step {self.step}"))
         window = self._window.state(self.run.world)
         self.run.world.on_main(lambda: self._write_checkpoint(window, wait=wait))
         self.timer.saved()
@@ -409,9 +411,15 @@ def _can_monitor(run: RunContext, *, split: Split) -> bool:
 def _not_finite(run: RunContext, place: _Place) -> str:
     indices = place.indices.tolist()
     shown = ", ".join(map(str, indices[:8])) + (", ..." if len(indices) > 8 else "")
+    return _broken(run, f"The loss is not finite at step {place.step} (epoch {place.epoch}, training images {shown})")
+
+
+def all_finite(module: nn.Module) -> bool:
+    """Return whether every parameter and buffer is finite, waiting for the device once."""
+    return bool(torch.stack([torch.isfinite(value).all() for value in module.state_dict().values()]).all())
+
+
+def _broken(run: RunContext, what: str) -> str:
     good = run.folder.path / checkpoints.CURRENT
     rest = f"the last good checkpoint is {good}" if good.exists() else "there is no checkpoint yet"
-    return (
-        f"The loss is not finite at step {place.step} (epoch {place.epoch}, training images {shown}); {rest}. "
-        "Lower optimizer.learning_rate, or set training.precision to float32."
-    )
+    return f"{what}; {rest}. Lower optimizer.learning_rate, or set training.precision to float32."

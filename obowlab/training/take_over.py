@@ -197,15 +197,24 @@ def _check_settings(imported: Imported, *, loaded: Loaded, file: Path) -> None:
         "backbone.stem": (recipe.backbone.stem, imported.info.backbone.stem),
         "backbone.width": (recipe.backbone.width, imported.info.backbone.width),
         "method.levels": (list(recipe.method.levels), list(theirs.method.levels)),
+        "backbone.padding": (recipe.backbone.padding, imported.info.backbone.padding),
         "method.num_words": (recipe.method.num_words, theirs.method.num_words),
+        "method.vocabulary": (recipe.method.vocabulary, theirs.method.vocabulary),
+        "method.head": (recipe.method.head, theirs.method.head),
+        "method.head_batchnorm": (recipe.method.head_batchnorm, theirs.method.head_batchnorm),
     }
     different = {key: value for key, (asked, value) in pairs.items() if asked != value}
-    if not math.isclose(recipe.method.kappa, theirs.method.kappa, rel_tol=1e-6):
-        different["method.kappa"] = round(theirs.method.kappa, 6)
+    kappas = [theirs.get_parameter(f"heads.{level}.kappa").item() for level in theirs.method.levels]
+    was_learnt = not all(math.isclose(kappa, kappas[0], rel_tol=1e-6) for kappa in kappas)  # they begin alike
+    if was_learnt and not recipe.method.learn_kappa:
+        different["method.learn_kappa"] = "true"
+    elif not was_learnt and not math.isclose(recipe.method.kappa, kappas[0], rel_tol=1e-6):
+        different["method.kappa"] = round(kappas[0], 6)
     if theirs.monitor is None and recipe.training.monitor:
         different["training.monitor"] = "false"
     if different:
-        settings = " ".join(f"--set {key}={str(value).replace(' ', '')}" for key, value in different.items())
+        texts = {key: str(value).lower() if isinstance(value, bool) else str(value) for key, value in different.items()}
+        settings = " ".join(f"--set {key}={text.replace(' ', '')}" for key, text in texts.items())
         raise UserError(f"{file} is another model than {loaded.name} describes; these settings continue it: {settings}")
 
 
