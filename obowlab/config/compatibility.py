@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 
 from obowlab.config.base import Level, Section
-from obowlab.config.methods import Bownet, Byol, Detector, Moco, Obow, Rotnet, Simclr, Simsiam, Swav
+from obowlab.config.methods import Bownet, Byol, Detector, Moco, Obow, Rotnet, Simclr, Simsiam, Supervised, Swav
 from obowlab.config.recipe import Backbone, Recipe, Views
 from obowlab.errors import UserError
 
@@ -134,13 +134,13 @@ def check_cpu(recipe: Recipe) -> None:
 
     In bfloat16, a 3x3 convolution with a stride on a map of 1x1 gives its outer weights gradients from memory that was never
     written. In float32, a 1x1 convolution with a stride and fewer than 16 channels writes beyond its memory on maps of 56x56 and
-    more. Detectors see images of another layout, of which the second is not true.
+    more. Detectors see images of another layout, of which the second is not true, and a frozen trunk has no gradients.
 
     Raises:
         UserError: names the setting to change.
     """
     views, backbone, precision = recipe.views, recipe.backbone, recipe.training.precision
-    if isinstance(recipe.method, Detector):
+    if isinstance(recipe.method, Detector) or (isinstance(recipe.method, Supervised) and recipe.method.trunk == "frozen"):
         return
     sides = {
         "views.crop_size" if views.crop_extent == "part" else "views.original_size": views.cut_size if views.num_crops else 0,
