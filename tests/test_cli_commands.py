@@ -286,6 +286,20 @@ def test_eval_of_a_file_measures_it(obowlab: Obowlab, workplace: Path, data_root
     assert (code, "another --recipe" in err) == (2, True)
 
 
+def test_a_measurement_that_could_not_be_written_is_refused_before_it_is_made(
+    obowlab: Obowlab, finished: RunFolder, tmp_path: Path
+) -> None:
+    before = len(finished.results())
+    missing = "The folder of --json nowhere/x.json does not exist"
+    for file, sentence in ((".", "--json . is a folder"), ("nowhere/x.json", missing)):
+        code, _, err = obowlab("eval", str(finished.path), "--json", file)
+        assert (code, sentence in err) == (2, True)
+    code, _, err = obowlab("eval", str(finished.path), "--set", "evaluation.protocols=[]")
+    assert code == 2
+    assert "measures nothing by itself: add --protocol fewshot, linear or knn." in err
+    assert len(finished.results()) == before
+
+
 # ----------------------------------------------------------------------------------------------------------------- data
 
 

@@ -20,6 +20,7 @@ from obowlab.methods.backbones import build_backbone
 from obowlab.runs.folder import RunFolder
 from obowlab.runs.info import ENCODER_FILE
 from obowlab.runs.listing import list_runs, read_runs
+from obowlab.runs.store import check_store
 from obowlab.runs.trash import put_aside
 from obowlab.training import __main__ as compute
 from obowlab.training.reporter import Reporter
@@ -209,3 +210,10 @@ def test_a_store_that_is_gone_for_a_while_is_a_sentence(
     monkeypatch.setattr("obowlab.runs.selection.read_runs", read_runs)
     code, _, err = obowlab("runs", "list", "--runs-root", str(tmp_path))
     assert (code, err) == (2, f"Error: Cannot use {tmp_path} (Stale file handle): fix that and run the command again.\n")
+
+
+def test_a_run_store_that_cannot_be_made_is_refused_before_anything_begins(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    check_store(tmp_path / "new" / "runs", tracking=True)
+    with pytest.raises(UserError, match=r"cannot be made, as .*file takes no folder: choose another --runs-root"):
+        check_store(tmp_path / "file" / "runs", tracking=True)

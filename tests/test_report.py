@@ -455,6 +455,11 @@ def test_command_without_runs_or_server_says_so(obowlab: Obowlab, tmp_path: Path
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://someone:secret@127.0.0.1:9")
     code, _, err = obowlab("report", "--wait")
     assert code == 0
+    before = (tmp_path / "work" / "report" / "index.html").read_bytes()
+    code, _, refusal = obowlab("report", "--runs-root", "rnus")
+    assert code == 2
+    assert "rnus (--runs-root): the report in report is left as it is." in refusal
+    assert (tmp_path / "work" / "report" / "index.html").read_bytes() == before
     assert err.startswith("Warning: MLflow does not have the report 'report' as it is now (http://127.0.0.1:9")
     assert err.count("\n") == 1
     assert "secret" not in err

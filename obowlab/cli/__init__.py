@@ -56,8 +56,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
 UNUSABLE = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EMLINK, errno.EMFILE, errno.ENFILE),
     *(errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.ESTALE, errno.ENOTCONN, errno.EHOSTDOWN, errno.ETIMEDOUT),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.EBUSY),
 )
-"""What a disk may refuse anything with that a command reads or writes: full, not ours, gone for a while, or too much is open."""
+"""What a disk may refuse anything with that a command reads or writes: full, not ours, gone for a while, too much, no name."""
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 """What a file system without locks answers."""

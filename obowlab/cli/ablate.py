@@ -21,7 +21,7 @@ from obowlab.cli.options import (
     submitter_of,
     would,
 )
-from obowlab.cli.output import print_lines, print_obstacles, print_table, send_to_mlflow, write_out
+from obowlab.cli.output import print_lines, print_obstacles, print_table, refuse_target, send_to_mlflow, write_out
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
@@ -208,8 +208,8 @@ def table(
 
     machine = options.machine()
     kind = one_kind(names)
-    if out is not None and not out.absolute().parent.is_dir():
-        raise UserError(f"The folder of --out {out} does not exist.")
+    if out is not None:
+        refuse_target(out, option="--out")
     if records is not None:
         check_records(records)
     source = records or machine.runs_root
@@ -284,7 +284,7 @@ def _train_rows(
     from obowlab.launch.gpu_leases import check_gpus
     from obowlab.launch.stages import find_obstacles
     from obowlab.runs.provenance import num_cores
-    from obowlab.runs.records import read_records, store_runs
+    from obowlab.runs.records import open_records, read_records, store_runs
     from obowlab.tables.execute import Execution
     from obowlab.tables.kept import keep_table
     from obowlab.tables.plan import (
@@ -300,6 +300,8 @@ def _train_rows(
     from obowlab.tables.submit import submit_plan
 
     on_cluster = machine.launcher == "slurm"
+    if records is not None:
+        open_records(records, dry_run=dry_run)
     if not dry_run and not on_cluster:
         check_gpus(machine)
     machine = machine.model_copy(update={"procs": 1})

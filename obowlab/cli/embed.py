@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from obowlab.cli.options import PATH, MachineOptions, dry_run_option, machine_options, when_interrupted, would
+from obowlab.cli.output import refuse_target
 from obowlab.errors import UserError
 
 FORMATS = (".npz", ".parquet")
@@ -73,8 +74,7 @@ def _check_target(out: Path, *, force: bool) -> None:
     """
     if out.suffix not in FORMATS:
         raise UserError(f"--out {out} must end in {' or '.join(FORMATS)}.")
-    if not out.absolute().parent.is_dir():
-        raise UserError(f"The folder of --out {out} does not exist.")
+    refuse_target(out, option="--out")
     if out.exists() and not force:
         raise UserError(f"{out} is there already; choose another --out, or add --force.")
     if out.suffix == ".parquet" and importlib.util.find_spec("pyarrow") is None:

@@ -24,7 +24,7 @@ from obowlab.cli.options import (
     when_interrupted,
     would,
 )
-from obowlab.cli.output import json_line, print_lines, print_measurements, print_obstacles, send_to_mlflow
+from obowlab.cli.output import json_line, print_lines, print_measurements, print_obstacles, refuse_target, send_to_mlflow
 from obowlab.cli.run import Wanted
 from obowlab.cli.transfer import add_results, train_beginning_with, why_not_comparable
 from obowlab.errors import UserError
@@ -137,11 +137,13 @@ def _measure(asked: _Asked, *, options: MachineOptions, dry_run: bool) -> int:
         tracking_uri=machine.tracking_uri,
     )
     json_file, recipe = asked.json_file, chosen.recipe
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise UserError(f"The folder of --json {json_file} does not exist.")
+    if json_file is not None:
+        refuse_target(json_file, option="--json")
     if asked.untrained and chosen.folder is None:
         raise UserError("--random needs a run: of other encoders the initialisation is not known.")
     protocols = asked.protocols or recipe.evaluation.protocols
+    if not protocols:
+        raise UserError(f"The recipe of {chosen.name} measures nothing by itself: add --protocol fewshot, linear or knn.")
     learned = [name for name in protocols if name in LEARNED]
     if learned and (chosen.folder is None or asked.dataset not in (None, recipe.data.dataset)):
         raise UserError(
@@ -169,6 +171,8 @@ def _measure(asked: _Asked, *, options: MachineOptions, dry_run: bool) -> int:
     values = measure_here(chosen, protocols=protocols, dataset=dataset, with_random=with_random, machine=machine)
     print_measurements(values)
     print_lines(_not_comparable(values, recipe=recipe))
+    if chosen.folder is not None:
+        keep_results(values, folder=chosen.folder, machine=machine)
     if json_file is not None:
         from obowlab.files.replacing import write_atomic
 
@@ -176,8 +180,6 @@ def _measure(asked: _Asked, *, options: MachineOptions, dry_run: bool) -> int:
             write_atomic(json_file, json_line(values) + "\n")
         except OSError as error:
             raise UserError(f"Cannot write --json {json_file}: {error.strerror}.") from None
-    if chosen.folder is not None:
-        keep_results(values, folder=chosen.folder, machine=machine)
     return 0
 
 

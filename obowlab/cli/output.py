@@ -45,6 +45,25 @@ def warn(sentences: Sequence[str]) -> None:
         click.echo(f"Warning: {sentence}", err=True)
 
 
+def refuse_target(path: Path, *, option: str) -> None:
+    """Refuse, before anything is computed, a file that could not be written.
+
+    Args:
+        path: of the file.
+        option: that named it.
+
+    Raises:
+        UserError: says what to change.
+    """
+    folder = path.absolute().parent
+    if path.is_dir():
+        raise UserError(f"{option} {path} is a folder: name a file in it.")
+    if not folder.is_dir():
+        raise UserError(f"The folder of {option} {path} does not exist.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"Cannot write {option} {path}: nothing may be written to {folder}; choose another folder.")
+
+
 def write_out(path: Path, content: str) -> None:
     """Write the file of `--out`, and say so.
 

@@ -48,6 +48,8 @@ def report(scales: tuple[str, ...], out: Path, wait: bool, opened: bool, options
     machine = options.machine()
     index = out.absolute() / "index.html"
     refuse_foreign(out)
+    if index.exists() and not machine.runs_root.is_dir():
+        raise UserError(f"There are no runs in {machine.runs_root} (--runs-root): the report in {out} is left as it is.")
     if dry_run:
         from obowlab.tracking.server import shown_uri, store_uri
 

@@ -150,7 +150,13 @@ def overwrite(path: Path, content: str) -> None:
 
 
 def name_beside(path: Path) -> Path:
-    """Return a name that nothing has, beside a path."""
+    """Return a name that nothing has, beside a path.
+
+    Raises:
+        IsADirectoryError: the path ends in no name, as `.` and `/`.
+    """
+    if not path.name:
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     return path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
 
 

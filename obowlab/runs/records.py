@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import os
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,21 @@ def check_records(folder: Path) -> None:
     """Raise UserError unless there is such a folder."""
     if not folder.is_dir():
         raise UserError(f"There is no folder of records {folder} (--records).")
+
+
+def open_records(folder: Path, *, dry_run: bool) -> None:
+    """Make a folder for records, unless it is there; a dry run only asks whether a file is in its place.
+
+    Raises:
+        UserError: it cannot be made, or nothing may be written to it.
+    """
+    try:
+        if not dry_run:
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"Cannot write records to {folder} (--records): {error.strerror}; name another folder.") from None
+    if os.path.lexists(folder) and not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+        raise UserError(f"Cannot write records to {folder} (--records): name a folder that may be written to.")
 
 
 def read_records(folder: Path) -> dict[str, Record]:

@@ -59,13 +59,16 @@ def check_store(root: Path, *, tracking: bool) -> None:
     """Refuse a run store in which this user could train, and not keep what follows.
 
     Args:
-        root: of the store; one that is not there yet passes.
+        root: of the store, which need not be there yet.
         tracking: whether its own `mlflow.db` is used.
 
     Raises:
         UserError: names the files, their owner and the command that they type.
     """
     if not root.is_dir():
+        there = next(place for place in (root, *root.absolute().parents) if os.path.lexists(place))
+        if not (there.is_dir() and os.access(there, os.W_OK | os.X_OK)):
+            raise UserError(f"The run store {root} cannot be made, as {there} takes no folder: choose another --runs-root.")
         return
     if not os.access(root, os.W_OK | os.X_OK):
         raise UserError(

@@ -70,9 +70,14 @@ def store_uri(tracking_uri: str | None, *, runs_root: Path) -> str:
         runs_root: where runs are kept.
 
     Raises:
-        UserError: MLflow no longer writes to plain folders.
+        UserError: MLflow no longer writes to plain folders, or cannot have the run store's path in an address.
     """
     if not tracking_uri:
+        if re.search(r"\?|%[0-9A-Fa-f]{2}", str(runs_root.absolute())):
+            raise UserError(
+                f"MLflow cannot keep its database in {runs_root.absolute()}, whose name has a ? or a % before two digits: choose "
+                "another --runs-root, or set MLFLOW_TRACKING_URI."
+            )
         return f"{SQLITE}{runs_root.absolute() / DATABASE}"
     scheme = re.match(r"([a-z]+)(\+\w+)?:", tracking_uri)
     if scheme is None or scheme[1] not in _SCHEMES:
@@ -334,8 +339,8 @@ def fail_fast(*, request_s: float = REQUEST_TIMEOUT_S) -> None:
             "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
             "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
             "MLFLOW_DISABLE_TELEMETRY": "true",
-            "MLFLOW_LOGGING_LEVEL": "ERROR",  # for its import, which sets its loggers up
+            "MLFLOW_LOGGING_LEVEL": "CRITICAL",  # for its import, which sets its loggers up
         }
     )
     for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # errors come as exceptions

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +131,8 @@ def write_features(path: Path, *, features: npt.NDArray[np.float32], names: Sequ
     except OSError as error:
         raise UserError(f"Cannot write {path}: {error.strerror or error}.") from None
     finally:
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):  # of a disk that refuses everything; what it refused before is the error to tell
+            beside.unlink(missing_ok=True)
 
 
 def _batches(
