@@ -42,6 +42,8 @@ def test_every_row_is_expressible_at_every_scale(name: str, scale: str) -> None:
         assert row.loaded.recipe.evaluation.protocols
         # Sizes of views live in the base.
         assert not [key for key in row.row.set if key.endswith("_size")]
+    of_patches = {row.loaded.recipe.views.patch_size for row in table.rows if row.loaded.recipe.views.num_patches}
+    assert len(of_patches) <= 1, "patches are of one size, whatever stands beside them"
 
 
 @pytest.mark.parametrize("scale", SCALES)
