@@ -8,6 +8,7 @@ import signal
 import socket
 import tarfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from obowlab.errors import UserError
 from obowlab.runs.folder import RunFolder
 from obowlab.tracking.mirror import SyncReport
 from tests.command_line import Obowlab, contents, result
+from tests.runs import small_recipe
 
 pytestmark = pytest.mark.usefixtures("workplace")
 
@@ -53,6 +55,15 @@ def test_config_list_shows_title_and_cost(obowlab: Obowlab) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------- runs
+
+
+def test_a_recipe_of_ones_own_that_is_called_like_a_shipped_one_is_named(obowlab: Obowlab, workplace: Path) -> None:
+    (workplace / "demo.toml").write_text('extends = "demo"\ntraining.epochs = 1\n')
+    code, _, err = obowlab("run", "demo", "--dry-run")
+    assert code == 0
+    assert "demo.toml of this folder is another: `obowlab run ./demo.toml`." in err
+    assert obowlab("config", "show", "demo")[1] != obowlab("config", "show", "./demo.toml")[1]
+    assert "demo.toml of this folder" not in obowlab("run", "./demo.toml", "--dry-run")[2]
 
 
 def test_run_hands_everything_to_the_launcher_and_prints_the_results(
@@ -202,7 +213,9 @@ def test_results_of_eval_are_printed_filed_and_sent_on(
 
     def measure(chosen: Subject, **how: Any) -> list[Result]:
         asked.update(how, neighbours=chosen.recipe.evaluation.knn.num_neighbours)
-        return [Result.from_json(result("knn", "student", 22.0))]
+        measured = Result.from_json(result("knn", "student", 22.0))
+        how["keep"](measured)
+        return [measured]
 
     class Mirror:
         def __init__(self, folder: RunFolder, *, tracking_uri: str | None) -> None:
@@ -298,6 +311,27 @@ def test_a_measurement_that_could_not_be_written_is_refused_before_it_is_made(
     assert code == 2
     assert "measures nothing by itself: add --protocol fewshot, linear or knn." in err
     assert len(finished.results()) == before
+
+
+def test_what_was_measured_before_an_interruption_is_added(
+    obowlab: Obowlab, workplace: Path, data_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from obowlab.evaluation import EVALUATORS
+
+    small_recipe(workplace, dataset="small", epochs=1)
+    machine = ("--data-root", str(data_root), "--device", "cpu", "--loader", "torch", "--workers", "0")
+    assert obowlab("run", "small", "--set", "evaluation.protocols=[]", *machine)[0] == 0
+
+    def interrupted(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(5)
+
+    monkeypatch.setitem(EVALUATORS, "linear", replace(EVALUATORS["linear"], run=interrupted))
+    code, _, err = obowlab("eval", "small", "--protocol", "knn", "--protocol", "linear", "--no-random", *machine)
+    assert code == 130
+    assert "Interrupted: what was measured is added to the run; the same command measures again" in err
+    (path,) = (workplace / "runs").glob("small-s0-*")
+    assert [each["protocol"] for each in RunFolder.open(path).results()] == ["knn"]
 
 
 # ----------------------------------------------------------------------------------------------------------------- data

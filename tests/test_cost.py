@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from obowlab.config import Machine, load_recipe
+from obowlab.errors import UserError
 from obowlab.launch import cost as cost_module
 from obowlab.launch import system
 from obowlab.launch.cost import (
@@ -21,6 +22,7 @@ from obowlab.launch.cost import (
     write_actual_cost,
     write_quote,
 )
+from obowlab.launch.local import launch
 from obowlab.launch.system import computes_bfloat16
 from obowlab.runs.folder import RunFolder
 from obowlab.runs.listing import list_runs
@@ -180,6 +182,14 @@ def test_auto_is_what_the_run_will_compute_on(monkeypatch: pytest.MonkeyPatch, l
     monkeypatch.setattr(system, "count_gpus", lambda: gpus)
     machine = Machine.model_validate({"device": "auto", "launcher": launcher})
     assert f"{hours}-hours" in Cost(10, 3600.0, "run").sentence(machine)
+
+
+def test_a_training_whose_files_do_not_fit_is_refused_before_it_begins(data_root: Path, tmp_path: Path) -> None:
+    machine = Machine(data_root=data_root, runs_root=tmp_path / "runs", device="cpu")
+    loaded = small_recipe(tmp_path, dataset="small")
+    with pytest.raises(UserError, match=r"small-s0-\w+ needs about 976562500.0 GiB on disk, and \S+/runs has \S+ GiB left: make"):
+        launch(loaded, seed=0, machine=machine, fresh=False, progress=False, cost=Cost(1, 1.0, "run", disk_mib=1e12))
+    assert not (tmp_path / "runs").exists()
 
 
 def test_quote_and_truth_stand_side_by_side(data_root: Path, tmp_path: Path) -> None:

@@ -258,7 +258,8 @@ def test_the_table_is_timed_kept_and_shown(obowlab: Obowlab, timed: list[str], t
     assert obowlab("table", *words, "--format", "md", "--out", str(file))[0] == 0
     assert file.read_text() == obowlab("table", *words, "--format", "md")[1]
     assert obowlab("table", *words)[1].splitlines()[1].split()[:2] == ["row", "epochs"]
-    ((title, _, rows, _),) = measured_in(Path("runs"))
+    ((title, _, rows, _),), problems = measured_in(Path("runs"))
+    assert not problems
     assert title == "Table 8: cost of training, relative to supervised · scale demo"
     assert next(row[0] for row in rows) == "Supervised"
 

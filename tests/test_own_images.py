@@ -230,6 +230,23 @@ def test_a_third_column_names_the_split(tmp_path: Path, words: tuple[str, ...], 
     assert source.num_ignored == len(words) - 2
 
 
+def test_a_split_that_is_none_is_named(tmp_path: Path) -> None:
+    made(tmp_path, "1.jpg 2.jpg 3.jpg")
+    (tmp_path / "list.csv").write_text("1.jpg,x,train\n2.jpg,x,trian\n3.jpg,x,val\n")
+    assert open_source(tmp_path / "list.csv").notes == ("neither train nor val: 1 images of split 'trian'",)
+
+
+def test_photos_of_a_kind_that_is_not_read_are_named(tmp_path: Path) -> None:
+    made(tmp_path, classes(count=2))
+    (tmp_path / "a/IMG_1.HEIC").write_bytes(b"0")
+    source = open_source(tmp_path, val_fraction=0.0)
+    assert source.notes == ("photos of a kind that is not read: 1 .heic files; convert them to JPEG or PNG",)
+    (tmp_path / "phone").mkdir()
+    (tmp_path / "phone/IMG_1.HEIC").write_bytes(b"0")
+    with pytest.raises(UserError, match=r"holds 1 \.heic files, which are not read: convert them to JPEG or PNG"):
+        open_source(tmp_path / "phone")
+
+
 def test_a_list_without_labels(tmp_path: Path) -> None:
     made(tmp_path, "my 1.jpg 2.jpg")
     (tmp_path / "my 1.jpg").write_bytes(picture(1))

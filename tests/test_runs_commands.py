@@ -100,6 +100,7 @@ def test_runs_are_chosen_by_recipe_status_tag_and_comparison(obowlab: Obowlab) -
 
 
 REFUSED = {
+    "--where status=failed": "--where status=failed: write --status failed.",
     "--where linear_topp1>4": "no result or setting 'linear_topp1'. Did you mean 'linear_top1'?",
     "--where kapa>4": "Did you mean 'method.kappa'?",
     "--where linear_top1": "--where linear_top1 is no comparison",

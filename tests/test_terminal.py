@@ -343,7 +343,7 @@ def test_the_first_interruption_is_answered_at_once_with_what_is_kept(store: Non
         ("data verify photos", "obowlab.data.datasets.verify", "nothing was changed."),
         ("data prepare photos --source .", "obowlab.data.datasets.prepare", "'photos' is as it was before"),
         ("report", "obowlab.report.read.read_store", "what is in report stays as it was."),
-        ("eval demo", "obowlab.launch.gpu_leases.using_gpus", "no result was added; the same command measures again"),
+        ("eval demo", "obowlab.launch.gpu_leases.using_gpus", "no result was written; the same command measures again"),
         ("embed demo . --out x.npz", "obowlab.launch.gpu_leases.using_gpus", "x.npz was not written."),
         ("run demo --fresh", "obowlab.launch.stages.open_stages", "the same command continues from what is saved."),
     ],

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torchvision.models import resnet18
 
+from obowlab.config import Machine
 from obowlab.config.scales import SCALES
 from obowlab.data.datasets import open_split, prepare
 from obowlab.data.drawn_coco import draw_coco
@@ -28,6 +29,7 @@ from obowlab.tables.measured import read_kept
 from obowlab.tables.spec import table_files
 from obowlab.tables.statistics import estimate
 from obowlab.tables.transfer import Entry, Transfers, load_transfer, question
+from obowlab.tables.transfer_measuring import Measuring
 from obowlab.tables.transfer_render import MARK, overview, remarks, value_of
 from tests.command_line import Obowlab
 from tests.runs import small_recipe
@@ -385,12 +387,38 @@ def test_a_table_without_protocols_is_shown_and_not_measured(obowlab: Obowlab) -
     assert "50.0" in obowlab("table", "alone.toml", "--scale", "demo")[1]
 
 
+def test_two_commands_at_once_keep_what_both_measured(tmp_path: Path) -> None:
+    table = load_transfer("table6", scale="demo")
+    first, second = (
+        Measuring(table, machine=Machine(runs_root=tmp_path), keep=lambda _: None, dry_run=False)
+        for _ in range(2)  # type: ignore[arg-type, return-value]
+    )
+    first.record(entry(75.0))
+    second.record(entry(60.0).model_copy(update={"question": "another"}))
+    assert [each.question for each in second.transfers.entries] == [entry(75.0).question, "another"]
+    assert read_kept(Transfers, tmp_path / ".tables" / table.file_name) == second.transfers
+
+
+def test_what_was_measured_is_never_replaced_because_it_cannot_be_read(obowlab: Obowlab, tmp_path: Path) -> None:
+    path = tmp_path / ".tables/table6-demo.transfer"
+    path.parent.mkdir()
+    path.write_text("{")
+    for command in ("ablate", "table"):
+        code, _, err = obowlab(command, "table6", "--scale", "demo", "--runs-root", str(tmp_path))
+        assert (code, f"{path} is damaged, or of another version of obowlab: move it away" in err) == (2, True)
+    assert path.read_text() == "{"
+    grids, (problem,) = measured_in(tmp_path)
+    assert not grids
+    assert str(path) in problem
+
+
 def test_the_report_shows_what_was_measured(tmp_path: Path) -> None:
     table = load_transfer("table6", scale="demo")
     path = tmp_path / ".tables" / table.file_name
     path.parent.mkdir()
     path.write_text(Transfers(entries=(entry(75.0),)).model_dump_json())
-    ((title, columns, rows, _),) = measured_in(tmp_path)
+    ((title, columns, rows, _),), problems = measured_in(tmp_path)
+    assert not problems
     assert title.startswith("Table 6: encoders trained on ImageNet, transferred · scale demo · not comparable")
     line = dict(zip(columns, next(row for row in rows if row[0] == "OBoW"), strict=True))
     assert (line["Places205"], line["Places205 paper"]) == ("75.00 ± 9.00", "56.8")

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from obowlab.config import Machine, Recipe
+    from obowlab.evaluation import Result
     from obowlab.runs.folder import RunFolder
     from obowlab.weights.subject import Subject
 
@@ -167,12 +168,13 @@ def _measure(asked: _Asked, *, options: MachineOptions, dry_run: bool) -> int:
     if chosen.folder is not None:
         _check_writable(chosen.folder.path)
     check()
-    when_interrupted("no result was added; the same command measures again, with the features that are kept.")
+    added = "what was measured is added to the run; " if chosen.folder is not None else "no result was written; "
+    when_interrupted(f"{added}the same command measures again, with the features that are kept.")
     values = measure_here(chosen, protocols=protocols, dataset=dataset, with_random=with_random, machine=machine)
     print_measurements(values)
     print_lines(_not_comparable(values, recipe=recipe))
     if chosen.folder is not None:
-        keep_results(values, folder=chosen.folder, machine=machine)
+        say_added(chosen.folder, machine=machine)
     if json_file is not None:
         from obowlab.files.replacing import write_atomic
 
@@ -186,13 +188,19 @@ def _measure(asked: _Asked, *, options: MachineOptions, dry_run: bool) -> int:
 def measure_here(
     chosen: Subject, *, protocols: Sequence[str], dataset: str | None, with_random: bool, machine: Machine
 ) -> list[dict[str, Any]]:
-    """Measure an encoder in this process, and return the results as JSON values."""
+    """Measure an encoder in this process, and return the results as JSON values; those of a run are added to it one by one."""
     from obowlab.launch.gpu_leases import using_gpus
+
+    def keep(result: Result) -> None:
+        if chosen.folder is not None:
+            chosen.folder.add_result(result.to_json())
 
     with using_gpus(machine.model_copy(update={"procs": 1, "nodes": 1})):
         from obowlab.training.measure import measure  # imports torch, which must not see GPUs of others
 
-        results = measure(chosen, protocols=protocols, dataset=dataset, with_random=with_random, machine=machine, report=_say)
+        results = measure(
+            chosen, protocols=protocols, dataset=dataset, with_random=with_random, machine=machine, report=_say, keep=keep
+        )
     return [result.to_json() for result in results]
 
 
@@ -205,10 +213,8 @@ def _not_comparable(values: Sequence[dict[str, Any]], *, recipe: Recipe) -> list
     return [sentence for sentence in sentences if sentence]
 
 
-def keep_results(values: Sequence[dict[str, Any]], *, folder: RunFolder, machine: Machine) -> None:
-    """Add results to the run that was measured, in MLflow as well."""
-    for value in values:
-        folder.add_result(value)
+def say_added(folder: RunFolder, *, machine: Machine) -> None:
+    """Say that results were added to a run, and send them to MLflow."""
     click.echo(f"Added to run {folder.run_id}.")
     send_to_mlflow([folder], machine=machine)
 

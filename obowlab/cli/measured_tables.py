@@ -168,7 +168,7 @@ def show_measured(
 
 def _measured(due: Due, *, table: TransferTable, machine: Machine, options: MachineOptions) -> Outcome:
     """Measure what is due, and add it to the run whose encoder it is."""
-    from obowlab.cli.eval import keep_results, measure_here
+    from obowlab.cli.eval import measure_here, say_added
     from obowlab.cli.run import Wanted
     from obowlab.cli.transfer import add_results, train_beginning_with
     from obowlab.runs.results import LEARNED
@@ -190,7 +190,7 @@ def _measured(due: Due, *, table: TransferTable, machine: Machine, options: Mach
     one, dataset = machine.model_copy(update={"procs": 1}), table.datasets[due.protocol]
     values = measure_here(chosen, protocols=(due.protocol,), dataset=dataset, with_random=False, machine=one)
     if folder is not None:
-        keep_results(values, folder=folder, machine=one)
+        say_added(folder, machine=one)
     return Outcome(0, values[0])
 
 

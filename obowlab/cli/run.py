@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
@@ -22,7 +23,7 @@ from obowlab.cli.options import (
     when_interrupted,
     would,
 )
-from obowlab.cli.output import print_obstacles, print_results
+from obowlab.cli.output import print_obstacles, print_results, warn
 from obowlab.errors import UserError
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ def train(wanted: Wanted, *, machine: Machine, options: MachineOptions, progress
     Raises:
         UserError: it cannot be trained, and why.
     """
-    from obowlab.config import load_recipe
+    from obowlab.config import find_recipe, load_recipe
     from obowlab.data.image_lists import refuse_absent
     from obowlab.launch.local import launch, plan
     from obowlab.launch.stages import check_stages, find_obstacles, open_stages
@@ -164,6 +165,8 @@ def train(wanted: Wanted, *, machine: Machine, options: MachineOptions, progress
     name, seed = wanted.name, wanted.seed
     overrides = wanted.changes(data_root=machine.data_root, dry_run=dry_run)
     loaded = load_recipe(name, overrides=overrides)
+    if Path(f"{name}.toml").is_file() and find_recipe(name) != Path(f"{name}.toml"):
+        warn([f"{name} is the recipe that obowlab ships. {name}.toml of this folder is another: `obowlab run ./{name}.toml`."])
     if loaded.recipe.data.image_list and wanted.list_file is None:
         refuse_absent(loaded.recipe.data.image_list, folder=machine.data_root / loaded.recipe.data.dataset)
     if machine.launcher == "slurm":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shlex
 import stat
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from obowlab.data.sources import (
     IMAGE_SUFFIXES,
     LAYOUT,
     UNLABELLED,
+    UNREAD_SUFFIXES,
     NoImageError,
     Source,
     SourceImage,
@@ -55,6 +57,9 @@ def read_source(path: Path, *, labelled: bool = True) -> Source:
         raise UserError(f"--source {path} is neither a folder nor a .tar file.")
     shown = [file for file in files if not is_hidden(file.name)]
     images = [file for file in shown if file.name.lower().endswith(IMAGE_SUFFIXES)]
+    photos = unread_photos(file.name for file in shown)
+    if not images and photos:
+        raise NoImageError(f"--source {path} holds {photos}, which are not read: convert them to JPEG or PNG.")
     if not images:
         archives = [file.name for file in shown if file.name.lower().endswith(ARCHIVE_SUFFIXES)]
         inner = f"holds {len(archives)} archives, such as {archives[0]}, and" if archives else "holds"
@@ -68,8 +73,15 @@ def read_source(path: Path, *, labelled: bool = True) -> Source:
         splits=splits,
         num_ignored=len(shown) - sum(len(split.images) for split in splits),
         num_hidden=len(files) - len(shown),
+        notes=(f"photos of a kind that is not read: {photos}; convert them to JPEG or PNG",) if photos else (),
         empty_classes=_empty_classes(layout, splits=splits, folders=found) if splits[0].class_names != (UNLABELLED,) else (),
     )
+
+
+def unread_photos(names: Iterable[str]) -> str:
+    """Return how many of some files are photos of each kind that is not read, in words; nothing where none is."""
+    unread = Counter(suffix for name in names if (suffix := Path(name).suffix.lower()) in UNREAD_SUFFIXES)
+    return " and ".join(f"{number} {suffix} files" for suffix, number in sorted(unread.items()))
 
 
 def list_images(folder: Path) -> list[str]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from obowlab.data.coco import find_coco, read_coco
-from obowlab.data.image_folder import is_hidden, read_source
+from obowlab.data.image_folder import is_hidden, read_source, unread_photos
 from obowlab.data.list_files import LIST_SUFFIXES, read_list
 from obowlab.data.places import find_places, read_places
 from obowlab.data.sources import ARCHIVE_SUFFIXES, LAYOUT, NoImageError, Source, SourceImage, SourceSplit
@@ -139,7 +139,8 @@ def _read_folder(path: Path, *, labelled: bool) -> Source:
     """Read a folder of images or, where it holds none, one of tables or of a WebDataset's tars."""
     try:
         return read_source(path, labelled=labelled)
-    except NoImageError:
+    except NoImageError as error:
+        none = error
         files = [file for file in sorted(path.rglob("*")) if not is_hidden(str(file.relative_to(path)))]
     tables = [file for file in files if file.suffix.lower() in (".parquet", ".arrow")]
     if tables:
@@ -147,6 +148,8 @@ def _read_folder(path: Path, *, labelled: bool) -> Source:
     shards = [file for file in files if file.suffix.lower() == ".tar"]
     if shards and is_webdataset(shards[0]):
         return read_webdataset(path, shards, labelled=labelled)
+    if unread_photos(file.name for file in files):
+        raise none
     others = shards + [file for file in files if file.suffix.lower() in (".csv", ".tsv")]
     hint = f" Or give one file, as in `--source {shlex.quote(str(others[0]))}`." if others else ""
     raise UserError(f"--source {path} holds no image; expected {LAYOUT}, a folder of images, Parquet files or tars.{hint}")

@@ -110,10 +110,10 @@ def prepare(
         refuse_closed(data_root, name)
         if found is not None:
             plan = plan_of(name, found, data_root=data_root, workers=workers)
-            if plan.num_bytes * 1.02 + (64 << 20) > plan.free_bytes:
+            if plan.num_bytes * 1.02 + 64e6 > plan.free_bytes:
                 raise UserError(
-                    f"{name} needs about {text.size(plan.num_bytes)} and {data_root} has {text.size(plan.free_bytes)} left: "
-                    "make room or choose another --data-root."
+                    f"{name} needs about {text.size(plan.num_bytes)} and 64 MB to spare, and {data_root} has "
+                    f"{text.size(plan.free_bytes)} left: make room or choose another --data-root."
                 )
             if announce is not None:
                 announce(plan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +14,8 @@ from obowlab.data.split_names import SPLITS, splits_of_words
 from obowlab.errors import UserError
 
 ARCHIVE_SUFFIXES = (".tar", ".zip", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".7z", ".rar")
+UNREAD_SUFFIXES = (".heic", ".heif", ".avif", ".gif", ".jp2", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf")
+"""Photos too, of kinds that are not read."""
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 PRESENT, ABSENT, DIFFICULT = "+-?"
 """Marks of images with several classes: shown, not shown, and shown by objects alone that are hard to recognise."""
@@ -154,6 +157,8 @@ def source_of_entries(
     labelled = any(entry.class_name is not None for _, entry in kept)
     if all(entry.class_name is None for split, entry in kept if split == "val"):  # the labels of a test split are often secret
         kept = [(split, entry) for split, entry in kept if split == "train" or entry.class_name is not None or not labelled]
+    left = Counter(entry.split for entry in entries if entry.split is not None and entry.split not in splits)
+    notes = [*notes, *(f"neither train nor val: {number} images of split '{word}'" for word, number in sorted(left.items()))]
     without = sum(entry.class_name is None for _, entry in kept)
     if 0 < without < len(kept):
         odd = next(entry.image.name for _, entry in kept if entry.class_name is None)

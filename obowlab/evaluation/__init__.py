@@ -42,6 +42,7 @@ def evaluate(
     folder: RunFolder | None = None,
     device: torch.device,
     report: Callable[[str], None],
+    keep: Callable[[Result], None] = lambda _: None,
 ) -> list[Result]:
     """Measure an encoder and return one result per protocol.
 
@@ -60,6 +61,7 @@ def evaluate(
         folder: of the run that learned it, for pictures of its test; none are made if absent.
         device: where to compute.
         report: called with one line at a time.
+        keep: called with every result as soon as there is one.
 
     Raises:
         UserError: an unknown protocol, or data and settings that do not go together.
@@ -90,7 +92,11 @@ def evaluate(
         for split, views in views_needed(names, recipe.evaluation).items():
             if views:
                 store.get(split, views=views)  # one pass over the images, however many protocols want them
-        return [_measure(name, store=store, learned=learned, recipe=recipe, subject=subject, report=report) for name in names]
+        results = []
+        for name in names:
+            results.append(_measure(name, store=store, learned=learned, recipe=recipe, subject=subject, report=report))
+            keep(results[-1])
+        return results
 
 
 def views_needed(names: Sequence[str], evaluation: Evaluation) -> dict[str, tuple[View, ...]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shutil
 import socket
 import subprocess
 import tempfile
@@ -87,6 +88,23 @@ class Cost:
         if self.disk_mib is not None:
             parts.append(f"{_size(self.disk_mib)} on disk")
         return f"Cost, from {'a finished run' if self.source == 'run' else 'a micro-benchmark'}: {', '.join(parts)}."
+
+
+def refuse_without_room(cost: Cost, *, run: str, runs_root: Path) -> None:
+    """Refuse a training whose files would not fit.
+
+    Raises:
+        UserError: says what it needs and what is left.
+    """
+    if cost.disk_mib is None:
+        return
+    existing = next(folder for folder in (runs_root, *runs_root.absolute().parents) if folder.exists())
+    free_mib = shutil.disk_usage(existing).free / MIB
+    if cost.disk_mib > free_mib:
+        raise UserError(
+            f"{run} needs about {_size(cost.disk_mib)} on disk, and {runs_root} has {_size(free_mib)} left: make room or choose "
+            "another --runs-root."
+        )
 
 
 class Measured(BaseModel):

@@ -22,7 +22,7 @@ from pathlib import Path
 from obowlab.config import Loaded, Machine
 from obowlab.files.sharing import is_others
 from obowlab.launch.compute_command import PATIENCE_VARIABLE, CommandFactory, compute_command, environment_of, threads_of
-from obowlab.launch.cost import Cost, write_actual_cost, write_quote
+from obowlab.launch.cost import Cost, refuse_without_room, write_actual_cost, write_quote
 from obowlab.launch.gpu_leases import check_gpus, leased
 from obowlab.launch.nodes import POLL_S, RENDEZVOUS_VARIABLE, Rendezvous, Round
 from obowlab.launch.preflight import to_measure
@@ -165,7 +165,7 @@ def launch(
 
     Raises:
         RunTakenError: another process trains this run.
-        UserError: too few GPUs, a tracking address MLflow cannot write to.
+        UserError: too few GPUs, no room on the disk, a tracking address MLflow cannot write to.
     """
     check_gpus(machine)
     machine = machine.model_copy(update={"threads": threads_of(machine)})
@@ -173,6 +173,8 @@ def launch(
     path = machine.runs_root / run_id_of(loaded, seed=seed)
     if fresh and has_run(path):
         put_aside(RunFolder.open(path))
+    if cost is not None and not has_run(path):
+        refuse_without_room(cost, run=path.name, runs_root=machine.runs_root)
     folder = RunFolder.create(loaded, seed=seed, runs_root=machine.runs_root)
     if is_others(path):
         if folder.state.status == "finished" and not to_measure(loaded.recipe, folder=folder, machine=machine):

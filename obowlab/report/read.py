@@ -29,13 +29,13 @@ from obowlab.runs.results import Measured, tabulate
 from obowlab.studies.schema import read_studies
 from obowlab.tables import costs_render, transfer_render
 from obowlab.tables.build import COMPARABLE, build_table, seeds_with_runs
-from obowlab.tables.costs import Costs, load_costs
+from obowlab.tables.costs import Costs, CostTable, load_costs
 from obowlab.tables.kept import kept_tables
 from obowlab.tables.measured import find_kept
 from obowlab.tables.model import Table
 from obowlab.tables.render import Grid
 from obowlab.tables.spec import COSTS, PlannedTable, load_table, one_kind, shipped_files, table_files
-from obowlab.tables.transfer import Transfers, load_transfer
+from obowlab.tables.transfer import Transfers, TransferTable, load_transfer
 
 MACHINE_FACTS = {
     "host": "host",
@@ -112,7 +112,8 @@ def gather(store: Store, *, tables: Tables) -> Site:
         store: as `read_store` reads it.
         tables: as `tables_at` builds them.
     """
-    runs, problems = [], [*tables.problems, *store.problems]
+    grids, unreadable = measured_in(store.root)
+    runs, problems = [], [*tables.problems, *store.problems, *unreadable]
     for summary, record in store.runs:
         try:
             runs.append(read_run(summary, record=record))
@@ -122,7 +123,7 @@ def gather(store: Store, *, tables: Tables) -> Site:
         as_of=store.as_of,
         version=__version__,
         tables=tables.tables,
-        grids=measured_in(store.root),
+        grids=grids,
         runs=tuple(runs),
         trainings=trainings_of(runs, stored=store.runs),
         studies=read_studies(store.root),
@@ -161,22 +162,33 @@ def tables_at(scales: Iterable[str], *, store: Store) -> Tables:
     return Tables(tuple(tables), (*problems, *wrong, *_unknown_tables(store, known=known)))
 
 
-def measured_in(runs_root: Path) -> tuple[Grid, ...]:
-    """Return the shipped tables of costs and of transfer of which this run store has something, at every scale."""
-    grids = []
+def measured_in(runs_root: Path) -> tuple[tuple[Grid, ...], list[str]]:
+    """Return the shipped tables of costs and of transfer of which this run store has something, at every scale.
+
+    Returns:
+        The tables, and a sentence on each that cannot be read.
+    """
+    grids, problems = [], []
     for name in sorted(shipped_files().keys() - table_files().keys()):
         for scale in SCALES:
-            with suppress(UserError):
-                if one_kind([name]) == COSTS:
-                    table = load_costs(name, scale=scale)
-                    if costs := find_kept(Costs, table.file_name, folder=runs_root):
-                        grids.append(costs_render.grid(table, costs=costs))
+            with suppress(UserError):  # a table need not be of every scale
+                table = load_costs(name, scale=scale) if one_kind([name]) == COSTS else load_transfer(name, scale=scale)
+                try:
+                    grid = _grid(table, runs_root=runs_root)
+                except UserError as error:
+                    problems.append(str(error))
                 else:
-                    transfer = load_transfer(name, scale=scale)
-                    transfers = find_kept(Transfers, transfer.file_name, folder=runs_root)
-                    if transfers is not None and transfers.entries:
-                        grids.append(transfer_render.grid(transfer, transfers=transfers))
-    return tuple(grids)
+                    grids += [grid] if grid is not None else []
+    return tuple(grids), problems
+
+
+def _grid(table: CostTable | TransferTable, *, runs_root: Path) -> Grid | None:
+    """Return a table with what this run store has of it; None where that is nothing."""
+    if isinstance(table, CostTable):
+        costs = find_kept(Costs, table.file_name, folder=runs_root)
+        return None if costs is None else costs_render.grid(table, costs=costs)
+    transfers = find_kept(Transfers, table.file_name, folder=runs_root)
+    return None if transfers is None or not transfers.entries else transfer_render.grid(table, transfers=transfers)
 
 
 def read_run(summary: RunSummary, *, record: Record) -> Run:

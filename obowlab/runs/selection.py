@@ -99,6 +99,8 @@ class Comparison:
                 "as in --where 'linear_top1>40'."
             )
         name, sign, word = found[1], found[2], found[3]
+        if name in ("recipe", "status", "tag"):
+            raise UserError(f"--where {typed}: write --{name} {word}.")
         value = parse_override(f"{name}={word}")[1]
         if sign in ORDERED and not _is_number(value):
             raise UserError(f"--where {typed}: '{word}' is no number; only = and != take words.")

@@ -12,6 +12,7 @@ import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -21,7 +22,7 @@ from obowlab.errors import UserError
 from obowlab.launch.bounds import Speed, measure
 from obowlab.runs import provenance
 from obowlab.tables.kept import KEPT, identity
-from obowlab.tables.measured import check_scales, load_row, read_kept, read_table, recipe_place, select_keys, write_kept
+from obowlab.tables.measured import change_kept, check_scales, load_row, read_kept, read_table, recipe_place, select_keys
 from obowlab.tables.spec import NAME, override_texts
 
 ROUNDS = 3
@@ -201,8 +202,8 @@ def measure_costs(
             speed_alone=True,
         )
         assert measured.speed is not None
-        costs = costs.model_copy(update={"timed": (*costs.timed, Timed(round=number, row=row.key, speed=measured.speed))})
-        write_kept(costs, path, shared=True)
+        timed = Timed(round=number, row=row.key, speed=measured.speed)
+        costs = change_kept(Costs, path, partial(_with, timed, began=costs))
     return costs
 
 
@@ -218,6 +219,14 @@ def select(asked: Sequence[str], *, table: CostTable) -> list[str]:
 
 
 # -------------------------------------------------------------------------------------------------------------- helpers
+
+
+def _with(timed: Timed, kept: Costs | None, *, began: Costs) -> Costs:
+    """Return what is kept with one row more, unless another process has timed it; what began here, if that is another's."""
+    costs = kept if kept is not None and kept.identity == began.identity else began
+    if costs.speed(timed.row, timed.round) is not None:
+        return costs
+    return costs.model_copy(update={"timed": (*costs.timed, timed)})
 
 
 def _begin(table: CostTable, *, machine: Machine, kept: Costs | None) -> Costs:

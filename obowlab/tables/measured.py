@@ -5,7 +5,7 @@ That is `RUNS_ROOT/.tables/NAME-SCALE.KIND`, or among the records of `ablate --r
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from obowlab.config import Loaded, Section, load_recipe, nearest, parse_section, read_toml
 from obowlab.config.scales import SCALES
 from obowlab.errors import UserError
+from obowlab.files.locks import locked
 from obowlab.files.opening import read_file
 from obowlab.files.replacing import write_atomic
 from obowlab.files.sharing import shared_folder
@@ -70,29 +71,65 @@ def select_keys(asked: Sequence[str], *, keys: Sequence[str], table: str, where:
 
 
 def find_kept(shape: type[Content], file_name: str, *, folder: Path) -> Content | None:
-    """Return what was measured for a table as a run store keeps it, or as it is among records; None where nothing was."""
+    """Return what was measured for a table as a run store keeps it, or as it is among records; None where nothing was.
+
+    Raises:
+        UserError: as `read_kept`.
+    """
     return read_kept(shape, folder / KEPT / file_name) or read_kept(shape, folder / file_name)
 
 
 def read_kept(shape: type[Content], path: Path) -> Content | None:
-    """Return what was measured; None where nothing was, or by another version."""
+    """Return what was measured; None where nothing was.
+
+    Raises:
+        UserError: the file cannot be read, is damaged, or is of another version.
+    """
     try:
         return shape.model_validate_json(read_file(path))
-    except (OSError, ValueError):
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        raise UserError(f"Cannot read {path}: {error.strerror}.") from None
+    except ValueError:
+        raise UserError(
+            f"{path} is damaged, or of another version of obowlab: move it away, and what it holds is measured again."
+        ) from None
 
 
-def write_kept(content: BaseModel, path: Path, *, shared: bool = False) -> None:
-    """Write what was measured, into a run store with `shared`; the same gives the same bytes.
+def change_kept(shape: type[Content], path: Path, change: Callable[[Content | None], Content]) -> Content:
+    """Change what a run store keeps of a table, one process at a time, and return it as it is then.
+
+    Args:
+        shape: of the content.
+        path: in the store.
+        change: is called with what is there, None where nothing is, and returns what shall be there.
+
+    Raises:
+        UserError: as `read_kept`; the disk refuses.
+    """
+    try:
+        shared_folder(path.parent)
+        with locked(path.parent / ".lock"):
+            content = change(read_kept(shape, path))
+            write_atomic(path, _json(content), shared=True)
+    except OSError as error:
+        raise UserError(f"Cannot write {path}: {error.strerror}.") from None
+    return content
+
+
+def write_kept(content: BaseModel, path: Path) -> None:
+    """Write what was measured among records; the same gives the same bytes.
 
     Raises:
         UserError: the disk refuses.
     """
     try:
-        if shared:
-            shared_folder(path.parent)
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, content.model_dump_json(indent=1) + "\n", shared=shared)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, _json(content))
     except OSError as error:
         raise UserError(f"Cannot write {path}: {error.strerror}.") from None
+
+
+def _json(content: BaseModel) -> str:
+    return content.model_dump_json(indent=1) + "\n"

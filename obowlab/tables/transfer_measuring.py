@@ -20,7 +20,7 @@ from obowlab.runs.info import ENCODER_FILE
 from obowlab.runs.listing import RunSummary
 from obowlab.runs.records import store_runs
 from obowlab.tables.kept import KEPT
-from obowlab.tables.measured import find_kept, select_keys, write_kept
+from obowlab.tables.measured import change_kept, find_kept, select_keys
 from obowlab.tables.transfer import Entry, Given, TransferRow, Transfers, TransferTable, question
 from obowlab.weights.info import EncoderInfo
 from obowlab.weights.source import Source, find_source, kept_path
@@ -93,7 +93,7 @@ class Measuring:
         Raises:
             UserError: there is no such row or encoder.
         """
-        given = dict(self.transfers.given)
+        given = {}
         for each in weights:
             row, _, ref = each.partition("=")
             if not ref:
@@ -105,8 +105,8 @@ class Measuring:
             given[key] = Given(name=source.name, run_id=source.name if is_here else None, weights_hash=info.identity)
             if self.dry_run:  # it is nowhere else
                 self._sources[key] = replace(source, info=info)
-        if given != self.transfers.given:
-            self._write(self.transfers.model_copy(update={"given": given}))
+        if given:
+            self._change(lambda there: there.model_copy(update={"given": {**there.given, **given}}))
 
     def due(self, rows: Collection[str], *, seeds: int) -> list[Due]:
         """Return what is asked of the encoders of rows and was not measured yet; trainings are asked for with so many seeds."""
@@ -127,7 +127,7 @@ class Measuring:
                         name = f"{protocol} of {row.label}" + (f", seed {seed}" if is_training else "")
                         found.append(Due(row, protocol, seed, source, source.info, asked, name))
                     elif answer.row != row.key:  # the same encoder in another row
-                        self._write(self.transfers.with_entry(answer.model_copy(update={"row": row.key})))
+                        self.record(answer.model_copy(update={"row": row.key}))
         return found
 
     def refusals(self, due: Collection[Due]) -> dict[str, str]:
@@ -178,10 +178,14 @@ class Measuring:
             if outcome.result is None:
                 failed.append(each.name)
             else:
-                self._write(self.transfers.with_entry(self._entry(each, result=outcome.result, run_id=outcome.run_id)))
+                self.record(self._entry(each, result=outcome.result, run_id=outcome.run_id))
         if failed:
             say(f"Not measured: {'; '.join(failed)}.")
         return int(bool(failed))
+
+    def record(self, entry: Entry) -> None:
+        """Keep what was measured, beside what other processes have kept meanwhile."""
+        self._change(lambda there: there.with_entry(entry))
 
     def source(self, row: TransferRow) -> Source | None:
         """Return a row's encoder: the one it was given, else that of a finished run of its recipe; None where there is none."""
@@ -221,10 +225,13 @@ class Measuring:
             measurements=tuple(result["measurements"]),
         )
 
-    def _write(self, transfers: Transfers) -> None:
-        self.transfers = transfers
-        if not self.dry_run:
-            write_kept(transfers, self.machine.runs_root / KEPT / self.table.file_name, shared=True)
+    def _change(self, change: Callable[[Transfers], Transfers]) -> None:
+        """Change what is kept, which another process may have changed since; for a dry run, what is known here."""
+        if self.dry_run:
+            self.transfers = change(self.transfers)
+        else:
+            path = self.machine.runs_root / KEPT / self.table.file_name
+            self.transfers = change_kept(Transfers, path, lambda there: change(there or self.transfers))
 
     @cached_property
     def _runs(self) -> dict[str, RunSummary]:

@@ -26,6 +26,7 @@ def measure(
     with_random: bool,
     machine: Machine,
     report: Callable[[str], None],
+    keep: Callable[[Result], None],
 ) -> list[Result]:
     """Measure the encoder of a run, a file or a model version.
 
@@ -36,6 +37,7 @@ def measure(
         with_random: measure the untrained weights of the run's seed too.
         machine: where and with what.
         report: called with one line at a time.
+        keep: called with every result as soon as there is one.
 
     Raises:
         UserError: the encoder, or what was learned on it, cannot be read, or does not fit the recipe named for it; as `evaluate`.
@@ -73,5 +75,6 @@ def measure(
                 dataset=dataset,
                 device=world.device,
                 report=report,
+                keep=keep,
             )
     return results
