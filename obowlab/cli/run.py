@@ -154,6 +154,7 @@ def train(wanted: Wanted, *, machine: Machine, options: MachineOptions, progress
         UserError: it cannot be trained, and why.
     """
     from obowlab.config import find_recipe, load_recipe
+    from obowlab.config.unused import unused_settings
     from obowlab.data.image_lists import refuse_absent
     from obowlab.launch.local import launch, plan
     from obowlab.launch.stages import check_stages, find_obstacles, open_stages
@@ -167,6 +168,9 @@ def train(wanted: Wanted, *, machine: Machine, options: MachineOptions, progress
     loaded = load_recipe(name, overrides=overrides)
     if Path(f"{name}.toml").is_file() and find_recipe(name) != Path(f"{name}.toml"):
         warn([f"{name} is the recipe that obowlab ships. {name}.toml of this folder is another: `obowlab run ./{name}.toml`."])
+    unused = unused_settings(loaded.recipe)
+    without = {key: source for key, source in loaded.sources.items() if key in unused and source.startswith("--set ")}
+    warn([f"{source} changes nothing, as {unused[key]}." for key, source in without.items()])
     if loaded.recipe.data.image_list and wanted.list_file is None:
         refuse_absent(loaded.recipe.data.image_list, folder=machine.data_root / loaded.recipe.data.dataset)
     if machine.launcher == "slurm":

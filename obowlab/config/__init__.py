@@ -1,6 +1,6 @@
 """Recipe and Machine: everything that changes a result, and everything that must not.
 
-A `Recipe` (`recipe`, `methods`) is read from TOML (`experiments/NAME.toml`, with `extends`) and sparse overrides (`files`). A
+A `Recipe` (`recipe`, `methods`) is read from TOML (`experiments/NAME.toml`, with `extends`) and sparse overrides (`loading`). A
 `Machine` (`machine`) says where and with what a run is computed; no field of it may change a result beyond the order of float
 sums.
 """
