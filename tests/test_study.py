@@ -41,6 +41,7 @@ from obowlab.studies.worker import distributions
 from obowlab.tables.statistics import estimate
 from tests.gpus import stand_in_gpus
 from tests.processes import NoMirror, wait_until
+from tests.report_store import add_study, optuna_figures
 from tests.studies import STUDY, Search, stand_in, start_worker, tuning_of
 
 SECRET = "s3cret-pass"
@@ -579,6 +580,14 @@ def test_importance_is_on_the_scale_that_is_searched_and_what_both_explain_is_no
     assert kappa[0] <= found["kappa"] <= kappa[1]
     assert delta[0] <= found["delta"] <= delta[1]
     assert sum(found.values()) <= 1.0
+
+
+def test_the_figure_of_importances_has_them_as_they_are(tmp_path: Path) -> None:
+    content = json.loads(add_study(tmp_path).read_text())
+    for parameter, share in zip(content["parameters"], (0.1, 0.6), strict=True):
+        parameter["importance"] = share
+    (bars,) = optuna_figures(content)["importance"]["data"]
+    assert (bars["x"], bars["text"]) == ([0.1, 0.6], ["0.10", "0.60"]), "what both explain together is nobody's"
 
 
 def test_a_choice_and_a_pruned_trial_do_not_disturb_importances() -> None:

@@ -481,6 +481,19 @@ def test_the_base_row_on_another_processor_changes_what_the_page_says_and_no_mor
     assert f"{agree} rows agree, {disagree} disagree, and {unknown} cannot be told from the base row. The one" in page
 
 
+def test_the_page_on_kappa_and_delta_has_every_trial_of_its_study_of_photos() -> None:
+    page = (project_root() / "docs" / "results" / "kappa-delta.md").read_text(encoding="utf-8")
+    study = read_study(project_root() / "ablations" / "results" / "tiny" / "kappa-delta.study.json")
+    assert (len(study.completed), study.problems) == (12, ())
+    trials = sorted(study.completed, key=lambda trial: trial.params["method.delta_base"])
+    points = [(trial.params["method.delta_base"], trial.params["method.kappa"], trial.value) for trial in trials]
+    shown = re.findall(r"^\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", page, re.MULTILINE)
+    assert shown == [(f"{delta:.3g}", f"{kappa:.3g}", f"{value:.1f}") for delta, kappa, value in points]
+    shares = {parameter.key: f"{parameter.importance:.2f}" for parameter in study.parameters}
+    said = f"δ_base explains {shares['method.delta_base']} of the variance and κ {shares['method.kappa']}"
+    assert said in " ".join(page.split())
+
+
 def test_the_page_on_kappa_and_delta_has_every_trial_of_its_study() -> None:
     page = (project_root() / "docs" / "results" / "kappa-delta.md").read_text(encoding="utf-8")
     study = read_study(project_root() / "ablations" / "results" / "demo" / "kappa-delta.study.json")

@@ -362,6 +362,9 @@ def study_figures(
     if known:
         figures["importance"] = plot_param_importances(study, evaluator=_known(known), target_name=objective)
         figures["importance"].update_yaxes(title=None)
+        bars = figures["importance"].data[0]
+        shares = [known[key] for key in bars.y]  # Optuna's add up to 1, whatever several parameters explain together
+        bars.update(x=shares, text=[f"{share:.2f}" for share in shares], hovertemplate="%{y}: %{x:.3f}<extra></extra>")
     for figure in figures.values():
         figure.update_layout(template=None, title=None)
     return {title: StudyFigure.model_validate_json(figure.to_json()) for title, figure in figures.items()}
