@@ -28,6 +28,7 @@ from obowlab.config import (
     read_toml,
 )
 from obowlab.config.scales import SCALES, recipe_for
+from obowlab.config.unused import unused_settings
 from obowlab.errors import UserError
 from obowlab.runs.metrics import lookup
 from obowlab.text import override
@@ -312,9 +313,11 @@ def _plan(
 
 
 def _differences(recipe: Recipe, other: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Return what two recipes train differently, by key; of settings that one of them does not use, the choice alone tells."""
     ours, theirs = flatten(recipe), flatten(other)
+    used = ours.keys() & theirs.keys() - {"title"} - unused_settings(recipe).keys() - unused_settings(other).keys()
     return {
         key: (ours[key], theirs[key])
         for key in ours
-        if key in theirs and ours[key] != theirs[key] and key != "title" and not key.startswith(("evaluation.", "teacher"))
+        if key in used and ours[key] != theirs[key] and not key.startswith(("evaluation.", "teacher"))
     }
