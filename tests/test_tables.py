@@ -22,7 +22,7 @@ from obowlab.runs.records import Record, read_records, write_records
 from obowlab.runs.results import pack
 from obowlab.studies.schema import read_study
 from obowlab.tables import render
-from obowlab.tables.build import NOTICE, ONE_SEED, build_table, finished_seeds
+from obowlab.tables.build import NOTICE, ONE_SEED, also_differing, build_table, finished_seeds
 from obowlab.tables.plan import make_plan, without_recorded
 from obowlab.tables.spec import PlannedTable, load_table, resolve_names, table_files
 from tests.conftest import Obowlab
@@ -44,6 +44,14 @@ def test_every_row_is_expressible_at_every_scale(name: str, scale: str) -> None:
         assert not [key for key in row.row.set if key.endswith("_size")]
     of_patches = {row.loaded.recipe.views.patch_size for row in table.rows if row.loaded.recipe.views.num_patches}
     assert len(of_patches) <= 1, "patches are of one size, whatever stands beside them"
+
+
+def test_a_row_is_said_to_differ_in_what_both_recipes_use() -> None:
+    sentence = "At this scale the row differs from the base row in training.epochs 8 (base row 22) as well."
+    found = {scale: also_differing(load_table("table4", scale=scale)) for scale in ("demo", "tiny")}
+    keys = [row.row.key for row in load_table("table4", scale="demo").rows]
+    assert not any(found["demo"]), "patches have another size than the base row's, which has none"
+    assert dict(zip(keys, found["tiny"], strict=True))["two_crops_patches"] == (sentence,)
 
 
 @pytest.mark.parametrize("scale", SCALES)
