@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shutil
+import tomllib
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import pytest
 from scipy import stats
 
 from obowlab.config import load_recipe, project_root, read_toml
+from obowlab.config.fitted import ImagesFound, fit_recipe
 from obowlab.config.scales import SCALES, recipe_for
 from obowlab.errors import UserError
 from obowlab.runs.records import Record, read_records, write_records
@@ -487,6 +489,41 @@ def test_the_base_row_on_another_processor_changes_what_the_page_says_and_no_mor
     agree, disagree, unknown = (marks[each] for each in ("✓ agrees", "✗ disagrees", "≈ indistinguishable"))
     page = " ".join((project_root() / "docs" / "results" / "tables.md").read_text(encoding="utf-8").split())
     assert f"{agree} rows agree, {disagree} disagree, and {unknown} cannot be told from the base row. The one" in page
+
+
+def test_the_page_on_scaling_has_the_rules_of_init() -> None:
+    page = (project_root() / "docs" / "results" / "scaling.md").read_text(encoding="utf-8")
+    for side, has_gpu in ((64, False), (64, True), (256, True)):
+        for number in (1_000, 10_000, 100_000, 1_000_000):
+            found = ImagesFound("mine", (number // 50,) * 50, (50,) * 50, is_labelled=True, short_sides=(side,))
+            recipe = tomllib.loads(fit_recipe(found, has_gpu=has_gpu).toml)
+            views, method, optimizer, training = (recipe[part] for part in ("views", "method", "optimizer", "training"))
+            per_epoch = number // training["batch_size"]
+            cells = [
+                number,
+                f"{views['original_size']} / {views['crop_size']}",
+                training["batch_size"],
+                training["epochs"],
+                training["epochs"] * per_epoch,
+                *(method[key] for key in ("num_words", "delta_base", "teacher_momentum")),
+                optimizer["learning_rate"],
+                round(optimizer["warmup_epochs"] * per_epoch),
+            ]
+            assert f"| {' | '.join(map(str, cells))} |\n" in page
+
+
+@pytest.mark.parametrize("table", ["scaling-10000", "scaling-1000"])
+def test_the_page_on_scaling_has_every_run_of_its_tables(table: str) -> None:
+    lines = (project_root() / "docs" / "results" / "scaling.md").read_text(encoding="utf-8").splitlines()
+    path = project_root() / "ablations" / "results" / "tiny" / f"{table}.md"
+    runs = re.findall(
+        r"^\| (\S+) \| \d \| \S+ \| finished \| [\d.]+ \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", path.read_text(), re.MULTILINE
+    )
+    assert runs
+    for row in load_table(str(path.with_suffix(".toml")), scale="tiny").rows:
+        seeds = [values for key, *values in runs if key == row.row.key]
+        cells = [", ".join(f"{float(value):.1f}" for value in column) for column in zip(*seeds, strict=True)]
+        assert not seeds or f"| {row.row.label} | {' | '.join(cells)} |" in lines
 
 
 def test_the_page_on_kappa_and_delta_has_every_trial_of_its_study_of_photos() -> None:
