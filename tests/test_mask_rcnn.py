@@ -362,8 +362,8 @@ def test_a_step_has_five_losses_and_every_parameter_learns(head: str) -> None:
     images, _, objects = drawn(3)
     losses = detector.losses(images, objects=objects, generators=generators(3))
     assert losses.keys() == {"rpn_objectness", "rpn_boxes", "classes", "boxes", "masks"}
-    assert float(losses["classes"]) == pytest.approx(math.log(25), rel=0.2)
-    assert float(losses["masks"]) == pytest.approx(math.log(2), rel=0.1)
+    assert losses["classes"].item() == pytest.approx(math.log(25), rel=0.2)
+    assert losses["masks"].item() == pytest.approx(math.log(2), rel=0.1)
     torch.stack(list(losses.values())).sum().backward()
     for name, parameter in detector.named_parameters():
         assert parameter.grad is not None, name
