@@ -25,6 +25,7 @@ from obowlab.data.datasets import DATASETS, list_datasets, open_split, plan_prep
 from obowlab.data.identity import NOTES
 from obowlab.data.image_folder import read_source
 from obowlab.errors import UserError
+from obowlab.files import room
 from tests.conftest import draw_photo
 
 JPEG = base64.b64decode(
@@ -532,7 +533,7 @@ def test_plan_tells_size_and_time_and_writes_nothing(tmp_path: Path, image_folde
 
 
 def test_full_disk_is_noticed_first(tmp_path: Path, image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(room.shutil, "disk_usage", lambda folder: type("Usage", (), {"free": 1000}))
     with pytest.raises(UserError, match="make room"):
         prepare("set", source=image_folder, data_root=tmp_path / "root")
 

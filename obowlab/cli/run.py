@@ -28,7 +28,6 @@ from obowlab.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from obowlab.config import Loaded, Machine
     from obowlab.launch.cost import Cost

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from obowlab.data.split_names import SPLITS
 from obowlab.data.voc import SEVERAL_YEARS
 from obowlab.data.writing import decode
 from obowlab.errors import UserError
+from obowlab.files.room import free_bytes
 from obowlab.runs.provenance import num_cores
 
 _PROBE_IMAGES = 64
@@ -104,14 +104,13 @@ def plan_of(name: str, source: Source, *, data_root: Path, workers: int) -> Plan
         list(pool.map(lambda image: decode(image, page_size=MAX_PAGE_SIZE), probe))
     per_byte = (time.monotonic() - start) / max(1, sum(image.size for image in probe))
     num_bytes = sum(image.size for image in images)
-    existing = next(folder for folder in (data_root, *data_root.absolute().parents) if folder.exists())
     return Plan(
         dataset=name,
         source=str(source.path),
         num_images={split.name: len(split.images) for split in source.splits},
         class_names=source.splits[0].class_names,
         num_bytes=num_bytes,
-        free_bytes=shutil.disk_usage(existing).free,
+        free_bytes=free_bytes(data_root),
         estimated_s=per_byte * num_bytes,
         num_ignored=source.num_ignored,
         notes=tuple(notes_of(name, source)),

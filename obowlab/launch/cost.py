@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import shutil
 import socket
 import subprocess
 import tempfile
@@ -30,6 +29,7 @@ from obowlab.errors import UserError
 from obowlab.files.opening import read_file
 from obowlab.files.records import read_lines
 from obowlab.files.replacing import write_atomic
+from obowlab.files.room import free_bytes
 from obowlab.launch.compute_command import compute_command, environment_of, threads_of
 from obowlab.launch.gpu_leases import leased
 from obowlab.launch.system import computes_bfloat16, computes_on_cpu
@@ -98,8 +98,7 @@ def refuse_without_room(cost: Cost, *, run: str, runs_root: Path) -> None:
     """
     if cost.disk_mib is None:
         return
-    existing = next(folder for folder in (runs_root, *runs_root.absolute().parents) if folder.exists())
-    free_mib = shutil.disk_usage(existing).free / MIB
+    free_mib = free_bytes(runs_root) / MIB
     if cost.disk_mib > free_mib:
         raise UserError(
             f"{run} needs about {_size(cost.disk_mib)} on disk, and {runs_root} has {_size(free_mib)} left: make room or choose "
