@@ -516,7 +516,7 @@ def test_an_image_without_objects_is_all_background() -> None:
     images, sizes, _ = drawn(1)
     nothing = [Objects(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), sizes[0])]
     losses = detector.losses(images, objects=nothing, generators=generators(1, step=0))
-    assert float(losses["boxes"]) == float(losses["rpn_boxes"]) == 0.0
+    assert losses["boxes"].item() == losses["rpn_boxes"].item() == 0.0
     assert math.isfinite(losses["classes"].item())
 
 

@@ -379,7 +379,7 @@ def test_an_image_without_objects_leaves_the_mask_head_in_step() -> None:
     images, sizes, _ = drawn(1)
     nothing = [Objects(torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64), sizes[0], ())]
     losses = detector.losses(images, objects=nothing, generators=generators(1))
-    assert float(losses["masks"]) == float(losses["boxes"]) == 0.0
+    assert losses["masks"].item() == losses["boxes"].item() == 0.0
     losses["masks"].backward()
     assert all(each.grad is not None and not each.grad.any() for each in detector.mask_head.parameters())
 
@@ -409,10 +409,10 @@ def test_the_loss_of_masks_is_that_of_a_slow_version() -> None:
             one = [box[None] if each == image else box.new_zeros(0, 4) for each in range(2)]
             pooled = pool(seen["maps"][:4], strides=detector.strides, regions=one, side=14, standard=56.0)
             wanted = targets([objects[image].outlines[thing]], boxes=box[None])[0]
-            total += float(F.binary_cross_entropy_with_logits(detector.mask_head(pooled)[0, label], wanted))
+            total += F.binary_cross_entropy_with_logits(detector.mask_head(pooled)[0, label], wanted).item()
             number += 1
     assert number > 5
-    assert float(losses["masks"]) == pytest.approx(total / number, rel=1e-5)
+    assert losses["masks"].item() == pytest.approx(total / number, rel=1e-5)
 
 
 def test_a_few_images_are_learned_by_heart() -> None:

@@ -30,7 +30,7 @@ from obowlab.studies.schema import read_studies
 from obowlab.tables import costs_render, transfer_render
 from obowlab.tables.build import COMPARABLE, build_table, seeds_with_runs
 from obowlab.tables.costs import Costs, CostTable, load_costs
-from obowlab.tables.kept import kept_tables
+from obowlab.tables.kept import closed_tables, kept_tables
 from obowlab.tables.measured import find_kept
 from obowlab.tables.model import Table
 from obowlab.tables.render import Grid
@@ -153,22 +153,26 @@ def tables_at(scales: Iterable[str], *, store: Store) -> Tables:
                 for table in found
             ]
             problems += wrong
+    closed = closed_tables(store.root)
     own, wrong = kept_tables(store.root)
     for table in own:
         found_seeds = seeds_with_runs(table, records=records)
         if table.scale in asked or (not asked and found_seeds):
             tables.append(build_table(table, seeds=found_seeds or (0,), records=records))
     known = {*table_files(), *(table.name for table in own)}
-    return Tables(tuple(tables), (*problems, *wrong, *_unknown_tables(store, known=known)))
+    unknown = [closed] if closed else _unknown_tables(store, known=known)
+    return Tables(tuple(tables), (*problems, *wrong, *unknown))
 
 
 def measured_in(runs_root: Path) -> tuple[tuple[Grid, ...], list[str]]:
     """Return the shipped tables of costs and of transfer of which this run store has something, at every scale.
 
     Returns:
-        The tables, and a sentence on each that cannot be read.
+        The tables, and a sentence on each that cannot be read; none of either where they are closed, see `closed_tables`.
     """
     grids, problems = [], []
+    if closed_tables(runs_root):
+        return (), []
     for name in sorted(shipped_files().keys() - table_files().keys()):
         for scale in SCALES:
             with suppress(UserError):  # a table need not be of every scale

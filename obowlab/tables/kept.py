@@ -6,7 +6,9 @@ it is trained or shown, so that `report` finds it wherever its file, or the stor
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,6 +67,17 @@ def keep_table(planned: PlannedTable, *, runs_root: Path) -> str | None:
     except OSError as error:
         return f"`obowlab report` will not show {planned.name} as it is now: cannot write {path} ({error.strerror})."
     return None
+
+
+def closed_tables(runs_root: Path) -> str | None:
+    """Return a sentence when the folder of a run store that tables are kept in is closed to this user; None when all is well."""
+    folder = runs_root / KEPT
+    if not folder.exists() or os.access(folder, os.R_OK | os.X_OK):
+        return None
+    return (
+        f"{folder} cannot be read, so tables of one's own, and what was measured for tables, are missing: "
+        f"chmod -R g+rwX {shlex.quote(str(folder))}, by its owner."
+    )
 
 
 def kept_tables(runs_root: Path) -> tuple[list[PlannedTable], list[str]]:
