@@ -169,6 +169,19 @@ def test_an_older_schema_is_told_with_the_line_that_upgrades_it(filled: Path, tm
     assert "newer MLflow" in (refusal(uri_of(root)) or "")
 
 
+def test_a_database_that_does_not_answer_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow tries for two minutes to reach one, and says nothing meanwhile."""
+
+    def waits(*_: object) -> None:
+        raise AssertionError("MLflow was asked")
+
+    monkeypatch.setattr("mlflow.store.db.utils.create_sqlalchemy_engine_with_retry", waits)
+    said = refusal("postgresql://me:s3cret@127.0.0.1:1/runs") or ""
+    assert said.startswith("postgresql://127.0.0.1:1/runs: ")
+    assert "refused" in said
+    assert "s3cret" not in said
+
+
 def test_a_damaged_store_is_rebuilt_from_the_run_folders(filled: Path, tmp_path: Path, obowlab: Obowlab) -> None:
     root = tmp_path / "B"
     shutil.copytree(filled, root)

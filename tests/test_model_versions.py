@@ -199,7 +199,7 @@ def test_no_code_of_a_version_is_run(workplace: Path, capsys: pytest.CaptureFixt
         lab.load("models:/obowlab-mine/1")
 
 
-def test_a_run_folder_or_store_that_was_taken_away_is_not_made_anew(tmp_path: Path) -> None:
+def test_a_run_folder_or_store_that_was_taken_away_is_not_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing that a run or its mirror writes makes the folder again: what is there comes back later."""
     recipe = Recipe(data=Data(dataset="none"), backbone=Backbone(stem="small", width=4))
     run = RunFolder.create(Loaded("gone", recipe, {}), seed=0, runs_root=tmp_path / "runs")
@@ -213,6 +213,7 @@ def test_a_run_folder_or_store_that_was_taken_away_is_not_made_anew(tmp_path: Pa
         save_encoder(model, path=run.path / "encoder.safetensors", **about)
     with pytest.raises(FileNotFoundError):
         save_encoder_model(model.eval(), path=run.path / "model", example=torch.zeros(2, 3, 16, 16))
+    monkeypatch.setattr("mlflow.store.db.utils.MAX_RETRY_COUNT", 1)  # it waits two minutes for a file to come back
     with pytest.raises(Exception, match=r"unable to open database file|No such file"):
         connect(f"sqlite:///{tmp_path / 'runs' / 'mlflow.db'}").search_experiments()
     assert not (tmp_path / "runs").exists()

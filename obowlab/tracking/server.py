@@ -242,16 +242,20 @@ def connect(uri: str) -> MlflowClient:
 
 
 def refusal(uri: str) -> str | None:
-    """Return one sentence on why the database of a store cannot be used as it is, changing nothing; None when it can.
+    """Return one sentence on why a store cannot be used as it is, changing nothing; None when it can.
 
     Args:
-        uri: of a database; only one that is no SQLite file needs mlflow for this.
+        uri: of a database, or of a server; only one that is no SQLite file needs mlflow for this.
     """
     if database_path(uri) is not None:
         return problem_of(uri)
     fail_fast()
     os.environ.setdefault("PGCONNECT_TIMEOUT", "5")
     try:
+        if not uri.startswith(("http://", "https://")):
+            import sqlalchemy
+
+            sqlalchemy.create_engine(uri, poolclass=sqlalchemy.NullPool).connect().close()  # MLflow asks again for two minutes
         connect(uri).search_experiments(max_results=1)
     except Exception as error:  # of MLflow, SQLAlchemy or a driver, which may be missing
         return f"{complaint(error, uri=uri)}."
