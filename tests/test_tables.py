@@ -512,7 +512,7 @@ def test_the_page_on_scaling_has_the_rules_of_init() -> None:
             assert f"| {' | '.join(map(str, cells))} |\n" in page
 
 
-@pytest.mark.parametrize("table", ["scaling-10000", "scaling-1000"])
+@pytest.mark.parametrize("table", ["scaling-10000", "scaling-1000", "rules-10000", "rules-1000"])
 def test_the_page_on_scaling_has_every_run_of_its_tables(table: str) -> None:
     lines = (project_root() / "docs" / "results" / "scaling.md").read_text(encoding="utf-8").splitlines()
     path = project_root() / "ablations" / "results" / "tiny" / f"{table}.md"

@@ -1,7 +1,8 @@
 """Write a recipe that suits the images a person has: pure rules from their number, size and classes to settings.
 
 The rules interpolate between the recipes that were measured (docs/recipes.md, section 5): `demo` (5 000 images of 32 pixels),
-`tiny-vanilla` (20 000) and the paper's (260 000 of 224). The report's rules on the health of a vocabulary judge what comes out.
+`tiny-vanilla` (20 000) and the paper's (260 000 of 224); words and crops were tried on 1 000 and 10 000 photos (docs/results/scaling.md).
+The report's rules on the health of a vocabulary judge what comes out.
 """
 
 from __future__ import annotations
@@ -77,8 +78,8 @@ class _Scale:
 _SCALES = {
     scale.size: scale
     for scale in (
-        _Scale("tiny-vanilla", 32, 36, 24, 0.3, border=0, most_words=1024, largest_batch=64, steps=4_000, fewest_epochs=10),
-        _Scale("tiny-vanilla", 64, 72, 48, 0.6, border=1, most_words=1024, largest_batch=64, steps=4_000, fewest_epochs=10),
+        _Scale("tiny-vanilla", 32, 36, 24, 0.3, border=0, most_words=2048, largest_batch=64, steps=4_000, fewest_epochs=10),
+        _Scale("tiny-vanilla", 64, 72, 48, 0.6, border=1, most_words=2048, largest_batch=64, steps=4_000, fewest_epochs=10),
         _Scale(
             "imagenet20-vanilla", 128, 144, 96, 1.1, border=0, most_words=8192, largest_batch=128, steps=10_000, fewest_epochs=80
         ),
@@ -182,7 +183,7 @@ def _settings(found: ImagesFound, *, scale: _Scale, chosen: bool, has_gpu: bool)
     per_epoch = found.num_train // batch
     epochs = min(max(scale.fewest_epochs, math.ceil(scale.steps / per_epoch)), 400)
     steps = epochs * per_epoch
-    num_words = _power_of_two(found.num_train / 10, low=64, high=scale.most_words)
+    num_words = min(max(64, 2 ** round(math.log2(2 * found.num_train))), scale.most_words)
     is_long = steps >= _LONG
 
     yield "data.dataset", found.dataset, "`obowlab data list` shows what is prepared"
@@ -196,8 +197,11 @@ def _settings(found: ImagesFound, *, scale: _Scale, chosen: bool, has_gpu: bool)
     yield "views.original_size", scale.size, why
     yield "views.original_resize", scale.resize, "the shorter side before the centre is kept; 256 : 224 as in the paper"
     yield "views.crop_size", scale.crop, "what the student sees; 160 : 224 as in the paper, at a multiple of 8 or 32"
+    small = scale.size == SIZES[0]
+    why = "the paper's 0.08 is less of so small an image than can be told" if small else "the paper's"
+    yield "views.crop_scale", [0.2 if small else 0.08, 0.6], why
     yield "views.blur_sigma", [0.1, scale.blur], "the paper's 2.0 is for 224 pixels"
-    yield "method.num_words", num_words, "visual words: about one for ten images, so that a batch uses many of them"
+    yield "method.num_words", num_words, f"visual words: more are better, up to two an image as far as was tried, and {scale.most_words} for the time of a step"
     border = "drop one location around the teacher's map, as the authors do" if scale.border else "the map has 4x4: keep all"
     yield "method.border", scale.border, border
     if is_long:
