@@ -1,8 +1,8 @@
 """Write a recipe that suits the images a person has: pure rules from their number, size and classes to settings.
 
 The rules interpolate between the recipes that were measured (docs/recipes.md, section 5): `demo` (5 000 images of 32 pixels),
-`tiny-vanilla` (20 000) and the paper's (260 000 of 224); words and crops were tried on 1 000 and 10 000 photos (docs/results/scaling.md).
-The report's rules on the health of a vocabulary judge what comes out.
+`tiny-vanilla` (20 000) and the paper's (260 000 of 224); words and crops were tried on 1 000 and 10 000 photos
+(docs/results/scaling.md). The report's rules on the health of a vocabulary judge what comes out.
 """
 
 from __future__ import annotations
@@ -201,7 +201,8 @@ def _settings(found: ImagesFound, *, scale: _Scale, chosen: bool, has_gpu: bool)
     why = "the paper's 0.08 is less of so small an image than can be told" if small else "the paper's"
     yield "views.crop_scale", [0.2 if small else 0.08, 0.6], why
     yield "views.blur_sigma", [0.1, scale.blur], "the paper's 2.0 is for 224 pixels"
-    yield "method.num_words", num_words, f"visual words: more are better, up to two an image as far as was tried, and {scale.most_words} for the time of a step"
+    why = f"visual words: two an image, but 64 to {scale.most_words}: more were better on photos, and cost time"
+    yield "method.num_words", num_words, why
     border = "drop one location around the teacher's map, as the authors do" if scale.border else "the map has 4x4: keep all"
     yield "method.border", scale.border, border
     if is_long:
