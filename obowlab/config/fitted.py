@@ -197,9 +197,11 @@ def _settings(found: ImagesFound, *, scale: _Scale, chosen: bool, has_gpu: bool)
     yield "views.original_size", scale.size, why
     yield "views.original_resize", scale.resize, "the shorter side before the centre is kept; 256 : 224 as in the paper"
     yield "views.crop_size", scale.crop, "what the student sees; 160 : 224 as in the paper, at a multiple of 8 or 32"
-    small = scale.size == SIZES[0]
-    why = "area of a crop; the paper's 0.08 is 10 of 36 pixels wide, and larger ones learned more" if small else "area of a crop, the paper's"
-    yield "views.crop_scale", [0.2 if small else 0.08, 0.6], why
+    if scale.size == SIZES[0]:
+        why = "area of a crop; the paper's 0.08 is 10 of 36 pixels wide, and larger ones learned more"
+        yield "views.crop_scale", [0.2, 0.6], why
+    else:
+        yield "views.crop_scale", [0.08, 0.6], "area of a crop: the paper's"
     yield "views.blur_sigma", [0.1, scale.blur], "the paper's 2.0 is for 224 pixels"
     why = f"visual words: two an image, but 64 to {scale.most_words}: more were better on photos, and cost time"
     yield "method.num_words", num_words, why
