@@ -512,6 +512,20 @@ def test_the_page_on_scaling_has_the_rules_of_init() -> None:
             assert f"| {' | '.join(map(str, cells))} |\n" in page
 
 
+def test_the_page_on_the_tables_has_every_run_of_a_student_that_is_its_own_teacher() -> None:
+    page = (project_root() / "docs" / "results" / "tables.md").read_text(encoding="utf-8")
+    text = page[page.index("## A student that is its own teacher") : page.index("## Crops")]
+    folder = project_root() / "ablations" / "results" / "demo"
+    for table, columns in (("own-teacher", "5-shot"), ("own-teacher-fast", "1-shot, 5-shot, linear")):
+        runs = (folder / f"{table}.md").read_text(encoding="utf-8")
+        found = re.findall(r"^\| (\S+) \| (\d) \| \S+ \| finished \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", runs, re.MULTILINE)
+        assert {seed for _, seed, *_ in found} == {"0", "1", "2"}
+        for key in {key for key, *_ in found}:
+            for number, column in enumerate(("1-shot", "5-shot", "linear")):
+                cell = ", ".join(f"{float(values[number]):.1f}" for name, _, *values in found if name == key)
+                assert column not in columns or cell in text, f"{table}, {key}, {column}: {cell}"
+
+
 @pytest.mark.parametrize("table", ["scaling-10000", "scaling-1000", "rules-10000", "rules-1000"])
 def test_the_page_on_scaling_has_every_run_of_its_tables(table: str) -> None:
     lines = (project_root() / "docs" / "results" / "scaling.md").read_text(encoding="utf-8").splitlines()
